@@ -1,0 +1,168 @@
+"""Every key that a config may set, its default, and the checks that need nothing else."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from caprl_jax.judge import MODES
+from caprl_jax.policy_gradient import ADVANTAGES
+
+
+class ConfigError(ValueError):
+    """A config that can't run; the message names the key and the way out."""
+
+
+def default() -> ml_collections.ConfigDict:
+    """All keys with their defaults; a file in configs/ changes what its run needs."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    c.objective = "caprl"  # or "sft"
+    c.steps = 100
+    c.log_every = 1
+    c.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
+    c.export = True  # write the trained model to WORKDIR/export at the end
+
+    c.policy = ml_collections.ConfigDict()
+    c.policy.path = "asset:tiny/policy"  # Hugging Face directory; asset: is shipped with the package
+    c.policy.init = "pretrained"  # or "random": only config.json, tokenizer and processor are read
+    c.policy.prompt = "Describe the image in detail."
+    c.policy.freeze_vision = False
+    c.policy.remat = False
+
+    c.judge = ml_collections.ConfigDict()
+    c.judge.path = "asset:tiny/judge"
+    c.judge.prompt = ""  # user turn with {caption} and {question}; empty: data/questions.py's own
+    c.judge.mode = "expected"  # or "sampled", "greedy"
+    c.judge.temperature = 0.6
+
+    c.sampling = ml_collections.ConfigDict()
+    c.sampling.max_tokens = 512
+    c.sampling.temperature = 1.0
+    c.sampling.top_k = 0
+    c.sampling.top_p = 1.0
+
+    c.caprl = ml_collections.ConfigDict()
+    c.caprl.group = 8  # captions per image, G
+    c.caprl.questions = 4  # per caption, N
+    c.caprl.advantage = "grpo"  # or "rloo"
+    c.caprl.clip = 0.2
+    c.caprl.kl = 0.0  # coefficient of the KL to the initial policy; 0 holds no reference
+    c.caprl.updates = 1  # per rollout
+    c.caprl.micro_batches = 1  # pieces of the batch for the update's gradients
+    c.caprl.accuracy_weight = 1.0
+    c.caprl.length_weight = 0.0
+    c.caprl.length_full = 2048  # tokens up to which the length reward is 1
+    c.caprl.length_none = 3072  # tokens from which it is 0
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.learning_rate = 1e-6
+    c.optimizer.schedule = "cosine"  # or "constant"; both after the warm-up
+    c.optimizer.warmup_steps = 20
+    c.optimizer.final = 0.1  # of the learning rate, at the end of the cosine
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 1.0
+
+    c.data = ml_collections.ConfigDict()
+    c.data.source = "digits"
+    c.data.data_dir = ""  # where datasets lie; empty: tensorflow-datasets' default
+    c.data.rows = 3
+    c.data.columns = 3
+    c.data.digits = (2, 5)  # least and most per scene
+    c.data.train = 4096  # scenes
+    c.data.heldout = 128
+    c.data.task = "caption"  # what sft learns: "caption" (a policy) or "judge"
+    c.data.batch = 128  # images per step, over all processes
+    c.data.epochs = 0  # passes over the data; 0: as many as the steps need
+    c.data.replacement = True  # draw questions with replacement
+    c.data.shuffle_options = True
+    c.data.per_caption = False  # each caption its own questions, instead of one set per image
+    c.data.max_windows = 16  # buckets: an image's windows,
+    c.data.max_prompt = 1280  # a prompt's tokens, image included,
+    c.data.max_question = 256  # a question's tokens
+    c.data.threads = 4
+
+    c.sft = ml_collections.ConfigDict()
+    c.sft.max_tokens = 48  # bucket of a branch
+    c.sft.questions = 5  # per caption, for the judge
+    c.sft.probes = 5  # cells asked per image, for the policy
+    c.sft.captions = 3  # per image, for the policy
+    c.sft.stated = (0.55, 0.35, 0.1)  # probability of stating 1, 2, .. facts
+    c.sft.count = 0.2  # probability of stating the count
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.every = 100  # steps; 0: only before and after
+    c.eval.images = 64
+    c.eval.batch = 32
+    c.eval.group = 4  # sampled captions per image
+    c.eval.shown = 8  # images in the report
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every = 100  # steps; one is always written at the end
+    c.checkpoint.keep = 2
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # what is left
+    c.mesh.tensor = 1
+    return c.lock()
+
+
+_ONE_OF = {
+    "objective": ("caprl", "sft"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "policy.init": ("pretrained", "random"),
+    "judge.mode": MODES,
+    "caprl.advantage": tuple(ADVANTAGES),
+    "optimizer.schedule": ("cosine", "constant"),
+    "data.source": ("digits",),
+    "data.task": ("caption", "judge"),
+}
+_POSITIVE = (
+    "steps", "sampling.max_tokens", "caprl.group", "caprl.questions", "caprl.updates",
+    "caprl.micro_batches", "data.batch", "eval.images", "eval.batch", "eval.group", "log_every",
+    "checkpoint.every", "checkpoint.keep", "data.max_windows", "data.max_prompt",
+    "data.max_question", "data.rows", "data.columns", "judge.temperature",
+)  # fmt: skip
+
+
+def get(config: ml_collections.ConfigDict, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks what can be checked without reading a file.
+
+    Raises:
+      ConfigError: naming the key, its value and what it may be.
+    """
+    for key, allowed in _ONE_OF.items():
+        if get(config, key) not in allowed:
+            near = difflib.get_close_matches(str(get(config, key)), allowed, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"config.{key}={get(config, key)!r} is not one of {allowed}{hint}")
+    for key in _POSITIVE:
+        if get(config, key) <= 0:
+            raise ConfigError(f"config.{key}={get(config, key)} must be positive")
+    if config.caprl.group < 2 and config.objective == "caprl":
+        raise ConfigError("config.caprl.group=1: advantages compare captions, so it must be 2 or more")
+    if config.data.batch % config.caprl.micro_batches:
+        raise ConfigError(
+            f"config.data.batch={config.data.batch} is not a multiple of "
+            f"config.caprl.micro_batches={config.caprl.micro_batches}"
+        )
+    if config.caprl.length_none <= config.caprl.length_full:
+        raise ConfigError("config.caprl.length_none must be larger than config.caprl.length_full")
+
+
+def resolve(path: str) -> Path:
+    """A model path; "asset:NAME" lies in the package."""
+    if path.startswith("asset:"):
+        return Path(__file__).parent / "assets" / path.removeprefix("asset:")
+    return Path(path)

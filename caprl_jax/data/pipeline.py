@@ -1,0 +1,314 @@
+"""Grain pipelines: stored records -> shuffled, sharded, seeded batches of arrays."""
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from caprl_jax.data import digits, digits_sft, questions, records
+from caprl_jax.data.images import ImageProcessor, UnreadableImage, decode_image
+from caprl_jax.data.questions import JudgePrompt, Presented
+from caprl_jax.data.records import MalformedRecord, Record
+from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
+from caprl_jax.models.policy import Prompt
+from caprl_jax.models.vision import VisionConfig, lay_out
+from caprl_jax.sft import Examples
+from caprl_jax.step import Batch
+
+MakeExample = Callable[[Record, np.random.Generator], Any]
+
+
+class SetAside:
+    """Records that can't be used: counted, kept in set_aside.jsonl, never fatal by themselves."""
+
+    def __init__(self, path: Path | None = None):
+        """Goes on with what an earlier part of the run has written to path."""
+        self._lock = threading.Lock()
+        self._path = path
+        self.reasons: dict[str, str] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                self.reasons[entry["id"]] = entry["reason"]
+
+    def add(self, identity: str, reason: str) -> None:
+        """Notes a record once."""
+        with self._lock:
+            if identity in self.reasons:
+                return
+            self.reasons[identity] = reason
+            if self._path is not None:
+                with self._path.open("a") as f:
+                    f.write(json.dumps({"id": identity, "reason": reason}) + "\n")
+
+    def listing(self) -> list[dict[str, str]]:
+        """[{"id", "reason"}], by id."""
+        with self._lock:
+            return [{"id": i, "reason": r} for i, r in sorted(self.reasons.items())]
+
+
+def guarded(make: MakeExample, set_aside: SetAside) -> Callable[[Mapping, Any], Any]:
+    """Stored element -> example, or None, which Grain passes over, with the record set aside."""
+
+    def convert(raw: Mapping[str, Any], rng: np.random.Generator) -> Any:
+        try:
+            return make(records.parse(raw), rng)
+        except (MalformedRecord, UnreadableImage, ValueError) as e:
+            identity = raw.get("id", b"?")
+            set_aside.add(identity.decode() if isinstance(identity, bytes) else identity, str(e))
+            return None
+
+    return convert
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePrompt:
+    """Record -> image and prompt arrays of fixed buckets.
+
+    Attributes:
+      processor: of the policy's directory.
+      prompt: the caption request.
+      vision: sizes of the tower.
+      max_windows: bucket of an image.
+      max_prompt: bucket of the prompt, image included.
+    """
+
+    processor: ImageProcessor
+    prompt: PolicyPrompt
+    vision: VisionConfig
+    max_windows: int
+    max_prompt: int
+
+    def __call__(self, record: Record) -> dict[str, Any]:
+        """{"images", "prompt"} without batch axis."""
+        patches, grid = self.processor(decode_image(record.image))
+        images = lay_out(patches, grid, self.vision, self.max_windows)
+        return {"images": images, "prompt": self.prompt.fill(grid, self.max_prompt)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CaprlExamples:
+    """Record -> Batch of one image, without batch axis.
+
+    Attributes:
+      inputs: image and prompt.
+      judge: the judge's prompt.
+      draws: questions per caption, N.
+      replacement: draw with replacement.
+      shuffle: shuffle the options at each presentation.
+      group: 0 if an image's captions share their questions, else the number of captions.
+      max_question: bucket of a question.
+    """
+
+    inputs: ImagePrompt
+    judge: JudgePrompt
+    draws: int
+    replacement: bool
+    shuffle: bool
+    group: int
+    max_question: int
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
+        """Draws and presents the questions by rng."""
+        sets = [self._questions(record, rng) for _ in range(max(self.group, 1))]
+        asked = jax.tree.map(lambda *a: np.stack(a), *sets) if self.group else sets[0]
+        return Batch(questions=asked, valid=np.True_, **self.inputs(record))
+
+    def _questions(self, record: Record, rng: np.random.Generator):
+        drawn = questions.draw(record.questions, self.draws, rng, self.replacement)
+        shown = [questions.present(q, rng if self.shuffle else None) for q in drawn]
+        return self.judge.arrays(shown, self.draws, self.max_question)
+
+
+@dataclasses.dataclass(frozen=True)
+class SftExamples:
+    """Record -> sft.Examples of one tree, without batch axis.
+
+    Attributes:
+      task: gives the pieces of text.
+      tokenizer: of the model in training.
+      inputs: image and prompt; None for a text-only trunk.
+      prefix: ids before every trunk.
+      max_prompt: bucket of the trunk.
+      max_tokens: bucket of a branch.
+    """
+
+    task: digits_sft.PolicyTask | digits_sft.JudgeTask
+    tokenizer: Tokenizer
+    inputs: ImagePrompt | None
+    prefix: Sequence[int]
+    max_prompt: int
+    max_tokens: int
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Examples:
+        """Builds the tree by rng."""
+        if self.inputs is None:
+            pieces, branches = self.task.sample(rng)
+            trunk, trunk_weight = self._text_trunk(pieces)
+        else:
+            branches = self.task.branches(record, rng)
+            trunk, trunk_weight = self.inputs(record), np.zeros(self.max_prompt, np.float32)
+        encoded = [digits_sft.encode(self.tokenizer, b) for b in branches]
+        longest = max(len(ids) for ids, _ in encoded)
+        if longest > self.max_tokens:
+            raise ValueError(f"a branch of {longest} tokens is longer than {self.max_tokens}")
+        tokens = np.stack([pad(ids, self.max_tokens) for ids, _ in encoded])
+        weight = np.stack([pad(w, self.max_tokens, np.float32) for _, w in encoded])
+        lengths = np.asarray([[len(ids)] for ids, _ in encoded])
+        return Examples(
+            prefix=np.asarray(self.prefix, np.int32),
+            images=trunk.get("images"),
+            prompt=trunk["prompt"],
+            prompt_weight=trunk_weight,
+            tokens=tokens,
+            mask=np.arange(self.max_tokens) < lengths,
+            weight=weight,
+        )
+
+    def _text_trunk(self, pieces: digits_sft.Pieces) -> tuple[dict[str, Any], np.ndarray]:
+        ids, weights = digits_sft.encode(self.tokenizer, pieces)
+        if len(ids) > self.max_prompt:
+            raise ValueError(f"a caption of {len(ids)} tokens is longer than {self.max_prompt}")
+        positions = np.arange(self.max_prompt, dtype=np.int32)
+        prompt = Prompt(
+            tokens=pad(ids, self.max_prompt),
+            mask=positions < len(ids),
+            positions=positions,
+            feature=np.full(self.max_prompt, -1, np.int32),
+            next_position=np.int32(len(ids)),
+        )
+        return {"prompt": prompt}, pad(weights, self.max_prompt, np.float32)
+
+
+def stack(examples: Sequence[Any]) -> Any:
+    """Adds the batch axis; what all examples share, a prefix, has none."""
+    batch = jax.tree.map(lambda *a: np.stack(a), *examples)
+    return batch.replace(prefix=examples[0].prefix) if isinstance(batch, Examples) else batch
+
+
+def fill_up(batch: Any, size: int) -> Any:
+    """Pads an uneven batch with zeros, which valid=False and weight=0 keep out of every sum."""
+
+    def filled(a):
+        return np.concatenate([a, np.zeros((size - len(a), *a.shape[1:]), a.dtype)])
+
+    out = jax.tree.map(filled, batch.replace(prefix=()) if isinstance(batch, Examples) else batch)
+    return out.replace(prefix=batch.prefix) if isinstance(batch, Examples) else out
+
+
+def train_iterator(
+    source: Sequence[Mapping[str, Any]],
+    make: MakeExample,
+    batch: int,
+    seed: int,
+    set_aside: SetAside,
+    threads: int,
+    epochs: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+):
+    """A Grain iterator over shuffled batches; its state can be saved and restored.
+
+    Args:
+      source: random access to stored elements.
+      make: record -> example.
+      batch: images per batch of this process.
+      seed: of the shuffle and of every example's rng.
+      set_aside: where unusable records go.
+      threads: readers ahead of the step.
+      epochs: passes over the data; None never ends. The last batch is filled up.
+      shard: (this process's index, number of processes).
+
+    Returns:
+      grain DatasetIterator.
+    """
+    import grain  # imported where used
+
+    data = grain.MapDataset.source(source).seed(seed).shuffle()[shard[0] :: shard[1]]
+    data = data.repeat(epochs).random_map(guarded(make, set_aside))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch)
+    data = data.to_iter_dataset(options).batch(batch, drop_remainder=False, batch_fn=stack)
+    return iter(data.map(lambda b: fill_up(b, batch)))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out images with all of their questions.
+
+    Attributes:
+      records: in order.
+      presented: of each record, its questions as shown.
+      batches: Batch of equal size each, the last one filled up.
+    """
+
+    records: list[Record]
+    presented: list[list[Presented]]
+    batches: list[Batch]
+
+
+def held_out(
+    source: Sequence[Mapping[str, Any]],
+    inputs: ImagePrompt,
+    judge: JudgePrompt,
+    images: int,
+    batch: int,
+    max_question: int,
+    set_aside: SetAside,
+) -> HeldOut:
+    """The first `images` usable held-out records; options are shuffled by the record's index."""
+    kept, presented, made = [], [], []
+
+    def make(record, rng):
+        shown = [questions.present(q, rng) for q in record.questions]
+        return record, shown, inputs(record)
+
+    convert = guarded(make, set_aside)
+    for i in range(len(source)):
+        found = convert(source[i], np.random.default_rng(i))
+        if found is not None and len(kept) < images:
+            kept.append(found[0])
+            presented.append(found[1])
+            made.append(found[2])
+    if not kept:
+        raise ValueError(f"no held-out record can be used: {set_aside.listing()[:3]}")
+    return HeldOut(kept, presented, _batches(judge, presented, made, batch, max_question))
+
+
+def _batches(
+    judge: JudgePrompt,
+    presented: list[list[Presented]],
+    inputs: list[dict[str, Any]],
+    batch: int,
+    max_question: int,
+) -> list[Batch]:
+    most = max(len(p) for p in presented)
+    examples = [
+        Batch(questions=judge.arrays(shown, most, max_question), valid=np.True_, **arrays)
+        for shown, arrays in zip(presented, inputs, strict=True)
+    ]
+    return [fill_up(stack(examples[i : i + batch]), batch) for i in range(0, len(examples), batch)]
+
+
+def text_quiz(
+    task: digits_sft.JudgeTask, captions: int, batch: int, max_question: int
+) -> tuple[HeldOut, list[str]]:
+    """Captions without images and all questions of their scenes, to examine a judge on.
+
+    Returns:
+      (HeldOut whose batches have no images, one caption of each scene).
+    """
+    kept, presented, texts = [], [], []
+    for i in range(captions):
+        # Scenes of training come from other seeds: Grain derives its own from the config's.
+        rng = np.random.default_rng([captions, i])
+        facts, stated, count = task.scene(rng)
+        asked = digits.questions(facts, task.grid, rng)
+        kept.append(Record(f"quiz-{i:05d}", b"", asked, facts))
+        presented.append([questions.present(q, rng) for q in asked])
+        texts.append(digits.caption(stated, count))
+    empty = [{"images": None, "prompt": None}] * captions
+    return HeldOut(kept, presented, _batches(task.prompt, presented, empty, batch, max_question)), texts

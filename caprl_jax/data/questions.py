@@ -1,0 +1,164 @@
+"""Questions on the host: drawn, shuffled, lettered, rendered in the judge's prompt, tokenised."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from caprl_jax.data.records import LETTERS, Question
+from caprl_jax.data.tokens import Tokenizer, pad
+from caprl_jax.judge import Instruction, Questions
+
+ABSTAIN = "cannot tell"
+INSTRUCTION = (
+    "You cannot see the image. Read the caption and answer the question with one letter, "
+    "using only what the caption says. If the caption does not say it, choose the last option."
+)
+PREFILL = "The answer is"
+_EXAMPLE_CAPTION = "A brown dog sleeps on a red sofa."
+_EXAMPLES = (
+    Question("Which color is the sofa?", ("blue", "red", "green", "white"), 1),
+    Question("How many people are there?", ("1", "2", "3", "4"), 4),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Presented:
+    """A question as one caption's judge sees it.
+
+    Attributes:
+      text: the question.
+      options: texts in the order shown, the abstain option last.
+      truth: index of the truth in options.
+    """
+
+    text: str
+    options: tuple[str, ...]
+    truth: int
+
+    def lettered(self) -> list[str]:
+        """["A) ..", "B) ..", ..]."""
+        return [f"{letter}) {o}" for letter, o in zip(LETTERS, self.options, strict=False)]
+
+
+def present(question: Question, rng: np.random.Generator | None) -> Presented:
+    """Shuffles the options (not with rng None) and appends the abstain option."""
+    count = len(question.choices)
+    order = np.arange(count) if rng is None else rng.permutation(count)
+    options = tuple(question.choices[i] for i in order)
+    truth = int(np.flatnonzero(order == question.answer)[0])
+    return Presented(question.text, (*options, ABSTAIN), truth)
+
+
+def draw(
+    questions: Sequence[Question], n: int, rng: np.random.Generator, replacement: bool
+) -> list[Question]:
+    """n questions, uniformly.
+
+    Raises:
+      ValueError: fewer than n to draw from without replacement.
+    """
+    if not replacement and n > len(questions):
+        raise ValueError(
+            f"asked to draw {n} of {len(questions)} questions without replacement: lower "
+            "caprl.questions or set data.replacement=true"
+        )
+    return [questions[i] for i in rng.choice(len(questions), n, replace=replacement)]
+
+
+def _body(presented: Presented) -> str:
+    return "\n".join([presented.text, *presented.lettered()])
+
+
+def _example(question: Question) -> str:
+    options = (*question.choices, ABSTAIN)
+    answer = LETTERS[question.answer]
+    return f"{_body(Presented(question.text, options, question.answer))}\n{PREFILL} {answer}\n\n"
+
+
+def default_prompt() -> str:
+    """The judge's user turn with its two worked examples, lettered as real questions are.
+
+    Returns:
+      A template with the fields {caption} and {question}, in this order.
+    """
+    examples = "".join(_example(q) for q in _EXAMPLES)
+    shown = f"<caption>\n{_EXAMPLE_CAPTION}\n</caption>\n"
+    return f"{INSTRUCTION}\n\n{shown}{examples}<caption>\n{{caption}}\n</caption>\n{{question}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgePrompt:
+    """The judge's prompt as ids around the caption and the question.
+
+    Attributes:
+      tokenizer: the judge's.
+      before: text up to the caption.
+      between: text from the caption to the question.
+      after: text from the question to the letter.
+    """
+
+    tokenizer: Tokenizer
+    before: str
+    between: str
+    after: str
+
+    @classmethod
+    def create(cls, tokenizer: Tokenizer, template: str = "") -> "JudgePrompt":
+        """Renders the template (default_prompt() if empty) as one user turn, answer pre-filled.
+
+        Raises:
+          ValueError: the template lacks {caption} or {question}, or has them the other way round.
+        """
+        template = template or default_prompt()
+        marks = ("{caption}", "{question}")
+        if [template.count(m) for m in marks] != [1, 1] or template.find(marks[0]) > template.find(
+            marks[1]
+        ):
+            raise ValueError(
+                "judge.prompt must hold {caption} once and, after it, {question} once; it is: "
+                f"{template!r}"
+            )
+        text = tokenizer.chat(template) + PREFILL
+        before, rest = text.split(marks[0])
+        between, after = rest.split(marks[1])
+        return cls(tokenizer, before, between, after)
+
+    def instruction(self) -> Instruction:
+        """The fixed part as arrays."""
+        return Instruction(
+            tokens=np.asarray(self.tokenizer.encode(self.before), np.int32),
+            letters=np.asarray(self.tokenizer.letters(), np.int32),
+            special=np.asarray(self.tokenizer.special, np.int32),
+        )
+
+    def tail_text(self, presented: Presented) -> str:
+        """What stands between the end of the caption and the letter."""
+        return self.between + _body(presented) + self.after
+
+    def tail(self, presented: Presented) -> list[int]:
+        """tail_text as ids."""
+        return self.tokenizer.encode(self.tail_text(presented))
+
+    def arrays(self, presented: Sequence[Presented], n: int, q: int) -> Questions:
+        """One image's questions, padded to n questions of q tokens; no batch axis.
+
+        Raises:
+          ValueError: a question is longer than its bucket.
+        """
+        tokens, mask = np.zeros((n, q), np.int32), np.zeros((n, q), bool)
+        for i, p in enumerate(presented):
+            tail = self.tail(p)
+            if len(tail) > q:
+                raise ValueError(
+                    f"the question {p.text[:80]!r} takes {len(tail)} tokens, more than its bucket: "
+                    f"raise data.max_question from {q}"
+                )
+            tokens[i, : len(tail)], mask[i, : len(tail)] = tail, True
+        return Questions(
+            tokens=tokens,
+            mask=mask,
+            truth=pad([p.truth for p in presented], n),
+            letters=np.maximum(pad([len(p.options) for p in presented], n), 1),
+            valid=np.arange(n) < len(presented),
+        )

@@ -1,0 +1,180 @@
+"""Tokenizers of model directories, and the policy's prompt as ids."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caprl_jax.data.records import LETTERS
+from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax.models.policy import Prompt, mrope_positions
+from caprl_jax.models.vision import VisionConfig, feature_order
+
+IMAGE_TOKEN = "<|image_pad|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A directory's tokenizer, and the ids this project asks of it.
+
+    Attributes:
+      inner: transformers' tokenizer.
+      stop: ids that end a caption.
+      special: ids that never reach the judge.
+    """
+
+    inner: Any
+    stop: tuple[int, ...]
+    special: tuple[int, ...]
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, vocab: int) -> "Tokenizer":
+        """Reads tokenizer files and checks them against the model's vocabulary.
+
+        Raises:
+          ModelDirectoryError: unreadable files, more tokens than the model has, no chat template.
+        """
+        from transformers import AutoTokenizer  # imported where used
+
+        try:
+            inner = AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError, KeyError) as e:
+            raise ModelDirectoryError(f"{directory}: the tokenizer can't be read: {e}") from e
+        largest = max(inner.get_vocab().values())
+        if largest >= vocab:
+            raise ModelDirectoryError(
+                f"{directory}: the tokenizer has ids up to {largest}, the model's vocabulary has "
+                f"{vocab} rows: tokenizer and model don't belong together"
+            )
+        if not inner.chat_template:
+            raise ModelDirectoryError(f"{directory}: the tokenizer has no chat template")
+        return cls(inner, _stop_ids(directory, inner), tuple(sorted(_special_ids(inner))))
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids; special tokens written in the text become their ids."""
+        return self.inner.encode(text, add_special_tokens=False)
+
+    def encode_caption(self, text: str) -> list[int]:
+        """Text -> ids, special tokens read as plain characters: for text that models wrote."""
+        return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> text without special tokens, stripped."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+    def chat(self, content: Any) -> str:
+        """One user turn and the opening of the assistant's, by the directory's own template."""
+        messages = [{"role": "user", "content": content}]
+        template = self.inner.apply_chat_template
+        return template(messages, tokenize=False, add_generation_prompt=True)
+
+    def letters(self) -> list[int]:
+        """Ids of " A", " B", ...: each must be one token."""
+        ids = [self.encode(f" {letter}") for letter in LETTERS]
+        if any(len(i) != 1 for i in ids):
+            raise ModelDirectoryError("the tokenizer splits the letters ' A' to ' I'; a judge can't")
+        return [i[0] for i in ids]
+
+
+def _special_ids(inner: Any) -> set[int]:
+    added = {i for i, token in inner.added_tokens_decoder.items() if token.special}
+    return added | set(inner.all_special_ids)
+
+
+def _stop_ids(directory: str | Path, inner: Any) -> tuple[int, ...]:
+    """generation_config.json's end-of-sequence ids, else the tokenizer's."""
+    path = Path(directory) / "generation_config.json"
+    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = inner.eos_token_id if ids is None else ids
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def check_same_vocabulary(policy: Tokenizer, judge: Tokenizer) -> None:
+    """Caption ids go from policy to judge as they are, so the two must mean the same by them.
+
+    Raises:
+      ModelDirectoryError: naming a token on which they differ.
+    """
+    ours, theirs = policy.inner.get_vocab(), judge.inner.get_vocab()
+    special = {policy.inner.convert_ids_to_tokens(i) for i in policy.special}
+    for token, i in ours.items():
+        if token not in special and theirs.get(token) != i:
+            raise ModelDirectoryError(
+                f"policy and judge tokenizers differ: {token!r} is {i} for the policy, "
+                f"{theirs.get(token)} for the judge. Captions pass as ids, so the two need one "
+                "vocabulary (Qwen2.5-VL and Qwen2.5 share theirs)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyPrompt:
+    """The caption request as ids, to be filled with an image.
+
+    Attributes:
+      ids: int32 [tokens], with one image placeholder.
+      image_token: the placeholder's id.
+      vision: sizes of the tower.
+      mrope: whether positions are 3-D.
+    """
+
+    ids: np.ndarray
+    image_token: int
+    vision: VisionConfig
+    mrope: bool
+
+    @classmethod
+    def create(cls, tokenizer: Tokenizer, text: str, vision: VisionConfig, mrope: bool):
+        """Renders one user turn of an image and a text."""
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        ids = np.asarray(tokenizer.encode(tokenizer.chat(content)), np.int32)
+        image_token = tokenizer.inner.convert_tokens_to_ids(IMAGE_TOKEN)
+        if np.sum(ids == image_token) != 1:
+            raise ModelDirectoryError(
+                f"the policy's chat template renders an image as {np.sum(ids == image_token)} "
+                f"{IMAGE_TOKEN} tokens, not one"
+            )
+        return cls(ids, image_token, vision, mrope)
+
+    def length(self, features: int) -> int:
+        """Tokens of the prompt around an image of so many features."""
+        return len(self.ids) - 1 + features
+
+    def fill(self, grid: tuple[int, int], bucket: int) -> Prompt:
+        """The prompt of an image of (rows, columns) patches, padded to `bucket` tokens.
+
+        Raises:
+          ValueError: it is longer than the bucket.
+        """
+        features = feature_order(grid, self.vision)
+        length = self.length(len(features))
+        if length > bucket:
+            raise ValueError(
+                f"a prompt of {length} tokens ({len(features)} of the image) is longer than its "
+                f"bucket: raise data.max_prompt from {bucket}"
+            )
+        at = int(np.flatnonzero(self.ids == self.image_token)[0])
+        image = np.full(len(features), self.image_token, np.int32)
+        ids = np.concatenate([self.ids[:at], image, self.ids[at + 1 :]])
+        feature = np.full(bucket, -1, np.int32)
+        feature[at : at + len(features)] = features
+        positions, following = mrope_positions(ids, self.image_token, grid, self.vision.merge)
+        if not self.mrope:
+            positions, following = np.arange(length, dtype=np.int32), length
+        return Prompt(
+            tokens=pad(ids, bucket),
+            mask=np.arange(bucket) < length,
+            positions=pad(positions, bucket),
+            feature=feature,
+            next_position=np.int32(following),
+        )
+
+
+def pad(values: Sequence, length: int, dtype: Any = np.int32) -> np.ndarray:
+    """Pads the first axis with zeros to length; the caller has checked that it fits."""
+    values = np.asarray(values, dtype)
+    out = np.zeros((length, *values.shape[1:]), dtype)
+    out[: len(values)] = values
+    return out

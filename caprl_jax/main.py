@@ -1,0 +1,45 @@
+"""Trains a captioner by reinforcement learning, or a model for it by supervision.
+
+    python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from caprl_jax import train
+from caprl_jax.config import ConfigError
+from caprl_jax.models.hf import ModelDirectoryError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
+
+
+def _fresh_workdir(config_file: str) -> Path:
+    name = Path(config_file.split(":")[0]).stem
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def main(argv: list[str]) -> None:
+    """Prints the devices, runs the config, and turns the expected errors into one paragraph."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    logging.getLogger().setLevel(logging.INFO)
+    devices = jax.devices()
+    print(f"JAX {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    workdir = Path(_WORKDIR.value or _fresh_workdir(flags.FLAGS["config"].config_filename))
+    print(f"workdir: {workdir}")
+    try:
+        train.run(_CONFIG.value, workdir)
+    except (ConfigError, ModelDirectoryError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,160 @@
+"""Attention over a tree of key-value segments.
+
+A query attends to its own tokens and to the tokens of its ancestors. An ancestor's keys and values
+are stored once: a segment whose batch axes are a prefix of the query's batch axes is broadcast by
+folding the remaining axes into the query axis of one matrix product, so nothing is repeated in
+memory. Segments are merged by their softmax statistics, which is exact.
+"""
+
+import math
+from collections.abc import Sequence
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
+
+
+@flax.struct.dataclass
+class KV:
+    """Keys and values of a node of the tree, for all layers.
+
+    Attributes:
+      k: [layers, *batch, length, kv_heads, head_dim], rotated.
+      v: [layers, *batch, length, kv_heads, head_dim].
+      mask: bool [*batch, length], True where a token may be attended to.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
+@flax.struct.dataclass
+class Segment:
+    """One layer's keys and values, with the mask of the queries that see them.
+
+    Attributes:
+      k: [*batch, length, kv_heads, head_dim].
+      v: [*batch, length, kv_heads, head_dim].
+      mask: bool [*batch, queries or 1, length].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
+def causal_mask(mask: jax.Array) -> jax.Array:
+    """bool [*batch, t] of real tokens -> bool [*batch, t, t]: itself and real tokens before it."""
+    t = mask.shape[-1]
+    return jnp.tril(jnp.broadcast_to(mask[..., None, :], (*mask.shape, t)))
+
+
+def align_right(a: jax.Array, ndim: int) -> jax.Array:
+    """Adds leading axes of size 1 up to rank ndim: broadcasting said, not implied."""
+    return jnp.expand_dims(a, tuple(range(ndim - a.ndim)))
+
+
+def _scores(q: jax.Array, segment: Segment) -> jax.Array:
+    """q [*a, x, k, r, d] (scaled), segment with batch axes a -> float32 [*a, k, r, x, s]."""
+    scores = jnp.einsum("...xkrd,...skd->...krxs", q, segment.k, preferred_element_type=jnp.float32)
+    return jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
+
+
+def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unnormalised attention of one segment.
+
+    Args:
+      q: [*batch, t, k, r, d], scaled.
+      segment: its batch axes are a prefix of q's.
+
+    Returns:
+      float32 (weighted values [*batch, t, k, r, d], maximum and sum of weights [*batch, t, k, r]).
+    """
+    shared = segment.k.ndim - 3
+    folded = q.reshape(*q.shape[:shared], -1, *q.shape[-3:])
+    if segment.mask.shape[-2] not in (1, folded.shape[-4]):
+        raise ValueError(f"segment mask {segment.mask.shape} does not fit queries {q.shape}")
+    scores = _scores(folded, segment)
+    # The maximum cancels in the merged softmax, so no gradient need pass through it.
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    values = jnp.einsum(
+        "...krxs,...skd->...xkrd",
+        weights.astype(segment.v.dtype),
+        segment.v,
+        preferred_element_type=jnp.float32,
+    )
+    statistics = (jnp.moveaxis(a, -1, -3) for a in (top[..., 0], jnp.sum(weights, axis=-1)))
+    top, total = (a.reshape(q.shape[:-1]) for a in statistics)
+    return values.reshape(q.shape), top, total
+
+
+def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """Softmax attention of q over the concatenation of all segments, without concatenating them.
+
+    Args:
+      q: [*batch, t, heads, head_dim].
+      segments: each with batch axes that are a prefix of q's, and kv_heads that divide heads.
+        Query head i reads key-value head i // (heads / kv_heads).
+
+    Returns:
+      [*batch, t, heads, head_dim] in q's dtype. The softmax is float32.
+
+    Raises:
+      AssertionError: a segment's batch axes are not a prefix of q's.
+    """
+    kv_heads, head_dim = segments[0].k.shape[-2:]
+    grouped = q.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, head_dim)
+    grouped = grouped * jnp.asarray(1 / math.sqrt(head_dim), q.dtype)
+    for segment in segments:
+        shared = segment.k.ndim - 3
+        chex.assert_equal_shape_prefix([q, segment.k], shared)
+    parts = [_partial(grouped, segment) for segment in segments]
+    top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
+    scales = [jnp.exp(part_top - top) for _, part_top, _ in parts]
+    values = sum(value * s[..., None] for (value, _, _), s in zip(parts, scales, strict=True))
+    total = sum(total * s for (_, _, total), s in zip(parts, scales, strict=True))
+    return (values / total[..., None]).astype(q.dtype).reshape(q.shape)
+
+
+def rope_angles(positions: jax.Array, theta: float, dim: int) -> jax.Array:
+    """Rotation angles of RoPE (arXiv 2104.09864).
+
+    Args:
+      positions: int [*batch, t].
+      theta: the base of the geometric progression of wavelengths.
+      dim: even number of channels rotated.
+
+    Returns:
+      float32 [*batch, t, dim / 2], radians.
+    """
+    frequencies = align_right(rope_frequencies(theta, dim), positions.ndim + 1)
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def rope_frequencies(theta: float, dim: int) -> np.ndarray:
+    """float32 [dim / 2] inverse wavelengths theta^(-2i/dim)."""
+    return (1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))).astype(
+        np.float32
+    )
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates channel i with channel i + d/2 by angles; float32 inside.
+
+    Args:
+      x: [*batch, t, heads, d].
+      angles: float32 [*batch, t, d / 2].
+
+    Returns:
+      [*batch, t, heads, d] in x's dtype.
+    """
+    cos, sin = (f(angles)[..., None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,210 @@
+"""The text decoder of Qwen2 and Qwen2.5: judge, and language half of the policy."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax.models import attention
+from caprl_jax.models.attention import KV, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and constants of a decoder, named as in design.md's legend.
+
+    Attributes:
+      vocab: rows of the embedding.
+      width: embedding size e.
+      layers: number of blocks.
+      heads: query heads.
+      kv_heads: key-value heads; divides heads.
+      head_dim: channels of a head.
+      feed_forward: hidden size of SwiGLU.
+      rope_theta: base of RoPE.
+      norm_eps: epsilon of RMSNorm.
+      tied: whether the embedding is the output head too.
+      mrope_section: None for 1-D positions; else how many of the head_dim / 2 frequencies follow
+        the temporal, row and column position (M-RoPE, arXiv 2409.12191).
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+    mrope_section: tuple[int, int, int] | None = None
+
+
+def init_normal(stddev: float, names: tuple[str | None, ...]):
+    """A normal initialiser that carries the logical names of the axes, for mesh.py's rules."""
+    return nn.with_logical_partitioning(nn.initializers.normal(stddev), names)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32 (arXiv 1910.07467); [..., e] -> [..., e] in x's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (attention.align_right(scale, x.ndim) * y.astype(x.dtype)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x [..., *inputs] @ kernel [*inputs, *outputs] (+ bias), computed in x's dtype.
+
+    Attributes:
+      outputs: sizes of the output axes.
+      names: logical names of the kernel's axes, inputs first.
+      bias: whether to add a bias of shape outputs.
+      inputs: how many trailing axes of x are contracted.
+    """
+
+    outputs: tuple[int, ...]
+    names: tuple[str | None, ...]
+    bias: bool = False
+    inputs: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        contracted = x.shape[x.ndim - self.inputs :]
+        init = init_normal(1 / np.sqrt(np.prod(contracted)), self.names)
+        kernel = self.param("kernel", init, (*contracted, *self.outputs))
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.inputs)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
+            bias = self.param("bias", zeros, self.outputs).astype(x.dtype)
+            y = y + attention.align_right(bias, y.ndim)
+        return y
+
+
+class Block(nn.Module):
+    """One pre-norm layer: grouped-query attention over the tree, then SwiGLU."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, angles, mask, past, past_masks):
+        """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens)."""
+        c = self.config
+        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        q = Linear((c.heads, c.head_dim), ("embed", "heads", None), bias=True, name="q")(y)
+        k = Linear((c.kv_heads, c.head_dim), ("embed", "kv_heads", None), bias=True, name="k")(y)
+        v = Linear((c.kv_heads, c.head_dim), ("embed", "kv_heads", None), bias=True, name="v")(y)
+        q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+        segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
+        y = attention.attend(q, [*segments, Segment(k, v, mask)])
+        x = x + Linear((c.width,), ("heads", None, "embed"), inputs=2, name="o")(y)
+        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        gate = Linear((c.feed_forward,), ("embed", "mlp"), name="gate")(y)
+        up = Linear((c.feed_forward,), ("embed", "mlp"), name="up")(y)
+        x = x + Linear((c.width,), ("mlp", "embed"), name="down")(nn.silu(gate) * up)
+        return x, (k, v)
+
+
+class Decoder(nn.Module):
+    """A stack of blocks, scanned over layers, between an embedding and an output head.
+
+    Attributes:
+      config: sizes.
+      dtype: of the computation; parameters keep their own.
+      remat: recompute each layer's activations in the backward pass.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        c = self.config
+        rows = (c.vocab, c.width)
+        # As large as what the blocks add: embeddings of scale 0.02 drown in it and learn nothing.
+        init = init_normal(0.02 if c.tied else 1.0, ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, rows)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.norm = RMSNorm(c.norm_eps)
+        if not c.tied:
+            init = init_normal(1 / np.sqrt(c.width), ("vocab", "embed"))
+            self.untied_head = self.param("head", init, rows)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        past: tuple[KV, ...] = (),
+    ) -> tuple[jax.Array, KV]:
+        """Runs the blocks over embedded tokens.
+
+        Args:
+          x: [*batch, t, e] embeddings.
+          positions: int [*batch, t], or [*batch, t, 3] (time, row, column) with M-RoPE.
+          mask: bool [*batch, t], False for padding.
+          past: ancestors' keys and values; batch axes of each are a prefix of x's.
+
+        Returns:
+          (hidden [*batch, t, e] after the final norm, KV of these tokens).
+        """
+        chex.assert_equal_shape_prefix([x, mask], mask.ndim)
+        x = x.astype(self.dtype)
+        x, (k, v) = self.layers(
+            x,
+            self._angles(positions, mask),
+            attention.causal_mask(mask),
+            tuple((kv.k, kv.v) for kv in past),
+            tuple(kv.mask for kv in past),
+        )
+        return self.norm(x), KV(k, v, mask)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int [*batch, t] -> [*batch, t, e]."""
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+    def head(self) -> jax.Array:
+        """[vocab, e]: the rows whose products with a hidden state are the logits."""
+        return self.embedding if self.config.tied else self.untied_head
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., e] -> float32 [..., vocab]."""
+        head = self.head().astype(self.dtype)
+        return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def everything(self, tokens: jax.Array) -> jax.Array:
+        """Touches every parameter; for initialisation. int [t] -> float32 [t, vocab]."""
+        t = tokens.shape[-1]
+        axes = () if self.config.mrope_section is None else (3,)
+        positions = jnp.zeros((t, *axes), jnp.int32)
+        return self.logits(self(self.embed(tokens), positions, jnp.ones(t, bool))[0])
+
+    def _angles(self, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        c = self.config
+        if c.mrope_section is None:
+            chex.assert_equal_shape([positions, mask])
+            return attention.rope_angles(positions, c.rope_theta, c.head_dim)
+        chex.assert_shape(positions, (*mask.shape, 3))
+        axis = np.repeat(np.arange(3), c.mrope_section)
+        frequencies = attention.rope_frequencies(c.rope_theta, c.head_dim)
+        followed = jnp.take(positions, axis, axis=-1).astype(jnp.float32)
+        return followed * attention.align_right(frequencies, followed.ndim)

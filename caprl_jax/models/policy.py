@@ -1,0 +1,183 @@
+"""The policy: image features and text tokens in one decoder, over the tree image -> captions.
+
+The trunk is an image and its prompt, computed once; branches are captions that attend to it.
+A text-only model (the judge in training) is the same with no vision tower and no images.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax.models.attention import KV
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.vision import Images, VisionTower
+
+Params = dict  # {"decoder": ..., "vision": ... unless text only}
+
+
+@flax.struct.dataclass
+class Prompt:
+    """The trunk's tokens, padded on the right.
+
+    Attributes:
+      tokens: int32 [b, p].
+      mask: bool [b, p].
+      positions: int32 [b, p, 3] with M-RoPE, else [b, p].
+      feature: int32 [b, p], which of the image's features stands at this token; -1 for text.
+      next_position: int32 [b], position of the first token after the prompt.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    positions: jax.Array
+    feature: jax.Array
+    next_position: jax.Array
+
+
+@flax.struct.dataclass
+class Trunk:
+    """What captions need of their image and prompt.
+
+    Attributes:
+      hidden: [b, p, e] of every prompt token.
+      last: [b, e] of the last real one; it predicts a caption's first token.
+      kv: keys and values, batch axes (b,).
+      next_position: int32 [b].
+    """
+
+    hidden: jax.Array
+    last: jax.Array
+    kv: KV
+    next_position: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The modules of a vision-language (or, without a tower, a text) model; holds no arrays."""
+
+    decoder: Decoder
+    vision: VisionTower | None = None
+    freeze_vision: bool = False
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters, boxed with the logical names of their axes."""
+        text_key, vision_key = jax.random.split(key)
+        everything = Decoder.everything
+        tokens = jnp.zeros(1, jnp.int32)
+        params = {"decoder": self.decoder.init(text_key, tokens, method=everything)["params"]}
+        if self.vision is not None:
+            c = self.vision.config
+            m = c.window**2
+            empty = Images(
+                jnp.zeros((1, m, c.patch_dim)), jnp.zeros((1, m, 2), jnp.int32), jnp.ones((1, m), bool)
+            )
+            params["vision"] = self.vision.init(vision_key, empty)["params"]
+        return params
+
+    def positions(self, start: jax.Array, length: int) -> jax.Array:
+        """Text positions start, start + 1, ...: int [*batch] -> [*batch, length(, 3)]."""
+        return text_positions(start, length, self.decoder.config.mrope_section is not None)
+
+    def trunk(
+        self, params: Params, images: Images | None, prompt: Prompt, past: tuple[KV, ...] = ()
+    ) -> Trunk:
+        """Encodes images and prompts once: Images [b, m, ..], Prompt [b, p] -> Trunk.
+
+        `past` holds what stands before the prompt, for the whole batch: batch axes ().
+        """
+        decoder = {"params": params["decoder"]}
+        x = self.decoder.apply(decoder, prompt.tokens, method=Decoder.embed)
+        if images is not None:
+            features = self.vision.apply({"params": params["vision"]}, images)
+            if self.freeze_vision:
+                features = jax.lax.stop_gradient(features)
+            index = jnp.maximum(prompt.feature, 0)[..., None]
+            at_token = jnp.take_along_axis(features.astype(x.dtype), index, axis=1)
+            x = jnp.where(prompt.feature[..., None] >= 0, at_token, x)
+        hidden, kv = self.decoder.apply(decoder, x, prompt.positions, prompt.mask, past)
+        last = jnp.maximum(jnp.sum(prompt.mask, axis=-1) - 1, 0)[:, None, None]
+        last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+        return Trunk(hidden, last, kv, prompt.next_position)
+
+    def branches(
+        self,
+        params: Params,
+        trunk: Trunk,
+        tokens: jax.Array,
+        mask: jax.Array,
+        past: tuple[KV, ...] = (),
+    ) -> jax.Array:
+        """Hidden states that predict every token of every caption.
+
+        Args:
+          params: the policy's.
+          trunk: of the captions' images, batch axes (b,).
+          tokens: int32 [b, g, t], padded on the right.
+          mask: bool [b, g, t].
+          past: what stood before the trunk.
+
+        Returns:
+          [b, g, t, e]; entry i predicts token i, so entry 0 is the trunk's last hidden state.
+        """
+        decoder = {"params": params["decoder"]}
+        b, g, t = tokens.shape
+        x = self.decoder.apply(decoder, tokens[..., :-1], method=Decoder.embed)
+        positions = self.positions(jnp.broadcast_to(trunk.next_position[:, None], (b, g)), t - 1)
+        hidden, _ = self.decoder.apply(decoder, x, positions, mask[..., :-1], (*past, trunk.kv))
+        first = jnp.broadcast_to(trunk.last[:, None, None], (b, g, 1, hidden.shape[-1]))
+        return jnp.concatenate([first, hidden], axis=2)
+
+    def head(self, params: Params) -> jax.Array:
+        """[vocab, e] output rows in the compute dtype."""
+        head = self.decoder.apply({"params": params["decoder"]}, method=Decoder.head)
+        return head.astype(self.decoder.dtype)
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """[..., e] -> float32 [..., vocab]."""
+        return self.decoder.apply({"params": params["decoder"]}, hidden, method=Decoder.logits)
+
+
+def text_positions(start: jax.Array, length: int, mrope: bool) -> jax.Array:
+    """int [*batch] -> int32 [*batch, length], or [*batch, length, 3] with three equal axes."""
+    positions = jnp.broadcast_to(start[..., None], (*start.shape, length))
+    positions = positions + jax.lax.broadcasted_iota(jnp.int32, positions.shape, start.ndim)
+    return jnp.repeat(positions[..., None], 3, axis=-1) if mrope else positions
+
+
+def mrope_positions(
+    tokens: np.ndarray, image_token: int, grid: tuple[int, int], merge: int
+) -> tuple[np.ndarray, int]:
+    """M-RoPE positions of a prompt with at most one image (arXiv 2409.12191, section 2.1).
+
+    Text counts up on all three axes; an image's features share one time and count rows and columns
+    from there; the text after it goes on from the largest position so far, plus one.
+
+    Args:
+      tokens: int [p], without padding.
+      image_token: id of the image placeholder.
+      grid: (rows, columns) of the image in patches.
+      merge: patches on a feature's side.
+
+    Returns:
+      (int32 [p, 3], position of the next token).
+    """
+    at_image = np.flatnonzero(tokens == image_token)
+    if not len(at_image):
+        return np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None], 3, axis=1), len(tokens)
+    rows, columns = grid[0] // merge, grid[1] // merge
+    first, last = at_image[0], at_image[-1]
+    if last - first + 1 != len(at_image) or len(at_image) != rows * columns:
+        raise ValueError(
+            f"prompt has {len(at_image)} image tokens from {first} to {last}, "
+            f"the image has {rows} x {columns} features: they must match, in one run"
+        )
+    row, column = (a.reshape(-1) for a in np.mgrid[:rows, :columns])
+    image = first + np.stack([np.zeros_like(row), row, column], axis=-1)
+    after = first + max(rows, columns)
+    tail = np.arange(after, after + len(tokens) - last - 1)
+    text = [np.repeat(a[:, None], 3, axis=1) for a in (np.arange(first), tail)]
+    positions = np.concatenate([text[0], image, text[1]])
+    return positions.astype(np.int32), int(after + len(tail))

@@ -1,0 +1,226 @@
+"""The vision tower of Qwen2.5-VL, windows as a batch axis (arXiv 2502.13923, section 2.1).
+
+Most layers attend within windows of window_size pixels a side. The host lays patches out window by
+window, each padded to the size of a full one, so that windowed attention is a batched product whose
+cost is linear in the patches; images of unequal size are padded with empty windows.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax.models import attention
+from caprl_jax.models.attention import Segment
+from caprl_jax.models.decoder import Linear, RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower.
+
+    Attributes:
+      patch_dim: values of one patch, channels x frames x patch_size^2.
+      width: embedding size of a patch.
+      layers: number of blocks.
+      heads: attention heads.
+      feed_forward: hidden size of SwiGLU.
+      out_width: embedding size of the decoder.
+      window: patches on a window's side; a multiple of merge.
+      merge: merge x merge patches become one feature.
+      full_layers: indices of the blocks that attend over the whole image.
+      norm_eps: epsilon of RMSNorm.
+    """
+
+    patch_dim: int
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+    out_width: int
+    window: int
+    merge: int
+    full_layers: tuple[int, ...]
+    norm_eps: float = 1e-6
+
+
+@flax.struct.dataclass
+class Images:
+    """A batch of images as patches in window order.
+
+    Attributes:
+      patches: float [b, m, patch_dim], m = windows * window^2.
+      positions: int32 [b, m, 2], row and column of each patch in its image.
+      mask: bool [b, m], False for padding.
+    """
+
+    patches: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+
+
+def windows_of(grid: tuple[int, int], config: VisionConfig) -> int:
+    """How many windows a grid of (rows, columns) patches takes."""
+    rows, columns = grid
+    return -(-rows // config.window) * -(-columns // config.window)
+
+
+def window_order(grid: tuple[int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Where the patches of one image go.
+
+    Patches come from the image processor block by block: the merge x merge patches of a feature
+    are consecutive, features in row-major order. Windows keep each feature's patches together.
+
+    Args:
+      grid: (rows, columns) in patches, multiples of config.merge.
+      config: the tower's sizes.
+
+    Returns:
+      (slot int32 [patches]: index in the padded layout of each patch, in the processor's order;
+       positions int32 [patches, 2]: its row and column).
+    """
+    merge, side = config.merge, config.window // config.merge
+    rows, columns = grid[0] // merge, grid[1] // merge
+    row, column = (a.reshape(-1) for a in np.mgrid[:rows, :columns])
+    window = (row // side) * -(-columns // side) + column // side
+    # Within a window features keep row-major order; the padding comes after them.
+    order = np.argsort(window, kind="stable")
+    starts = np.searchsorted(window[order], window[order])
+    rank = np.empty_like(window)
+    rank[order] = np.arange(len(order)) - starts
+    unit = merge * merge
+    slot = ((window * side * side + rank) * unit)[:, None] + np.arange(unit)
+    inner_row, inner_column = (a.reshape(-1) for a in np.mgrid[:merge, :merge])
+    positions = np.stack(
+        [row[:, None] * merge + inner_row, column[:, None] * merge + inner_column], axis=-1
+    )
+    return slot.reshape(-1).astype(np.int32), positions.reshape(-1, 2).astype(np.int32)
+
+
+def feature_order(grid: tuple[int, int], config: VisionConfig) -> np.ndarray:
+    """int32 [features]: index among the tower's outputs of each feature, in row-major order."""
+    unit = config.merge**2
+    return window_order(grid, config)[0][::unit] // unit
+
+
+def lay_out(
+    patches: np.ndarray, grid: tuple[int, int], config: VisionConfig, max_windows: int
+) -> Images:
+    """Pads one image's patches to a bucket of max_windows windows.
+
+    Args:
+      patches: float32 [patches, patch_dim], as the image processor gives them.
+      grid: (rows, columns) in patches.
+      config: the tower's sizes.
+      max_windows: the bucket.
+
+    Returns:
+      Images without the batch axis, numpy arrays.
+
+    Raises:
+      ValueError: the image is larger than the bucket.
+    """
+    if windows_of(grid, config) > max_windows:
+        raise ValueError(
+            f"image of {grid[0]} x {grid[1]} patches takes {windows_of(grid, config)} windows of "
+            f"{config.window} x {config.window} patches, more than the bucket of {max_windows}: "
+            "raise data.max_windows or lower max_pixels in preprocessor_config.json"
+        )
+    slots = max_windows * config.window**2
+    slot, where = window_order(grid, config)
+    out = np.zeros((slots, patches.shape[-1]), np.float32)
+    positions = np.zeros((slots, 2), np.int32)
+    mask = np.zeros(slots, bool)
+    out[slot], positions[slot], mask[slot] = patches, where, True
+    return Images(out, positions, mask)
+
+
+class VisionBlock(nn.Module):
+    """One pre-norm layer; attends within windows or over the whole image."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x, angles, mask, full):
+        """x [b, m, e], angles [b, m, d/2], mask bool [b, m], full bool [] -> (x, None)."""
+        c = self.config
+        head_dim = c.width // c.heads
+        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        qkv = Linear((3, c.heads, head_dim), ("embed", None, "heads", None), bias=True, name="qkv")
+        q, k, v = jnp.moveaxis(qkv(y), -3, 0)
+        q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+
+        def attend_within(size):
+            def split(a):
+                return a.reshape(a.shape[0], -1, size, *a.shape[2:])
+
+            keys = Segment(split(k), split(v), split(mask)[..., None, :])
+            return attention.attend(split(q), [keys]).reshape(q.shape)
+
+        if len(c.full_layers) == c.layers:
+            y = attend_within(x.shape[1])
+        elif not c.full_layers:
+            y = attend_within(c.window**2)
+        else:
+            sizes = x.shape[1], c.window**2
+            y = jax.lax.cond(full, *(lambda size=size: attend_within(size) for size in sizes))
+        proj = Linear((c.width,), ("heads", None, "embed"), bias=True, inputs=2, name="o")
+        x = x + proj(y)
+        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        gate = Linear((c.feed_forward,), ("embed", "mlp"), bias=True, name="gate")(y)
+        up = Linear((c.feed_forward,), ("embed", "mlp"), bias=True, name="up")(y)
+        down = Linear((c.width,), ("mlp", "embed"), bias=True, name="down")
+        return x + down(nn.silu(gate) * up), None
+
+
+class VisionTower(nn.Module):
+    """Patches in window order -> one feature for each merge x merge block.
+
+    Attributes:
+      config: sizes.
+      dtype: of the computation; parameters keep their own.
+      remat: recompute each layer's activations in the backward pass.
+    """
+
+    config: VisionConfig
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images: Images) -> jax.Array:
+        """Images -> features [b, m / merge^2, out_width], in window order (see feature_order)."""
+        c = self.config
+        chex.assert_shape(images.patches, (*images.mask.shape, c.patch_dim))
+        x = images.patches.astype(self.dtype)
+        x = Linear((c.width,), ("patch", "embed"), name="patch")(x)
+        # Half of the rotated channels follow the row, half the column.
+        angles = attention.rope_angles(images.positions, 10_000.0, c.width // c.heads // 2)
+        angles = angles.reshape(*angles.shape[:-2], -1)
+        block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        full = np.isin(np.arange(c.layers), c.full_layers)
+        x, _ = layers(c, name="blocks")(x, angles, images.mask, full)
+        x = RMSNorm(c.norm_eps, name="merger_norm")(x)
+        width = c.width * c.merge**2
+        x = x.reshape(x.shape[0], -1, width)
+        x = Linear((width,), ("merged", "mlp"), bias=True, name="merger_in")(x)
+        x = nn.gelu(x, approximate=False)
+        return Linear((c.out_width,), ("mlp", "embed"), bias=True, name="merger_out")(x)
+
+
+def batch_images(images: Sequence[Images]) -> Images:
+    """Stacks laid-out images; shapes [m, ..] -> [b, m, ..]."""
+    return jax.tree.map(lambda *a: np.stack(a), *images)

@@ -1,0 +1,167 @@
+"""Sampling captions: one prefill per image, then a group decodes against that one prompt."""
+
+import dataclasses
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from caprl_jax.models.attention import KV
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.policy import Params, Policy, Prompt
+from caprl_jax.models.vision import Images
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How captions are drawn.
+
+    Attributes:
+      max_tokens: length t of the caption's bucket; longer captions are truncated.
+      temperature: of the softmax; 0 is greedy.
+      top_k: only the k most likely tokens compete; 0 is off.
+      top_p: only the smallest set of tokens with this much probability competes; 1 is off.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"{self}: max_tokens is at least 1, temperature and top_k at least 0, top_p in (0, 1]"
+            )
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Captions.
+
+    Attributes:
+      tokens: int32 [b, g, t], 0 after the end.
+      mask: bool [b, g, t], True up to and with the stop token.
+      logp: float32 [b, g, t], log-probability at temperature 1 of the whole vocabulary; 0 outside.
+      sample_logp: float32 [b, g, t], under the distribution that was sampled from.
+      length: int32 [b, g], tokens of the mask.
+      truncated: bool [b, g], no stop token within the bucket.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    logp: jax.Array
+    sample_logp: jax.Array
+    length: jax.Array
+    truncated: jax.Array
+
+
+def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Sets what top-k and then top-p exclude to -inf; [..., vocab] -> [..., vocab]."""
+    vocab = logits.shape[-1]
+    if 0 < top_k < vocab:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def draw(
+    key: jax.Array, logits: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draws a token each.
+
+    Args:
+      key: for the draw.
+      logits: float32 [*batch, vocab].
+      sampling: temperature and filters.
+
+    Returns:
+      [*batch] each: (token int32, log-probability at temperature 1, log-probability as drawn).
+    """
+    chex.assert_type(logits, jnp.float32)
+
+    def at(values, token):
+        return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
+
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    if sampling.temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return token, at(logp, token), jnp.zeros_like(logits[..., 0])
+    filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    token = jax.random.categorical(key, filtered, axis=-1).astype(jnp.int32)
+    drawn = at(jax.nn.log_softmax(filtered, axis=-1), token)
+    return token, at(logp, token), drawn
+
+
+def sample(
+    policy: Policy,
+    params: Params,
+    images: Images,
+    prompt: Prompt,
+    key: jax.Array,
+    group: int,
+    stop: tuple[int, ...],
+    sampling: Sampling,
+) -> Rollout:
+    """Draws `group` captions per image.
+
+    The image and its prompt are read once; the captions' own keys and values are one more segment
+    of the tree. Stops when every caption has met a stop token.
+
+    Args:
+      policy: modules.
+      params: its parameters.
+      images: Images [b, ..].
+      prompt: Prompt [b, p].
+      key: for the draws; token i uses fold_in(key, i).
+      group: g, captions per image.
+      stop: ids that end a caption.
+      sampling: lengths and temperature.
+
+    Returns:
+      Rollout [b, g, t].
+    """
+    trunk = policy.trunk(params, images, prompt)
+    b, t = prompt.tokens.shape[0], sampling.max_tokens
+    variables = {"params": params["decoder"]}
+    c = policy.decoder.config
+    start = jnp.broadcast_to(trunk.next_position[:, None], (b, group))
+    stop_ids = jnp.asarray(stop, jnp.int32)
+
+    def alive(carry):
+        i, done, *_ = carry
+        return (i < t) & ~jnp.all(done)
+
+    def step(carry):
+        i, done, hidden, out, cache = carry
+        logits = policy.logits(params, hidden)
+        token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
+        new = Rollout(token, ~done, logp, drawn, None, None)
+        out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, 0, x)), out, new)
+        done = done | jnp.isin(token, stop_ids)
+        x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
+        one = jnp.ones((b, group, 1), bool)
+        positions = policy.positions(start + i, 1)
+        hidden, kv = policy.decoder.apply(variables, x, positions, one, (trunk.kv, cache))
+        cache = KV(
+            jax.lax.dynamic_update_slice_in_dim(cache.k, kv.k, i, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(cache.v, kv.v, i, axis=3),
+            cache.mask.at[:, :, i].set(True),
+        )
+        return i + 1, done, hidden[..., 0, :], out, cache
+
+    empty = jnp.zeros((c.layers, b, group, t, c.kv_heads, c.head_dim), trunk.kv.k.dtype)
+    cache = KV(empty, empty, jnp.zeros((b, group, t), bool))
+    zeros = jnp.zeros((b, group, t), jnp.float32)
+    out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
+    hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
+    done = jnp.zeros((b, group), bool)
+    _, done, _, out, _ = jax.lax.while_loop(alive, step, (0, done, hidden, out, cache))
+    return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done)

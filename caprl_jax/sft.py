@@ -1,0 +1,86 @@
+"""Supervised training over the tree: weighted next-token loss on a trunk and its branches.
+
+The policy's trunk is an image and its prompt, its branches are captions; the judge's trunk is a
+caption, its branches are questions. A prefix shared by the whole batch (the judge's instruction) is
+read once.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from caprl_jax import logprobs
+from caprl_jax.models.attention import KV
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.policy import Params, Policy, Prompt, text_positions
+from caprl_jax.models.vision import Images
+
+
+@flax.struct.dataclass
+class Examples:
+    """Trees to learn from.
+
+    Attributes:
+      prefix: int32 [s], s may be 0; text that all trunks share and nothing is learned on.
+      images: Images [b, ..], or None.
+      prompt: Prompt [b, p]; the trunk's tokens, positions counted from the prefix's end.
+      prompt_weight: float32 [b, p], the loss's weight of each trunk token.
+      tokens: int32 [b, g, t], the branches' tokens.
+      mask: bool [b, g, t].
+      weight: float32 [b, g, t], the loss's weight of each branch token.
+    """
+
+    prefix: jax.Array
+    images: Images | None
+    prompt: Prompt
+    prompt_weight: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+    weight: jax.Array
+
+
+def _shared(policy: Policy, params: Params, prefix: jax.Array) -> tuple[KV, ...]:
+    if not prefix.shape[0]:
+        return ()
+    variables, s = {"params": params["decoder"]}, prefix.shape[0]
+    x = policy.decoder.apply(variables, prefix, method=Decoder.embed)
+    mrope = policy.decoder.config.mrope_section is not None
+    positions = text_positions(jnp.zeros((), jnp.int32), s, mrope)
+    return (policy.decoder.apply(variables, x, positions, jnp.ones(s, bool))[1],)
+
+
+def losses(
+    policy: Policy, params: Params, examples: Examples
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Summed weighted negative log-likelihood, and (sum, count) metrics.
+
+    Returns:
+      (float32 [] sum of weight * nll in nats, {"loss", "accuracy": (sum, total weight)}).
+    """
+    past = _shared(policy, params, examples.prefix)
+    s = examples.prefix.shape[0]
+    prompt = examples.prompt.replace(
+        positions=examples.prompt.positions + s, next_position=examples.prompt.next_position + s
+    )
+    trunk = policy.trunk(params, examples.images, prompt, past)
+    branch = policy.branches(params, trunk, examples.tokens, examples.mask, past)
+    head = policy.head(params)
+    parts = [
+        (branch, examples.tokens, examples.weight),
+        # The trunk's first token has nothing before it to be predicted from.
+        (trunk.hidden[:, :-1], prompt.tokens[:, 1:], examples.prompt_weight[:, 1:]),
+    ]
+    nll = weight = right = jnp.zeros((), jnp.float32)
+    for hidden, targets, w in parts:
+        logp, _ = logprobs.token_logprobs(hidden, head, targets)
+        nll, weight = nll - jnp.sum(w * logp), weight + jnp.sum(w)
+        # A target of probability over one half is the most likely one.
+        right = right + jnp.sum(w * (logp > jnp.log(0.5)))
+    return nll, {"loss": (nll, weight), "accuracy": (right, weight)}
+
+
+def total_weight(examples: Examples) -> jax.Array:
+    """float32 []: what to divide the summed loss by."""
+    return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight[:, 1:])
+
+

@@ -1,0 +1,307 @@
+"""The one program: rollout -> score -> update. A whole CapRL step is one function to jit."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from caprl_jax import judge, logprobs, policy_gradient, rewards, rollout, sft
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.policy import Params, Policy, Prompt
+from caprl_jax.models.vision import Images
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+
+
+@flax.struct.dataclass
+class State:
+    """What a step changes.
+
+    Attributes:
+      step: int32 [], steps done.
+      params: the policy's.
+      opt_state: optax's.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class Batch:
+    """Images with their prompts and questions.
+
+    Attributes:
+      images: Images [b, ..].
+      prompt: Prompt [b, p].
+      questions: judge.Questions [b, n, ..] or [b, g, n, ..].
+      valid: bool [b], False for images that only fill up an uneven batch.
+    """
+
+    images: Images
+    prompt: Prompt
+    questions: judge.Questions
+    valid: jax.Array
+
+
+@flax.struct.dataclass
+class Frozen:
+    """Parameters that a step reads only.
+
+    Attributes:
+      judge: the judge decoder's.
+      instruction: the judge's prompt.
+      reference: the reference policy's; None without a KL term.
+    """
+
+    judge: Params
+    instruction: judge.Instruction
+    reference: Params | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The constants of a CapRL step; a config's `caprl` section has the same names.
+
+    Attributes:
+      group: g, captions per image.
+      judge_mode: how a verdict scores, see judge.verdicts.
+      judge_temperature: of the letters' softmax.
+      advantage: a name in policy_gradient.ADVANTAGES.
+      clip: of the probability ratio.
+      kl: coefficient of the k3 KL to the reference; 0 holds no reference.
+      updates: optimizer updates per rollout.
+      micro_batches: pieces that a batch's images are cut into for each update's gradients.
+      accuracy_weight: of the judge's accuracy in the reward.
+      length_weight: of the length reward.
+      length_full: tokens up to which the length reward is 1.
+      length_none: tokens from which it is 0.
+    """
+
+    group: int = 8
+    judge_mode: judge.Mode = "expected"
+    judge_temperature: float = 0.6
+    advantage: str = "grpo"
+    clip: float = 0.2
+    kl: float = 0.0
+    updates: int = 1
+    micro_batches: int = 1
+    accuracy_weight: float = 1.0
+    length_weight: float = 0.0
+    length_full: int = 2048
+    length_none: int = 3072
+
+
+@flax.struct.dataclass
+class _Learn:
+    """What the update learns from, images first on every axis."""
+
+    batch: Batch
+    rollout: rollout.Rollout
+    advantages: jax.Array
+    reference_logp: jax.Array | None
+
+
+def reward_terms(
+    settings: Settings, verdicts: judge.Verdicts, captions: rollout.Rollout
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(reward [b, g], named terms [b, g])."""
+    terms = {
+        "accuracy": rewards.accuracy(verdicts),
+        "length": rewards.length(captions.length, settings.length_full, settings.length_none),
+    }
+    weights = {"accuracy": settings.accuracy_weight, "length": settings.length_weight}
+    return rewards.combine(terms, weights), terms
+
+
+def caption_logps(
+    policy: Policy, params: Params, batch: Batch, captions: rollout.Rollout
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities at temperature 1 and entropies of given captions, float32 [b, g, t]."""
+    trunk = policy.trunk(params, batch.images, batch.prompt)
+    hidden = policy.branches(params, trunk, captions.tokens, captions.mask)
+    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens)
+    return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
+
+
+def caption_losses(
+    policy: Policy, settings: Settings, params: Params, learn: _Learn
+) -> tuple[jax.Array, Metrics]:
+    """Loss summed over captions (mean over each caption's tokens), and metrics as (sum, count)."""
+    captions, mask = learn.rollout, learn.rollout.mask
+    logp, entropy = caption_logps(policy, params, learn.batch, captions)
+    adv = jnp.broadcast_to(learn.advantages[..., None], logp.shape)
+    loss = policy_gradient.clipped_loss(logp, captions.logp, adv, settings.clip)
+    real = jnp.broadcast_to(learn.batch.valid[:, None], mask.shape[:2])
+    tokens = mask & real[..., None]
+    count = jnp.sum(tokens)
+
+    def per_token(values):
+        return jnp.sum(jnp.where(tokens, values, 0)), count
+
+    gap = jax.lax.stop_gradient(jnp.abs(logp - captions.logp))
+    clipped = policy_gradient.clipped(logp, captions.logp, adv, settings.clip)
+    metrics = {
+        "entropy": per_token(entropy),
+        "clip_fraction": per_token(clipped),
+        "logp_gap": per_token(gap),
+    }
+    if learn.reference_logp is not None:
+        kl = policy_gradient.k3(logp, learn.reference_logp)
+        loss = loss + settings.kl * kl
+        metrics["kl"] = per_token(jax.lax.stop_gradient(kl))
+    total = jnp.sum(jnp.where(real, policy_gradient.caption_mean(loss, mask), 0))
+    metrics["loss"] = jax.lax.stop_gradient(total), jnp.sum(real)
+    return total, metrics
+
+
+def split(tree: Any, pieces: int) -> Any:
+    """[b, ..] -> [pieces, b / pieces, ..], every piece spread over all devices of the batch."""
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(a.shape[0] // pieces, pieces, *a.shape[1:]), 0, 1), tree
+    )
+
+
+def _gradients(loss, params: Params, data: Any, pieces: int) -> tuple[Params, Metrics]:
+    """Sums float32 gradients and metrics of loss(params, piece) -> (sum, metrics) over pieces."""
+
+    def add(total, piece):
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, piece)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (grads, metrics)), None
+
+    first = jax.eval_shape(jax.grad(loss, has_aux=True), params, jax.tree.map(lambda a: a[0], data))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
+    return jax.lax.scan(add, zeros, data)[0] if pieces else None
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
+) -> tuple[Params, Any, Metrics]:
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    one = jnp.ones((), jnp.float32)
+    metrics = {"grad_norm": (optax.global_norm(grads), one)}
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    state: State,
+    learn: _Learn,
+) -> tuple[State, Metrics]:
+    """settings.updates optimizer updates on one rollout."""
+    captions = jnp.maximum(jnp.sum(learn.batch.valid) * settings.group, 1)
+    pieces = split(learn, settings.micro_batches)
+
+    def loss(params, piece):
+        return caption_losses(policy, settings, params, piece)
+
+    def one(carry, _):
+        params, opt_state = carry
+        grads, metrics = _gradients(loss, params, pieces, settings.micro_batches)
+        grads = jax.tree.map(lambda g: g / captions, grads)
+        params, opt_state, more = _apply(optimizer, params, opt_state, grads)
+        return (params, opt_state), metrics | more
+
+    carry = state.params, state.opt_state
+    (params, opt_state), metrics = jax.lax.scan(one, carry, length=settings.updates)
+    # Before the first update rollout and update have the same parameters: the gap is numerics.
+    gap = jax.tree.map(lambda a: a[0], metrics.pop("logp_gap"))
+    metrics = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics) | {"logp_gap": gap}
+    return State(state.step + 1, params, opt_state), metrics
+
+
+def rollout_metrics(
+    captions: rollout.Rollout, verdicts: judge.Verdicts, reward: jax.Array, valid: jax.Array
+) -> Metrics:
+    """(sum, count) of what a rollout shows; valid bool [b]."""
+    real = jnp.broadcast_to(valid[:, None], reward.shape)
+    asked = verdicts.valid & real[..., None]
+
+    def mean_over(mask, values):
+        return jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask)
+
+    spread = jnp.max(reward, axis=1) - jnp.min(reward, axis=1)
+    return {
+        "reward": mean_over(real, reward),
+        "reward_std": mean_over(valid, jnp.std(reward, axis=1)),
+        "zero_variance_groups": mean_over(valid, spread < 1e-6),
+        "accuracy": mean_over(asked, verdicts.score),
+        "abstain_rate": mean_over(asked, verdicts.abstained),
+        "caption_length": mean_over(real, captions.length),
+        "truncation_rate": mean_over(real, captions.truncated),
+    }
+
+
+def caprl_step(
+    policy: Policy,
+    judge_decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    sampling: rollout.Sampling,
+    stop: tuple[int, ...],
+    state: State,
+    frozen: Frozen,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[State, Metrics]:
+    """One CapRL step; jit it with the first six arguments bound and `state` donated.
+
+    Args:
+      policy: modules.
+      judge_decoder: the judge's module.
+      optimizer: optax's.
+      settings: constants.
+      sampling: of the rollout.
+      stop: ids that end a caption.
+      state: is replaced.
+      frozen: is read.
+      batch: images [b], b a multiple of settings.micro_batches.
+      key: of this step.
+
+    Returns:
+      (new state, metrics as (sum, count)).
+    """
+    sample_key, judge_key = jax.random.split(key)
+    captions = rollout.sample(
+        policy, state.params, batch.images, batch.prompt, sample_key, settings.group, stop, sampling
+    )
+    verdicts = judge.score(
+        judge_decoder, frozen.judge, frozen.instruction, captions.tokens, captions.mask,
+        batch.questions, judge_key, settings.judge_mode, settings.judge_temperature,
+    )  # fmt: skip
+    reward, _ = reward_terms(settings, verdicts, captions)
+    advantages = jax.vmap(policy_gradient.ADVANTAGES[settings.advantage])(reward)
+    reference_logp = None
+    if settings.kl:
+        reference_logp, _ = jax.lax.map(
+            lambda piece: caption_logps(policy, frozen.reference, *piece),
+            split((batch, captions), settings.micro_batches),
+        )
+        reference_logp = jnp.swapaxes(reference_logp, 0, 1).reshape(captions.logp.shape)
+    learn = _Learn(batch, captions, advantages, reference_logp)
+    state, metrics = update(policy, optimizer, settings, state, learn)
+    return state, metrics | rollout_metrics(captions, verdicts, reward, batch.valid)
+
+
+def sft_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    examples: sft.Examples,
+) -> tuple[State, Metrics]:
+    """One supervised update: weighted mean negative log-likelihood over the tree."""
+
+    def loss(params):
+        return sft.losses(policy, params, examples)
+
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    total = jnp.maximum(sft.total_weight(examples), 1e-6)
+    grads = jax.tree.map(lambda g: g / total, grads)
+    params, opt_state, more = _apply(optimizer, state.params, state.opt_state, grads)
+    return State(state.step + 1, params, opt_state), metrics | more

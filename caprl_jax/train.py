@@ -1,0 +1,112 @@
+"""The host loop: next batch, step, log; every so often evaluate and checkpoint; at the end report."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from caprl_jax import metrics, objectives, results
+from caprl_jax.checkpoint import Checkpoints
+from caprl_jax.config import validate
+from caprl_jax.data.pipeline import SetAside
+from caprl_jax.models import hf
+from caprl_jax.objectives import Objective
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains what the config says in workdir, resuming a run that lies there.
+
+    Args:
+      config: as caprl_jax.config.default, every key set.
+      workdir: for metrics, checkpoints, export, summary.json and report.html.
+
+    Returns:
+      The summary.
+
+    Raises:
+      ConfigError, ModelDirectoryError: before anything is compiled.
+    """
+    started = time.time()
+    validate(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
+    set_aside = SetAside(workdir / "set_aside.jsonl")
+    objective = objectives.OBJECTIVES[config.objective](config, set_aside)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    try:
+        before = results.remembered(workdir / "before.json", objective.evaluate, objective.state.params)
+        state = objective.state
+        objective.state = None  # the step donates it
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(checkpoints.latest(), state, objective.data, config)
+            logging.info("resumed after step %d", int(state.step))
+        with metrics.MetricWriter(workdir, int(state.step) or None) as writer:
+            state = loop(config, objective, state, checkpoints, writer)
+            after = objective.evaluate(state.params)
+            writer.write(int(state.step), after[0], prefix="eval/")
+    finally:
+        checkpoints.close()
+        objective.data.close()
+    if config.export:
+        export(workdir, objective, state, int(state.step))
+    return results.finish(config, workdir, objective, before, after, set_aside, time.time() - started)
+
+
+def loop(
+    config: ml_collections.ConfigDict,
+    objective: Objective,
+    state: Any,
+    checkpoints: Checkpoints,
+    writer: metrics.MetricWriter,
+) -> Any:
+    """Steps from state.step to config.steps; returns the last state."""
+    done, every = int(state.step), config.checkpoint.every
+    key = jax.device_put(jax.random.key(config.seed), jax.tree.leaves(state)[0].sharding)
+    with metrics.progress(config.steps, done) as bar:
+        for step in range(done + 1, config.steps + 1):
+            asked = time.time()
+            batch = next(objective.data, None)
+            if batch is None:
+                logging.info("the data ends after %d epochs, at step %d", config.data.epochs, step - 1)
+                break
+            placed = objective.place(batch)
+            waited, began = time.time() - asked, time.time()
+            # What the loop means to move it moves explicitly; anything else is a mistake.
+            with jax.transfer_guard("disallow"):
+                state, measured = objective.step(state, placed, key)
+            if step % config.log_every == 0 or step == config.steps:
+                values = metrics.reduce(jax.device_get(measured))
+                values |= _pace(values, batch, waited, time.time() - began)
+                values["recompiles"] = objective.traces() - 1
+                writer.write(step, values)
+                bar.show(step, values)
+            if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+                writer.write(step, objective.evaluate(state.params)[0], prefix="eval/")
+            if step % every == 0 or step == config.steps:
+                checkpoints.save(step, state, objective.data, config)
+    return state
+
+
+def _pace(values: dict, batch: Any, waited: float, seconds: float) -> dict[str, float]:
+    """Seconds waiting for data and in the step, and the step's tokens per second."""
+    out = {"seconds_data": waited, "seconds_step": seconds}
+    if "caption_length" in values:
+        images, groups = len(batch.valid), values.get("captions", 0)
+        prompt = float(np.sum(batch.prompt.mask)) / images
+        out["tokens_per_second"] = groups * (prompt + values["caption_length"]) / seconds
+    return out
+
+
+def export(workdir: Path, objective: Objective, state: Any, step: int) -> Path:
+    """Writes the trained model as a Hugging Face directory, WORKDIR/export/STEP."""
+    directory = workdir / "export" / str(step)
+    if not directory.exists():
+        hf.save(directory, objective.policy, jax.device_get(state.params), objective.source)
+    logging.info("exported to %s", directory)
+    return directory
+
+

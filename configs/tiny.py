@@ -1,0 +1,25 @@
+"""CapRL on the embedded world: handwritten digits, tiny policy and judge."""
+
+from caprl_jax.config import default
+
+
+def get_config():
+    c = default()
+    c.steps = 60
+    c.sampling.max_tokens = 32
+    c.caprl.group = 8
+    c.caprl.questions = 4
+    c.caprl.updates = 2
+    c.caprl.kl = 0.01
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.warmup_steps = 5
+    c.data.batch = 16
+    c.data.train = 4096
+    c.data.max_windows = 4
+    c.data.max_prompt = 32
+    c.data.max_question = 40
+    c.eval.every = 20
+    c.eval.images = 64
+    c.eval.batch = 32
+    c.checkpoint.every = 20
+    return c

@@ -1,0 +1,31 @@
+"""The embedded world's policy before RL: sees digits well, captions sparsely.
+
+Command:   python -m caprl_jax.main --config=configs/tiny_policy.py \
+               --config.policy.path=DIR/policy     (DIR from python -m caprl_jax.tiny_models)
+"""
+
+from caprl_jax.config import default
+
+
+def get_config():
+    c = default()
+    c.objective = "sft"
+    c.steps = 1500
+    c.log_every = 20
+    c.policy.init = "random"
+    c.data.task = "caption"
+    c.data.batch = 32
+    c.data.train = 8192
+    c.data.max_windows = 4
+    c.data.max_prompt = 32
+    c.data.max_question = 40
+    c.sampling.max_tokens = 32
+    c.sft.max_tokens = 20
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup_steps = 100
+    c.optimizer.b2 = 0.98
+    c.optimizer.weight_decay = 0.1
+    c.eval.every = 500
+    c.eval.images = 128
+    c.checkpoint.every = 500
+    return c
