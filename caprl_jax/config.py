@@ -25,7 +25,9 @@ def default() -> ml_collections.ConfigDict:
     c.export = True  # write the trained model to WORKDIR/export at the end
 
     c.policy = ml_collections.ConfigDict()
-    c.policy.path = "asset:tiny/policy"  # Hugging Face directory; asset: is shipped with the package
+    c.policy.path = (
+        "asset:tiny/policy"  # Hugging Face directory; asset: is shipped with the package
+    )
     c.policy.init = "pretrained"  # or "random": only config.json, tokenizer and processor are read
     c.policy.prompt = "Describe the image in detail."
     c.policy.freeze_vision = False
@@ -151,7 +153,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if get(config, key) <= 0:
             raise ConfigError(f"config.{key}={get(config, key)} must be positive")
     if config.caprl.group < 2 and config.objective == "caprl":
-        raise ConfigError("config.caprl.group=1: advantages compare captions, so it must be 2 or more")
+        raise ConfigError(
+            "config.caprl.group=1: advantages compare captions, so it must be 2 or more"
+        )
     if config.data.batch % config.caprl.micro_batches:
         raise ConfigError(
             f"config.data.batch={config.data.batch} is not a multiple of "

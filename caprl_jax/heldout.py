@@ -131,7 +131,9 @@ class Reader:
             verdicts = jax.device_get(self._read(frozen, *placed))
             for i, caption in enumerate(own):
                 asked = np.flatnonzero(batch.questions.valid[i // group])
-                found = (a[divmod(i, group)][asked].tolist() for a in (verdicts.letter, verdicts.p_truth))
+                found = (
+                    a[divmod(i, group)][asked].tolist() for a in (verdicts.letter, verdicts.p_truth)
+                )
                 out.append(Judged(caption, *found))
         return out
 

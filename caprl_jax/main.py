@@ -1,6 +1,6 @@
 """Trains a captioner by reinforcement learning, or a model for it by supervision.
 
-    python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
+python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
 """
 
 import logging
@@ -31,7 +31,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     logging.getLogger().setLevel(logging.INFO)
     devices = jax.devices()
-    print(f"JAX {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    print(
+        f"JAX {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    )
     workdir = Path(_WORKDIR.value or _fresh_workdir(flags.FLAGS["config"].config_filename))
     print(f"workdir: {workdir}")
     try:

@@ -69,9 +69,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
     shapes = jax.tree.map(lambda a: a.shape, nn.meta.unbox(boxed))
-    return jax.tree.map(
-        sharding, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    return jax.tree.map(sharding, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -148,9 +148,7 @@ def _image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer)
             f"are not whole windows takes some more), or lower max_pixels in "
             f"{directory}/preprocessor_config.json"
         )
-    return ImagePrompt(
-        processor, prompt, vision, config.data.max_windows, config.data.max_prompt
-    )
+    return ImagePrompt(processor, prompt, vision, config.data.max_windows, config.data.max_prompt)
 
 
 def _check_questions(config: ml_collections.ConfigDict, source: Any) -> None:
@@ -302,9 +300,7 @@ def _held_out(config, dataset, inputs, judge_prompt, set_aside) -> HeldOut:
 
 def _writer(config, policy, held, tokenizer, on) -> heldout.Writer:
     sampling = Sampling(**config.sampling)
-    return heldout.Writer(
-        policy, held, tokenizer, on, sampling, config.eval.group, config.seed
-    )
+    return heldout.Writer(policy, held, tokenizer, on, sampling, config.eval.group, config.seed)
 
 
 def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
@@ -317,9 +313,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     dataset = _dataset(config)
     optimizer = _optimizer(config, 1)
     state = initial_state(config, policy, directory, optimizer, on)
-    one, traces = counted(
-        lambda state, batch: step.sft_step(policy, optimizer, state, batch)
-    )
+    one, traces = counted(lambda state, batch: step.sft_step(policy, optimizer, state, batch))
     run_step = _jit_step(one, state, on)
     build = _sft_judge if config.data.task == "judge" else _sft_policy
     make, evaluate, held = build(config, policy, directory, tokenizer, dataset, on, set_aside)

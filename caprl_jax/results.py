@@ -89,9 +89,7 @@ def finish(
     history = metrics.read(workdir)
     steps = max((line["step"] for line in history), default=0)
     listing = set_aside.listing()
-    summary = summarise(
-        before[0], after[0], objective.ceiling, steps, wall_seconds, len(listing)
-    )
+    summary = summarise(before[0], after[0], objective.ceiling, steps, wall_seconds, len(listing))
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     samples = []
     if before[1] and objective.heldout is not None:

@@ -82,5 +82,3 @@ def losses(
 def total_weight(examples: Examples) -> jax.Array:
     """float32 []: what to divide the summed loss by."""
     return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight[:, 1:])
-
-

@@ -38,7 +38,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     objective = objectives.OBJECTIVES[config.objective](config, set_aside)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     try:
-        before = results.remembered(workdir / "before.json", objective.evaluate, objective.state.params)
+        before = results.remembered(
+            workdir / "before.json", objective.evaluate, objective.state.params
+        )
         state = objective.state
         objective.state = None  # the step donates it
         if checkpoints.latest() is not None:
@@ -53,7 +55,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         objective.data.close()
     if config.export:
         export(workdir, objective, state, int(state.step))
-    return results.finish(config, workdir, objective, before, after, set_aside, time.time() - started)
+    return results.finish(
+        config, workdir, objective, before, after, set_aside, time.time() - started
+    )
 
 
 def loop(
@@ -71,7 +75,9 @@ def loop(
             asked = time.time()
             batch = next(objective.data, None)
             if batch is None:
-                logging.info("the data ends after %d epochs, at step %d", config.data.epochs, step - 1)
+                logging.info(
+                    "the data ends after %d epochs, at step %d", config.data.epochs, step - 1
+                )
                 break
             placed = objective.place(batch)
             waited, began = time.time() - asked, time.time()
@@ -108,5 +114,3 @@ def export(workdir: Path, objective: Objective, state: Any, step: int) -> Path:
         hf.save(directory, objective.policy, jax.device_get(state.params), objective.source)
     logging.info("exported to %s", directory)
     return directory
-
-

@@ -94,7 +94,12 @@ def test_gradients_of_every_parameter_equal_naive(world, captions):
 def test_letter_logits_equal_naive(world, captions):
     frozen, batch = world.frozen, world.batch
     found = judge.letter_logits(
-        world.judge, frozen.judge, frozen.instruction, captions.tokens, captions.mask, batch.questions
+        world.judge,
+        frozen.judge,
+        frozen.instruction,
+        captions.tokens,
+        captions.mask,
+        batch.questions,
     )
     variables = {"params": frozen.judge}
     for b, g, n in np.ndindex(found.shape[:3]):
@@ -151,13 +156,16 @@ def test_padding_shifts_nothing(world, captions):
 
 def test_causal(world, captions):
     """No log-probability depends on a later token, nor on another caption of the group."""
+
     def embedded(x):
         decoder = {"params": world.params["decoder"]}
         trunk = world.policy.trunk(world.params, world.batch.images, world.batch.prompt)
         mask = jnp.ones(x.shape[:-1], bool)
         start = jnp.broadcast_to(trunk.next_position[:, None], x.shape[:2])
         positions = world.policy.positions(start, x.shape[2])
-        return world.policy.decoder.apply(decoder, x, positions, mask, (trunk.kv,))[0][1, 1, 4].sum()
+        return world.policy.decoder.apply(decoder, x, positions, mask, (trunk.kv,))[0][
+            1, 1, 4
+        ].sum()
 
     x = jax.random.normal(jax.random.key(0), (4, GROUP, 9, 32))
     reach = np.abs(np.asarray(jax.grad(embedded)(x))).sum(-1)
@@ -167,7 +175,9 @@ def test_causal(world, captions):
 
 
 def test_early_stop_leaves_the_rest_empty(world, captions):
-    length, mask, tokens = (np.asarray(a) for a in (captions.length, captions.mask, captions.tokens))
+    length, mask, tokens = (
+        np.asarray(a) for a in (captions.length, captions.mask, captions.tokens)
+    )
     for b, g in np.ndindex(length.shape):
         n = length[b, g]
         assert mask[b, g, :n].all() and not mask[b, g, n:].any()

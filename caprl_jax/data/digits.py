@@ -49,7 +49,9 @@ def random_facts(
     cells = rng.choice(len(names), count, replace=False)
     inks = rng.choice(len(COLORS) * 10, count, replace=False)
     colors = list(COLORS)
-    return [(names[c], colors[i // 10], int(i % 10)) for c, i in zip(sorted(cells), inks, strict=True)]
+    return [
+        (names[c], colors[i // 10], int(i % 10)) for c, i in zip(sorted(cells), inks, strict=True)
+    ]
 
 
 @functools.cache
@@ -192,7 +194,9 @@ def lookup(text: str, question: Question) -> int | None:
     return question.choices.index(found[0]) if found and found[0] in question.choices else None
 
 
-def scenes(split: str, count: int, grid: tuple[int, int], digits: tuple[int, int]) -> Iterator[Record]:
+def scenes(
+    split: str, count: int, grid: tuple[int, int], digits: tuple[int, int]
+) -> Iterator[Record]:
     """The records of a split, the same on every machine."""
     for i in range(count):
         rng = np.random.default_rng([i, split == "heldout", *grid])

@@ -311,4 +311,6 @@ def text_quiz(
         presented.append([questions.present(q, rng) for q in asked])
         texts.append(digits.caption(stated, count))
     empty = [{"images": None, "prompt": None}] * captions
-    return HeldOut(kept, presented, _batches(task.prompt, presented, empty, batch, max_question)), texts
+    return HeldOut(
+        kept, presented, _batches(task.prompt, presented, empty, batch, max_question)
+    ), texts

@@ -66,7 +66,9 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
     if len(set(texts)) < len(texts):
         raise MalformedRecord(f"{text!r} repeats an option: {texts}")
     if letters.count(answer) != 1:
-        raise MalformedRecord(f"the answer {answer!r} of {text!r} isn't among its options {letters}")
+        raise MalformedRecord(
+            f"the answer {answer!r} of {text!r} isn't among its options {letters}"
+        )
     return Question(text, tuple(texts), letters.index(answer))
 
 
@@ -137,12 +139,15 @@ def builder(
         def _generate_examples(self, make):
             for record in make():
                 questions = [unparse_question(q) for q in record.questions]
-                yield record.id, {
-                    "id": record.id,
-                    "image": record.image,
-                    "questions": json.dumps(questions),
-                    "facts": json.dumps(record.facts),
-                }
+                yield (
+                    record.id,
+                    {
+                        "id": record.id,
+                        "image": record.image,
+                        "questions": json.dumps(questions),
+                        "facts": json.dumps(record.facts),
+                    },
+                )
 
     Records.name = name
     return Records(data_dir=data_dir, file_format="array_record")

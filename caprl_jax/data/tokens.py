@@ -75,7 +75,9 @@ class Tokenizer:
         """Ids of " A", " B", ...: each must be one token."""
         ids = [self.encode(f" {letter}") for letter in LETTERS]
         if any(len(i) != 1 for i in ids):
-            raise ModelDirectoryError("the tokenizer splits the letters ' A' to ' I'; a judge can't")
+            raise ModelDirectoryError(
+                "the tokenizer splits the letters ' A' to ' I'; a judge can't"
+            )
         return [i[0] for i in ids]
 
 

@@ -53,11 +53,15 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise ModelDirectoryError(f"rope type {kind!r} is not supported, only 'default' and 'mrope'")
+        raise ModelDirectoryError(
+            f"rope type {kind!r} is not supported, only 'default' and 'mrope'"
+        )
     if text.get("use_sliding_window"):
         raise ModelDirectoryError("use_sliding_window=true is not supported")
     if text.get("hidden_act", "silu") != "silu":
-        raise ModelDirectoryError(f"hidden_act {text['hidden_act']!r} is not supported, only 'silu'")
+        raise ModelDirectoryError(
+            f"hidden_act {text['hidden_act']!r} is not supported, only 'silu'"
+        )
     multimodal = "vision_config" in config
     try:
         heads = text["num_attention_heads"]

@@ -72,7 +72,9 @@ class Policy:
             c = self.vision.config
             m = c.window**2
             empty = Images(
-                jnp.zeros((1, m, c.patch_dim)), jnp.zeros((1, m, 2), jnp.int32), jnp.ones((1, m), bool)
+                jnp.zeros((1, m, c.patch_dim)),
+                jnp.zeros((1, m, 2), jnp.int32),
+                jnp.ones((1, m), bool),
             )
             params["vision"] = self.vision.init(vision_key, empty)["params"]
         return params

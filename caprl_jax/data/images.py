@@ -1,0 +1,168 @@
+"""Image bytes -> RGB -> the patches that Qwen's vision towers take, as transformers makes them."""
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_MAX_RATIO = 200
+
+
+class UnreadableImage(ValueError):
+    """An image that can't be decoded; the message says why."""
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Encoded bytes -> RGB.
+
+    EXIF orientation is applied, transparency goes onto white, of an animation the first frame
+    counts; Pillow's limit against decompression bombs holds.
+
+    Raises:
+      UnreadableImage: not an image, truncated, or too large to be safe.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        image.load()
+        if image.mode.startswith("I;16") or image.mode == "I":
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        raise UnreadableImage(f"the image can't be decoded: {e}") from e
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size an image is resized to: multiples of factor, within the pixel bounds, same ratio.
+
+    Args:
+      height: in pixels.
+      width: in pixels.
+      factor: side of a feature in pixels, patch_size * merge_size.
+      min_pixels: least area.
+      max_pixels: largest area.
+
+    Returns:
+      (height, width) in pixels.
+
+    Raises:
+      UnreadableImage: one side is more than 200 times the other.
+    """
+    if max(height, width) > _MAX_RATIO * min(height, width):
+        raise UnreadableImage(
+            f"an image of {width} x {height} pixels has one side more than {_MAX_RATIO} times the "
+            "other, which the processor refuses"
+        )
+    rounded = [round(side / factor) * factor for side in (height, width)]
+    if rounded[0] * rounded[1] > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        sides = [max(factor, math.floor(s / shrink / factor) * factor) for s in (height, width)]
+        return sides[0], sides[1]
+    if rounded[0] * rounded[1] < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        sides = [math.ceil(s * grow / factor) * factor for s in (height, width)]
+        return sides[0], sides[1]
+    return rounded[0], rounded[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+    """preprocessor_config.json of a model directory (defaults as Qwen2VLImageProcessor's).
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      merge_size: patches on a feature's side.
+      temporal_patch_size: frames of a patch; an image is repeated to fill them.
+      min_pixels: least area after resizing.
+      max_pixels: largest area after resizing.
+      image_mean: of each channel, on the scale of rescaled pixels.
+      image_std: of each channel.
+      rescale_factor: from uint8.
+      resample: Pillow's filter, 3 is bicubic.
+    """
+
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+    resample: int = 3
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "ImageProcessor":
+        """Reads preprocessor_config.json.
+
+        Raises:
+          ValueError: missing or unreadable, or it leaves out a stage that is done here.
+        """
+        path = Path(directory) / "preprocessor_config.json"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: a policy's directory needs it")
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as e:
+            raise ValueError(f"{path} is not valid JSON: {e}") from e
+        for stage in ("do_resize", "do_rescale", "do_normalize"):
+            if not found.get(stage, True):
+                raise ValueError(f"{path} sets {stage}=false, which is not supported")
+        size = found.get("size") or {}
+        bounds = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        for ours, theirs in bounds.items():
+            if found.get(ours) is None and theirs in size:
+                found[ours] = size[theirs]
+        names = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in found.items() if k in names and v is not None}
+        for key in ("image_mean", "image_std"):
+            if key in values:
+                values[key] = tuple(values[key])
+        return cls(**values)
+
+    @property
+    def factor(self) -> int:
+        """Side of a feature in pixels."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches that an image of this size becomes."""
+        resized = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+        return resized[0] // self.patch_size, resized[1] // self.patch_size
+
+    def __call__(self, image: Image.Image | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """Resizes, normalises and cuts an RGB image.
+
+        Args:
+          image: Pillow RGB, or uint8 [height, width, 3].
+
+        Returns:
+          (float32 [patches, patch_dim], (rows, columns)); the merge_size^2 patches of a feature
+          are consecutive. Equal to Qwen2VLImageProcessorPil to the last bit.
+        """
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        rows, columns = self.grid(image.height, image.width)
+        size = columns * self.patch_size, rows * self.patch_size
+        pixels = np.asarray(image.resize(size, Image.Resampling(self.resample)))
+        # Rescaled in double and normalised in single precision, as transformers does.
+        pixels = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
+        merge, side = self.merge_size, self.patch_size
+        blocks = pixels.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
+        frames = np.repeat(blocks[:, :, :, :, :, None], self.temporal_patch_size, axis=5)
+        return frames.reshape(rows * columns, self.patch_dim), (rows, columns)
