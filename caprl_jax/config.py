@@ -89,7 +89,8 @@ def default() -> ml_collections.ConfigDict:
 
     c.sft = ml_collections.ConfigDict()
     c.sft.max_tokens = 48  # bucket of a branch
-    c.sft.questions = 5  # per caption, for the judge
+    c.sft.questions = 4  # per caption, for the judge: answered by letter
+    c.sft.open_questions = 4  # per caption, for the judge: answered in words
     c.sft.probes = 5  # cells asked per image, for the policy
     c.sft.captions = 3  # per image, for the policy
     c.sft.stated = (0.55, 0.35, 0.1)  # probability of stating 1, 2, .. facts

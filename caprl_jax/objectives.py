@@ -104,7 +104,7 @@ def _optimizer(config: ml_collections.ConfigDict, per_step: int) -> optax.Gradie
 
 
 def counted(function: Callable) -> tuple[Callable, Callable[[], int]]:
-    """(the same function, how often it has been traced): jit traces it once per compiled program."""
+    """(the same function, how often it was traced): jit traces it once per compiled program."""
     traces = 0
 
     @functools.wraps(function)
@@ -204,7 +204,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Reinforcement learning of a captioner with a judge's answers as reward."""
     on, dtype = mesh.make_mesh(config.mesh), compute_dtype(config)
     _check_batch(config, on)
-    options = dict(remat=config.policy.remat, freeze_vision=config.policy.freeze_vision)
+    options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     policy, directory = read_model(config.policy.path, dtype, **options)
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
@@ -307,7 +307,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Supervised training of the embedded world's policy or judge."""
     on, dtype = mesh.make_mesh(config.mesh), compute_dtype(config)
     _check_batch(config, on)
-    options = dict(remat=config.policy.remat, freeze_vision=config.policy.freeze_vision)
+    options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     policy, directory = read_model(config.policy.path, dtype, **options)
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     dataset = _dataset(config)
@@ -367,7 +367,10 @@ def _sft_judge(config, policy, directory, tokenizer, dataset, on, set_aside):
     judge_prompt = JudgePrompt.create(tokenizer, config.judge.prompt)
     instruction = judge_prompt.instruction()
     grid = config.data.rows, config.data.columns
-    task = digits_sft.JudgeTask(grid, tuple(config.data.digits), judge_prompt, config.sft.questions)
+    task = digits_sft.JudgeTask(
+        grid, tuple(config.data.digits), judge_prompt, config.sft.questions,
+        config.sft.open_questions,
+    )  # fmt: skip
     make = pipeline.SftExamples(
         task, tokenizer, None, instruction.tokens, config.data.max_prompt, config.sft.max_tokens
     )

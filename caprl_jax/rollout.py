@@ -32,7 +32,8 @@ class Sampling:
     def __post_init__(self):
         if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"{self}: max_tokens is at least 1, temperature and top_k at least 0, top_p in (0, 1]"
+                f"{self}: max_tokens is at least 1, temperature and top_k at least 0, "
+                "top_p in (0, 1]"
             )
 
 
@@ -144,7 +145,7 @@ def sample(
         logits = policy.logits(params, hidden)
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
         new = Rollout(token, ~done, logp, drawn, None, None)
-        out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, 0, x)), out, new)
+        out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, a[:, :, i], x)), out, new)
         done = done | jnp.isin(token, stop_ids)
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
         one = jnp.ones((b, group, 1), bool)

@@ -166,16 +166,18 @@ def split(tree: Any, pieces: int) -> Any:
     )
 
 
-def _gradients(loss, params: Params, data: Any, pieces: int) -> tuple[Params, Metrics]:
-    """Sums float32 gradients and metrics of loss(params, piece) -> (sum, metrics) over pieces."""
+def _gradients(loss, params: Params, pieces: Any) -> tuple[Params, Metrics]:
+    """Sums float32 gradients and metrics of loss(params, piece) over pieces [p, ..]."""
 
     def add(total, piece):
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, piece)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (grads, metrics)), None
 
-    first = jax.eval_shape(jax.grad(loss, has_aux=True), params, jax.tree.map(lambda a: a[0], data))
+    one = jax.tree.map(lambda a: a[0], pieces)
+    first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
-    return jax.lax.scan(add, zeros, data)[0] if pieces else None
+    (grads, metrics), _ = jax.lax.scan(add, zeros, pieces)
+    return grads, metrics
 
 
 def _apply(
@@ -203,7 +205,7 @@ def update(
 
     def one(carry, _):
         params, opt_state = carry
-        grads, metrics = _gradients(loss, params, pieces, settings.micro_batches)
+        grads, metrics = _gradients(loss, params, pieces)
         grads = jax.tree.map(lambda g: g / captions, grads)
         params, opt_state, more = _apply(optimizer, params, opt_state, grads)
         return (params, opt_state), metrics | more

@@ -2,8 +2,9 @@
 
     python -m caprl_jax.tiny_models --out=DIR
 
-makes DIR/policy and DIR/judge, in Hugging Face format but without weights, for configs/tiny_judge.py
-and configs/tiny_policy.py to train from random initialisation. launch/make_tiny.sh does the whole.
+makes DIR/policy and DIR/judge, in Hugging Face format but without weights, for
+configs/tiny_judge.py and configs/tiny_policy.py to train from random initialisation.
+launch/make_tiny.sh does the whole.
 """
 
 import json

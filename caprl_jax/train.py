@@ -1,4 +1,4 @@
-"""The host loop: next batch, step, log; every so often evaluate and checkpoint; at the end report."""
+"""The host loop: next batch, step, log; at times evaluate and checkpoint; at the end report."""
 
 import logging
 import time
@@ -86,7 +86,7 @@ def loop(
                 state, measured = objective.step(state, placed, key)
             if step % config.log_every == 0 or step == config.steps:
                 values = metrics.reduce(jax.device_get(measured))
-                values |= _pace(values, batch, waited, time.time() - began)
+                values |= _pace(values, batch, config.caprl.group, waited, time.time() - began)
                 values["recompiles"] = objective.traces() - 1
                 writer.write(step, values)
                 bar.show(step, values)
@@ -97,13 +97,12 @@ def loop(
     return state
 
 
-def _pace(values: dict, batch: Any, waited: float, seconds: float) -> dict[str, float]:
-    """Seconds waiting for data and in the step, and the step's tokens per second."""
+def _pace(values: dict, batch: Any, group: int, waited: float, seconds: float) -> dict[str, float]:
+    """Seconds waiting for data and in the step, and caption tokens per second of the step."""
     out = {"seconds_data": waited, "seconds_step": seconds}
     if "caption_length" in values:
-        images, groups = len(batch.valid), values.get("captions", 0)
-        prompt = float(np.sum(batch.prompt.mask)) / images
-        out["tokens_per_second"] = groups * (prompt + values["caption_length"]) / seconds
+        captions = int(np.sum(batch.valid)) * group
+        out["tokens_per_second"] = captions * values["caption_length"] / seconds
     return out
 
 

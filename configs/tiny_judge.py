@@ -17,8 +17,8 @@ def get_config():
     c.data.batch = 24
     c.data.max_prompt = 28
     c.data.max_question = 40
-    c.sft.max_tokens = 40
-    c.sft.questions = 5
+    c.sft.max_tokens = 44
+    c.sft.questions = 4
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 100
     c.optimizer.b2 = 0.98

@@ -1,0 +1,1 @@
+"""Records, tasks and the pipeline that turns them into batches."""

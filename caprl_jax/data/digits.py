@@ -1,8 +1,9 @@
 """The embedded world: real handwritten digits in ink colours on a grid, where all truth is known.
 
 A scene places digits of scikit-learn's load_digits on the cells of a grid. Its captions list facts,
-"digits: northwest red three, center blue seven, total two", and its questions ask for one fact each, so that the
-precision and recall of a caption, and what a perfect judge would answer, can be computed.
+"digits: northwest red three, center blue seven, total two", and its questions ask for one fact
+each, so that the precision and recall of a caption, and what a perfect judge would answer, can be
+computed.
 """
 
 import functools

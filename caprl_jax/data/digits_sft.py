@@ -1,8 +1,8 @@
 """What the embedded world's tiny models learn before RL, as weighted pieces of text.
 
 The judge reads captions with random subsets of a scene's facts, recalls them in other orders, and
-answers questions about them, abstaining where the fact is absent. The policy states what each cell
-holds, and captions its images sparsely: mostly one or two of the digits.
+answers questions about them, in words and by letter, abstaining where the fact is absent. The
+policy states what each cell holds, and captions its images sparsely: mostly one or two digits.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import numpy as np
 
 from caprl_jax.data import digits
 from caprl_jax.data.digits import Fact
-from caprl_jax.data.questions import JudgePrompt, present
-from caprl_jax.data.records import LETTERS, Record
+from caprl_jax.data.questions import ABSTAIN, JudgePrompt, present
+from caprl_jax.data.records import LETTERS, Question, Record
 from caprl_jax.data.tokens import Tokenizer
 
 Piece = tuple[str, float]  # (text, weight of its tokens in the loss)
@@ -80,7 +80,8 @@ class JudgeTask:
       grid: rows and columns.
       digits: least and most digits of a scene.
       prompt: the judge's.
-      questions: per caption.
+      questions: per caption, answered by a letter.
+      open_questions: per caption, answered in words.
       caption_weight: of the caption's own tokens in the loss.
     """
 
@@ -88,6 +89,7 @@ class JudgeTask:
     digits: tuple[int, int]
     prompt: JudgePrompt
     questions: int
+    open_questions: int
     caption_weight: float = 0.1
 
     def scene(self, rng: np.random.Generator) -> tuple[list[Fact], list[Fact], int | None]:
@@ -109,7 +111,7 @@ class JudgeTask:
         asked = digits.questions(facts, self.grid, rng)
         known = [q for q in asked if digits.lookup(caption, q) is not None]
         unknown = [q for q in asked if digits.lookup(caption, q) is None]
-        branches = [self._drill(stated, rng)]
+        branches = [self._drill(stated, rng), self._open(caption, asked, rng)]
         for _ in range(self.questions):
             pool = known if known and (not unknown or rng.random() < 0.6) else unknown
             shown = present(pool[rng.integers(len(pool))], rng)
@@ -117,6 +119,15 @@ class JudgeTask:
             letter = f" {LETTERS[answer]}"
             branches.append(((self.prompt.tail_text(shown), 0.0), (letter, _LETTER_WEIGHT)))
         return ((caption, self.caption_weight),), branches
+
+    def _open(self, caption: str, asked: Sequence[Question], rng: np.random.Generator) -> Pieces:
+        """Questions answered in words, without options: the lookup that a letter then points to."""
+        pieces: list[Piece] = []
+        for i in rng.permutation(len(asked))[: self.open_questions]:
+            found = digits.lookup(caption, asked[i])
+            answer = ABSTAIN if found is None else asked[i].choices[found]
+            pieces += [(f"\n{asked[i].text}", 0.0), (f" {answer}", 1.0)]
+        return pieces
 
     def _drill(self, stated: list[Fact], rng: np.random.Generator) -> Pieces:
         """The caption's facts again in another order: by place, or by colour and digit."""

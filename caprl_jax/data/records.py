@@ -1,4 +1,4 @@
-"""One record of the data: an image and its multiple-choice questions; written once, read by index."""
+"""A record of the data: an image and its multiple-choice questions; written once, read by index."""
 
 import dataclasses
 import json

@@ -41,7 +41,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if model_type not in ("qwen2", "qwen2_5_vl"):
         raise ModelDirectoryError(
-            f"{path} has model_type {model_type!r}; supported are 'qwen2' (Qwen2, Qwen2.5: a judge) "
+            f"{path} has model_type {model_type!r}; supported are 'qwen2' (Qwen2 and 2.5: a judge) "
             "and 'qwen2_5_vl' (Qwen2.5-VL: a policy)"
         )
     return config
@@ -122,7 +122,8 @@ def build(
     text, vision = decoder_config(config), vision_config(config)
     if vision is not None and vision.out_width != text.width:
         raise ModelDirectoryError(
-            f"vision_config.out_hidden_size {vision.out_width} differs from hidden_size {text.width}"
+            f"vision_config.out_hidden_size {vision.out_width} differs from hidden_size "
+            f"{text.width}"
         )
     tower = None if vision is None else VisionTower(vision, dtype, remat)
     return Policy(Decoder(text, dtype, remat), tower, freeze_vision)
