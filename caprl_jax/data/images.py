@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from caprl_jax.models.hf import ModelDirectoryError
+
 _MAX_RATIO = 200
 
 
@@ -105,18 +107,18 @@ class ImageProcessor:
         """Reads preprocessor_config.json.
 
         Raises:
-          ValueError: missing or unreadable, or it leaves out a stage that is done here.
+          ModelDirectoryError: missing or unreadable, or it leaves out a stage that is done here.
         """
         path = Path(directory) / "preprocessor_config.json"
         if not path.is_file():
-            raise ValueError(f"{path} does not exist: a policy's directory needs it")
+            raise ModelDirectoryError(f"{path} does not exist: a policy's directory needs it")
         try:
             found = json.loads(path.read_text())
         except ValueError as e:
-            raise ValueError(f"{path} is not valid JSON: {e}") from e
+            raise ModelDirectoryError(f"{path} is not valid JSON: {e}") from e
         for stage in ("do_resize", "do_rescale", "do_normalize"):
             if not found.get(stage, True):
-                raise ValueError(f"{path} sets {stage}=false, which is not supported")
+                raise ModelDirectoryError(f"{path} sets {stage}=false, which is not supported")
         size = found.get("size") or {}
         bounds = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
         for ours, theirs in bounds.items():
