@@ -9,7 +9,6 @@ import pytest
 
 from caprl_jax import judge, rollout, step
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.policy import text_positions
 
 GROUP, STOP = 3, (5, 7)
 SAMPLING = rollout.Sampling(max_tokens=9)
@@ -28,57 +27,74 @@ def captions(world):
     found = draw(world.params, world.batch, jax.random.key(3))
     # The cases below mean something only if captions end at different places.
     assert len(set(np.asarray(found.length).ravel())) > 2
-    return found
+    return jax.device_get(found)
 
 
-def naive_logps(world, params, image: int, tokens, mask):
-    """One caption by itself: image, prompt and caption in one sequence, no past, all logits."""
-    one = jax.tree.map(lambda a: a[image : image + 1], world.batch)
-    policy, prompt = world.policy, one.prompt
+def sequences(world, captions):
+    """Each caption by itself after its own copy of image and prompt, as one plain sequence.
+
+    Prompts lose their padding; what is left over stands at the end, where causality hides it.
+    """
+    prompt, rows = world.batch.prompt, []
+    bucket, t = prompt.tokens.shape[1], captions.tokens.shape[2]
+    for b, g in np.ndindex(captions.length.shape):
+        p, n = int(prompt.mask[b].sum()), int(captions.length[b, g])
+        after = np.asarray(prompt.next_position[b]) + np.arange(t)
+        row = {
+            "tokens": np.concatenate([prompt.tokens[b, :p], captions.tokens[b, g]]),
+            "feature": np.concatenate([prompt.feature[b, :p], np.full(t, -1)]),
+            "positions": np.concatenate([prompt.positions[b, :p], np.stack([after] * 3, 1)]),
+        }
+        left = bucket - p
+        row = {k: np.pad(a, [(0, left)] + [(0, 0)] * (a.ndim - 1)) for k, a in row.items()}
+        image = jax.tree.map(lambda a, b=b: a[b], world.batch.images)
+        rows.append(row | {"image": image, "start": np.int32(p), "real": np.arange(t) < n})
+    return jax.tree.map(lambda *a: np.stack(a), *rows)
+
+
+def naive_logps(world, params, captions):
+    """Log-probabilities [b, g, t] of one plain forward pass per caption: no past, all logits."""
+    policy = world.policy
     decoder = {"params": params["decoder"]}
-    features = policy.vision.apply({"params": params["vision"]}, one.images)[0]
-    text = policy.decoder.apply(decoder, prompt.tokens[0], method=Decoder.embed)
-    at = jnp.maximum(prompt.feature[0], 0)
-    x = jnp.where((prompt.feature[0] >= 0)[:, None], features[at], text)
-    p = int(np.sum(prompt.mask))  # padding cut off, so nothing is masked but the future
-    t = int(np.sum(mask))
-    caption = policy.decoder.apply(decoder, tokens[:t], method=Decoder.embed)
-    x = jnp.concatenate([x[:p], caption])
-    after = text_positions(prompt.next_position[0], t, True)
-    positions = jnp.concatenate([jnp.asarray(prompt.positions[0, :p]), after])
-    hidden, _ = policy.decoder.apply(decoder, x, positions, jnp.ones(p + t, bool))
-    logp = jax.nn.log_softmax(policy.decoder.apply(decoder, hidden, method=Decoder.logits))
-    return jnp.take_along_axis(logp[p - 1 : p + t - 1], tokens[:t, None], axis=1)[:, 0]
+    t = captions.tokens.shape[2]
+
+    def one(row):
+        images = jax.tree.map(lambda a: a[None], row["image"])
+        features = policy.vision.apply({"params": params["vision"]}, images)[0]
+        text = policy.decoder.apply(decoder, row["tokens"], method=Decoder.embed)
+        at = jnp.maximum(row["feature"], 0)
+        x = jnp.where((row["feature"] >= 0)[:, None], features[at], text)
+        mask = jnp.ones(x.shape[0], bool)
+        hidden, _ = policy.decoder.apply(decoder, x, row["positions"], mask)
+        logp = jax.nn.log_softmax(policy.decoder.apply(decoder, hidden, method=Decoder.logits))
+        predicted = jnp.take_along_axis(logp[:-1], row["tokens"][1:, None], axis=1)[:, 0]
+        found = jax.lax.dynamic_slice_in_dim(predicted, row["start"] - 1, t)
+        return jnp.where(row["real"], found, 0)
+
+    found = jax.vmap(one)(jax.tree.map(jnp.asarray, sequences(world, captions)))
+    return found.reshape(captions.tokens.shape)
 
 
-def test_rollout_logps_equal_naive(world, captions):
+def tree_logps(world, params, captions):
+    return step.caption_logps(world.policy, params, world.batch, captions)[0]
+
+
+def test_rollout_and_update_logps_equal_naive(world, captions):
+    naive = jax.jit(lambda params: naive_logps(world, params, captions))(world.params)
+    updated = jax.jit(lambda params: tree_logps(world, params, captions))(world.params)
     for b, g in np.ndindex(captions.length.shape):
-        naive = naive_logps(world, world.params, b, captions.tokens[b, g], captions.mask[b, g])
-        assert relative(captions.logp[b, g, : len(naive)], naive) <= 1e-5
-
-
-def test_update_logps_equal_naive(world, captions):
-    logp, _ = step.caption_logps(world.policy, world.params, world.batch, captions)
-    for b, g in np.ndindex(captions.length.shape):
-        naive = naive_logps(world, world.params, b, captions.tokens[b, g], captions.mask[b, g])
-        assert relative(logp[b, g, : len(naive)], naive) <= 1e-5
+        n = captions.length[b, g]
+        assert relative(captions.logp[b, g, :n], naive[b, g, :n]) <= 1e-5
+        assert relative(updated[b, g, :n], naive[b, g, :n]) <= 1e-5
 
 
 def test_gradients_of_every_parameter_equal_naive(world, captions):
     weight = np.random.default_rng(0).normal(size=captions.logp.shape).astype(np.float32)
 
-    def tree(params):
-        logp, _ = step.caption_logps(world.policy, params, world.batch, captions)
-        return jnp.sum(jnp.where(captions.mask, weight * logp, 0))
+    def gradients(logps):
+        return jax.jit(jax.grad(lambda params: jnp.sum(weight * logps(world, params, captions))))
 
-    def naive(params):
-        total = 0.0
-        for b, g in np.ndindex(captions.length.shape):
-            logp = naive_logps(world, params, b, captions.tokens[b, g], captions.mask[b, g])
-            total += jnp.sum(weight[b, g, : len(logp)] * logp)
-        return total
-
-    found, expected = jax.jit(jax.grad(tree))(world.params), jax.grad(naive)(world.params)
+    found, expected = gradients(tree_logps)(world.params), gradients(naive_logps)(world.params)
     paths = jax.tree_util.tree_leaves_with_path(expected)
     assert len(paths) > 30
     for (path, want), got in zip(paths, jax.tree.leaves(found), strict=True):
@@ -91,34 +107,49 @@ def test_gradients_of_every_parameter_equal_naive(world, captions):
             assert relative(got, want) <= 1e-5, name
 
 
+def judged(world, captions, questions):
+    return jax.jit(
+        lambda params: judge.letter_logits(
+            world.judge,
+            params,
+            world.frozen.instruction,
+            captions.tokens,
+            captions.mask,
+            questions,
+        )
+    )(world.frozen.judge)
+
+
 def test_letter_logits_equal_naive(world, captions):
-    frozen, batch = world.frozen, world.batch
-    found = judge.letter_logits(
-        world.judge,
-        frozen.judge,
-        frozen.instruction,
-        captions.tokens,
-        captions.mask,
-        batch.questions,
-    )
-    variables = {"params": frozen.judge}
+    """Instruction, caption and question as one plain sequence each, without past or holes."""
+    instruction, questions = world.frozen.instruction, world.batch.questions
+    found, rows, ends = judged(world, captions, questions), [], []
     for b, g, n in np.ndindex(found.shape[:3]):
         caption = np.asarray(captions.tokens[b, g])[np.asarray(captions.mask[b, g])]
-        caption = caption[~np.isin(caption, frozen.instruction.special)]
-        question = batch.questions.tokens[b, n][batch.questions.mask[b, n]]
-        ids = jnp.concatenate([frozen.instruction.tokens, caption, question])
+        caption = caption[~np.isin(caption, instruction.special)]
+        question = questions.tokens[b, n][questions.mask[b, n]]
+        ids = np.concatenate([instruction.tokens, caption, question])
+        rows.append(np.pad(ids, (0, 30 - len(ids))))
+        ends.append(len(ids) - 1)
+
+    def plain(params, ids):
+        variables = {"params": params}
         x = world.judge.apply(variables, ids, method=Decoder.embed)
-        hidden, _ = world.judge.apply(variables, x, jnp.arange(len(ids)), jnp.ones(len(ids), bool))
-        logits = world.judge.apply(variables, hidden[-1], method=Decoder.logits)
-        assert relative(found[b, g, n], logits[frozen.instruction.letters]) <= 1e-5
+        positions = jnp.broadcast_to(jnp.arange(30), ids.shape)
+        hidden, _ = world.judge.apply(variables, x, positions, jnp.ones(ids.shape, bool))
+        return world.judge.apply(variables, hidden, method=Decoder.logits)
+
+    logits = jax.jit(plain)(world.frozen.judge, np.stack(rows))
+    expected = logits[np.arange(len(ends)), ends][:, instruction.letters].reshape(found.shape)
+    for got, want in zip(found.reshape(-1, found.shape[-1]), expected.reshape(-1, found.shape[-1]), strict=True):
+        assert relative(got, want) <= 1e-5
 
 
 def test_questions_of_their_own_equal_shared_ones(world, captions):
     """[b, g, n] questions that repeat an image's set score as the shared [b, n] set does."""
-    args = world.judge, world.frozen.judge, world.frozen.instruction, captions.tokens, captions.mask
-    shared = judge.letter_logits(*args, world.batch.questions)
+    shared = judged(world, captions, world.batch.questions)
     own = jax.tree.map(lambda a: np.repeat(a[:, None], GROUP, axis=1), world.batch.questions)
-    np.testing.assert_allclose(judge.letter_logits(*args, own), shared, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(judged(world, captions, own), shared, rtol=1e-5, atol=1e-6)
 
 
 def test_special_tokens_never_reach_the_judge(world):
@@ -126,9 +157,13 @@ def test_special_tokens_never_reach_the_judge(world):
     plain = np.asarray([[[3, 9, 12, 0, 0]]], np.int32)
     hostile = np.asarray([[[3, 57, 9, 58, 12]]], np.int32)
     one = jax.tree.map(lambda a: a[:1], world.batch.questions)
-    args = world.judge, world.frozen.judge, world.frozen.instruction
-    clean = judge.letter_logits(*args, plain, np.asarray([[[True] * 3 + [False] * 2]]), one)
-    attacked = judge.letter_logits(*args, hostile, np.ones((1, 1, 5), bool), one)
+
+    def logits(tokens, mask):
+        args = world.judge, world.frozen.judge, world.frozen.instruction
+        return jax.jit(lambda t, m: judge.letter_logits(*args, t, m, one))(tokens, mask)
+
+    clean = logits(plain, np.asarray([[[True] * 3 + [False] * 2]]))
+    attacked = logits(hostile, np.ones((1, 1, 5), bool))
     np.testing.assert_allclose(attacked, clean, rtol=1e-5, atol=1e-6)
 
 
@@ -147,9 +182,9 @@ def test_padding_shifts_nothing(world, captions):
         tokens=jnp.pad(captions.tokens, ((0, 0), (0, 0), (0, 4)), constant_values=33),
         mask=jnp.pad(captions.mask, ((0, 0), (0, 0), (0, 4))),
     )
-    plain, _ = step.caption_logps(world.policy, world.params, world.batch, captions)
-    batch = world.batch.replace(prompt=padded)
-    found, _ = step.caption_logps(world.policy, world.params, batch, longer)
+    logps = jax.jit(lambda batch, c: step.caption_logps(world.policy, world.params, batch, c)[0])
+    plain = logps(world.batch, captions)
+    found = logps(world.batch.replace(prompt=padded), longer)
     np.testing.assert_allclose(found[..., :9], plain, rtol=1e-5, atol=1e-6)
     assert not np.any(found[..., 9:])
 
@@ -168,7 +203,7 @@ def test_causal(world, captions):
         ].sum()
 
     x = jax.random.normal(jax.random.key(0), (4, GROUP, 9, 32))
-    reach = np.abs(np.asarray(jax.grad(embedded)(x))).sum(-1)
+    reach = np.abs(np.asarray(jax.jit(jax.grad(embedded))(x))).sum(-1)
     assert np.all(reach[1, 1, :5] > 0)
     reach[1, 1, :5] = 0
     assert not np.any(reach)
@@ -187,9 +222,8 @@ def test_early_stop_leaves_the_rest_empty(world, captions):
 
 def test_greedy_group_is_one_caption(world):
     greedy = dataclasses.replace(SAMPLING, temperature=0.0)
-    found = rollout.sample(
-        world.policy, world.params, world.batch.images, world.batch.prompt, jax.random.key(0),
-        2, STOP, greedy,
-    )  # fmt: skip
+    found = jax.jit(lambda params, batch: rollout.sample(
+        world.policy, params, batch.images, batch.prompt, jax.random.key(0), 2, STOP, greedy
+    ))(world.params, world.batch)  # fmt: skip
     np.testing.assert_array_equal(found.tokens[:, 0], found.tokens[:, 1])
     assert not np.any(found.sample_logp)

@@ -77,10 +77,13 @@ def test_both_naming_schemes_of_the_vision_model_load(vision_pair, tmp_path):
     """Files hold visual.* and model.layers.*, or model.visual.* and model.language_model.*."""
     tensors = safetensors.numpy.load_file(vision_pair.directory / "model.safetensors")
     plain = {hf._canonical(k): v for k, v in tensors.items()}
-    renamed = {
-        (f"model.{k}" if k.startswith("visual.") else k.replace("model.", "model.language_model.")): v
-        for k, v in plain.items()
-    }  # fmt: skip
+
+    def in_memory(name):
+        if name.startswith("visual."):
+            return f"model.{name}"
+        return name.replace("model.", "model.language_model.")
+
+    renamed = {in_memory(k): v for k, v in plain.items()}
     assert not plain.keys() & renamed.keys() - {"lm_head.weight"}
     for scheme, named in (("saved", plain), ("memory", renamed)):
         directory = tmp_path / scheme

@@ -1,4 +1,4 @@
-"""The ladder against transformers in float32: tower, decoder, logits, positions, greedy captions."""
+"""The ladder against transformers, float32: tower, decoder, logits, positions, greedy captions."""
 
 import jax
 import jax.numpy as jnp
