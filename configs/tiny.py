@@ -1,11 +1,13 @@
 """CapRL on the embedded world: handwritten digits, tiny policy and judge."""
 
 from caprl_jax.config import default
+from caprl_jax.data.digits import JUDGE_PROMPT
 
 
 def get_config():
     c = default()
     c.steps = 60
+    c.judge.prompt = JUDGE_PROMPT
     c.sampling.max_tokens = 32
     c.caprl.group = 8
     c.caprl.questions = 4

@@ -1,29 +1,47 @@
 """The embedded world's judge: reads captions, recalls facts, answers questions or abstains.
 
-Command:   python -m caprl_jax.main --config=configs/tiny_judge.py \
+Two runs: `recall` learns to look facts up, from random weights; `letters` then learns to answer by
+letter. Learning comes as phase changes, so don't stop on a plateau.
+
+Command:   python -m caprl_jax.main --config=configs/tiny_judge.py:recall \
                --config.policy.path=DIR/judge      (DIR from python -m caprl_jax.tiny_models)
+           python -m caprl_jax.main --config=configs/tiny_judge.py:letters \
+               --config.policy.path=WORKDIR/export/2000      (of the first run)
 """
 
 from caprl_jax.config import default
+from caprl_jax.data.digits import JUDGE_PROMPT
 
 
-def get_config():
+def get_config(stage="recall"):
     c = default()
     c.objective = "sft"
-    c.steps = 2500
     c.log_every = 20
-    c.policy.init = "random"
+    c.judge.prompt = JUDGE_PROMPT
     c.data.task = "judge"
     c.data.batch = 24
-    c.data.max_prompt = 28
     c.data.max_question = 40
-    c.sft.max_tokens = 44
-    c.sft.questions = 4
-    c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 100
     c.optimizer.b2 = 0.98
     c.optimizer.weight_decay = 0.1
-    c.eval.every = 500
+    c.eval.every = 200
     c.eval.images = 128
     c.checkpoint.every = 500
+    if stage == "recall":
+        c.steps = 2000
+        c.policy.init = "random"
+        c.optimizer.learning_rate = 1e-3
+        # More digits than the captions of the RL run hold: more facts to look up in each.
+        c.data.digits = (2, 8)
+        c.data.max_prompt = 44
+        c.sft.max_tokens = 52
+        c.sft.questions = 1
+    elif stage == "letters":
+        c.steps = 1000
+        c.optimizer.learning_rate = 7e-4
+        c.data.max_prompt = 28
+        c.sft.max_tokens = 44
+        c.sft.questions = 5
+    else:
+        raise ValueError(f"tiny_judge.py:{stage} is neither :recall nor :letters")
     return c

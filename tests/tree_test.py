@@ -141,7 +141,9 @@ def test_letter_logits_equal_naive(world, captions):
 
     logits = jax.jit(plain)(world.frozen.judge, np.stack(rows))
     expected = logits[np.arange(len(ends)), ends][:, instruction.letters].reshape(found.shape)
-    for got, want in zip(found.reshape(-1, found.shape[-1]), expected.reshape(-1, found.shape[-1]), strict=True):
+    for got, want in zip(
+        found.reshape(-1, found.shape[-1]), expected.reshape(-1, found.shape[-1]), strict=True
+    ):
         assert relative(got, want) <= 1e-5
 
 

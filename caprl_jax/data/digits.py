@@ -29,6 +29,8 @@ COLORS = {
 }
 _COMPASS = "northwest north northeast west center east southwest south southeast".split()
 NUMBERS = "zero one two three four five six seven eight nine".split()
+# No instruction: a long text before the caption kept the tiny judge from learning to look up.
+JUDGE_PROMPT = "<caption>\n{caption}\n</caption>\n{question}"
 _HELD_OUT = 300  # digit instances, of 1797, that no training scene shows
 
 Fact = tuple[str, str, int]  # (place, color, digit)

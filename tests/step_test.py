@@ -1,0 +1,156 @@
+"""The step is one program: traced once, nothing called on the host, the same on any mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from caprl_jax import mesh, rollout, step
+from caprl_jax.objectives import counted
+
+from .conftest import make_world
+
+SETTINGS = step.Settings(group=4, kl=0.05, updates=2)
+SAMPLING = rollout.Sampling(max_tokens=6)
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+
+
+def bound(world, settings=SETTINGS):
+    return functools.partial(
+        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, (5, 7)
+    )
+
+
+def start(world):
+    """(state, frozen with another policy as reference)."""
+    state = step.State(jnp.zeros((), jnp.int32), world.params, OPTIMIZER.init(world.params))
+    reference = jax.tree.map(lambda a: a * 0.9, world.params)
+    return state, world.frozen.replace(reference=reference)
+
+
+def moved(world, state):
+    """How far each parameter went."""
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, world.params)
+
+
+def assert_close(found, expected, bound=1e-4):
+    """Relative to the largest update of all; float32 sums in another order differ by ~3e-5."""
+    scale = max(float(np.max(np.abs(b))) for b in jax.tree.leaves(expected))
+    assert scale > 1e-3
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.max(np.abs(a - b)) <= bound * scale
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return make_world(8)
+
+
+@pytest.fixture(scope="module")
+def single(eight):
+    """The step on one device: (state, metrics)."""
+    state, frozen = start(eight)
+    return jax.device_get(jax.jit(bound(eight))(state, frozen, eight.batch, jax.random.key(2)))
+
+
+def same_metrics(found, expected):
+    assert found.keys() == expected.keys()
+    for name, (total, count) in expected.items():
+        assert found[name][1] == count, name
+        np.testing.assert_allclose(found[name][0], total, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_a_step_learns_and_measures(eight, single):
+    state, metrics = single
+    assert state.step == 1
+    assert all(np.any(d) for d in jax.tree.leaves(moved(eight, state)))
+    assert metrics["reward"][1] == 8 * 4 and metrics["accuracy"][1] == 8 * 4 * 3
+    total, count = metrics["logp_gap"]
+    assert count > 100 and total / count < 1e-5  # rollout and update agree before the update
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}])
+def test_sharded_equals_single_device(eight, single, shape):
+    on = mesh.make_mesh(shape)
+    state, frozen = start(eight)
+    boxed = jax.eval_shape(eight.policy.init, jax.random.key(0))
+    shardings = mesh.param_shardings(boxed, on)
+    placed = jax.device_put(state.params, shardings)
+    if shape.get("tensor"):
+        kernel = placed["decoder"]["layers"]["gate"]["kernel"]
+        assert len({str(s.index) for s in kernel.addressable_shards}) > 1
+    state = step.State(
+        jax.device_put(state.step, mesh.replicated(on)), placed, OPTIMIZER.init(placed)
+    )
+    judge_boxed = jax.eval_shape(
+        functools.partial(eight.judge.init, method=type(eight.judge).everything),
+        jax.random.key(0), jnp.zeros(1, jnp.int32),
+    )  # fmt: skip
+    judge_shardings = mesh.param_shardings(judge_boxed, on)["params"]
+    frozen = step.Frozen(
+        jax.device_put(frozen.judge, judge_shardings),
+        jax.device_put(frozen.instruction, mesh.replicated(on)),
+        jax.device_put(frozen.reference, shardings),
+    )
+    batch = mesh.put_batch(eight.batch, on)
+    found, metrics = jax.jit(bound(eight))(state, frozen, batch, jax.random.key(2))
+    same_metrics(jax.device_get(metrics), single[1])
+    assert_close(moved(eight, found), moved(eight, single[0]))
+
+
+def test_micro_batches_equal_the_whole(eight, single):
+    state, frozen = start(eight)
+    settings = dataclasses.replace(SETTINGS, micro_batches=4)
+    found, metrics = jax.jit(bound(eight, settings))(state, frozen, eight.batch, jax.random.key(2))
+    same_metrics(jax.device_get(metrics), single[1])
+    assert_close(moved(eight, found), moved(eight, single[0]))
+
+
+def test_images_that_fill_up_a_batch_change_nothing(eight, single):
+    """Whatever stands in invalid rows, parameters and metrics are those of the valid ones."""
+    valid = np.arange(8) < 5
+    other = make_world(8, seed=9).batch
+    filled = jax.tree.map(
+        lambda a, b: np.where(valid.reshape(-1, *[1] * (a.ndim - 1)), a, b), eight.batch, other
+    )
+    run = jax.jit(bound(eight))
+    results = [
+        run(*start(eight), batch.replace(valid=valid), jax.random.key(2))
+        for batch in (eight.batch, filled)
+    ]
+    assert results[0][1]["reward"][1] == 5 * 4
+    assert_close(*(moved(eight, state) for state, _ in results))
+    same_metrics(*(jax.device_get(metrics) for _, metrics in results))
+    with pytest.raises(AssertionError):  # and the invalid rows did count before
+        assert_close(moved(eight, results[0][0]), moved(eight, single[0]))
+
+
+def test_one_trace_per_bucket(eight):
+    function, traces = counted(bound(eight))
+    run = jax.jit(function, donate_argnums=0)
+    state, frozen = start(eight)
+    state = jax.tree.map(jnp.array, state)  # donation would delete the fixture's parameters
+    for i in range(3):
+        state, _ = run(state, frozen, make_world(8, seed=i).batch, jax.random.key(i))
+    assert traces() == 1 and state.step == 3
+
+
+def test_nothing_is_called_on_the_host(eight):
+    text = str(jax.make_jaxpr(bound(eight))(*start(eight), eight.batch, jax.random.key(0)))
+    assert "while" in text and "scan" in text
+    assert "callback" not in text and "infeed" not in text
+
+
+def test_no_gradient_without_advantage(eight):
+    """A judge that can't tell captions apart moves nothing (without KL)."""
+    settings = dataclasses.replace(SETTINGS, kl=0.0, accuracy_weight=0.0)
+    state, frozen = start(eight)
+    found, metrics = jax.jit(bound(eight, settings))(
+        state, frozen.replace(reference=None), eight.batch, jax.random.key(2)
+    )
+    assert float(metrics["zero_variance_groups"][0]) == 8
+    assert not any(np.any(d) for d in jax.tree.leaves(moved(eight, found)))
