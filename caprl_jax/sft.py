@@ -24,7 +24,8 @@ class Examples:
       prefix: int32 [s], s may be 0; text that all trunks share and nothing is learned on.
       images: Images [b, ..], or None.
       prompt: Prompt [b, p]; the trunk's tokens, positions counted from the prefix's end.
-      prompt_weight: float32 [b, p], the loss's weight of each trunk token.
+      prompt_targets: int32 [b, p], what each trunk token predicts: mostly the next one.
+      prompt_weight: float32 [b, p], the loss's weight of each of these predictions.
       tokens: int32 [b, g, t], the branches' tokens.
       mask: bool [b, g, t].
       weight: float32 [b, g, t], the loss's weight of each branch token.
@@ -33,6 +34,7 @@ class Examples:
     prefix: jax.Array
     images: Images | None
     prompt: Prompt
+    prompt_targets: jax.Array
     prompt_weight: jax.Array
     tokens: jax.Array
     mask: jax.Array
@@ -67,8 +69,7 @@ def losses(
     head = policy.head(params)
     parts = [
         (branch, examples.tokens, examples.weight),
-        # The trunk's first token has nothing before it to be predicted from.
-        (trunk.hidden[:, :-1], prompt.tokens[:, 1:], examples.prompt_weight[:, 1:]),
+        (trunk.hidden, examples.prompt_targets, examples.prompt_weight),
     ]
     nll = weight = right = jnp.zeros((), jnp.float32)
     for hidden, targets, w in parts:
@@ -81,4 +82,4 @@ def losses(
 
 def total_weight(examples: Examples) -> jax.Array:
     """float32 []: what to divide the summed loss by."""
-    return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight[:, 1:])
+    return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight)

@@ -14,7 +14,7 @@ def get_config():
     c.log_every = 20
     c.policy.init = "random"
     c.data.task = "caption"
-    c.data.batch = 32
+    c.data.batch = 24
     c.data.train = 8192
     c.data.max_windows = 4
     c.data.max_prompt = 32

@@ -51,10 +51,16 @@ class PolicyTask:
     stated: tuple[float, ...]
     count: float
 
-    def trunk(self, record: Record, rng: np.random.Generator) -> Pieces:
-        """The policy's trunk is its image and prompt, on which nothing is learned."""
-        del record, rng
-        return ()
+    def cells(self, record: Record, rng: np.random.Generator) -> list[str]:
+        """One word on each cell, in row-major order: its colour or its digit, or " nothing".
+
+        Read off the image's own features, it teaches the tower before any text can ask for a place.
+        """
+        words = {f[0]: (f" {f[1]}", f" {digits.NUMBERS[f[2]]}") for f in record.facts}
+        return [
+            words[place][rng.integers(2)] if place in words else " nothing"
+            for place in digits.places(*self.grid)
+        ]
 
     def branches(self, record: Record, rng: np.random.Generator) -> list[Pieces]:
         """A record's branches."""

@@ -149,10 +149,11 @@ class SftExamples:
         """Builds the tree by rng."""
         if self.inputs is None:
             pieces, branches = self.task.sample(rng)
-            trunk, trunk_weight = self._text_trunk(pieces)
+            trunk, targets, trunk_weight = self._text_trunk(pieces)
         else:
             branches = self.task.branches(record, rng)
-            trunk, trunk_weight = self.inputs(record), np.zeros(self.max_prompt, np.float32)
+            trunk = self.inputs(record)
+            targets, trunk_weight = self._cells(record, rng, trunk["prompt"])
         encoded = [digits_sft.encode(self.tokenizer, b) for b in branches]
         longest = max(len(ids) for ids, _ in encoded)
         if longest > self.max_tokens:
@@ -164,13 +165,22 @@ class SftExamples:
             prefix=np.asarray(self.prefix, np.int32),
             images=trunk.get("images"),
             prompt=trunk["prompt"],
+            prompt_targets=targets,
             prompt_weight=trunk_weight,
             tokens=tokens,
             mask=np.arange(self.max_tokens) < lengths,
             weight=weight,
         )
 
-    def _text_trunk(self, pieces: digits_sft.Pieces) -> tuple[dict[str, Any], np.ndarray]:
+    def _cells(self, record: Record, rng: np.random.Generator, prompt: Prompt):
+        """(targets, weights) at image tokens, where each feature is a cell; else no weights."""
+        targets, weight = np.zeros(self.max_prompt, np.int32), np.zeros(self.max_prompt, np.float32)
+        at, words = np.flatnonzero(prompt.feature >= 0), self.task.cells(record, rng)
+        if len(at) == len(words):
+            targets[at], weight[at] = [self.tokenizer.encode(w)[0] for w in words], 1
+        return targets, weight
+
+    def _text_trunk(self, pieces: digits_sft.Pieces):
         ids, weights = digits_sft.encode(self.tokenizer, pieces)
         if len(ids) > self.max_prompt:
             raise ValueError(f"a caption of {len(ids)} tokens is longer than {self.max_prompt}")
@@ -182,7 +192,8 @@ class SftExamples:
             feature=np.full(self.max_prompt, -1, np.int32),
             next_position=np.int32(len(ids)),
         )
-        return {"prompt": prompt}, pad(weights, self.max_prompt, np.float32)
+        targets = pad(ids[1:], self.max_prompt)
+        return {"prompt": prompt}, targets, pad(weights[1:], self.max_prompt, np.float32)
 
 
 def stack(examples: Sequence[Any]) -> Any:
