@@ -121,37 +121,34 @@ def builder(
       tfds.core.GeneratorBasedBuilder.
     """
     import tensorflow_datasets as tfds  # imported where used: embedding the core doesn't need it
-    from tensorflow_datasets.core import registered
 
     text = tfds.features.Text
     features = {"id": text(), "image": tfds.features.Image(), "questions": text(), "facts": text()}
 
     # Registering would allow one such class in a process, and it is never looked up by name.
-    with registered.skip_registering():
+    class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
 
-        class Records(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version(version)
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
-            def _info(self):
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(features)
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(make) for split, make in splits.items()}
+
+        def _generate_examples(self, make):
+            for record in make():
+                questions = [unparse_question(q) for q in record.questions]
+                yield (
+                    record.id,
+                    {
+                        "id": record.id,
+                        "image": record.image,
+                        "questions": json.dumps(questions),
+                        "facts": json.dumps(record.facts),
+                    },
                 )
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(make) for split, make in splits.items()}
-
-            def _generate_examples(self, make):
-                for record in make():
-                    questions = [unparse_question(q) for q in record.questions]
-                    yield (
-                        record.id,
-                        {
-                            "id": record.id,
-                            "image": record.image,
-                            "questions": json.dumps(questions),
-                            "facts": json.dumps(record.facts),
-                        },
-                    )
 
     Records.name = name
     return Records(data_dir=data_dir, file_format="array_record")
