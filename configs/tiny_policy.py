@@ -10,7 +10,7 @@ from caprl_jax.config import default
 def get_config():
     c = default()
     c.objective = "sft"
-    c.steps = 1500
+    c.steps = 1000
     c.log_every = 20
     c.policy.init = "random"
     c.data.task = "caption"
