@@ -1,6 +1,8 @@
 """Every key that a config may set, its default, and the checks that need nothing else."""
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,22 @@ import ml_collections
 
 from caprl_jax.judge import MODES
 from caprl_jax.policy_gradient import ADVANTAGES
+from caprl_jax.rollout import Sampling
 
 
 class ConfigError(ValueError):
     """A config that can't run; the message names the key and the way out."""
+
+
+@contextlib.contextmanager
+def about(key: str) -> Iterator[None]:
+    """Turns a ValueError into a ConfigError that names the key, or section, it is about."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(f"config.{key}: {e}") from e
 
 
 def default() -> ml_collections.ConfigDict:
@@ -162,6 +176,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.data.batch={config.data.batch} is not a multiple of "
             f"config.caprl.micro_batches={config.caprl.micro_batches}"
         )
+    with about("sampling"):
+        Sampling(**config.sampling)
     if config.caprl.length_none <= config.caprl.length_full:
         raise ConfigError("config.caprl.length_none must be larger than config.caprl.length_full")
 

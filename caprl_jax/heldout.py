@@ -203,3 +203,25 @@ def judged_metrics(data: HeldOut, judged: Sequence[Judged], suffix: str) -> dict
 def true_captions(data: HeldOut) -> list[str]:
     """The complete true caption of every image."""
     return [digits.caption([tuple(f) for f in r.facts], len(r.facts)) for r in data.records]
+
+
+def ceiling(data: HeldOut, reader: Reader, frozen: Frozen) -> float | None:
+    """Accuracy of the judge on complete true captions; None where the truth is unknown."""
+    if not facts_known(data):
+        return None
+    return accuracy(data, reader.read_texts(frozen, true_captions(data)))
+
+
+def evaluate(
+    data: HeldOut, writer: Writer, reader: Reader, params: Any, frozen: Frozen
+) -> tuple[dict[str, float], dict[str, list[Judged]]]:
+    """Greedy and sampled captions of the held-out images and the judge's answers to all questions.
+
+    Returns:
+      (metrics whose names end in _greedy and _sampled, {"greedy", "sampled": judged captions}).
+    """
+    metrics, sets = {}, {}
+    for name in ("greedy", "sampled"):
+        sets[name] = reader.read(frozen, writer.write(params, name == "greedy"))
+        metrics |= judged_metrics(data, sets[name], f"_{name}")
+    return metrics, sets

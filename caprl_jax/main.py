@@ -4,20 +4,38 @@ python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=
 """
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from caprl_jax import train
 from caprl_jax.config import ConfigError
+from caprl_jax.data.records import MalformedRecord
 from caprl_jax.models.hf import ModelDirectoryError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags and reads the config; what can't be is told in one paragraph."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        if _CONFIG.value is None:
+            sys.exit("error: --config is missing: give a file, e.g. --config=configs/tiny.py")
+        return rest
+    except (AttributeError, KeyError) as e:  # how ml_collections tells of an unknown key
+        near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(e.args[0]))
+        what = f"{near[2]!r}: did you mean {near[1]!r}?" if near else str(e.args[0])
+        sys.exit(f"error: an override names no key of the config: {what}")
+    except OSError as e:
+        sys.exit(f"error: the file of --config can't be read: {e}")
 
 
 def _fresh_workdir(config_file: str) -> Path:
@@ -30,6 +48,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     logging.getLogger().setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a checkpoint
     devices = jax.devices()
     print(
         f"JAX {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
@@ -38,10 +57,9 @@ def main(argv: list[str]) -> None:
     print(f"workdir: {workdir}")
     try:
         train.run(_CONFIG.value, workdir)
-    except (ConfigError, ModelDirectoryError) as e:
+    except (ConfigError, ModelDirectoryError, MalformedRecord) as e:
         sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -11,17 +11,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # images lie over both
 
-RULES = (
-    ("embed", "fsdp"),
-    ("vocab", "tensor"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-    ("merged", "fsdp"),
-    ("patch", None),
-    ("norm", None),
-    ("layers", None),
-)
+RULES = {  # logical axis -> mesh axis; None is replicated
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "merged": "fsdp",
+    "patch": None,
+    "norm": None,
+    "layers": None,
+}
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -56,18 +56,21 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
       ValueError: two axes of one parameter on one mesh axis.
     """
 
-    def sharding(spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-        axes = list(spec) + [None] * (len(shape) - len(spec))
-        used = [a for a in axes if a is not None]
+    def sharding(names: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+        names = [*names, *[None] * (len(shape) - len(names))]
+        axes = [None if name is None else RULES[name] for name in names]
+        used = [axis for axis in axes if axis is not None]
         if len(set(used)) < len(used):
-            raise ValueError(f"a parameter of shape {shape} has {used}: one mesh axis twice")
+            raise ValueError(
+                f"a parameter of shape {shape} has {names} on {used}: one mesh axis twice"
+            )
         fits = [
             axis if axis is not None and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*fits))
 
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+    specs = nn.get_partition_spec(boxed)
     shapes = jax.tree.map(lambda a: a.shape, nn.meta.unbox(boxed))
     return jax.tree.map(sharding, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

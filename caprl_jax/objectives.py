@@ -10,22 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from caprl_jax import heldout, mesh, optimizers, step
-from caprl_jax.config import ConfigError, resolve
-from caprl_jax.data import digits, digits_sft, pipeline, records
-from caprl_jax.data.images import ImageProcessor
-from caprl_jax.data.pipeline import HeldOut, ImagePrompt, SetAside
-from caprl_jax.data.questions import JudgePrompt
-from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, check_same_vocabulary
-from caprl_jax.models import hf
+from caprl_jax import heldout, mesh, optimizers, startup, step
+from caprl_jax.config import ConfigError
+from caprl_jax.data import digits_sft, pipeline, records
+from caprl_jax.data.pipeline import HeldOut, SetAside
+from caprl_jax.data.tokens import Tokenizer, check_same_vocabulary
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import Sampling
@@ -60,44 +54,6 @@ class Objective:
     heldout: HeldOut | None = None
 
 
-def compute_dtype(config: ml_collections.ConfigDict) -> Any:
-    """bfloat16 on accelerators and float32 on CPU, unless the config says."""
-    if config.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(config.dtype)
-
-
-def read_model(path: str, dtype: Any, **options) -> tuple[Policy, Path]:
-    """Modules of a model directory, without parameters."""
-    directory = resolve(path)
-    return hf.build(hf.read_config(directory), dtype, **options), directory
-
-
-def load_frozen(policy: Policy, directory: Path, on: Mesh, dtype: Any) -> Any:
-    """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
-    shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
-    return jax.device_put(hf.load_params(directory, policy, dtype), shardings)
-
-
-def initial_state(
-    config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, on: Mesh
-) -> step.State:
-    """Parameters (pretrained or random) and optimizer state, float32, on the mesh."""
-
-    def init(key):
-        params = policy.init(key)
-        return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    key = jax.random.key(config.seed)
-    shardings = mesh.param_shardings(jax.eval_shape(init, key), on)
-    if config.policy.init == "random":
-        return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
-    params = jax.device_put(hf.load_params(directory, policy), shardings.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(on))
-    return step.State(zero, params, opt_state)
-
-
 def _optimizer(config: ml_collections.ConfigDict, per_step: int) -> optax.GradientTransformation:
     updates = config.steps * per_step
     return optimizers.make(config.optimizer, updates, per_step, config.policy.freeze_vision)
@@ -116,66 +72,6 @@ def counted(function: Callable) -> tuple[Callable, Callable[[], int]]:
     return wrapper, lambda: traces
 
 
-def _dataset(config: ml_collections.ConfigDict) -> Any:
-    builder = digits.builder(config.data)
-    builder.download_and_prepare()
-    return builder
-
-
-def _image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) -> ImagePrompt:
-    """Image and prompt buckets, checked against the largest image the processor makes."""
-    processor = ImageProcessor.from_pretrained(directory)
-    vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
-    if processor.patch_dim != vision.patch_dim:
-        raise hf.ModelDirectoryError(
-            f"{directory}: preprocessor_config.json makes patches of {processor.patch_dim} values, "
-            f"config.json's vision tower takes {vision.patch_dim}"
-        )
-    prompt = PolicyPrompt.create(tokenizer, config.policy.prompt, vision, mrope)
-    patches = processor.max_pixels // processor.patch_size**2
-    features = patches // vision.merge**2
-    if prompt.length(features) > config.data.max_prompt:
-        raise ConfigError(
-            f"a prompt takes up to {prompt.length(features)} tokens ({features} of an image of "
-            f"max_pixels), more than config.data.max_prompt={config.data.max_prompt}: raise it to "
-            f"that, or lower max_pixels in {directory}/preprocessor_config.json"
-        )
-    least = -(-patches // vision.window**2)
-    if least > config.data.max_windows:
-        raise ConfigError(
-            f"an image of max_pixels takes at least {least} windows, more than "
-            f"config.data.max_windows={config.data.max_windows}: raise it (an image whose sides "
-            f"are not whole windows takes some more), or lower max_pixels in "
-            f"{directory}/preprocessor_config.json"
-        )
-    return ImagePrompt(processor, prompt, vision, config.data.max_windows, config.data.max_prompt)
-
-
-def _check_questions(config: ml_collections.ConfigDict, source: Any) -> None:
-    """Refuses to start on data that can't give the questions asked for.
-
-    Raises:
-      ConfigError: none of the first records is usable, or one has too few questions.
-    """
-    reasons, usable = [], 0
-    for i in range(min(64, len(source))):
-        try:
-            record = records.parse(source[i])
-        except records.MalformedRecord as e:
-            reasons.append(str(e))
-            continue
-        usable += 1
-        if not config.data.replacement and len(record.questions) < config.caprl.questions:
-            raise ConfigError(
-                f"config.caprl.questions={config.caprl.questions} are to be drawn without "
-                f"replacement, but record {record.id} has {len(record.questions)}: lower it, or "
-                "set config.data.replacement=true"
-            )
-    if not usable:
-        why = reasons[0] if reasons else "there are none"
-        raise ConfigError(f"none of the first records of config.data can be used: {why}")
-
-
 def _iterator(config, source, make, set_aside: SetAside):
     count = jax.process_count()
     return pipeline.train_iterator(
@@ -184,71 +80,41 @@ def _iterator(config, source, make, set_aside: SetAside):
     )  # fmt: skip
 
 
-def _check_batch(config: ml_collections.ConfigDict, on: Mesh) -> None:
-    multiple = mesh.batch_multiple(on)
-    for key in ("data.batch", "eval.batch"):
-        section, name = key.split(".")
-        if config[section][name] % multiple:
-            raise ConfigError(
-                f"config.{key}={config[section][name]} images don't lie evenly on the mesh, whose "
-                f"data and fsdp axes hold {multiple} devices: choose a multiple of {multiple}"
-            )
-    if config.objective == "caprl" and (config.data.batch // config.caprl.micro_batches) % multiple:
-        raise ConfigError(
-            f"config.data.batch={config.data.batch} in config.caprl.micro_batches="
-            f"{config.caprl.micro_batches} pieces doesn't lie evenly on {multiple} devices"
-        )
-
-
 def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Reinforcement learning of a captioner with a judge's answers as reward."""
-    on, dtype = mesh.make_mesh(config.mesh), compute_dtype(config)
-    _check_batch(config, on)
+    on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = read_model(config.policy.path, dtype, **options)
+    policy, directory = startup.read_model(config.policy.path, dtype, **options)
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
-    judge_model, judge_directory = read_model(config.judge.path, dtype)
+    judge_model, judge_directory = startup.read_model(config.judge.path, dtype)
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     judge_tokenizer = Tokenizer.from_pretrained(judge_directory, judge_model.decoder.config.vocab)
     check_same_vocabulary(tokenizer, judge_tokenizer)
-    judge_prompt = JudgePrompt.create(judge_tokenizer, config.judge.prompt)
-    inputs = _image_prompt(config, policy, directory, tokenizer)
-    dataset = _dataset(config)
-    source = records.source(dataset, "train")
-    _check_questions(config, source)
-
-    optimizer = _optimizer(config, config.caprl.updates)
-    state = initial_state(config, policy, directory, optimizer, on)
-    frozen = step.Frozen(
-        load_frozen(judge_model, judge_directory, on, dtype)["decoder"],
-        jax.device_put(judge_prompt.instruction(), mesh.replicated(on)),
-        load_frozen(policy, directory, on, dtype) if config.caprl.kl else None,
-    )
-    sampling = Sampling(**config.sampling)
-    run_step, traces = _caprl_step(
-        config, policy, judge_model.decoder, optimizer, sampling, tokenizer.stop, state, on
-    )
+    judge_prompt = startup.judge_prompt(config, judge_tokenizer)
+    inputs = startup.image_prompt(config, policy, directory, tokenizer)
     make = pipeline.CaprlExamples(
         inputs, judge_prompt, config.caprl.questions, config.data.replacement,
         config.data.shuffle_options, config.caprl.group if config.data.per_caption else 0,
         config.data.max_question,
     )  # fmt: skip
+    dataset = startup.dataset(config)
+    source = records.source(dataset, "train")
+    startup.check_data(config, source, make)
     held = _held_out(config, dataset, inputs, judge_prompt, set_aside)
+
+    optimizer = _optimizer(config, config.caprl.updates)
+    state = startup.initial_state(config, policy, directory, optimizer, on)
+    frozen = step.Frozen(
+        startup.load_frozen(judge_model, judge_directory, on, dtype)["decoder"],
+        jax.device_put(judge_prompt.instruction(), mesh.replicated(on)),
+        startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None,
+    )
+    run_step, traces = _caprl_step(
+        config, policy, judge_model.decoder, optimizer, tokenizer.stop, state, on
+    )
     writer = _writer(config, policy, held, tokenizer, on)
     reader = heldout.Reader(judge_model.decoder, held, judge_tokenizer, on)
-
-    def evaluate(params):
-        metrics, sets = {}, {}
-        for name in ("greedy", "sampled"):
-            sets[name] = reader.read(frozen, writer.write(params, name == "greedy"))
-            metrics |= heldout.judged_metrics(held, sets[name], f"_{name}")
-        return metrics, sets
-
-    ceiling = None
-    if heldout.facts_known(held):
-        complete = reader.read_texts(frozen, heldout.true_captions(held))
-        ceiling = heldout.accuracy(held, complete)
     return Objective(
         policy=policy,
         source=directory,
@@ -257,8 +123,8 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         traces=traces,
         data=_iterator(config, source, make, set_aside),
         place=lambda batch: mesh.put_batch(batch, on),
-        evaluate=evaluate,
-        ceiling=ceiling,
+        evaluate=lambda params: heldout.evaluate(held, writer, reader, params, frozen),
+        ceiling=heldout.ceiling(held, reader, frozen),
         heldout=held,
     )
 
@@ -271,7 +137,8 @@ def _settings(config: ml_collections.ConfigDict) -> step.Settings:
     )
 
 
-def _caprl_step(config, policy, judge_decoder: Decoder, optimizer, sampling, stop, state, on):
+def _caprl_step(config, policy, judge_decoder: Decoder, optimizer, stop, state, on):
+    sampling = Sampling(**config.sampling)
     bound = functools.partial(
         step.caprl_step, policy, judge_decoder, optimizer, _settings(config), sampling, stop
     )
@@ -305,14 +172,13 @@ def _writer(config, policy, held, tokenizer, on) -> heldout.Writer:
 
 def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Supervised training of the embedded world's policy or judge."""
-    on, dtype = mesh.make_mesh(config.mesh), compute_dtype(config)
-    _check_batch(config, on)
+    on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = read_model(config.policy.path, dtype, **options)
+    policy, directory = startup.read_model(config.policy.path, dtype, **options)
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
-    dataset = _dataset(config)
+    dataset = startup.dataset(config)
     optimizer = _optimizer(config, 1)
-    state = initial_state(config, policy, directory, optimizer, on)
+    state = startup.initial_state(config, policy, directory, optimizer, on)
     one, traces = counted(lambda state, batch: step.sft_step(policy, optimizer, state, batch))
     run_step = _jit_step(one, state, on)
     build = _sft_judge if config.data.task == "judge" else _sft_policy
@@ -336,7 +202,7 @@ def _put_examples(batch, on: Mesh):
 
 
 def _sft_policy(config, policy, directory, tokenizer, dataset, on, set_aside):
-    inputs = _image_prompt(config, policy, directory, tokenizer)
+    inputs = startup.image_prompt(config, policy, directory, tokenizer)
     grid = config.data.rows, config.data.columns
     task = digits_sft.PolicyTask(
         grid, config.sft.probes, config.sft.captions, tuple(config.sft.stated), config.sft.count
@@ -345,7 +211,7 @@ def _sft_policy(config, policy, directory, tokenizer, dataset, on, set_aside):
         task, tokenizer, inputs, (), config.data.max_prompt, config.sft.max_tokens
     )
     # Progress is seen in what captions state; no judge is needed for that.
-    judge_prompt = JudgePrompt.create(tokenizer, config.judge.prompt)
+    judge_prompt = startup.judge_prompt(config, tokenizer)
     held = _held_out(config, dataset, inputs, judge_prompt, set_aside)
     writer = _writer(config, policy, held, tokenizer, on)
 
@@ -364,7 +230,7 @@ def _sft_judge(config, policy, directory, tokenizer, dataset, on, set_aside):
     del directory, dataset, set_aside
     if policy.vision is not None:
         raise ConfigError(f"config.policy.path={config.policy.path} is no text-only model")
-    judge_prompt = JudgePrompt.create(tokenizer, config.judge.prompt)
+    judge_prompt = startup.judge_prompt(config, tokenizer)
     instruction = judge_prompt.instruction()
     grid = config.data.rows, config.data.columns
     task = digits_sft.JudgeTask(

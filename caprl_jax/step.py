@@ -185,7 +185,7 @@ def _apply(
 ) -> tuple[Params, Any, Metrics]:
     updates, opt_state = optimizer.update(grads, opt_state, params)
     one = jnp.ones((), jnp.float32)
-    metrics = {"grad_norm": (optax.global_norm(grads), one)}
+    metrics = {"grad_norm": (optax.tree.norm(grads), one)}
     return optax.apply_updates(params, updates), opt_state, metrics
 
 

@@ -49,7 +49,7 @@ def _policy(key):
     text = DecoderConfig(60, 32, 2, 4, 2, 8, 48, 1e4, 1e-6, False, (2, 1, 1))
     vision = VisionConfig(12, 16, 2, 2, 24, 32, 4, 2, (1,))
     policy = Policy(Decoder(text), VisionTower(vision))
-    return policy, nn.meta.unbox(policy.init(key))
+    return policy, nn.meta.unbox(jax.jit(policy.init)(key))
 
 
 def _questions(rng, b, n, q):
@@ -71,8 +71,8 @@ def make_world(images: int = 4, seed: int = 0) -> World:
     params = jax.tree.map(lambda a: a * 1.5 if a.ndim > 2 else a, params)
     text = DecoderConfig(60, 24, 2, 3, 1, 8, 32, 1e4, 1e-6, False)
     decoder = Decoder(text)
-    tokens = jnp.zeros(1, jnp.int32)
-    judge_params = nn.meta.unbox(decoder.init(jax.random.key(1), tokens, method=Decoder.everything))
+    init = jax.jit(lambda key, x: decoder.init(key, x, method=Decoder.everything))
+    judge_params = nn.meta.unbox(init(jax.random.key(1), jnp.zeros(1, jnp.int32)))
     vision, bucket, rows = policy.vision.config, 20, []
     for grid in itertools.islice(itertools.cycle([(4, 6), (2, 2), (8, 4), (6, 4)]), images):
         patches = rng.normal(size=(grid[0] * grid[1], vision.patch_dim)).astype(np.float32)

@@ -275,17 +275,20 @@ def held_out(
 
     def make(record, rng):
         shown = [questions.present(q, rng) for q in record.questions]
+        judge.arrays(shown, len(shown), max_question)  # refuses what is longer than its bucket
         return record, shown, inputs(record)
 
     convert = guarded(make, set_aside)
     for i in range(len(source)):
+        if len(kept) == images:
+            break
         found = convert(source[i], np.random.default_rng(i))
-        if found is not None and len(kept) < images:
+        if found is not None:
             kept.append(found[0])
             presented.append(found[1])
             made.append(found[2])
     if not kept:
-        raise ValueError(f"no held-out record can be used: {set_aside.listing()[:3]}")
+        raise MalformedRecord(f"no held-out record can be used: {set_aside.listing()[:3]}")
     return HeldOut(kept, presented, _batches(judge, presented, made, batch, max_question))
 
 

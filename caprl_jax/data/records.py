@@ -56,6 +56,9 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
         text, choices, answer = raw["question"], raw["choices"], raw["answer"]
     except (KeyError, TypeError) as e:
         raise MalformedRecord(f"a question lacks {e}") from e
+    strings = [text, *choices] if isinstance(choices, list) else [None]
+    if not all(isinstance(s, str) for s in strings):
+        raise MalformedRecord(f"question and choices aren't text and a list of texts: {raw!r:.80}")
     lettered = [_LETTERED.match(c) for c in choices]
     if all(lettered):
         letters, texts = [m[1] for m in lettered], [m[2].strip() for m in lettered]
@@ -83,14 +86,15 @@ def parse(raw: Mapping[str, Any]) -> Record:
         return value.decode() if isinstance(value, bytes) else str(value)
 
     try:
+        identity, image = text(raw["id"]), bytes(raw["image"])
         questions = json.loads(text(raw["questions"]))
         facts = json.loads(text(raw["facts"]))
-    except (KeyError, ValueError) as e:
-        raise MalformedRecord(f"questions or facts can't be read: {e}") from e
+    except (KeyError, TypeError, ValueError) as e:
+        raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
     if not isinstance(questions, list) or not questions:
         raise MalformedRecord("has no questions")
     parsed = tuple(parse_question(q) for q in questions)
-    return Record(text(raw["id"]), bytes(raw["image"]), parsed, facts)
+    return Record(identity, image, parsed, facts)
 
 
 def unparse_question(question: Question) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""What every run does before its first step: read models and data, and refuse what can't run."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from caprl_jax import mesh, step
+from caprl_jax.config import ConfigError, about, resolve
+from caprl_jax.data import digits, pipeline, records
+from caprl_jax.data.images import ImageProcessor
+from caprl_jax.data.pipeline import ImagePrompt
+from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
+from caprl_jax.models import hf
+from caprl_jax.models.policy import Policy
+
+
+def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
+    """The config's mesh over all devices, on which its batches must lie evenly.
+
+    Raises:
+      ConfigError: the mesh doesn't fit the devices, or a batch doesn't fit the mesh.
+    """
+    with about("mesh"):
+        on = mesh.make_mesh(config.mesh)
+    _check_batch(config, on)
+    return on
+
+
+def _check_batch(config: ml_collections.ConfigDict, on: Mesh) -> None:
+    multiple = mesh.batch_multiple(on)
+    for key in ("data.batch", "eval.batch"):
+        section, name = key.split(".")
+        if config[section][name] % multiple:
+            raise ConfigError(
+                f"config.{key}={config[section][name]} images don't lie evenly on the mesh, whose "
+                f"data and fsdp axes hold {multiple} devices: choose a multiple of {multiple}"
+            )
+    if config.objective == "caprl" and (config.data.batch // config.caprl.micro_batches) % multiple:
+        raise ConfigError(
+            f"config.data.batch={config.data.batch} in config.caprl.micro_batches="
+            f"{config.caprl.micro_batches} pieces doesn't lie evenly on {multiple} devices"
+        )
+
+
+def compute_dtype(config: ml_collections.ConfigDict) -> Any:
+    """bfloat16 on accelerators and float32 on CPU, unless the config says."""
+    if config.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.dtype)
+
+
+def read_model(path: str, dtype: Any, **options) -> tuple[Policy, Path]:
+    """Modules of a model directory, without parameters."""
+    directory = resolve(path)
+    return hf.build(hf.read_config(directory), dtype, **options), directory
+
+
+def load_frozen(policy: Policy, directory: Path, on: Mesh, dtype: Any) -> Any:
+    """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
+    shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
+    return jax.device_put(hf.load_params(directory, policy, dtype), shardings)
+
+
+def initial_state(
+    config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, on: Mesh
+) -> step.State:
+    """Parameters (pretrained or random) and optimizer state, float32, on the mesh."""
+
+    def init(key):
+        params = policy.init(key)
+        return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    key = jax.random.key(config.seed)
+    shardings = mesh.param_shardings(jax.eval_shape(init, key), on)
+    if config.policy.init == "random":
+        return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
+    params = jax.device_put(hf.load_params(directory, policy), shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(on))
+    return step.State(zero, params, opt_state)
+
+
+def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> JudgePrompt:
+    """The judge's prompt; a template without its fields is a ConfigError."""
+    with about("judge.prompt"):
+        return JudgePrompt.create(tokenizer, config.judge.prompt)
+
+
+def dataset(config: ml_collections.ConfigDict) -> Any:
+    """The prepared tensorflow-datasets builder of the config's data, written on first use."""
+    builder = digits.builder(config.data)
+    builder.download_and_prepare()
+    return builder
+
+
+def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) -> ImagePrompt:
+    """Image and prompt buckets, checked against the largest image the processor makes."""
+    processor = ImageProcessor.from_pretrained(directory)
+    vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
+    if processor.patch_dim != vision.patch_dim:
+        raise hf.ModelDirectoryError(
+            f"{directory}: preprocessor_config.json makes patches of {processor.patch_dim} values, "
+            f"config.json's vision tower takes {vision.patch_dim}"
+        )
+    prompt = PolicyPrompt.create(tokenizer, config.policy.prompt, vision, mrope)
+    patches = processor.max_pixels // processor.patch_size**2
+    features = patches // vision.merge**2
+    if prompt.length(features) > config.data.max_prompt:
+        raise ConfigError(
+            f"a prompt takes up to {prompt.length(features)} tokens ({features} of an image of "
+            f"max_pixels), more than config.data.max_prompt={config.data.max_prompt}: raise it to "
+            f"that, or lower max_pixels in {directory}/preprocessor_config.json"
+        )
+    least = -(-patches // vision.window**2)
+    if least > config.data.max_windows:
+        raise ConfigError(
+            f"an image of max_pixels takes at least {least} windows, more than "
+            f"config.data.max_windows={config.data.max_windows}: raise it (an image whose sides "
+            f"are not whole windows takes some more), or lower max_pixels in "
+            f"{directory}/preprocessor_config.json"
+        )
+    return ImagePrompt(processor, prompt, vision, config.data.max_windows, config.data.max_prompt)
+
+
+def check_data(config: ml_collections.ConfigDict, source: Any, make: pipeline.MakeExample) -> None:
+    """Makes examples of the first records, so that no run starts on data that can't feed it.
+
+    Raises:
+      ConfigError: none of them can be used, or one has too few questions.
+    """
+    reasons, checked = [], min(64, len(source))
+    for i in range(checked):
+        try:
+            record = records.parse(source[i])
+            _check_questions(config, record)
+            make(record, np.random.default_rng(0))
+        except ConfigError:
+            raise
+        except ValueError as e:  # malformed, unreadable, longer than its bucket
+            reasons.append(str(e))
+    if len(reasons) == checked:
+        why = f"the first: {reasons[0]}" if reasons else "there are none"
+        raise ConfigError(f"none of the first {checked} records of config.data can be used; {why}")
+
+
+def _check_questions(config: ml_collections.ConfigDict, record: records.Record) -> None:
+    if not config.data.replacement and len(record.questions) < config.caprl.questions:
+        raise ConfigError(
+            f"config.caprl.questions={config.caprl.questions} are to be drawn without "
+            f"replacement, but record {record.id} has {len(record.questions)}: lower it, or "
+            "set config.data.replacement=true"
+        )

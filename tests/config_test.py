@@ -1,0 +1,59 @@
+"""What a config is refused for before anything is read."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from caprl_jax import config as config_lib
+from caprl_jax.config import ConfigError, about, resolve, validate
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def changed(**changes):
+    c = config_lib.default()
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "capr"}, "did you mean 'caprl'"),
+        ({"caprl.advantage": "grp0"}, "did you mean 'grpo'"),
+        ({"judge.mode": "argmax"}, "config.judge.mode='argmax' is not one of"),
+        ({"caprl.group": 1}, "must be 2 or more"),
+        ({"sampling.max_tokens": 0}, "config.sampling.max_tokens=0 must be positive"),
+        ({"sampling.top_p": 1.5}, "config.sampling: .*top_p in"),
+        ({"caprl.micro_batches": 3}, "not a multiple"),
+        ({"caprl.length_full": 4000}, "length_none must be larger"),
+    ],
+)
+def test_a_config_that_can_not_run_is_refused_by_name(change, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(changed(**change))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    validate(module.get_config())
+    assert f"--config=configs/{path.name}" in module.__doc__ and "Measured:" in module.__doc__
+
+
+def test_an_unknown_key_can_not_be_set():
+    with pytest.raises(AttributeError, match='Did you mean "group"'):
+        config_lib.default().caprl.gruop = 4
+
+
+def test_errors_name_the_key_they_are_about():
+    with pytest.raises(ConfigError, match=r"config\.mesh: no such mesh"), about("mesh"):
+        raise ValueError("no such mesh")
+
+
+def test_assets_lie_in_the_package():
+    assert (resolve("asset:tiny/policy") / "config.json").is_file()
+    assert resolve("some/dir") == Path("some/dir")

@@ -1,0 +1,78 @@
+"""Chunked log-probabilities equal log_softmax, with gradients, and full logits never exist."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from caprl_jax.logprobs import token_logprobs
+
+B, T, E, V = 2, 7, 16, 53  # a vocabulary that no chunk divides
+
+
+@pytest.fixture(name="arrays")
+def _arrays():
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = 3 * jax.random.normal(keys[0], (B, T, E))
+    head = jax.random.normal(keys[1], (V, E))
+    return hidden, head, jax.random.randint(keys[2], (B, T), 0, V)
+
+
+def plain(hidden, head, targets):
+    logp = jax.nn.log_softmax(hidden @ head.T, axis=-1)
+    entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 53, 8192])
+def test_equal_log_softmax(arrays, chunk):
+    logp, entropy = token_logprobs(*arrays, chunk=chunk)
+    expected = plain(*arrays)
+    np.testing.assert_allclose(logp, expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_equal_log_softmax(arrays):
+    hidden, head, targets = arrays
+    weight = jax.random.normal(jax.random.key(9), (B, T))
+
+    def gradients(function):
+        return jax.grad(lambda *a: jnp.sum(weight * function(*a, targets)[0]), (0, 1))(hidden, head)
+
+    chunked = gradients(lambda *a: token_logprobs(*a, chunk=8))
+    for found, expected in zip(chunked, gradients(plain), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_far_logits_neither_overflow_nor_vanish():
+    """Logits of +-1e4, all in other chunks than the target's."""
+    head = jnp.asarray([[1e4], [0.0], [-1e4], [9999.0]])
+    targets = jnp.asarray([0, 2, 3])
+    logp, entropy = token_logprobs(jnp.ones((3, 1)), head, targets, chunk=1)
+    beside = np.log(1 + np.exp(-1.0))
+    np.testing.assert_allclose(logp, [-beside, -2e4 - beside, -1 - beside], rtol=1e-6)
+    p = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(entropy, -p * np.log(p) - (1 - p) * np.log(1 - p), rtol=1e-3)
+
+
+def largest(jaxpr) -> int:
+    """Elements of the largest array in a program, inner ones included."""
+    sizes = [v.aval.size for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "size")]
+    inner = [x for e in jaxpr.eqns for x in jaxprs_in_params(e.params)]
+    return max(sizes + [largest(x) for x in inner], default=0)
+
+
+def test_no_array_holds_the_logits_of_all_tokens():
+    """Forward and backward: nothing as large as [tokens, vocabulary]."""
+    tokens, vocab, e = 64, 4096, 8
+    hidden, head = jnp.zeros((tokens, e)), jnp.zeros((vocab, e))
+
+    def size(chunk):
+        def loss(hidden, head):
+            return token_logprobs(hidden, head, jnp.zeros(tokens, jnp.int32), chunk)[0].sum()
+
+        return largest(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head).jaxpr)
+
+    assert size(256) <= vocab * e
+    assert size(vocab) >= tokens * vocab  # and the measure does see them
