@@ -1,0 +1,94 @@
+"""Tokenizers of model directories: what is checked, and the policy's prompt."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from caprl_jax.config import resolve
+from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, check_same_vocabulary
+from caprl_jax.models import hf
+from caprl_jax.models.hf import ModelDirectoryError
+
+POLICY, JUDGE = resolve("asset:tiny/policy"), resolve("asset:tiny/judge")
+
+
+def read(directory=POLICY, vocab=512):
+    return Tokenizer.from_pretrained(directory, vocab)
+
+
+def edited(tmp_path, file, change):
+    """A copy of the policy's directory with one JSON file changed."""
+    directory = tmp_path / "model"
+    shutil.copytree(POLICY, directory)
+    content = json.loads((directory / file).read_text())
+    change(content)
+    (directory / file).write_text(json.dumps(content))
+    return directory
+
+
+def test_text_survives_and_special_tokens_are_left_out():
+    tokenizer = read()
+    text = "digits: north red three, total one; Ünïcode too"
+    ids = tokenizer.encode(text)
+    stop = list(tokenizer.stop)
+    assert tokenizer.decode(ids + stop) == text
+    assert len(stop) == 2 and set(stop) <= set(tokenizer.special)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ModelDirectoryError, match="the model's vocabulary has 100 rows"):
+        read(vocab=100)
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path):
+    shutil.copy(POLICY / "config.json", tmp_path)
+    with pytest.raises(ModelDirectoryError, match=str(tmp_path)):
+        read(tmp_path)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(POLICY, directory)
+    (directory / "chat_template.jinja").unlink()
+    with pytest.raises(ModelDirectoryError, match="no chat template"):
+        read(directory)
+
+
+def test_policy_and_judge_must_mean_the_same_by_their_ids(tmp_path):
+    check_same_vocabulary(read(), read(JUDGE))
+
+    def swap(content):
+        vocab = content["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    with pytest.raises(ModelDirectoryError, match=r"'[ab]' is .* for the policy"):
+        check_same_vocabulary(read(), read(edited(tmp_path, "tokenizer.json", swap)))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    vision = hf.build(hf.read_config(POLICY)).vision.config
+    return PolicyPrompt.create(read(), "Describe the image in detail.", vision, True)
+
+
+def test_the_prompt_is_the_chat_templates_with_one_token_for_each_feature(prompt):
+    filled = prompt.fill((6, 4), 40)
+    ids = filled.tokens[filled.mask]
+    features = filled.feature[filled.mask]
+    text = read().inner.decode(ids)
+    assert text == (
+        "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+        "Describe the image in detail.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    np.testing.assert_array_equal(features >= 0, ids == prompt.image_token)
+    assert sorted(features[features >= 0]) == list(range(6))
+    assert len(ids) == prompt.length(6)
+    # Text after the image goes on from the larger side of 3 x 2 features.
+    assert filled.next_position == len(ids) - 6 + 3
+
+
+def test_a_prompt_longer_than_its_bucket_names_the_way_out(prompt):
+    with pytest.raises(ValueError, match=r"raise data.max_prompt from 20"):
+        prompt.fill((6, 6), 20)
