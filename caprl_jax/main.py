@@ -25,6 +25,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: n
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags and reads the config; what can't be is told in one paragraph."""
+    for value in (a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")):
+        if not Path(value.split(":")[0]).is_file():
+            there = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
+            sys.exit(f"error: --config={value} is no file; in configs/ there are: {there}")
     try:
         rest = app.parse_flags_with_usage(argv)
         if _CONFIG.value is None:
@@ -34,8 +38,6 @@ def parse(argv: list[str]) -> list[str]:
         near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(e.args[0]))
         what = f"{near[2]!r}: did you mean {near[1]!r}?" if near else str(e.args[0])
         sys.exit(f"error: an override names no key of the config: {what}")
-    except OSError as e:
-        sys.exit(f"error: the file of --config can't be read: {e}")
 
 
 def _fresh_workdir(config_file: str) -> Path:
