@@ -1,0 +1,122 @@
+"""The shipped tiny models on their own data: the numbers are transformers', end to end."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen2VLImageProcessorPil,
+)
+
+from caprl_jax import config as config_lib
+from caprl_jax import rollout, startup
+from caprl_jax.config import resolve
+from caprl_jax.data import digits
+from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.models import hf
+from caprl_jax.models.decoder import Decoder
+
+POLICY, JUDGE = resolve("asset:tiny/policy"), resolve("asset:tiny/judge")
+PROMPT = "Describe the image in detail."
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Scenes cut to four unequal sizes, as PIL images."""
+    crops = [(0, 0, 84, 84), (0, 0, 84, 56), (0, 28, 56, 84), (28, 0, 84, 60)]
+    found = digits.scenes("heldout", len(crops), (3, 3), (2, 5))
+    return [Image.open(io.BytesIO(r.image)).crop(c) for r, c in zip(found, crops, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def ours(scenes):
+    """(policy, parameters, batched images and prompts, tokenizer)."""
+    c = config_lib.default()
+    c.data.max_windows, c.data.max_prompt = 4, 40
+    policy, directory = startup.read_model(c.policy.path, np.float32)
+    tokenizer = Tokenizer.from_pretrained(directory, 512)
+    inputs = startup.image_prompt(c, policy, directory, tokenizer)
+    rows = []
+    for image in scenes:
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        rows.append(inputs(digits.Record("x", data.getvalue(), ())))
+    batch = jax.tree.map(lambda *a: np.stack(a), *rows)
+    return policy, hf.load_params(directory, policy), batch, tokenizer
+
+
+@pytest.fixture(scope="module")
+def theirs(scenes):
+    """(model, inputs of each image) by transformers alone, text rendered by its tokenizer."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(POLICY).eval().float()
+    processor = Qwen2VLImageProcessorPil.from_pretrained(POLICY)
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    inputs = []
+    for image in scenes:
+        pixels = processor(image, return_tensors="pt")
+        features = int(pixels["image_grid_thw"].prod()) // 4
+        ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * features))["input_ids"]
+        ids = torch.tensor([ids])
+        inputs.append({
+            "input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == model.config.image_token_id).int(), **pixels,
+        })  # fmt: skip
+    return model, inputs
+
+
+def test_policy_logits_equal_transformers(ours, theirs):
+    policy, params, batch, _ = ours
+    model, inputs = theirs
+
+    def logits(params):
+        trunk = policy.trunk(params, batch["images"], batch["prompt"])
+        return policy.logits(params, trunk.hidden)
+
+    found = np.asarray(jax.jit(logits)(params))
+    assert len({i["input_ids"].shape for i in inputs}) >= 3  # of unequal size
+    for row, mask, one in zip(found, batch["prompt"].mask, inputs, strict=True):
+        with torch.no_grad():
+            expected = model(**one).logits[0].numpy()
+        assert np.max(np.abs(row[mask] - expected)) <= 1e-4
+
+
+def test_greedy_captions_equal_generate(ours, theirs):
+    policy, params, batch, tokenizer = ours
+    model, inputs = theirs
+    greedy = rollout.Sampling(max_tokens=24, temperature=0.0)
+    found = jax.jit(lambda params: rollout.sample(
+        policy, params, batch["images"], batch["prompt"], jax.random.key(0), 1, tokenizer.stop,
+        greedy,
+    ))(params)  # fmt: skip
+    for tokens, mask, one in zip(found.tokens[:, 0], found.mask[:, 0], inputs, strict=True):
+        written = model.generate(**one, do_sample=False, max_new_tokens=24)
+        expected = written[0, one["input_ids"].shape[1] :].tolist()
+        assert np.asarray(tokens)[np.asarray(mask)].tolist() == expected
+        assert tokenizer.decode(expected).startswith("digits: ")
+
+
+def test_judge_logits_equal_transformers():
+    model = Qwen2ForCausalLM.from_pretrained(JUDGE).eval().float()
+    judge = hf.build(hf.read_config(JUDGE))
+    params = {"params": hf.load_params(JUDGE, judge)["decoder"]}
+    tokenizer = Tokenizer.from_pretrained(JUDGE, 512)
+    ids = np.asarray([tokenizer.encode("digits: north red three, total one\nWhich digit")])
+    decoder = judge.decoder
+    x = decoder.apply(params, ids, method=Decoder.embed)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    hidden, _ = decoder.apply(params, x, positions, jnp.ones(ids.shape, bool))
+    found = decoder.apply(params, hidden, method=Decoder.logits)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    assert np.max(np.abs(np.asarray(found) - expected)) <= 1e-4
