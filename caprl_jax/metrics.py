@@ -1,5 +1,6 @@
 """Metrics: divided once, written to metrics.jsonl and TensorBoard, shown in a progress bar."""
 
+import contextlib
 import json
 import math
 import sys
@@ -18,6 +19,44 @@ _SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "secon
 def reduce(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     """(sum, count) -> sum / count, as Python floats; what was never counted is left out."""
     return {k: float(s) / float(n) for k, (s, n) in metrics.items() if float(n) != 0}
+
+
+class Pace:
+    """Seconds a step since the last logged one, of which some waited for data.
+
+    Steps run behind the host's back until their metrics are fetched, so only the time between two
+    fetches says how long the steps in between took.
+    """
+
+    def __init__(self):
+        """Starts the clock."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._waited, self._away, self._steps = time.perf_counter(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around fetching the next batch; counts a step."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step: evaluation, checkpoints."""
+        began = time.perf_counter()
+        yield
+        self._away += time.perf_counter() - began
+
+    def lap(self) -> dict[str, float]:
+        """Means since the last lap, {"seconds_data", "seconds_step"}; starts anew."""
+        steps = max(self._steps, 1)
+        total = time.perf_counter() - self._began - self._away
+        out = {"seconds_data": self._waited / steps, "seconds_step": total / steps}
+        self._restart()
+        return out
 
 
 def _parse(path: Path) -> Iterator[dict[str, Any]]:

@@ -67,43 +67,42 @@ def loop(
     checkpoints: Checkpoints,
     writer: metrics.MetricWriter,
 ) -> Any:
-    """Steps from state.step to config.steps; returns the last state."""
-    done, every = int(state.step), config.checkpoint.every
+    """Steps from state.step to config.steps, or to the end of the data; returns the last state."""
+    done = int(state.step)
     key = jax.device_put(jax.random.key(config.seed), jax.tree.leaves(state)[0].sharding)
+    pace = metrics.Pace()
     with metrics.progress(config.steps, done) as bar:
         for step in range(done + 1, config.steps + 1):
-            asked = time.time()
-            batch = next(objective.data, None)
+            with pace.waiting():
+                batch = next(objective.data, None)
+                placed = None if batch is None else objective.place(batch)
             if batch is None:
                 logging.info(
                     "the data ends after %d epochs, at step %d", config.data.epochs, step - 1
                 )
                 break
-            placed = objective.place(batch)
-            waited, began = time.time() - asked, time.time()
             # What the loop means to move it moves explicitly; anything else is a mistake.
             with jax.transfer_guard("disallow"):
                 state, measured = objective.step(state, placed, key)
             if step % config.log_every == 0 or step == config.steps:
-                values = metrics.reduce(jax.device_get(measured))
-                values |= _pace(values, batch, config.caprl.group, waited, time.time() - began)
+                values = metrics.reduce(jax.device_get(measured)) | pace.lap()
                 values["recompiles"] = objective.traces() - 1
+                if "caption_length" in values:
+                    tokens = (
+                        int(np.sum(batch.valid)) * config.caprl.group * values["caption_length"]
+                    )
+                    values["tokens_per_second"] = tokens / values["seconds_step"]
                 writer.write(step, values)
                 bar.show(step, values)
-            if config.eval.every and step % config.eval.every == 0 and step < config.steps:
-                writer.write(step, objective.evaluate(state.params)[0], prefix="eval/")
-            if step % every == 0 or step == config.steps:
-                checkpoints.save(step, state, objective.data, config)
+            with pace.paused():
+                if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+                    writer.write(step, objective.evaluate(state.params)[0], prefix="eval/")
+                if step % config.checkpoint.every == 0:
+                    checkpoints.save(step, state, objective.data, config)
+    last = int(state.step)
+    if last > (checkpoints.latest() or 0):
+        checkpoints.save(last, state, objective.data, config)
     return state
-
-
-def _pace(values: dict, batch: Any, group: int, waited: float, seconds: float) -> dict[str, float]:
-    """Seconds waiting for data and in the step, and caption tokens per second of the step."""
-    out = {"seconds_data": waited, "seconds_step": seconds}
-    if "caption_length" in values:
-        captions = int(np.sum(batch.valid)) * group
-        out["tokens_per_second"] = captions * values["caption_length"] / seconds
-    return out
 
 
 def export(workdir: Path, objective: Objective, state: Any, step: int) -> Path:

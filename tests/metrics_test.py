@@ -1,5 +1,6 @@
 """Metrics survive interruption: no step twice, none lost, nothing that isn't JSON."""
 
+import itertools
 import json
 import math
 
@@ -155,3 +156,19 @@ def test_the_bar_counts_steps_from_where_the_run_resumes(capsys):
     for part in ("6/10", "reward=0.512", "length=17", "s/step=2.5", "left"):
         assert part in shown
     assert "kl" not in shown
+
+
+def test_pace_spreads_the_time_over_the_steps_since_the_last_lap(monkeypatch):
+    """A clock that each reading moves by one second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(ticks)))
+    pace = metrics.Pace()  # 0
+    for _ in range(2):
+        with pace.waiting():  # 1 to 2, 3 to 4
+            pass
+    with pace.paused():  # 5 to 6
+        pass
+    assert pace.lap() == {"seconds_data": 1.0, "seconds_step": (7 - 1) / 2}
+    with pace.waiting():  # 9 to 10, after the lap's restart at 8
+        pass
+    assert pace.lap() == {"seconds_data": 1.0, "seconds_step": 3.0}

@@ -1,5 +1,7 @@
 """A whole run through train.run on the shipped tiny models, a few steps long."""
 
+import dataclasses
+import html
 import json
 
 import jax
@@ -9,7 +11,8 @@ import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import train
-from caprl_jax.config import ConfigError, validate
+from caprl_jax.config import ConfigError
+from caprl_jax.data import digits
 from caprl_jax.data.digits import JUDGE_PROMPT
 from caprl_jax.models import hf
 
@@ -55,15 +58,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         train.run(tiny(tmp_path, **constant, **{"caprl.group": 4}), parts)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"objective": "capr"}, "did you mean 'caprl'"),
-        ({"caprl.group": 1}, "must be 2 or more"),
-        ({"sampling.max_tokens": 0}, "must be positive"),
-        ({"caprl.micro_batches": 3}, "not a multiple"),
-    ],
-)
-def test_a_config_that_can_not_run_is_refused_by_name(tmp_path, change, message):
-    with pytest.raises(ConfigError, match=message):
-        validate(tiny(tmp_path, **change))
+def test_a_run_ends_with_its_data_and_counts_what_it_set_aside(tmp_path, monkeypatch):
+    """Two epochs of 16 records, three of them damaged, in batches of 8: 13 + 13 images, 4 steps."""
+    whole = digits.scenes
+
+    def damaged(split, *rest):
+        for i, record in enumerate(whole(split, *rest)):
+            hurt = split == "train" and i % 6 == 2
+            yield dataclasses.replace(record, image=record.image[:99]) if hurt else record
+
+    monkeypatch.setattr(digits, "scenes", damaged)
+    c = tiny(tmp_path, steps=9, **{"data.epochs": 2, "caprl.kl": 0.0, "checkpoint.every": 100})
+    summary = train.run(c, tmp_path / "run")
+    assert summary["steps"] == 4 and summary["records_set_aside"] == 3
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [round(x["seconds_step"]) >= 0 for x in lines] == [True] * 4
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "train-00002" in report and "can't be decoded" in html.unescape(report)
+    assert exported(tmp_path / "run", 4)
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+def test_starting_a_finished_run_again_changes_nothing(tmp_path):
+    """A second start of a finished run trains nothing, and tells the same figures."""
+    first = train.run(tiny(tmp_path, steps=1), tmp_path / "run")
+    again = train.run(tiny(tmp_path, steps=1), tmp_path / "run")
+    clock = "wall_seconds"
+    assert {k: v for k, v in again.items() if k != clock} == {
+        k: v for k, v in first.items() if k != clock
+    }
