@@ -102,12 +102,15 @@ class JudgeTask:
         """(facts, those that the caption states in its order, the count if it states that).
 
         Scenes are new each time, not the record's: text is all that the judge sees, and it must not
-        know by heart what a caption leaves out.
+        know by heart what a caption leaves out. A fifth of the captions say a fact twice, as a
+        policy in training does.
         """
         facts = digits.random_facts(rng, self.grid, self.digits)
         kept = rng.permutation(len(facts))[: rng.integers(0, len(facts) + 1)]
         if rng.random() < 0.3:
             kept = np.sort(rng.permutation(len(facts)))
+        if len(kept) and rng.random() < 0.2:
+            kept = np.insert(kept, rng.integers(1, len(kept) + 1), kept[0])
         return facts, [facts[i] for i in kept], len(facts) if rng.random() < 0.5 else None
 
     def sample(self, rng: np.random.Generator) -> tuple[Pieces, list[Pieces]]:
