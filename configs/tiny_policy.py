@@ -2,6 +2,8 @@
 
 Command:   python -m caprl_jax.main --config=configs/tiny_policy.py \
                --config.policy.path=DIR/policy     (DIR from python -m caprl_jax.tiny_models)
+Measured:  one CPU core, 2000 steps, seed 0, 21 min: of what held-out greedy captions state 98.4% is
+           true, and they state 42% of what there is (sampled: 96.6% and 35%). It is what ships.
 """
 
 from caprl_jax.config import default
@@ -10,7 +12,7 @@ from caprl_jax.config import default
 def get_config():
     c = default()
     c.objective = "sft"
-    c.steps = 1000
+    c.steps = 2000
     c.log_every = 20
     c.policy.init = "random"
     c.data.task = "caption"

@@ -14,7 +14,7 @@ B, T, E, V = 2, 7, 16, 53  # a vocabulary that no chunk divides
 @pytest.fixture(name="arrays")
 def _arrays():
     keys = jax.random.split(jax.random.key(0), 3)
-    hidden = 3 * jax.random.normal(keys[0], (B, T, E))
+    hidden = 0.5 * jax.random.normal(keys[0], (B, T, E))
     head = jax.random.normal(keys[1], (V, E))
     return hidden, head, jax.random.randint(keys[2], (B, T), 0, V)
 
