@@ -140,13 +140,14 @@ def test_without_replacement_no_question_comes_twice(source, inputs):
 
 def test_held_out_images_come_with_all_questions_in_order(source, inputs):
     aside = SetAside()
-    damaged = [source[0] | {"image": b""}, *source[1:]]
+    long = json.dumps([{"question": "why " * 50, "choices": ["a", "b"], "answer": "A"}])
+    damaged = [source[0] | {"image": b""}, source[1] | {"questions": long}, *source[2:]]
     held = pipeline.held_out(damaged, *inputs, 10, 4, 40, aside)
-    assert [r.id for r in held.records] == [f"train-{i:05d}" for i in range(1, 11)]
+    assert [r.id for r in held.records] == [f"train-{i:05d}" for i in range(2, 12)]
     assert [int(b.valid.sum()) for b in held.batches] == [4, 4, 2]
     valid = np.concatenate([b.questions.valid.sum(1) for b in held.batches])[:10]
     assert valid.tolist() == [len(r.questions) for r in held.records]
-    assert [x["id"] for x in aside.listing()] == ["train-00000"]
+    assert [x["id"] for x in aside.listing()] == ["train-00000", "train-00001"]
     again = pipeline.held_out(damaged, *inputs, 10, 4, 40, SetAside())
     equal(held.batches, again.batches)
 
