@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from caprl_jax import train
 from caprl_jax.config import ConfigError
 from caprl_jax.data.records import MalformedRecord
-from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax.models.families import ModelDirectoryError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")

@@ -17,7 +17,8 @@ from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import ImagePrompt
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
-from caprl_jax.models import hf
+from caprl_jax.models import families, hf
+from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.policy import Policy
 
 
@@ -59,13 +60,14 @@ def compute_dtype(config: ml_collections.ConfigDict) -> Any:
 def read_model(path: str, dtype: Any, **options) -> tuple[Policy, Path]:
     """Modules of a model directory, without parameters."""
     directory = resolve(path)
-    return hf.build(hf.read_config(directory), dtype, **options), directory
+    where = directory / "config.json"
+    return families.build(hf.read_config(directory), dtype, where=where, **options), directory
 
 
 def load_frozen(policy: Policy, directory: Path, on: Mesh, dtype: Any) -> Any:
     """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
     shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
-    return jax.device_put(hf.load_params(directory, policy, dtype), shardings)
+    return hf.load_params(directory, policy, dtype, shardings, progress=True)
 
 
 def initial_state(
@@ -81,7 +83,7 @@ def initial_state(
     shardings = mesh.param_shardings(jax.eval_shape(init, key), on)
     if config.policy.init == "random":
         return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
-    params = jax.device_put(hf.load_params(directory, policy), shardings.params)
+    params = hf.load_params(directory, policy, np.float32, shardings.params, progress=True)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(on))
     return step.State(zero, params, opt_state)
@@ -105,7 +107,7 @@ def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) 
     processor = ImageProcessor.from_pretrained(directory)
     vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
     if processor.patch_dim != vision.patch_dim:
-        raise hf.ModelDirectoryError(
+        raise ModelDirectoryError(
             f"{directory}: preprocessor_config.json makes patches of {processor.patch_dim} values, "
             f"config.json's vision tower takes {vision.patch_dim}"
         )

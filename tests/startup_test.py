@@ -15,7 +15,7 @@ from caprl_jax import objectives
 from caprl_jax.config import ConfigError, resolve
 from caprl_jax.data.digits import JUDGE_PROMPT
 from caprl_jax.data.pipeline import SetAside
-from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax.models.families import ModelDirectoryError
 
 ROOT = Path(__file__).parent.parent
 

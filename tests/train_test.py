@@ -14,7 +14,7 @@ from caprl_jax import train
 from caprl_jax.config import ConfigError
 from caprl_jax.data import digits
 from caprl_jax.data.digits import JUDGE_PROMPT
-from caprl_jax.models import hf
+from caprl_jax.models import families, hf
 
 pytestmark = pytest.mark.slow  # each run compiles several programs
 
@@ -35,7 +35,7 @@ def tiny(tmp_path, **changes) -> ml_collections.ConfigDict:
 
 def exported(workdir, step):
     directory = workdir / "export" / str(step)
-    return hf.load_params(directory, hf.build(hf.read_config(directory)))
+    return hf.load_params(directory, families.build(hf.read_config(directory)))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):

@@ -60,7 +60,7 @@ def naive_logps(world, params, captions):
 
     def one(row):
         images = jax.tree.map(lambda a: a[None], row["image"])
-        features = policy.vision.apply({"params": params["vision"]}, images)[0]
+        features = policy.vision.apply({"params": params["vision"]}, images)[0][0]
         text = policy.decoder.apply(decoder, row["tokens"], method=Decoder.embed)
         at = jnp.maximum(row["feature"], 0)
         x = jnp.where((row["feature"] >= 0)[:, None], features[at], text)

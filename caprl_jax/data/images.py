@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax.models.families import ModelDirectoryError
 
 _MAX_RATIO = 200
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from caprl_jax.data.records import LETTERS
-from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.policy import Prompt, mrope_positions
 from caprl_jax.models.vision import VisionConfig, feature_order
 

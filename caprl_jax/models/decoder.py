@@ -1,4 +1,7 @@
-"""The text decoder of Qwen2 and Qwen2.5: judge, and language half of the policy."""
+"""The text decoder of Qwen2, 2.5 and 3: judge, and language half of the policy.
+
+One decoder serves all families; where they differ is a field of DecoderConfig.
+"""
 
 import dataclasses
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import KV, Segment
+from caprl_jax.models.layers import Linear, RMSNorm, init_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,10 @@ class DecoderConfig:
       tied: whether the embedding is the output head too.
       mrope_section: None for 1-D positions; else how many of the head_dim / 2 frequencies follow
         the temporal, row and column position (M-RoPE, arXiv 2409.12191).
+      mrope_interleaved: whether these frequencies take turns (Qwen3-VL) or follow in three blocks.
+      qkv_bias: whether the query, key and value projections have a bias (Qwen2).
+      o_bias: whether the output projection has one.
+      qk_norm: whether queries and keys are normed head by head before rotation (Qwen3).
     """
 
     vocab: int
@@ -43,53 +51,18 @@ class DecoderConfig:
     norm_eps: float
     tied: bool
     mrope_section: tuple[int, int, int] | None = None
+    mrope_interleaved: bool = False
+    qkv_bias: bool = True
+    o_bias: bool = False
+    qk_norm: bool = False
 
-
-def init_normal(stddev: float, names: tuple[str | None, ...]):
-    """A normal initialiser that carries the logical names of the axes, for mesh.py's rules."""
-    return nn.with_logical_partitioning(nn.initializers.normal(stddev), names)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32 (arXiv 1910.07467); [..., e] -> [..., e] in x's dtype."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (attention.align_right(scale, x.ndim) * y.astype(x.dtype)).astype(x.dtype)
-
-
-class Linear(nn.Module):
-    """x [..., *inputs] @ kernel [*inputs, *outputs] (+ bias), computed in x's dtype.
-
-    Attributes:
-      outputs: sizes of the output axes.
-      names: logical names of the kernel's axes, inputs first.
-      bias: whether to add a bias of shape outputs.
-      inputs: how many trailing axes of x are contracted.
-    """
-
-    outputs: tuple[int, ...]
-    names: tuple[str | None, ...]
-    bias: bool = False
-    inputs: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        contracted = x.shape[x.ndim - self.inputs :]
-        init = init_normal(1 / np.sqrt(np.prod(contracted)), self.names)
-        kernel = self.param("kernel", init, (*contracted, *self.outputs))
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.inputs)
-        if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
-            bias = self.param("bias", zeros, self.outputs).astype(x.dtype)
-            y = y + attention.align_right(bias, y.ndim)
-        return y
+    def mrope_axes(self) -> np.ndarray:
+        """int [head_dim / 2]: which of (time, row, column) each frequency follows."""
+        if not self.mrope_interleaved:
+            return np.repeat(np.arange(3), self.mrope_section)
+        turn = np.arange(self.head_dim // 2)
+        inside = turn < 3 * np.asarray(self.mrope_section)[turn % 3]
+        return np.where(inside, turn % 3, 0)
 
 
 class Block(nn.Module):
@@ -98,21 +71,30 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, past, past_masks):
+    def __call__(self, x, angles, mask, deep, past, past_masks, layer):
         """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens)."""
         c = self.config
+
+        def heads(name, count):
+            names = ("embed", "heads" if name == "q" else "kv_heads", None)
+            return Linear((count, c.head_dim), names, bias=c.qkv_bias, name=name)(y)
+
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        q = Linear((c.heads, c.head_dim), ("embed", "heads", None), bias=True, name="q")(y)
-        k = Linear((c.kv_heads, c.head_dim), ("embed", "kv_heads", None), bias=True, name="k")(y)
-        v = Linear((c.kv_heads, c.head_dim), ("embed", "kv_heads", None), bias=True, name="v")(y)
+        q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
+        if c.qk_norm:
+            q, k = (RMSNorm(c.norm_eps, name=f"{n}_norm")(a) for n, a in (("q", q), ("k", k)))
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
         y = attention.attend(q, [*segments, Segment(k, v, mask)])
-        x = x + Linear((c.width,), ("heads", None, "embed"), inputs=2, name="o")(y)
+        o = Linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
+        x = x + o(y)
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
         gate = Linear((c.feed_forward,), ("embed", "mlp"), name="gate")(y)
         up = Linear((c.feed_forward,), ("embed", "mlp"), name="up")(y)
         x = x + Linear((c.width,), ("mlp", "embed"), name="down")(nn.silu(gate) * up)
+        if deep is not None:
+            own = jax.lax.dynamic_index_in_dim(deep, layer, keepdims=False)  # clamped at the end
+            x = jnp.where(layer < deep.shape[0], x + own, x)
         return x, (k, v)
 
 
@@ -140,7 +122,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -155,6 +137,7 @@ class Decoder(nn.Module):
         positions: jax.Array,
         mask: jax.Array,
         past: tuple[KV, ...] = (),
+        deep: jax.Array | None = None,
     ) -> tuple[jax.Array, KV]:
         """Runs the blocks over embedded tokens.
 
@@ -163,6 +146,8 @@ class Decoder(nn.Module):
           positions: int [*batch, t], or [*batch, t, 3] (time, row, column) with M-RoPE.
           mask: bool [*batch, t], False for padding.
           past: ancestors' keys and values; batch axes of each are a prefix of x's.
+          deep: [layers', *batch, t, e], what is added to the output of each of the first layers'
+            layers (DeepStack, arXiv 2406.04334); zero for text.
 
         Returns:
           (hidden [*batch, t, e] after the final norm, KV of these tokens).
@@ -173,8 +158,10 @@ class Decoder(nn.Module):
             x,
             self._angles(positions, mask),
             attention.causal_mask(mask),
+            None if deep is None else deep.astype(self.dtype),
             tuple((kv.k, kv.v) for kv in past),
             tuple(kv.mask for kv in past),
+            jnp.arange(self.config.layers),
         )
         return self.norm(x), KV(k, v, mask)
 
@@ -204,7 +191,6 @@ class Decoder(nn.Module):
             chex.assert_equal_shape([positions, mask])
             return attention.rope_angles(positions, c.rope_theta, c.head_dim)
         chex.assert_shape(positions, (*mask.shape, 3))
-        axis = np.repeat(np.arange(3), c.mrope_section)
         frequencies = attention.rope_frequencies(c.rope_theta, c.head_dim)
-        followed = jnp.take(positions, axis, axis=-1).astype(jnp.float32)
+        followed = jnp.take(positions, c.mrope_axes(), axis=-1).astype(jnp.float32)
         return followed * attention.align_right(frequencies, followed.ndim)

@@ -92,14 +92,19 @@ class Policy:
         """
         decoder = {"params": params["decoder"]}
         x = self.decoder.apply(decoder, prompt.tokens, method=Decoder.embed)
+        deep = None
         if images is not None:
-            features = self.vision.apply({"params": params["vision"]}, images)
+            features, deep = self.vision.apply({"params": params["vision"]}, images)
             if self.freeze_vision:
-                features = jax.lax.stop_gradient(features)
+                features, deep = jax.lax.stop_gradient((features, deep))
             index = jnp.maximum(prompt.feature, 0)[..., None]
+            is_image = prompt.feature[..., None] >= 0
             at_token = jnp.take_along_axis(features.astype(x.dtype), index, axis=1)
-            x = jnp.where(prompt.feature[..., None] >= 0, at_token, x)
-        hidden, kv = self.decoder.apply(decoder, x, prompt.positions, prompt.mask, past)
+            x = jnp.where(is_image, at_token, x)
+            if deep is not None:
+                at_token = jnp.take_along_axis(deep.astype(x.dtype), index[None], axis=2)
+                deep = jnp.where(is_image[None], at_token, 0)
+        hidden, kv = self.decoder.apply(decoder, x, prompt.positions, prompt.mask, past, deep)
         last = jnp.maximum(jnp.sum(prompt.mask, axis=-1) - 1, 0)[:, None, None]
         last = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
         return Trunk(hidden, last, kv, prompt.next_position)

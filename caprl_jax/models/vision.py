@@ -1,11 +1,14 @@
-"""The vision tower of Qwen2.5-VL, windows as a batch axis (arXiv 2502.13923, section 2.1).
+"""The vision towers of Qwen2.5-VL and Qwen3-VL: one module, whose config says how they differ.
 
-Most layers attend within windows of window_size pixels a side. The host lays patches out window by
-window, each padded to the size of a full one, so that windowed attention is a batched product whose
-cost is linear in the patches; images of unequal size are padded with empty windows.
+In Qwen2.5-VL most layers attend within windows of window_size pixels a side (arXiv 2502.13923,
+section 2.1). The host lays patches out window by window, each padded to the size of a full one, so
+that windowed attention is a batched product whose cost is linear in the patches; images of unequal
+size are padded with empty windows. Qwen3-VL always attends over the whole image: its windows are
+single features.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +21,7 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment
-from caprl_jax.models.decoder import Linear, RMSNorm
+from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +33,18 @@ class VisionConfig:
       width: embedding size of a patch.
       layers: number of blocks.
       heads: attention heads.
-      feed_forward: hidden size of SwiGLU.
+      feed_forward: hidden size of the perceptron.
       out_width: embedding size of the decoder.
       window: patches on a window's side; a multiple of merge.
       merge: merge x merge patches become one feature.
       full_layers: indices of the blocks that attend over the whole image.
-      norm_eps: epsilon of RMSNorm.
+      norm_eps: epsilon of the norms.
+      layer_norm: LayerNorm and a plain perceptron with tanh-GELU (Qwen3-VL), not RMSNorm and
+        SwiGLU.
+      patch_bias: whether the patch embedding has a bias.
+      position_side: side of the square of learned position embeddings that is stretched over each
+        image (Qwen3-VL); 0 for none.
+      deep_layers: blocks whose outputs are merged for the decoder's first layers (DeepStack).
     """
 
     patch_dim: int
@@ -48,6 +57,14 @@ class VisionConfig:
     merge: int
     full_layers: tuple[int, ...]
     norm_eps: float = 1e-6
+    layer_norm: bool = False
+    patch_bias: bool = False
+    position_side: int = 0
+    deep_layers: tuple[int, ...] = ()
+
+    def norm(self, name: str) -> nn.Module:
+        """A norm of the tower's kind."""
+        return (LayerNorm if self.layer_norm else RMSNorm)(self.norm_eps, name=name)
 
 
 @flax.struct.dataclass
@@ -148,10 +165,10 @@ class VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, mask, full):
-        """x [b, m, e], angles [b, m, d/2], mask bool [b, m], full bool [] -> (x, None)."""
+        """x [b, m, e], angles [b, m, d/2], mask bool [b, m], full bool [] -> [b, m, e]."""
         c = self.config
         head_dim = c.width // c.heads
-        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        y = c.norm("attention_norm")(x)
         qkv = Linear((3, c.heads, head_dim), ("embed", None, "heads", None), bias=True, name="qkv")
         q, k, v = jnp.moveaxis(qkv(y), -3, 0)
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
@@ -172,11 +189,64 @@ class VisionBlock(nn.Module):
             y = jax.lax.cond(full, *(lambda size=size: attend_within(size) for size in sizes))
         proj = Linear((c.width,), ("heads", None, "embed"), bias=True, inputs=2, name="o")
         x = x + proj(y)
-        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        gate = Linear((c.feed_forward,), ("embed", "mlp"), bias=True, name="gate")(y)
+        return x + self._perceptron(c.norm("mlp_norm")(x))
+
+    def _perceptron(self, y: jax.Array) -> jax.Array:
+        c = self.config
         up = Linear((c.feed_forward,), ("embed", "mlp"), bias=True, name="up")(y)
-        down = Linear((c.width,), ("mlp", "embed"), bias=True, name="down")
-        return x + down(nn.silu(gate) * up), None
+        if c.layer_norm:
+            hidden = nn.gelu(up, approximate=True)
+        else:
+            gate = Linear((c.feed_forward,), ("embed", "mlp"), bias=True, name="gate")(y)
+            hidden = nn.silu(gate) * up
+        return Linear((c.width,), ("mlp", "embed"), bias=True, name="down")(hidden)
+
+
+class Merger(nn.Module):
+    """merge x merge patches -> one feature; [b, m, e] -> [b, m / merge^2, out_width].
+
+    Attributes:
+      config: sizes.
+      norm_merged: the norm comes after the patches are joined, not before.
+    """
+
+    config: VisionConfig
+    norm_merged: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, norm = self.config, self.config.norm("norm")
+        width = c.width * c.merge**2
+        joined = (x.shape[0], -1, width)
+        x = norm(x.reshape(joined)) if self.norm_merged else norm(x).reshape(joined)
+        x = Linear((width,), ("merged", "mlp"), bias=True, name="in")(x)
+        x = nn.gelu(x, approximate=False)
+        return Linear((c.out_width,), ("mlp", "embed"), bias=True, name="out")(x)
+
+
+def stretched(table: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+    """Bilinear samples of a square table stretched over each image, corners on corners.
+
+    Args:
+      table: [side^2, e], row by row.
+      positions: int32 [b, m, 2], row and column of each patch.
+      mask: bool [b, m].
+
+    Returns:
+      float32 [b, m, e].
+    """
+    side = math.isqrt(table.shape[0])
+    last = jnp.max(jnp.where(mask[..., None], positions, 0), axis=1, keepdims=True)
+    at = positions * ((side - 1) / jnp.maximum(last, 1).astype(jnp.float32))
+    low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, side - 1)
+    far = (at - low)[..., None]  # [b, m, 2, 1]
+    high = jnp.minimum(low + 1, side - 1)
+    out = jnp.zeros((), jnp.float32)
+    for row, row_weight in ((low, 1 - far), (high, far)):
+        for column, column_weight in ((low, 1 - far), (high, far)):
+            sample = jnp.take(table, row[..., 0] * side + column[..., 1], axis=0)
+            out = out + row_weight[:, :, 0] * column_weight[:, :, 1] * sample.astype(jnp.float32)
+    return out
 
 
 class VisionTower(nn.Module):
@@ -193,32 +263,55 @@ class VisionTower(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, images: Images) -> jax.Array:
-        """Images -> features [b, m / merge^2, out_width], in window order (see feature_order)."""
+    def __call__(self, images: Images) -> tuple[jax.Array, jax.Array | None]:
+        """Images -> (features, deep features), in window order (see feature_order).
+
+        Returns:
+          ([b, m / merge^2, out_width],
+           [len(deep_layers), b, m / merge^2, out_width], None without deep_layers).
+        """
         c = self.config
         chex.assert_shape(images.patches, (*images.mask.shape, c.patch_dim))
         x = images.patches.astype(self.dtype)
-        x = Linear((c.width,), ("patch", "embed"), name="patch")(x)
+        x = Linear((c.width,), ("patch", "embed"), bias=c.patch_bias, name="patch")(x)
+        if c.position_side:
+            init = init_normal(0.02, ("patch", "embed"))
+            table = self.param("positions", init, (c.position_side**2, c.width))
+            x = x + stretched(table, images.positions, images.mask).astype(self.dtype)
         # Half of the rotated channels follow the row, half the column.
         angles = attention.rope_angles(images.positions, 10_000.0, c.width // c.heads // 2)
         angles = angles.reshape(*angles.shape[:-2], -1)
+        x, kept = self._run_blocks(x, angles, images.mask)
+        features = Merger(c, name="merger")(x)
+        if not c.deep_layers:
+            return features, None
+        deep = [Merger(c, True, name=f"deep_{i}")(kept[i]) for i in range(len(c.deep_layers))]
+        return features, jnp.stack(deep)
+
+    def _run_blocks(self, x, angles, mask):
+        """x [b, m, e] -> (x after all blocks, its values after each of deep_layers)."""
+        c = self.config
         block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
+
+        # Outputs are picked outside of the rematerialised block, which so need not keep them.
+        def body(block, carry, full, layer):
+            x, kept = carry
+            x = block(x, angles, mask, full)
+            picked = layer == jnp.asarray(c.deep_layers, jnp.int32)
+            return (x, jnp.where(picked[:, None, None, None], x[None], kept)), None
+
         layers = nn.scan(
-            block,
+            body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        full = np.isin(np.arange(c.layers), c.full_layers)
-        x, _ = layers(c, name="blocks")(x, angles, images.mask, full)
-        x = RMSNorm(c.norm_eps, name="merger_norm")(x)
-        width = c.width * c.merge**2
-        x = x.reshape(x.shape[0], -1, width)
-        x = Linear((width,), ("merged", "mlp"), bias=True, name="merger_in")(x)
-        x = nn.gelu(x, approximate=False)
-        return Linear((c.out_width,), ("mlp", "embed"), bias=True, name="merger_out")(x)
+        layer = np.arange(c.layers)
+        kept = jnp.zeros((len(c.deep_layers), *x.shape), x.dtype)
+        carry = x, kept
+        (x, kept), _ = layers(block(c, name="blocks"), carry, np.isin(layer, c.full_layers), layer)
+        return x, kept
 
 
 def batch_images(images: Sequence[Images]) -> Images:

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from caprl_jax.data.images import ImageProcessor, UnreadableImage, decode_image, smart_resize
-from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax.models.families import ModelDirectoryError
 
 SETTINGS = {
     "default": {},

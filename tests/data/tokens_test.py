@@ -8,8 +8,8 @@ import pytest
 
 from caprl_jax.config import resolve
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, check_same_vocabulary
-from caprl_jax.models import hf
-from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax.models import families, hf
+from caprl_jax.models.families import ModelDirectoryError
 
 POLICY, JUDGE = resolve("asset:tiny/policy"), resolve("asset:tiny/judge")
 
@@ -69,7 +69,7 @@ def test_policy_and_judge_must_mean_the_same_by_their_ids(tmp_path):
 
 @pytest.fixture(scope="module")
 def prompt():
-    vision = hf.build(hf.read_config(POLICY)).vision.config
+    vision = families.build(hf.read_config(POLICY)).vision.config
     return PolicyPrompt.create(read(), "Describe the image in detail.", vision, True)
 
 

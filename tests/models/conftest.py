@@ -1,6 +1,7 @@
 """Tiny random models written by transformers, and the same inputs for both implementations."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,88 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
-from caprl_jax.models import hf
+from caprl_jax.models import families, hf
 from caprl_jax.models.policy import Policy, Prompt, mrope_positions
 from caprl_jax.models.vision import Images, batch_images, feature_order, lay_out, windows_of
 
 IMAGE, VIDEO, START, END, STOP = 290, 291, 292, 293, 294
 GRIDS = [(6, 6), (10, 14), (4, 18), (12, 2)]  # patches: none of them a square of whole windows
-TEXT = {
+SIZES = {
     "vocab_size": 300,
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
+    "initializer_range": 0.1,
 }
+# Unlike the defaults: odd ratios of query to key-value heads, head_dim that is not width / heads.
+HEADS = {
+    "three": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "five": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16},
+}
+TEXT = {
+    "qwen2-untied": (Qwen2ForCausalLM, Qwen2Config, "three", False),
+    "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config, "three", True),
+    "qwen3-untied": (Qwen3ForCausalLM, Qwen3Config, "five", False),
+    "qwen3-tied": (Qwen3ForCausalLM, Qwen3Config, "five", True),
+}
+VISION = {
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, "three", False),
+    "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen3VLConfig, "five", False),
+    "qwen3_vl-tied": (Qwen3VLForConditionalGeneration, Qwen3VLConfig, "five", True),
+}
+ROPE = {
+    "qwen2_5_vl": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    "qwen3_vl": {
+        "rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    },
+}  # fmt: skip
+TOWERS = {
+    "qwen2_5_vl": {
+        "depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 14,
+        "window_size": 56, "out_hidden_size": 48, "fullatt_block_indexes": [1, 3],
+        "initializer_range": 0.1,
+    },
+    "qwen3_vl": {
+        "depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 16,
+        "out_hidden_size": 48, "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2],
+        "initializer_range": 0.1,
+    },
+}  # fmt: skip
+IMAGE_IDS = {
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}  # fmt: skip
+_MEASURED: dict[tuple[str, str], float] = {}
+
+
+@pytest.fixture
+def within(request):
+    """Asserts that a largest difference is within a bound, and notes it for the table."""
+
+    def check(ours, theirs, bound, what):
+        found = float(np.max(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))))
+        model = request.node.callspec.id if hasattr(request.node, "callspec") else ""
+        _MEASURED[model, what] = max(found, _MEASURED.get((model, what), 0.0))
+        assert found <= bound, what
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The parity table: what was compared with transformers, and the largest differences."""
+    if not _MEASURED:
+        return
+    terminalreporter.section("largest absolute difference from transformers, float32")
+    for (model, what), found in sorted(_MEASURED.items()):
+        terminalreporter.write_line(f"{model:<16} {what:<44} {found:.1e}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,41 +109,54 @@ class Pair:
 
 def pair(theirs, directory: Path) -> Pair:
     """Writes theirs and reads it back as ours."""
-    # Biases are zero at initialisation, and a forgotten zero would go unnoticed.
+    # Zeros and ones at initialisation hide whoever forgets a bias or a norm's scale.
     for name, parameter in theirs.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
+        if "norm" in name and name.endswith("weight"):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     theirs = theirs.eval().float()
     theirs.save_pretrained(directory)
-    ours = hf.build(hf.read_config(directory))
+    ours = families.build(hf.read_config(directory))
     return Pair(directory, theirs, ours, hf.load_params(directory, ours))
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["untied", "tied"])
-def text_pair(request, tmp_path_factory) -> Pair:
-    """A Qwen2 decoder."""
-    torch.manual_seed(0)
-    config = Qwen2Config(**TEXT, tie_word_embeddings=request.param, initializer_range=0.1)
-    return pair(Qwen2ForCausalLM(config), tmp_path_factory.mktemp("text"))
-
-
 @pytest.fixture(scope="session")
-def vision_pair(tmp_path_factory) -> Pair:
-    """A Qwen2.5-VL model."""
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
-    config = Qwen2_5_VLConfig(
-        text_config=TEXT | {"rope_parameters": rope, "initializer_range": 0.1},
-        vision_config={
-            "depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2,
-            "patch_size": 14, "window_size": 56, "out_hidden_size": 48,
-            "fullatt_block_indexes": [1, 3],
-        },
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
-        vision_end_token_id=END, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    return pair(model, tmp_path_factory.mktemp("vision"))
+def pairs(tmp_path_factory):
+    """name -> Pair, each made once."""
+
+    @functools.cache
+    def make(name):
+        torch.manual_seed(0)
+        model, config, heads, tied = (TEXT | VISION)[name]
+        kind, sizes = config.model_type, SIZES | HEADS[heads]
+        if name in VISION:
+            sizes = IMAGE_IDS | {
+                "text_config": sizes | {"rope_parameters": ROPE[kind]},
+                "vision_config": TOWERS[kind],
+            }
+        model = model(config(**sizes, tie_word_embeddings=tied))
+        return pair(model, tmp_path_factory.mktemp(name))
+
+    return make
+
+
+@pytest.fixture(scope="session", params=TEXT)
+def text_pair(request, pairs) -> Pair:
+    """A judge."""
+    return pairs(request.param)
+
+
+@pytest.fixture(scope="session", params=VISION)
+def vision_pair(request, pairs) -> Pair:
+    """A policy."""
+    return pairs(request.param)
+
+
+@pytest.fixture(scope="session", params=TEXT | VISION)
+def any_pair(request, pairs) -> Pair:
+    """A judge or a policy."""
+    return pairs(request.param)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from caprl_jax.models import hf
-from caprl_jax.models.hf import ModelDirectoryError
+from caprl_jax import mesh
+from caprl_jax.models import families, hf, layout
+from caprl_jax.models.families import ModelDirectoryError
 
-CLASSES = {"text": AutoModelForCausalLM, "vision": Qwen2_5_VLForConditionalGeneration}
 
-
-@pytest.fixture(params=["text", "vision"])
-def source(request, text_pair, vision_pair):
-    """(transformers' class, one model)."""
-    return CLASSES[request.param], text_pair if request.param == "text" else vision_pair
+def theirs(model):
+    """What transformers loads the pair's directories with."""
+    return AutoModelForImageTextToText if model.ours.vision else AutoModelForCausalLM
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def edited(text_pair, tmp_path):
 
 
 def load(directory):
-    return hf.load_params(directory, hf.build(hf.read_config(directory)))
+    return hf.load_params(directory, families.build(hf.read_config(directory)))
 
 
 def same_trees(a, b):
@@ -52,31 +50,30 @@ def same_trees(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_an_export_is_the_same_model_in_transformers(source, tmp_path):
-    theirs, model = source
+def test_an_export_is_the_same_model_in_transformers(any_pair, tmp_path):
+    model = any_pair
     hf.save(tmp_path / "out", model.ours, model.params, model.directory)
-    again = theirs.from_pretrained(tmp_path / "out").state_dict()
+    again = theirs(model).from_pretrained(tmp_path / "out").state_dict()
     before = model.theirs.state_dict()
     assert again.keys() == before.keys()
     assert all(torch.equal(again[k], before[k]) for k in before)
 
 
-def test_shards_hold_each_tensor_once_and_load(source, tmp_path, monkeypatch):
-    theirs, model = source
-    monkeypatch.setattr(hf, "_SHARD_BYTES", 100_000)
-    hf.save(tmp_path / "out", model.ours, model.params, model.directory)
+def test_shards_hold_each_tensor_once_and_load(any_pair, tmp_path):
+    model = any_pair
+    hf.save(tmp_path / "out", model.ours, model.params, model.directory, shard_bytes=100_000)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in jax.tree.leaves(model.params))
     same_trees(load(tmp_path / "out"), model.params)
-    loaded = theirs.from_pretrained(tmp_path / "out").state_dict()
+    loaded = theirs(model).from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(v, loaded[k]) for k, v in model.theirs.state_dict().items())
 
 
-def test_both_naming_schemes_of_the_vision_model_load(vision_pair, tmp_path):
+def test_both_naming_schemes_of_the_vision_models_load(vision_pair, tmp_path):
     """Files hold visual.* and model.layers.*, or model.visual.* and model.language_model.*."""
     tensors = safetensors.numpy.load_file(vision_pair.directory / "model.safetensors")
-    plain = {hf._canonical(k): v for k, v in tensors.items()}
+    plain = {layout.canonical(k): v for k, v in tensors.items()}
 
     def in_memory(name):
         if name.startswith("visual."):
@@ -91,6 +88,31 @@ def test_both_naming_schemes_of_the_vision_model_load(vision_pair, tmp_path):
         shutil.copy(vision_pair.directory / "config.json", directory)
         safetensors.numpy.save_file(named, directory / "model.safetensors")
         same_trees(load(directory), vision_pair.params)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}])
+def test_sharded_loading_reads_the_same_model(any_pair, shape):
+    """Every device's part, read from the file by itself, is that part of the whole."""
+    model = any_pair
+    on = mesh.make_mesh(shape)
+    boxed = jax.eval_shape(model.ours.init, jax.random.key(0))
+    shardings = mesh.param_shardings(boxed, on)
+    found = hf.load_params(model.directory, model.ours, np.float32, shardings)
+    same_trees(found, model.params)
+    parts = {str(s.index) for s in found["decoder"]["layers"]["gate"]["kernel"].addressable_shards}
+    assert len(parts) == on.shape["fsdp"] * on.shape["tensor"]
+    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, found, shardings))
+
+
+def test_what_several_devices_hold_is_read_once(text_pair, monkeypatch):
+    on, opened = mesh.make_mesh({"data": 8}), []
+    monkeypatch.setattr(layout.Tensor, "read", lambda t, lazy, *_: opened.append(t.name) or lazy[:])
+    shape, name = text_pair.params["decoder"]["embedding"].shape, "model.embed_tokens.weight"
+    embedding = next(t for t in layout.tensors(text_pair.ours, {}) if t.name == name)
+    read = hf._Reader(embedding, shape, hf._index(text_pair.directory), np.float32, lambda _: None)
+    placed = jax.make_array_from_callback(shape, mesh.replicated(on), read)
+    np.testing.assert_array_equal(placed, text_pair.params["decoder"]["embedding"])
+    assert opened == [name]
 
 
 def test_an_interrupted_export_never_looks_complete(text_pair, tmp_path, monkeypatch):
@@ -112,11 +134,11 @@ def test_nothing_is_overwritten(text_pair, tmp_path):
 
 def test_missing_and_left_over_tensors_are_named(edited):
     def rename(tensors):
-        tensors["model.layers.1.extra"] = tensors.pop("model.layers.1.self_attn.q_proj.bias")
+        tensors["model.layers.1.extra"] = tensors.pop("model.layers.1.self_attn.q_proj.weight")
 
     with pytest.raises(ModelDirectoryError) as e:
         load(edited(rename))
-    assert "missing model.layers.1.self_attn.q_proj.bias" in str(e.value)
+    assert "missing model.layers.1.self_attn.q_proj.weight" in str(e.value)
     assert "left over model.layers.1.extra" in str(e.value)
 
 
@@ -146,15 +168,31 @@ def test_a_tied_head_written_again_is_ignored(edited):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "'llama'; supported are 'qwen2'"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "llama"}, "'llama': supported are 'qwen2'"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None},
+            "sliding-window attention is in use",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised weights .*'awq'"),
+        ({"model_type": "qwen3_moe"}, "mixtures of experts"),
+        ({"num_key_value_heads": 4}, "is not a multiple of num_key_value_heads 4"),
+        ({"intermediate_size": "80"}, "feed_forward is '80', not a positive whole number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "'yarn' is not supported"),
+        (
+            {"rope_scaling": {"type": "yarn"}, "rope_parameters": None},
+            "rope scaling of type 'yarn' is not supported",
+        ),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(edited, change, message):
     with pytest.raises(ModelDirectoryError, match=message):
         load(edited(change_config=lambda c: c.update(change)))
+
+
+def test_a_sliding_window_that_no_layer_uses_is_no_obstacle(edited):
+    flags = {"use_sliding_window": True, "max_window_layers": 99, "layer_types": None}
+    assert load(edited(change_config=lambda c: c.update(flags)))
 
 
 def test_a_config_without_a_size_names_it(edited):

@@ -20,7 +20,7 @@ from caprl_jax import rollout, startup
 from caprl_jax.config import resolve
 from caprl_jax.data import digits
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.models import hf
+from caprl_jax.models import families, hf
 from caprl_jax.models.decoder import Decoder
 
 POLICY, JUDGE = resolve("asset:tiny/policy"), resolve("asset:tiny/judge")
@@ -108,7 +108,7 @@ def test_greedy_captions_equal_generate(ours, theirs):
 
 def test_judge_logits_equal_transformers():
     model = Qwen2ForCausalLM.from_pretrained(JUDGE).eval().float()
-    judge = hf.build(hf.read_config(JUDGE))
+    judge = families.build(hf.read_config(JUDGE))
     params = {"params": hf.load_params(JUDGE, judge)["decoder"]}
     tokenizer = Tokenizer.from_pretrained(JUDGE, 512)
     ids = np.asarray([tokenizer.encode("digits: north red three, total one\nWhich digit")])

@@ -1,0 +1,74 @@
+"""What decoder and vision tower are made of: norms and linear maps that name their axes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from caprl_jax.models import attention
+
+
+def init_normal(stddev: float, names: tuple[str | None, ...]):
+    """A normal initialiser that carries the logical names of the axes, for mesh.py's rules."""
+    return nn.with_logical_partitioning(nn.initializers.normal(stddev), names)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32 (arXiv 1910.07467); [..., e] -> [..., e] in x's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (attention.align_right(scale, x.ndim) * y.astype(x.dtype)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32 (arXiv 1607.06450); [..., e] -> [..., e] in x's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        scale, bias = (
+            self.param(name, nn.with_logical_partitioning(init, ("norm",)), shape)
+            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (attention.align_right(a.astype(jnp.float32), x.ndim) for a in (scale, bias))
+        return (y * scale + bias).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x [..., *inputs] @ kernel [*inputs, *outputs] (+ bias), computed in x's dtype.
+
+    Attributes:
+      outputs: sizes of the output axes.
+      names: logical names of the kernel's axes, inputs first.
+      bias: whether to add a bias of shape outputs.
+      inputs: how many trailing axes of x are contracted.
+    """
+
+    outputs: tuple[int, ...]
+    names: tuple[str | None, ...]
+    bias: bool = False
+    inputs: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        contracted = x.shape[x.ndim - self.inputs :]
+        init = init_normal(1 / np.sqrt(np.prod(contracted)), self.names)
+        kernel = self.param("kernel", init, (*contracted, *self.outputs))
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.inputs)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
+            bias = self.param("bias", zeros, self.outputs).astype(x.dtype)
+            y = y + attention.align_right(bias, y.ndim)
+        return y
