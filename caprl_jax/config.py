@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -39,9 +38,9 @@ def default() -> ml_collections.ConfigDict:
     c.export = True  # write the trained model to WORKDIR/export at the end
 
     c.policy = ml_collections.ConfigDict()
-    c.policy.path = (
-        "asset:tiny/policy"  # Hugging Face directory; asset: is shipped with the package
-    )
+    # A directory in Hugging Face format, a gs:// URL of one, a hub id, or asset: (shipped).
+    c.policy.path = "asset:tiny/policy"
+    c.policy.revision = ""  # of a hub id: branch, tag or commit
     c.policy.init = "pretrained"  # or "random": only config.json, tokenizer and processor are read
     c.policy.prompt = "Describe the image in detail."
     c.policy.freeze_vision = False
@@ -49,6 +48,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.judge = ml_collections.ConfigDict()
     c.judge.path = "asset:tiny/judge"
+    c.judge.revision = ""
     c.judge.prompt = ""  # user turn with {caption} and {question}; empty: data/questions.py's own
     c.judge.mode = "expected"  # or "sampled", "greedy"
     c.judge.temperature = 0.6
@@ -180,10 +180,3 @@ def validate(config: ml_collections.ConfigDict) -> None:
         Sampling(**config.sampling)
     if config.caprl.length_none <= config.caprl.length_full:
         raise ConfigError("config.caprl.length_none must be larger than config.caprl.length_full")
-
-
-def resolve(path: str) -> Path:
-    """A model path; "asset:NAME" lies in the package."""
-    if path.startswith("asset:"):
-        return Path(__file__).parent / "assets" / path.removeprefix("asset:")
-    return Path(path)

@@ -84,10 +84,10 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Reinforcement learning of a captioner with a judge's answers as reward."""
     on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = startup.read_model(config.policy.path, dtype, **options)
+    policy, directory = startup.read_model(config.policy, dtype, **options)
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
-    judge_model, judge_directory = startup.read_model(config.judge.path, dtype)
+    judge_model, judge_directory = startup.read_model(config.judge, dtype)
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     judge_tokenizer = Tokenizer.from_pretrained(judge_directory, judge_model.decoder.config.vocab)
     check_same_vocabulary(tokenizer, judge_tokenizer)
@@ -174,7 +174,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Supervised training of the embedded world's policy or judge."""
     on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = startup.read_model(config.policy.path, dtype, **options)
+    policy, directory = startup.read_model(config.policy, dtype, **options)
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     dataset = startup.dataset(config)
     optimizer = _optimizer(config, 1)

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from caprl_jax import mesh, step
-from caprl_jax.config import ConfigError, about, resolve
+from caprl_jax.config import ConfigError, about
 from caprl_jax.data import digits, pipeline, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import ImagePrompt
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
-from caprl_jax.models import families, hf
+from caprl_jax.models import families, hf, sources
 from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.policy import Policy
 
@@ -57,9 +57,9 @@ def compute_dtype(config: ml_collections.ConfigDict) -> Any:
     return jnp.dtype(config.dtype)
 
 
-def read_model(path: str, dtype: Any, **options) -> tuple[Policy, Path]:
-    """Modules of a model directory, without parameters."""
-    directory = resolve(path)
+def read_model(section: ml_collections.ConfigDict, dtype: Any, **options) -> tuple[Policy, Path]:
+    """Modules of a config section's model, without parameters, and its directory."""
+    directory = sources.fetch(section.path, section.revision)
     where = directory / "config.json"
     return families.build(hf.read_config(directory), dtype, where=where, **options), directory
 

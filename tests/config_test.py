@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax.config import ConfigError, about, resolve, validate
+from caprl_jax.config import ConfigError, about, validate
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -52,8 +52,3 @@ def test_an_unknown_key_can_not_be_set():
 def test_errors_name_the_key_they_are_about():
     with pytest.raises(ConfigError, match=r"config\.mesh: no such mesh"), about("mesh"):
         raise ValueError("no such mesh")
-
-
-def test_assets_lie_in_the_package():
-    assert (resolve("asset:tiny/policy") / "config.json").is_file()
-    assert resolve("some/dir") == Path("some/dir")

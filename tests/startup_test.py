@@ -12,9 +12,10 @@ import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import objectives
-from caprl_jax.config import ConfigError, resolve
+from caprl_jax.config import ConfigError
 from caprl_jax.data.digits import JUDGE_PROMPT
 from caprl_jax.data.pipeline import SetAside
+from caprl_jax.models import sources
 from caprl_jax.models.families import ModelDirectoryError
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,7 @@ def test_a_config_that_does_not_fit_its_models_or_data(config, changes, message)
 
 
 def copied(tmp_path, model="policy"):
-    shutil.copytree(resolve(f"asset:tiny/{model}"), tmp_path / model)
+    shutil.copytree(sources.fetch(f"asset:tiny/{model}"), tmp_path / model)
     return tmp_path / model
 
 

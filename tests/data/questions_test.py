@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 
-from caprl_jax.config import resolve
 from caprl_jax.data import questions
 from caprl_jax.data.questions import ABSTAIN, PREFILL, JudgePrompt, draw, present
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.models import sources
 
 QUESTION = Question("Which digit is north?", ("one", "two", "three", "four"), 2)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_pretrained(resolve("asset:tiny/judge"), 512)
+    return Tokenizer.from_pretrained(sources.fetch("asset:tiny/judge"), 512)
 
 
 def test_shuffling_keeps_the_truth_and_appends_abstaining():

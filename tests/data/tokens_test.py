@@ -6,12 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from caprl_jax.config import resolve
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, check_same_vocabulary
-from caprl_jax.models import families, hf
+from caprl_jax.models import families, hf, sources
 from caprl_jax.models.families import ModelDirectoryError
 
-POLICY, JUDGE = resolve("asset:tiny/policy"), resolve("asset:tiny/judge")
+POLICY, JUDGE = sources.fetch("asset:tiny/policy"), sources.fetch("asset:tiny/judge")
 
 
 def read(directory=POLICY, vocab=512):

@@ -17,13 +17,12 @@ from transformers import (
 
 from caprl_jax import config as config_lib
 from caprl_jax import rollout, startup
-from caprl_jax.config import resolve
 from caprl_jax.data import digits
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.models import families, hf
+from caprl_jax.models import families, hf, sources
 from caprl_jax.models.decoder import Decoder
 
-POLICY, JUDGE = resolve("asset:tiny/policy"), resolve("asset:tiny/judge")
+POLICY, JUDGE = sources.fetch("asset:tiny/policy"), sources.fetch("asset:tiny/judge")
 PROMPT = "Describe the image in detail."
 
 
@@ -40,7 +39,7 @@ def ours(scenes):
     """(policy, parameters, batched images and prompts, tokenizer)."""
     c = config_lib.default()
     c.data.max_windows, c.data.max_prompt = 4, 40
-    policy, directory = startup.read_model(c.policy.path, np.float32)
+    policy, directory = startup.read_model(c.policy, np.float32)
     tokenizer = Tokenizer.from_pretrained(directory, 512)
     inputs = startup.image_prompt(c, policy, directory, tokenizer)
     rows = []

@@ -1,0 +1,104 @@
+"""Where model directories come from: the package, a path, a bucket, the Hugging Face hub."""
+
+import hashlib
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from caprl_jax.models.families import ModelDirectoryError
+
+CACHE = Path.home() / ".cache" / "caprl_jax" / "models"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*")
+
+
+def fetch(path: str, revision: str = "", cache: Path = CACHE) -> Path:
+    """A local directory with a model's files.
+
+    Args:
+      path: "asset:NAME" (shipped with the package), a local directory, a URL that fsspec reads
+        (gs://bucket/model; gs:// needs the package gcsfs), or a hub id (Qwen/Qwen2.5-VL-3B-Instruct).
+      revision: branch, tag or commit of a hub id; empty is its default branch.
+      cache: where copies from buckets lie; the hub has its own cache.
+
+    Returns:
+      A directory; its content is not checked here.
+
+    Raises:
+      ModelDirectoryError: there is none; the message says which command would fetch it.
+    """
+    if path.startswith("asset:"):
+        return Path(__file__).parents[1] / "assets" / path.removeprefix("asset:")
+    if "://" in path:
+        return _from_bucket(path.rstrip("/"), cache)
+    if Path(path).is_dir():
+        return Path(path)
+    if _HUB_ID.fullmatch(path):
+        return _from_hub(path, revision or None)
+    raise ModelDirectoryError(
+        f"{path} is not a model directory: it does not exist. Give a directory in Hugging Face "
+        "format, a gs:// URL of one, or a hub id; `hf download ORG/NAME --local-dir DIR` fetches "
+        "one from the hub"
+    )
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download  # imported where used
+
+    options = {"revision": revision, "allow_patterns": list(_WANTED)}
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            files = snapshot_download(name, dry_run=True, **options)
+            sizes = [f.file_size for f in files if f.will_download]
+            if sizes:
+                _tell(f"{name} ({revision or 'default branch'})", sum(sizes), len(sizes))
+        return Path(snapshot_download(name, **options))
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as e:
+        at = f" --revision {revision}" if revision else ""
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelDirectoryError(
+            f"{name} is no directory here, and as an id of the Hugging Face hub it could not be "
+            f"fetched ({type(e).__name__}: {reason}). Where there is network, `hf download "
+            f"{name}{at}` fills the hub's cache, and with --local-dir DIR a directory to name here"
+        ) from e
+
+
+def _from_bucket(url: str, cache: Path) -> Path:
+    import fsspec  # imported where used
+
+    scheme = url.split("://")[0]
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+        found = filesystem.find(root, detail=True, maxdepth=1)
+    except ImportError as e:
+        package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(scheme, "its fsspec package")
+        raise ModelDirectoryError(f"{url}: reading {scheme}:// needs `pip install {package}`") from e
+    except Exception as e:  # each filesystem has errors of its own
+        raise ModelDirectoryError(f"{url} can't be listed: {type(e).__name__}: {e}") from e
+    files = {
+        name: info for name, info in found.items() if any(Path(name).match(w) for w in _WANTED)
+    }
+    if not any(Path(name).name == "config.json" for name in files):
+        raise ModelDirectoryError(f"{url} is not a model directory: it holds no config.json")
+    # The listing is part of the key: changed files are a new copy, not a stale one.
+    listing = sorted((n, i["size"], str(i.get("mtime") or i.get("etag"))) for n, i in files.items())
+    key = hashlib.sha256(repr((url, listing)).encode()).hexdigest()[:16]
+    target = cache / f"{url.rsplit('/', 1)[-1]}-{key}"
+    if target.is_dir():
+        return target
+    _tell(url, sum(i["size"] for i in files.values()), len(files))
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name in files:
+            filesystem.get_file(name, str(partial / Path(name).name))
+    except Exception as e:
+        raise ModelDirectoryError(f"{url} can't be copied: {type(e).__name__}: {e}") from e
+    partial.rename(target)
+    return target
+
+
+def _tell(what: str, size: int, files: int) -> None:
+    logging.info("downloading %s: %.2f GB in %d files", what, size / 1e9, files)
