@@ -83,20 +83,23 @@ def default() -> ml_collections.ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.data = ml_collections.ConfigDict()
-    c.data.source = "digits"
+    c.data.source = "digits"  # or "files": parquet or JSON lines, see data/files.py
+    c.data.path = ""  # of files: one, a pattern, or a directory
     c.data.data_dir = ""  # where datasets lie; empty: tensorflow-datasets' default
     c.data.rows = 3
     c.data.columns = 3
     c.data.digits = (2, 5)  # least and most per scene
     c.data.train = 4096  # scenes
-    c.data.heldout = 128
+    c.data.heldout = 128  # scenes, or rows of the files
     c.data.task = "caption"  # what sft learns: "caption" (a policy) or "judge"
     c.data.batch = 128  # images per step, over all processes
     c.data.epochs = 0  # passes over the data; 0: as many as the steps need
     c.data.replacement = True  # draw questions with replacement
     c.data.shuffle_options = True
     c.data.per_caption = False  # each caption its own questions, instead of one set per image
-    c.data.max_windows = 16  # buckets: an image's windows,
+    c.data.min_pixels = 0  # least area of an image; 0: as preprocessor_config.json says
+    c.data.max_pixels = 0  # and largest; larger ones are scaled down
+    c.data.max_windows = 16  # buckets: an image's windows (of Qwen3-VL: its features),
     c.data.max_prompt = 1280  # a prompt's tokens, image included,
     c.data.max_question = 256  # a question's tokens
     c.data.threads = 4
@@ -135,7 +138,7 @@ _ONE_OF = {
     "judge.mode": MODES,
     "caprl.advantage": tuple(ADVANTAGES),
     "optimizer.schedule": ("cosine", "constant"),
-    "data.source": ("digits",),
+    "data.source": ("digits", "files"),
     "data.task": ("caption", "judge"),
 }
 _POSITIVE = (

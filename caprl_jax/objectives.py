@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from caprl_jax import heldout, mesh, optimizers, startup, step
 from caprl_jax.config import ConfigError
 from caprl_jax.data import digits_sft, pipeline, records
-from caprl_jax.data.pipeline import HeldOut, SetAside
+from caprl_jax.data.pipeline import HeldOut
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, check_same_vocabulary
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Policy
@@ -98,7 +99,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         config.data.shuffle_options, config.caprl.group if config.data.per_caption else 0,
         config.data.max_question,
     )  # fmt: skip
-    dataset = startup.dataset(config)
+    dataset = startup.dataset(config, set_aside)
     source = records.source(dataset, "train")
     startup.check_data(config, source, make)
     held = _held_out(config, dataset, inputs, judge_prompt, set_aside)
@@ -176,7 +177,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     policy, directory = startup.read_model(config.policy, dtype, **options)
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
-    dataset = startup.dataset(config)
+    dataset = startup.dataset(config, set_aside)
     optimizer = _optimizer(config, 1)
     state = startup.initial_state(config, policy, directory, optimizer, on)
     one, traces = counted(lambda state, batch: step.sft_step(policy, optimizer, state, batch))

@@ -9,9 +9,10 @@ from typing import Any
 import ml_collections
 
 from caprl_jax import metrics, report
-from caprl_jax.data.pipeline import HeldOut, SetAside
+from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import Presented
 from caprl_jax.data.records import LETTERS
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.heldout import Judged, Written
 from caprl_jax.objectives import Objective
 

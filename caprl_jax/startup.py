@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 
 from caprl_jax import mesh, step
 from caprl_jax.config import ConfigError, about
-from caprl_jax.data import digits, pipeline, records
+from caprl_jax.data import digits, files, pipeline, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import ImagePrompt
 from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.models import families, hf, sources
 from caprl_jax.models.families import ModelDirectoryError
@@ -95,16 +96,24 @@ def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Jud
         return JudgePrompt.create(tokenizer, config.judge.prompt)
 
 
-def dataset(config: ml_collections.ConfigDict) -> Any:
-    """The prepared tensorflow-datasets builder of the config's data, written on first use."""
-    builder = digits.builder(config.data)
-    builder.download_and_prepare()
-    return builder
+SOURCES = {"digits": digits.prepare, "files": files.prepare}
+
+
+def dataset(config: ml_collections.ConfigDict, set_aside: SetAside) -> Any:
+    """The prepared tensorflow-datasets builder of the config's data, written on first use.
+
+    Raises:
+      ConfigError: there is no such data.
+    """
+    with about("data"):
+        return SOURCES[config.data.source](config.data, set_aside)
 
 
 def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) -> ImagePrompt:
     """Image and prompt buckets, checked against the largest image the processor makes."""
-    processor = ImageProcessor.from_pretrained(directory)
+    processor = ImageProcessor.from_pretrained(directory).bounded(
+        config.data.min_pixels, config.data.max_pixels
+    )
     vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
     if processor.patch_dim != vision.patch_dim:
         raise ModelDirectoryError(
@@ -118,15 +127,15 @@ def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) 
         raise ConfigError(
             f"a prompt takes up to {prompt.length(features)} tokens ({features} of an image of "
             f"max_pixels), more than config.data.max_prompt={config.data.max_prompt}: raise it to "
-            f"that, or lower max_pixels in {directory}/preprocessor_config.json"
+            f"that, or lower config.data.max_pixels from {processor.max_pixels}"
         )
     least = -(-patches // vision.window**2)
     if least > config.data.max_windows:
         raise ConfigError(
             f"an image of max_pixels takes at least {least} windows, more than "
             f"config.data.max_windows={config.data.max_windows}: raise it (an image whose sides "
-            f"are not whole windows takes some more), or lower max_pixels in "
-            f"{directory}/preprocessor_config.json"
+            f"are not whole windows takes some more), or lower config.data.max_pixels from "
+            f"{processor.max_pixels}"
         )
     return ImagePrompt(processor, prompt, vision, config.data.max_windows, config.data.max_prompt)
 

@@ -12,7 +12,7 @@ import numpy as np
 from caprl_jax import metrics, objectives, results
 from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.config import validate
-from caprl_jax.data.pipeline import SetAside
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.models import hf
 from caprl_jax.objectives import Objective
 

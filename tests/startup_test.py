@@ -14,7 +14,7 @@ from caprl_jax import config as config_lib
 from caprl_jax import objectives
 from caprl_jax.config import ConfigError
 from caprl_jax.data.digits import JUDGE_PROMPT
-from caprl_jax.data.pipeline import SetAside
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.models import sources
 from caprl_jax.models.families import ModelDirectoryError
 

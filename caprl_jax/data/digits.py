@@ -16,6 +16,7 @@ from PIL import Image
 
 from caprl_jax.data import records
 from caprl_jax.data.records import Question, Record
+from caprl_jax.data.set_aside import SetAside
 
 VERSION = "1.0.0"
 CELL = 28  # pixels
@@ -208,12 +209,19 @@ def scenes(
         yield Record(f"{split}-{i:05d}", image, questions(facts, grid, rng), facts)
 
 
-def builder(data: Any) -> Any:
-    """The tensorflow-datasets builder for a config's data section (rows, columns, digits, ...)."""
+def prepare(data: Any, set_aside: SetAside) -> Any:
+    """Writes the scenes of a config's data section (rows, columns, digits, ..), once.
+
+    Returns:
+      The prepared tensorflow-datasets builder, with the splits train and heldout.
+    """
+    del set_aside  # scenes are made, so all can be used
     grid, digits = (data.rows, data.columns), tuple(data.digits)
     name = f"caprl_digits_{grid[0]}x{grid[1]}_{digits[0]}to{digits[1]}_{data.train}_{data.heldout}"
     splits = {
         "train": functools.partial(scenes, "train", data.train, grid, digits),
         "heldout": functools.partial(scenes, "heldout", data.heldout, grid, digits),
     }
-    return records.builder(name, VERSION, splits, data.data_dir or None)
+    made = records.builder(name, VERSION, splits, data.data_dir or None)
+    made.download_and_prepare()
+    return made

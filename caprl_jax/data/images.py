@@ -131,6 +131,20 @@ class ImageProcessor:
                 values[key] = tuple(values[key])
         return cls(**values)
 
+    def bounded(self, min_pixels: int, max_pixels: int) -> "ImageProcessor":
+        """The same with other bounds on an image's area; 0 keeps its own.
+
+        Raises:
+          ModelDirectoryError: no image would be within the bounds.
+        """
+        least, most = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+        if not self.factor**2 <= most or least > most:
+            raise ModelDirectoryError(
+                f"images of at least {least} and at most {most} pixels, in multiples of "
+                f"{self.factor} a side: there are none"
+            )
+        return dataclasses.replace(self, min_pixels=least, max_pixels=most)
+
     @property
     def factor(self) -> int:
         """Side of a feature in pixels."""

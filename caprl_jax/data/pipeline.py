@@ -1,10 +1,7 @@
 """Grain pipelines: stored records -> shuffled, sharded, seeded batches of arrays."""
 
 import dataclasses
-import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +11,7 @@ from caprl_jax.data import digits, digits_sft, questions, records
 from caprl_jax.data.images import ImageProcessor, UnreadableImage, decode_image
 from caprl_jax.data.questions import JudgePrompt, Presented
 from caprl_jax.data.records import MalformedRecord, Record
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.models.policy import Prompt
 from caprl_jax.models.vision import VisionConfig, lay_out
@@ -21,35 +19,6 @@ from caprl_jax.sft import Examples
 from caprl_jax.step import Batch
 
 MakeExample = Callable[[Record, np.random.Generator], Any]
-
-
-class SetAside:
-    """Records that can't be used: counted, kept in set_aside.jsonl, never fatal by themselves."""
-
-    def __init__(self, path: Path | None = None):
-        """Goes on with what an earlier part of the run has written to path."""
-        self._lock = threading.Lock()
-        self._path = path
-        self.reasons: dict[str, str] = {}
-        if path is not None and path.is_file():
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                self.reasons[entry["id"]] = entry["reason"]
-
-    def add(self, identity: str, reason: str) -> None:
-        """Notes a record once."""
-        with self._lock:
-            if identity in self.reasons:
-                return
-            self.reasons[identity] = reason
-            if self._path is not None:
-                with self._path.open("a") as f:
-                    f.write(json.dumps({"id": identity, "reason": reason}) + "\n")
-
-    def listing(self) -> list[dict[str, str]]:
-        """[{"id", "reason"}], by id."""
-        with self._lock:
-            return [{"id": i, "reason": r} for i, r in sorted(self.reasons.items())]
 
 
 def guarded(make: MakeExample, set_aside: SetAside) -> Callable[[Mapping, Any], Any]:

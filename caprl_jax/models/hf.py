@@ -291,6 +291,7 @@ def _write_shards(
     def flush():
         path = directory / f"{len(files)}.safetensors"
         safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # others serve it
         files.append((path, list(shard)))
         shard.clear()
 

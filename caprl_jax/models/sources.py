@@ -18,7 +18,7 @@ def fetch(path: str, revision: str = "", cache: Path = CACHE) -> Path:
 
     Args:
       path: "asset:NAME" (shipped with the package), a local directory, a URL that fsspec reads
-        (gs://bucket/model; gs:// needs the package gcsfs), or a hub id (Qwen/Qwen2.5-VL-3B-Instruct).
+        (gs://bucket/model; gs:// needs the package gcsfs), or a hub id ("ORG/NAME").
       revision: branch, tag or commit of a hub id; empty is its default branch.
       cache: where copies from buckets lie; the hub has its own cache.
 
@@ -73,7 +73,9 @@ def _from_bucket(url: str, cache: Path) -> Path:
         found = filesystem.find(root, detail=True, maxdepth=1)
     except ImportError as e:
         package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(scheme, "its fsspec package")
-        raise ModelDirectoryError(f"{url}: reading {scheme}:// needs `pip install {package}`") from e
+        raise ModelDirectoryError(
+            f"{url}: reading {scheme}:// needs `pip install {package}`"
+        ) from e
     except Exception as e:  # each filesystem has errors of its own
         raise ModelDirectoryError(f"{url} can't be listed: {type(e).__name__}: {e}") from e
     files = {

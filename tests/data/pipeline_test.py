@@ -12,8 +12,8 @@ from caprl_jax import config as config_lib
 from caprl_jax import startup
 from caprl_jax.data import digits, pipeline, records
 from caprl_jax.data.digits import JUDGE_PROMPT
-from caprl_jax.data.pipeline import SetAside
 from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
 
 COUNT = 20
