@@ -1,1 +1,17 @@
 """CapRL in JAX: reinforcement learning of image captions, scored by a judge that reads."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from caprl_jax.api import LoadedJudge, LoadedPolicy, load_judge, load_policy
+
+__all__ = ["LoadedJudge", "LoadedPolicy", "load_judge", "load_policy"]
+
+
+def __getattr__(name: str):
+    # Imported where used: the core is embedded without the data stack that these need.
+    if name in __all__:
+        from caprl_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'caprl_jax' has no attribute {name!r}")

@@ -85,10 +85,14 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Reinforcement learning of a captioner with a judge's answers as reward."""
     on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = startup.read_model(config.policy, dtype, **options)
+    policy, directory = startup.read_model(
+        config.policy.path, config.policy.revision, dtype, **options
+    )
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
-    judge_model, judge_directory = startup.read_model(config.judge, dtype)
+    judge_model, judge_directory = startup.read_model(
+        config.judge.path, config.judge.revision, dtype
+    )
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     judge_tokenizer = Tokenizer.from_pretrained(judge_directory, judge_model.decoder.config.vocab)
     check_same_vocabulary(tokenizer, judge_tokenizer)
@@ -175,7 +179,9 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Supervised training of the embedded world's policy or judge."""
     on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = startup.read_model(config.policy, dtype, **options)
+    policy, directory = startup.read_model(
+        config.policy.path, config.policy.revision, dtype, **options
+    )
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     dataset = startup.dataset(config, set_aside)
     optimizer = _optimizer(config, 1)

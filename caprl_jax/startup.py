@@ -21,6 +21,7 @@ from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.models import families, hf, sources
 from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.policy import Policy
+from caprl_jax.models.vision import VisionConfig
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
@@ -52,15 +53,18 @@ def _check_batch(config: ml_collections.ConfigDict, on: Mesh) -> None:
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> Any:
-    """bfloat16 on accelerators and float32 on CPU, unless the config says."""
-    if config.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(config.dtype)
+    """The config's, by default default_dtype()."""
+    return default_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
 
 
-def read_model(section: ml_collections.ConfigDict, dtype: Any, **options) -> tuple[Policy, Path]:
-    """Modules of a config section's model, without parameters, and its directory."""
-    directory = sources.fetch(section.path, section.revision)
+def default_dtype() -> Any:
+    """bfloat16 on accelerators and float32 on CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy, Path]:
+    """Modules of a model, without parameters, and its directory; path as for sources.fetch."""
+    directory = sources.fetch(path, revision)
     where = directory / "config.json"
     return families.build(hf.read_config(directory), dtype, where=where, **options), directory
 
@@ -109,17 +113,23 @@ def dataset(config: ml_collections.ConfigDict, set_aside: SetAside) -> Any:
         return SOURCES[config.data.source](config.data, set_aside)
 
 
-def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) -> ImagePrompt:
-    """Image and prompt buckets, checked against the largest image the processor makes."""
-    processor = ImageProcessor.from_pretrained(directory).bounded(
-        config.data.min_pixels, config.data.max_pixels
-    )
-    vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
-    if processor.patch_dim != vision.patch_dim:
+def image_processor(directory: Path, vision: VisionConfig) -> ImageProcessor:
+    """The processor of a policy's directory, checked against its tower."""
+    processor = ImageProcessor.from_pretrained(directory)
+    if processor.patch_dim != vision.patch_dim or processor.merge_size != vision.merge:
         raise ModelDirectoryError(
             f"{directory}: preprocessor_config.json makes patches of {processor.patch_dim} values, "
-            f"config.json's vision tower takes {vision.patch_dim}"
+            f"{processor.merge_size} x {processor.merge_size} a feature; config.json's vision "
+            f"tower takes {vision.patch_dim} and {vision.merge} x {vision.merge}"
         )
+    return processor
+
+
+def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) -> ImagePrompt:
+    """Image and prompt buckets, checked against the largest image the processor makes."""
+    vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
+    bounds = config.data.min_pixels, config.data.max_pixels
+    processor = image_processor(directory, vision).bounded(*bounds)
     prompt = PolicyPrompt.create(tokenizer, config.policy.prompt, vision, mrope)
     patches = processor.max_pixels // processor.patch_size**2
     features = patches // vision.merge**2

@@ -1,6 +1,6 @@
 """CapRL-3B: Qwen2.5-VL-3B captions, Qwen2.5-3B-Instruct judges, on CapRL-QA-75K.
 
-Arguments:  3b.py:released (default): RLOO, no KL, 8 questions with replacement, as the released code
+Arguments:  3b.py:released (default): RLOO, no KL, 8 questions drawn with replacement
             3b.py:paper: GRPO, KL to the start, 4 questions with shuffled options
 Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/      (parquet or JSON lines: data/files.py)

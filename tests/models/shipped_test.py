@@ -39,7 +39,7 @@ def ours(scenes):
     """(policy, parameters, batched images and prompts, tokenizer)."""
     c = config_lib.default()
     c.data.max_windows, c.data.max_prompt = 4, 40
-    policy, directory = startup.read_model(c.policy, np.float32)
+    policy, directory = startup.read_model(c.policy.path, "", np.float32)
     tokenizer = Tokenizer.from_pretrained(directory, 512)
     inputs = startup.image_prompt(c, policy, directory, tokenizer)
     rows = []
