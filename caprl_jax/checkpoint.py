@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: state, data iterator and config, at one step together."""
+"""Orbax checkpoints: of a run, its state, data iterator and config together; of a model alone."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,42 @@ from caprl_jax.config import ConfigError
 _FREE = {"steps", "log_every", "export", "eval", "checkpoint", "mesh"}
 
 
+PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
+
+
+def steps(workdir: Path) -> list[int]:
+    """The steps with a complete checkpoint in a workdir, in order."""
+    directory = workdir / "checkpoints"
+    found = [d.name for d in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def save_params(directory: Path, params: Any) -> None:
+    """Writes a model's parameters; directory must not exist."""
+    import orbax.checkpoint as ocp  # imported where used
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.absolute(), params)
+
+
+def load_params(directory: Path, target: Any) -> Any:
+    """Reads what save_params wrote.
+
+    Args:
+      directory: of the parameters.
+      target: tree of jax.ShapeDtypeStruct with shardings; the dtypes are cast to.
+    """
+    import orbax.checkpoint as ocp  # imported where used
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(directory.absolute(), target)
+
+
 class Checkpoints:
     """The checkpoints of a workdir."""
 
-    def __init__(self, workdir: Path, keep: int):
-        """Opens WORKDIR/checkpoints, keeping the last `keep`."""
+    def __init__(self, workdir: Path, keep: int | None):
+        """Opens WORKDIR/checkpoints, keeping the last `keep`, or all."""
         import orbax.checkpoint as ocp  # imported where used
 
         self._ocp = ocp
@@ -57,8 +88,7 @@ class Checkpoints:
         import grain
 
         args = self._ocp.args
-        saved = self._manager.restore(step, args=args.Composite(config=args.JsonRestore()))
-        _check_same(saved["config"], json.loads(config.to_json()))
+        _check_same(self.config(step), json.loads(config.to_json()))
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
         )
@@ -69,6 +99,34 @@ class Checkpoints:
             ),
         )
         return restored["state"]
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The config that a checkpoint was written with."""
+        args = self._ocp.args
+        saved = self._manager.restore(step, args=args.Composite(config=args.JsonRestore()))
+        return saved["config"]
+
+    def restore_params(self, step: int, target: Any, shardings: Any) -> Any:
+        """The policy's parameters alone, without the optimizer's state.
+
+        Args:
+          step: of the checkpoint.
+          target: tree of jax.ShapeDtypeStruct.
+          shardings: tree like it.
+        """
+        item = {"params": jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), target, shardings
+        )}  # fmt: skip
+        restore = self._ocp.checkpoint_utils.construct_restore_args(item)
+        args = self._ocp.args.PyTreeRestore(item, restore_args=restore, partial_restore=True)
+        found = self._manager.restore(step, args=self._ocp.args.Composite(state=args))
+        return found["state"]["params"]
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """Waits for what is being written."""

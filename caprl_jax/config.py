@@ -35,7 +35,6 @@ def default() -> ml_collections.ConfigDict:
     c.steps = 100
     c.log_every = 1
     c.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
-    c.export = True  # write the trained model to WORKDIR/export at the end
 
     c.policy = ml_collections.ConfigDict()
     # A directory in Hugging Face format, a gs:// URL of one, a hub id, or asset: (shipped).
@@ -124,6 +123,10 @@ def default() -> ml_collections.ConfigDict:
     c.checkpoint.every = 100  # steps; one is always written at the end
     c.checkpoint.keep = 2
 
+    c.export = ml_collections.ConfigDict()
+    c.export.when = "end"  # write the trained model to WORKDIR/export; or "checkpoints", "never"
+    c.export.dtype = "float32"  # of its weights; or "bfloat16"
+
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = 1
     c.mesh.fsdp = -1  # what is left
@@ -138,6 +141,8 @@ _ONE_OF = {
     "judge.mode": MODES,
     "caprl.advantage": tuple(ADVANTAGES),
     "optimizer.schedule": ("cosine", "constant"),
+    "export.when": ("end", "checkpoints", "never"),
+    "export.dtype": ("float32", "bfloat16"),
     "data.source": ("digits", "files"),
     "data.task": ("caption", "judge"),
 }

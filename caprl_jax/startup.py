@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from caprl_jax import mesh, step
+from caprl_jax import checkpoint, mesh, step
 from caprl_jax.config import ConfigError, about
 from caprl_jax.data import digits, files, pipeline, records
 from caprl_jax.data.images import ImageProcessor
@@ -72,7 +72,18 @@ def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy,
 def load_frozen(policy: Policy, directory: Path, on: Mesh, dtype: Any) -> Any:
     """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
     shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
-    return hf.load_params(directory, policy, dtype, shardings, progress=True)
+    return _read_params(policy, directory, dtype, shardings)
+
+
+def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
+    """Weights as safetensors, or as Orbax wrote them (convert.py)."""
+    if not (directory / checkpoint.PARAMS).is_dir():
+        return hf.load_params(directory, policy, dtype, shardings, progress=True)
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
+        hf.abstract_params(policy), shardings,
+    )  # fmt: skip
+    return checkpoint.load_params(directory / checkpoint.PARAMS, target)
 
 
 def initial_state(
@@ -88,7 +99,7 @@ def initial_state(
     shardings = mesh.param_shardings(jax.eval_shape(init, key), on)
     if config.policy.init == "random":
         return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
-    params = hf.load_params(directory, policy, np.float32, shardings.params, progress=True)
+    params = _read_params(policy, directory, np.float32, shardings.params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(on))
     return step.State(zero, params, opt_state)

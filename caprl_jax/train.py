@@ -9,11 +9,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from caprl_jax import metrics, objectives, results
+from caprl_jax import export, metrics, objectives, results
 from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.config import validate
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.models import hf
 from caprl_jax.objectives import Objective
 
 
@@ -47,14 +46,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             state = checkpoints.restore(checkpoints.latest(), state, objective.data, config)
             logging.info("resumed after step %d", int(state.step))
         with metrics.MetricWriter(workdir, int(state.step) or None) as writer:
-            state = loop(config, objective, state, checkpoints, writer)
+            state = loop(config, workdir, objective, state, checkpoints, writer)
             after = objective.evaluate(state.params)
             writer.write(int(state.step), after[0], prefix="eval/")
     finally:
         checkpoints.close()
         objective.data.close()
-    if config.export:
-        export(workdir, objective, state, int(state.step))
+    if config.export.when != "never":
+        export_state(config, workdir, objective, state)
     return results.finish(
         config, workdir, objective, before, after, set_aside, time.time() - started
     )
@@ -62,6 +61,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def loop(
     config: ml_collections.ConfigDict,
+    workdir: Path,
     objective: Objective,
     state: Any,
     checkpoints: Checkpoints,
@@ -99,16 +99,19 @@ def loop(
                     writer.write(step, objective.evaluate(state.params)[0], prefix="eval/")
                 if step % config.checkpoint.every == 0:
                     checkpoints.save(step, state, objective.data, config)
+                    if config.export.when == "checkpoints":
+                        export_state(config, workdir, objective, state)
     last = int(state.step)
     if last > (checkpoints.latest() or 0):
         checkpoints.save(last, state, objective.data, config)
     return state
 
 
-def export(workdir: Path, objective: Objective, state: Any, step: int) -> Path:
-    """Writes the trained model as a Hugging Face directory, WORKDIR/export/STEP."""
-    directory = workdir / "export" / str(step)
-    if not directory.exists():
-        hf.save(directory, objective.policy, jax.device_get(state.params), objective.source)
-    logging.info("exported to %s", directory)
-    return directory
+def export_state(
+    config: ml_collections.ConfigDict, workdir: Path, objective: Objective, state: Any
+) -> None:
+    """Writes the model as it is now to WORKDIR/export/STEP."""
+    step = int(state.step)
+    directory, source = workdir / "export" / str(step), objective.source
+    heldout = export.figures(workdir, step)
+    export.export(directory, config, objective.policy, state.params, source, step, heldout)

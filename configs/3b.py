@@ -34,6 +34,7 @@ def get_config(recipe="released"):
     c.eval.every = 200
     c.eval.images = 128
     c.checkpoint.every = 100
+    c.export.dtype = "bfloat16"
     if recipe == "released":
         c.caprl.advantage = "rloo"
         c.caprl.questions = 8

@@ -251,7 +251,7 @@ def save(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _copy_companions(source, partial)
+    copy_companions(source, partial)
     config = read_config(source)
     config["dtype"] = np.dtype(dtype).name
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
@@ -272,7 +272,7 @@ def save(
     partial.rename(directory)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, processor and generation files; not weights, nor the source's own model card."""
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".gguf")
     for file in source.iterdir():

@@ -1,0 +1,107 @@
+"""Checkpoints to Hugging Face directories, and Hugging Face directories to checkpoints.
+
+    python -m caprl_jax.convert --checkpoint=WORKDIR[/STEP] --out=DIR [--dtype=bfloat16]
+    python -m caprl_jax.convert --model=DIR --out=DIR2 [--dtype=bfloat16]
+
+The first writes a run's policy as transformers and vLLM read it. The second writes a model's
+weights as Orbax does, which many processes read in parallel; policy.path and load_policy take the
+result like the original.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+
+from caprl_jax import checkpoint, export, mesh, startup
+from caprl_jax.config import ConfigError, default
+from caprl_jax.models import hf
+from caprl_jax.models.families import ModelDirectoryError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its steps.")
+_MODEL = flags.DEFINE_string("model", None, "A directory, gs:// URL or hub id.")
+_REVISION = flags.DEFINE_string("revision", "", "Of a hub id.")
+_OUT = flags.DEFINE_string("out", None, "Directory to make; must not exist.", required=True)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Where the run's base model lies now, if it has moved."
+)
+
+
+def find_step(path: Path) -> tuple[Path, int]:
+    """(workdir, step) of WORKDIR, WORKDIR/STEP or WORKDIR/checkpoints/STEP; the last by default.
+
+    Raises:
+      ConfigError: there is no such checkpoint.
+    """
+    workdir, step = path, None
+    if path.name.isdigit() and not (path / "checkpoints").is_dir():
+        step = int(path.name)
+        workdir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    there = checkpoint.steps(workdir)
+    if not there or (step is not None and step not in there):
+        raise ConfigError(
+            f"{path} is no checkpoint: {workdir} has "
+            + (f"those of steps {', '.join(map(str, there))}" if there else "none")
+        )
+    return workdir, there[-1] if step is None else step
+
+
+def to_hugging_face(path: Path, out: Path, dtype: str, source: str | None = None) -> None:
+    """Writes the policy of a run's checkpoint to out."""
+    workdir, step = find_step(path)
+    with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
+        saved = checkpoints.config(step)
+        config = default()
+        with config.unlocked():
+            config.update(ml_collections.ConfigDict(saved))
+        config.export.dtype = dtype
+        policy, directory = startup.read_model(
+            source or config.policy.path, "" if source else config.policy.revision, np.float32
+        )
+        on = mesh.make_mesh({"fsdp": -1})
+        shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
+        params = checkpoints.restore_params(step, hf.abstract_params(policy), shardings)
+    figures = export.figures(workdir, step)
+    export.export(out, config, policy, params, directory, step, figures)
+
+
+def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
+    """Writes a model directory whose weights are an Orbax checkpoint."""
+    policy, directory = startup.read_model(path, revision, np.float32)
+    on = mesh.make_mesh({"fsdp": -1})
+    params = startup.load_frozen(policy, directory, on, np.dtype(dtype))
+    partial = out.with_name(out.name + ".partial")
+    checkpoint.save_params(partial / checkpoint.PARAMS, params)
+    hf.copy_companions(directory, partial)
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": dtype}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    partial.rename(out)
+
+
+def main(_: list[str]) -> None:
+    """Converts what the flags name, or says in one paragraph why not."""
+    logging.getLogger().setLevel(logging.INFO)
+    out = Path(_OUT.value)
+    if (_CHECKPOINT.value is None) == (_MODEL.value is None):
+        sys.exit("error: give either --checkpoint=WORKDIR[/STEP] or --model=DIR")
+    if out.exists():
+        sys.exit(f"error: {out} exists already: remove it, or give another --out")
+    try:
+        if _CHECKPOINT.value is not None:
+            checkpoint_path = Path(_CHECKPOINT.value)
+            to_hugging_face(checkpoint_path, out, _DTYPE.value, _SOURCE.value)
+        else:
+            to_orbax(_MODEL.value, _REVISION.value, out, _DTYPE.value)
+    except (ConfigError, ModelDirectoryError) as e:
+        sys.exit(f"error: {e}")
+    print(f"made {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,118 @@
+"""A run's checkpoint becomes what transformers serves, and a model becomes a checkpoint."""
+
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+
+import caprl_jax
+from caprl_jax import convert, train
+from caprl_jax.config import ConfigError
+from caprl_jax.data import digits
+from caprl_jax.models import families, hf, sources
+
+from .train_test import tiny
+
+PROMPT = "Describe the image in detail."
+
+
+def load(directory):
+    return hf.load_params(directory, families.build(hf.read_config(directory)))
+
+
+def same_trees(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of 4 steps with checkpoints and exports after 2 and 4."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    c = tiny(tmp_path, **{"export.when": "checkpoints", "eval.every": 2})
+    train.run(c, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_converts_to_what_the_run_exported(workdir, tmp_path):
+    for name, step in (("run", 4), ("run/2", 2), ("run/checkpoints/2", 2)):
+        out = tmp_path / name.replace("/", "-")
+        convert.to_hugging_face(workdir.parent / name, out, "float32")
+        same_trees(load(out), load(workdir / "export" / str(step)))
+    first, last = load(tmp_path / "run-2"), load(tmp_path / "run")
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (first, last)), strict=True))
+    with pytest.raises(ConfigError, match="has those of steps 2, 4"):
+        convert.to_hugging_face(workdir / "3", tmp_path / "none", "float32")
+    convert.to_hugging_face(workdir, tmp_path / "half", "bfloat16")
+    exact, half = load(tmp_path / "run"), load(tmp_path / "half")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=2**-8), exact, half)
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.slow
+def test_the_card_tells_base_data_and_figures(workdir):
+    card = (workdir / "export" / "2" / "README.md").read_text()
+    assert "base_model: asset:tiny/policy" in card and "| data | digits |" in card
+    assert "| measured at step | 2 |" in card and "| accuracy greedy |" in card
+    assert '"questions": 2' in card
+
+
+@pytest.mark.slow
+def test_transformers_serves_the_trained_model_with_the_same_captions(workdir):
+    directory = workdir / "export" / "4"
+    images = [Image.open(io.BytesIO(r.image)) for r in digits.scenes("heldout", 8, (3, 3), (2, 5))]
+    ours = [c for (c,) in caprl_jax.load_policy(directory).caption(images, max_tokens=32)]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval().float()
+    processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    for image, caption in zip(images, ours, strict=True):
+        pixels = processor(image, return_tensors="pt")
+        features = int(pixels["image_grid_thw"].prod()) // 4
+        ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * features))["input_ids"]
+        ids = torch.tensor([ids])
+        kinds = (ids == model.config.image_token_id).int()
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **pixels,
+            do_sample=False, max_new_tokens=32,
+        )  # fmt: skip
+        theirs = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert caption == theirs
+    assert len(set(ours)) > 4
+
+
+def test_a_model_becomes_a_checkpoint_and_loads_from_it(tmp_path):
+    convert.to_orbax("asset:tiny/judge", "", tmp_path / "judge", "float32")
+    assert not list((tmp_path / "judge").glob("*.safetensors"))
+    found = caprl_jax.load_judge(tmp_path / "judge")
+    same_trees(jax.device_get(found.params), load(sources.fetch("asset:tiny/judge")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --checkpoint=WORKDIR[/STEP] or --model=DIR"),
+        (["--checkpoint=no/such/run"], "no/such/run is no checkpoint: no/such/run has none"),
+        (["--model=/no/such/model"], "/no/such/model is not a model directory"),
+        (["--model=x", "--out=tests"], "tests exists already"),
+    ],
+)
+def test_the_command_says_it_in_one_paragraph(arguments, message, tmp_path):
+    command = [sys.executable, "-m", "caprl_jax.convert", f"--out={tmp_path / 'out'}", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1 and message in found.stderr and "Traceback" not in found.stderr
