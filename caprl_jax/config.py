@@ -51,6 +51,9 @@ def default() -> ml_collections.ConfigDict:
     c.judge.prompt = ""  # user turn with {caption} and {question}; empty: data/questions.py's own
     c.judge.mode = "expected"  # or "sampled", "greedy"
     c.judge.temperature = 0.6
+    # Bucket of a caption in the judge's tokens, where its tokenizer is not the policy's; 0 is twice
+    # sampling.max_tokens.
+    c.judge.max_caption = 0
 
     c.sampling = ml_collections.ConfigDict()
     c.sampling.max_tokens = 512

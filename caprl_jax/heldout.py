@@ -20,7 +20,12 @@ from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Policy
 from caprl_jax.step import Frozen
 
-_BUCKET = 32  # caption lengths are rounded up to it, so that few programs are compiled
+_BUCKET = 32  # lengths are rounded up to it, so that few programs are compiled
+
+
+def bucket(length: int) -> int:
+    """length rounded up; at least one bucket."""
+    return -(-max(length, 1) // _BUCKET) * _BUCKET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +107,21 @@ class Writer:
 class Reader:
     """Has captions judged on all of their image's questions, greedily."""
 
-    def __init__(self, decoder: Decoder, data: HeldOut, tokenizer: Tokenizer, on: Mesh):
-        """decoder is the judge's module; its parameters come with each call."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        data: HeldOut,
+        tokenizer: Tokenizer,
+        on: Mesh,
+        through_text: bool = False,
+    ):
+        """decoder is the judge's module; its parameters come with each call.
+
+        With through_text captions are tokenised by the judge's own tokenizer, else their ids are
+        the judge's too.
+        """
         self._data, self._tokenizer, self._mesh = data, tokenizer, on
+        self._through_text = through_text
 
         def read(frozen, tokens, mask, questions):
             key = jax.random.key(0)  # greedy answers draw nothing
@@ -116,16 +133,16 @@ class Reader:
 
     def read(self, frozen: Frozen, captions: Sequence[Written]) -> list[Judged]:
         """Judges captions, sorted by image, of every image equally many."""
-        group = len(captions) // len(self._data.records)
-        length = -(-max(len(c.ids) for c in captions) // _BUCKET) * _BUCKET
-        out = []
+        group, out = len(captions) // len(self._data.records), []
+        ids = [self._ids(c) for c in captions]
+        length = bucket(max(map(len, ids)))
         for batch in self._data.batches:
             size = int(np.sum(batch.valid)) * group
             own = captions[len(out) : len(out) + size]
             tokens = np.zeros((len(batch.valid) * group, length), np.int32)
             mask = np.zeros(tokens.shape, bool)
-            for i, caption in enumerate(own):
-                tokens[i, : len(caption.ids)], mask[i, : len(caption.ids)] = caption.ids, True
+            for i, own_ids in enumerate(ids[len(out) : len(out) + size]):
+                tokens[i, : len(own_ids)], mask[i, : len(own_ids)] = own_ids, True
             arrays = (a.reshape(-1, group, length) for a in (tokens, mask))
             placed = put_batch((*arrays, batch.questions), self._mesh)
             verdicts = jax.device_get(self._read(frozen, *placed))
@@ -136,6 +153,9 @@ class Reader:
                 )
                 out.append(Judged(caption, *found))
         return out
+
+    def _ids(self, caption: Written) -> list[int]:
+        return self._tokenizer.encode_caption(caption.text) if self._through_text else caption.ids
 
     def read_texts(self, frozen: Frozen, texts: Sequence[str]) -> list[Judged]:
         """Judges one given caption for each image."""

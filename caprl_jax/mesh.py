@@ -94,3 +94,13 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Places a host batch, each process giving its own images; scalars and None pass."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+
+def fetch_batch(batch: Any, mesh: Mesh) -> Any:
+    """The inverse of put_batch: each process gets its own images, as numpy."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        spec = PartitionSpec(BATCH)
+        batch = multihost_utils.global_array_to_host_local_array(batch, mesh, spec)
+    return jax.device_get(batch)

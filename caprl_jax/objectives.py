@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
@@ -20,10 +21,12 @@ from caprl_jax.config import ConfigError
 from caprl_jax.data import digits_sft, pipeline, records
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.data.tokens import Tokenizer, check_same_vocabulary
+from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import Sampling
+from caprl_jax.splicing import Splicing
+from caprl_jax.text_step import Retokeniser, in_two_programs
 
 
 @dataclasses.dataclass
@@ -95,7 +98,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     )
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     judge_tokenizer = Tokenizer.from_pretrained(judge_directory, judge_model.decoder.config.vocab)
-    check_same_vocabulary(tokenizer, judge_tokenizer)
+    through_text = _through_text(tokenizer, judge_tokenizer)
     judge_prompt = startup.judge_prompt(config, judge_tokenizer)
     inputs = startup.image_prompt(config, policy, directory, tokenizer)
     make = pipeline.CaprlExamples(
@@ -115,11 +118,22 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         jax.device_put(judge_prompt.instruction(), mesh.replicated(on)),
         startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None,
     )
-    run_step, traces = _caprl_step(
-        config, policy, judge_model.decoder, optimizer, tokenizer.stop, state, on
-    )
+    parts = policy, judge_model.decoder, optimizer, state, on
+    if through_text:
+        retokenise = Retokeniser(
+            tokenizer, judge_tokenizer, config.judge.max_caption or 2 * config.sampling.max_tokens
+        )
+        run_step, traces = _two_programs(config, *parts, tokenizer.stop, retokenise)
+    else:
+        run_step, traces = _one_program(config, *parts, tokenizer.stop)
     writer = _writer(config, policy, held, tokenizer, on)
-    reader = heldout.Reader(judge_model.decoder, held, judge_tokenizer, on)
+    reader = heldout.Reader(judge_model.decoder, held, judge_tokenizer, on, through_text)
+    splicing = Splicing(judge_model.decoder, held, judge_prompt, on, through_text)
+
+    def evaluate(params):
+        metrics, sets = heldout.evaluate(held, writer, reader, params, frozen)
+        return metrics | splicing.measure(frozen, sets["greedy"]), sets
+
     return Objective(
         policy=policy,
         source=directory,
@@ -128,7 +142,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         traces=traces,
         data=_iterator(config, source, make, set_aside),
         place=lambda batch: mesh.put_batch(batch, on),
-        evaluate=lambda params: heldout.evaluate(held, writer, reader, params, frozen),
+        evaluate=evaluate,
         ceiling=heldout.ceiling(held, reader, frozen),
         heldout=held,
     )
@@ -142,7 +156,18 @@ def _settings(config: ml_collections.ConfigDict) -> step.Settings:
     )
 
 
-def _caprl_step(config, policy, judge_decoder: Decoder, optimizer, stop, state, on):
+def _through_text(policy: Tokenizer, judge: Tokenizer) -> bool:
+    """Whether captions must pass from policy to judge as text, which is told."""
+    difference = vocabulary_difference(policy, judge)
+    if difference is not None:
+        logging.warning(
+            "policy and judge tokenizers differ (%s): captions pass through text on the host, and "
+            "a step is two programs", difference,
+        )  # fmt: skip
+    return difference is not None
+
+
+def _one_program(config, policy, judge_decoder: Decoder, optimizer, state, on, stop):
     sampling = Sampling(**config.sampling)
     bound = functools.partial(
         step.caprl_step, policy, judge_decoder, optimizer, _settings(config), sampling, stop
@@ -153,6 +178,26 @@ def _caprl_step(config, policy, judge_decoder: Decoder, optimizer, stop, state, 
 
     one, traces = counted(one)
     return _jit_step(one, state, on), traces
+
+
+def _two_programs(
+    config, policy, judge_decoder: Decoder, optimizer, state, on, stop, retokenise: Retokeniser
+):
+    settings, sampling = _settings(config), Sampling(**config.sampling)
+    roll_out = functools.partial(step.roll_out, policy, settings, sampling, stop)
+
+    def finish(state, frozen, batch, captions, passed, key):
+        tokens, mask, cut = passed
+        verdicts = step.judged(judge_decoder, settings, frozen, tokens, mask, batch.questions, key)
+        state, measured = step.learn(
+            policy, optimizer, settings, state, frozen, batch, captions, verdicts
+        )
+        real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
+        return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
+
+    (roll_out, first), (finish, second) = counted(roll_out), counted(finish)
+    whole = in_two_programs(jax.jit(roll_out), _jit_step(finish, state, on), retokenise, on)
+    return whole, lambda: max(first(), second())
 
 
 def _jit_step(function: Callable, state: step.State, on: Mesh) -> Callable:

@@ -19,7 +19,7 @@ from PIL import Image
 from caprl_jax import curves
 from caprl_jax.curves import Chart, Series
 
-_PERCENT = ("accuracy", "precision", "recall", "ceiling", "disagreement")
+_PERCENT = ("accuracy", "precision", "recall", "ceiling", "disagreement", "differ")
 _LABELS = {
     "heldout_accuracy": "held-out accuracy",
     "ceiling": "ceiling: accuracy with complete true captions",
@@ -27,6 +27,8 @@ _LABELS = {
     "fact_precision": "stated facts that are true",
     "fact_recall": "true facts that are stated",
     "judge_lookup_disagreement": "judge misreads the caption",
+    "splice_ids_differ": "prompts whose whole text has other tokens",
+    "splice_letters_differ": "answers that differ with those tokens",
     "records_set_aside": "records set aside",
     "steps": "steps",
     "wall_seconds": "wall time",

@@ -270,13 +270,55 @@ def caprl_step(
       (new state, metrics as (sum, count)).
     """
     sample_key, judge_key = jax.random.split(key)
-    captions = rollout.sample(
-        policy, state.params, batch.images, batch.prompt, sample_key, settings.group, stop, sampling
+    captions = roll_out(policy, settings, sampling, stop, state.params, batch, sample_key)
+    verdicts = judged(
+        judge_decoder, settings, frozen, captions.tokens, captions.mask, batch.questions, judge_key
     )
-    verdicts = judge.score(
-        judge_decoder, frozen.judge, frozen.instruction, captions.tokens, captions.mask,
-        batch.questions, judge_key, settings.judge_mode, settings.judge_temperature,
+    return learn(policy, optimizer, settings, state, frozen, batch, captions, verdicts)
+
+
+def roll_out(
+    policy: Policy,
+    settings: Settings,
+    sampling: rollout.Sampling,
+    stop: tuple[int, ...],
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+) -> rollout.Rollout:
+    """The first part of a step: settings.group captions of each image."""
+    return rollout.sample(
+        policy, params, batch.images, batch.prompt, key, settings.group, stop, sampling
+    )
+
+
+def judged(
+    judge_decoder: Decoder,
+    settings: Settings,
+    frozen: Frozen,
+    tokens: jax.Array,
+    mask: jax.Array,
+    questions: judge.Questions,
+    key: jax.Array,
+) -> judge.Verdicts:
+    """The second part of a step: captions int32 [b, g, t], in the judge's ids, -> Verdicts."""
+    return judge.score(
+        judge_decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key,
+        settings.judge_mode, settings.judge_temperature,
     )  # fmt: skip
+
+
+def learn(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    state: State,
+    frozen: Frozen,
+    batch: Batch,
+    captions: rollout.Rollout,
+    verdicts: judge.Verdicts,
+) -> tuple[State, Metrics]:
+    """The last part of a step: rewards, advantages, updates -> (new state, metrics)."""
     reward, _ = reward_terms(settings, verdicts, captions)
     advantages = jax.vmap(policy_gradient.ADVANTAGES[settings.advantage])(reward)
     reference_logp = None
@@ -286,8 +328,8 @@ def caprl_step(
             split((batch, captions), settings.micro_batches),
         )
         reference_logp = jnp.swapaxes(reference_logp, 0, 1).reshape(captions.logp.shape)
-    learn = _Learn(batch, captions, advantages, reference_logp)
-    state, metrics = update(policy, optimizer, settings, state, learn)
+    examples = _Learn(batch, captions, advantages, reference_logp)
+    state, metrics = update(policy, optimizer, settings, state, examples)
     return state, metrics | rollout_metrics(captions, verdicts, reward, batch.valid)
 
 

@@ -7,6 +7,10 @@ Command:   python -m caprl_jax.main --config=configs/tiny_judge.py:recall \
                --config.policy.path=DIR/judge      (DIR from python -m caprl_jax.tiny_models)
            python -m caprl_jax.main --config=configs/tiny_judge.py:letters \
                --config.policy.path=WORKDIR/export/2000      (of the first run)
+Measured:  one CPU core, seed 0: recall 2000 steps in 29 min; letters 1000 steps in 23 min leave
+           9.5% of the quiz answered unlike an exact reader (where is 5%, digits 25%, still
+           falling: give it 2000). The judge that ships is of an earlier state of this recipe,
+           before captions said a fact twice: 1.8% of the same quiz.
 """
 
 from caprl_jax.config import default

@@ -100,17 +100,6 @@ def test_a_processor_of_another_patch_size(config, tmp_path):
     refused(config, message, ModelDirectoryError, **{"policy.path": str(directory)})
 
 
-def test_a_judge_with_another_vocabulary(config, tmp_path):
-    directory = copied(tmp_path, "judge")
-    path = directory / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    path.write_text(json.dumps(content))
-    message = "policy and judge tokenizers differ"
-    refused(config, message, ModelDirectoryError, **{"judge.path": str(directory)})
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

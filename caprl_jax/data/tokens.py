@@ -94,21 +94,17 @@ def _stop_ids(directory: str | Path, inner: Any) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def check_same_vocabulary(policy: Tokenizer, judge: Tokenizer) -> None:
-    """Caption ids go from policy to judge as they are, so the two must mean the same by them.
+def vocabulary_difference(policy: Tokenizer, judge: Tokenizer) -> str | None:
+    """Why the policy's ids can't pass to the judge as they are; None if they can.
 
-    Raises:
-      ModelDirectoryError: naming a token on which they differ.
+    Special tokens may differ: they never reach the judge.
     """
     ours, theirs = policy.inner.get_vocab(), judge.inner.get_vocab()
     special = {policy.inner.convert_ids_to_tokens(i) for i in policy.special}
-    for token, i in ours.items():
+    for token, i in sorted(ours.items(), key=lambda item: item[1]):
         if token not in special and theirs.get(token) != i:
-            raise ModelDirectoryError(
-                f"policy and judge tokenizers differ: {token!r} is {i} for the policy, "
-                f"{theirs.get(token)} for the judge. Captions pass as ids, so the two need one "
-                "vocabulary (Qwen2.5-VL and Qwen2.5 share theirs)"
-            )
+            return f"{token!r} is {i} for the policy, {theirs.get(token)} for the judge"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
