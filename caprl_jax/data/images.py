@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.models.hf import read_json
 
 _MAX_RATIO = 200
 
@@ -22,7 +22,8 @@ def decode_image(data: bytes) -> Image.Image:
     """Encoded bytes -> RGB.
 
     EXIF orientation is applied, transparency goes onto white, of an animation the first frame
-    counts; Pillow's limit against decompression bombs holds.
+    counts; Pillow's limit against decompression bombs holds. All as transformers does, but for 16
+    bits a channel, which are scaled to 8 where transformers would clip them to white.
 
     Raises:
       UnreadableImage: not an image, truncated, or too large to be safe.
@@ -37,7 +38,7 @@ def decode_image(data: bytes) -> Image.Image:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+    except Exception as e:  # Pillow's decoders raise whatever bad bytes lead them to
         raise UnreadableImage(f"the image can't be decoded: {e}") from e
 
 
@@ -112,10 +113,7 @@ class ImageProcessor:
         path = Path(directory) / "preprocessor_config.json"
         if not path.is_file():
             raise ModelDirectoryError(f"{path} does not exist: a policy's directory needs it")
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as e:
-            raise ModelDirectoryError(f"{path} is not valid JSON: {e}") from e
+        found = read_json(path)
         for stage in ("do_resize", "do_rescale", "do_normalize"):
             if not found.get(stage, True):
                 raise ModelDirectoryError(f"{path} sets {stage}=false, which is not supported")
@@ -128,8 +126,26 @@ class ImageProcessor:
         values = {k: v for k, v in found.items() if k in names and v is not None}
         for key in ("image_mean", "image_std"):
             if key in values:
-                values[key] = tuple(values[key])
-        return cls(**values)
+                values[key] = tuple(values[key]) if isinstance(values[key], list) else ()
+        made = cls(**values)
+        made._check(path)
+        return made
+
+    def _check(self, path: Path) -> None:
+        """Refuses what no image could be processed with, naming the field."""
+        numbers = int | float
+        sizes = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
+        whole = {name: getattr(self, name) for name in sizes}
+        right = {name: type(value) is int and value > 0 for name, value in whole.items()}
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            right[name] = len(values) == 3 and all(isinstance(v, numbers) for v in values)
+        right["image_std"] = right["image_std"] and all(v > 0 for v in self.image_std)
+        right["rescale_factor"] = isinstance(self.rescale_factor, numbers)
+        right["resample"] = self.resample in set(Image.Resampling)
+        for name, fine in right.items():
+            if not fine:
+                raise ModelDirectoryError(f"{path}: {name} can't be {getattr(self, name)!r}")
 
     def bounded(self, min_pixels: int, max_pixels: int) -> "ImageProcessor":
         """The same with other bounds on an image's area; 0 keeps its own.

@@ -1,7 +1,6 @@
 """Tokenizers of model directories, and the policy's prompt as ids."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ import numpy as np
 
 from caprl_jax.data.records import LETTERS
 from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.models.hf import read_json
 from caprl_jax.models.policy import Prompt, mrope_positions
 from caprl_jax.models.vision import VisionConfig, feature_order
 
 IMAGE_TOKEN = "<|image_pad|>"
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Tokenizer:
     """A directory's tokenizer, and the ids this project asks of it.
 
     Attributes:
+      directory: where it was read; errors name it.
       inner: transformers' tokenizer.
       stop: ids that end a caption.
       special: ids that never reach the judge.
     """
 
+    directory: Path
     inner: Any
     stop: tuple[int, ...]
     special: tuple[int, ...]
@@ -39,9 +42,15 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer  # imported where used
 
+        directory = Path(directory)
+        # Without them transformers makes an empty tokenizer, and says nothing.
+        if not any((directory / name).is_file() for name in _VOCABULARIES):
+            raise ModelDirectoryError(
+                f"{directory} has no tokenizer: none of {', '.join(_VOCABULARIES)} is there"
+            )
         try:
             inner = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError, KeyError) as e:
+        except Exception as e:  # the tokenizers library raises plain Exceptions
             raise ModelDirectoryError(f"{directory}: the tokenizer can't be read: {e}") from e
         largest = max(inner.get_vocab().values())
         if largest >= vocab:
@@ -51,7 +60,8 @@ class Tokenizer:
             )
         if not inner.chat_template:
             raise ModelDirectoryError(f"{directory}: the tokenizer has no chat template")
-        return cls(inner, _stop_ids(directory, inner), tuple(sorted(_special_ids(inner))))
+        stop, special = _stop_ids(directory, inner, vocab), tuple(sorted(_special_ids(inner)))
+        return cls(directory, inner, stop, special)
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids; special tokens written in the text become their ids."""
@@ -66,17 +76,29 @@ class Tokenizer:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def chat(self, content: Any) -> str:
-        """One user turn and the opening of the assistant's, by the directory's own template."""
-        messages = [{"role": "user", "content": content}]
-        template = self.inner.apply_chat_template
-        return template(messages, tokenize=False, add_generation_prompt=True)
+        """One user turn and the opening of the assistant's, by the directory's own template.
+
+        Where the template knows of thinking (Qwen3), it is told to leave it out.
+
+        Raises:
+          ModelDirectoryError: the template can't be rendered.
+        """
+        messages, template = [{"role": "user", "content": content}], self.inner.apply_chat_template
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        try:
+            return template(messages, **options)
+        except Exception as e:  # a template is a program, and fails in its own ways
+            raise ModelDirectoryError(
+                f"{self.directory}: the chat template can't be rendered: {type(e).__name__}: {e}"
+            ) from e
 
     def letters(self) -> list[int]:
         """Ids of " A", " B", ...: each must be one token."""
         ids = [self.encode(f" {letter}") for letter in LETTERS]
         if any(len(i) != 1 for i in ids):
             raise ModelDirectoryError(
-                "the tokenizer splits the letters ' A' to ' I'; a judge can't"
+                f"{self.directory}: the tokenizer splits the letters ' A' to ' I': a judge can't "
+                "answer by one token"
             )
         return [i[0] for i in ids]
 
@@ -86,12 +108,18 @@ def _special_ids(inner: Any) -> set[int]:
     return added | set(inner.all_special_ids)
 
 
-def _stop_ids(directory: str | Path, inner: Any) -> tuple[int, ...]:
+def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:
     """generation_config.json's end-of-sequence ids, else the tokenizer's."""
-    path = Path(directory) / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    path = directory / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.is_file() else None
     ids = inner.eos_token_id if ids is None else ids
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    ids = tuple(ids) if isinstance(ids, list) else (ids,)
+    if not ids or any(type(i) is not int or not 0 <= i < vocab for i in ids):
+        raise ModelDirectoryError(
+            f"{directory}: eos_token_id {list(ids)} of generation_config.json, or of the "
+            f"tokenizer, is not ids within the vocabulary of {vocab}"
+        )
+    return ids
 
 
 def vocabulary_difference(policy: Tokenizer, judge: Tokenizer) -> str | None:
@@ -129,9 +157,10 @@ class PolicyPrompt:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         ids = np.asarray(tokenizer.encode(tokenizer.chat(content)), np.int32)
         image_token = tokenizer.inner.convert_tokens_to_ids(IMAGE_TOKEN)
-        if np.sum(ids == image_token) != 1:
+        found = int(np.sum(ids == image_token))
+        if found != 1:
             raise ModelDirectoryError(
-                f"the policy's chat template renders an image as {np.sum(ids == image_token)} "
+                f"{tokenizer.directory}: the chat template renders an image as {found} "
                 f"{IMAGE_TOKEN} tokens, not one"
             )
         return cls(ids, image_token, vision, mrope)

@@ -60,8 +60,10 @@ def align_right(a: jax.Array, ndim: int) -> jax.Array:
 
 
 def _scores(q: jax.Array, segment: Segment) -> jax.Array:
-    """q [*a, x, k, r, d] (scaled), segment with batch axes a -> float32 [*a, k, r, x, s]."""
+    """q [*a, x, k, r, d], segment with batch axes a -> float32 [*a, k, r, x, s], scaled."""
     scores = jnp.einsum("...xkrd,...skd->...krxs", q, segment.k, preferred_element_type=jnp.float32)
+    # Scaled here and not in q: in bfloat16 that would round every query once more.
+    scores = scores * (1 / math.sqrt(q.shape[-1]))
     return jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
 
 
@@ -69,7 +71,7 @@ def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.
     """Unnormalised attention of one segment.
 
     Args:
-      q: [*batch, t, k, r, d], scaled.
+      q: [*batch, t, k, r, d].
       segment: its batch axes are a prefix of q's.
 
     Returns:
@@ -110,7 +112,6 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """
     kv_heads, head_dim = segments[0].k.shape[-2:]
     grouped = q.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, head_dim)
-    grouped = grouped * jnp.asarray(1 / math.sqrt(head_dim), q.dtype)
     for segment in segments:
         shared = segment.k.ndim - 3
         chex.assert_equal_shape_prefix([q, segment.k], shared)

@@ -98,63 +98,89 @@ def _refuse_sliding_window(text: Mapping[str, Any], where: Any) -> None:
         )
 
 
+class _Fields:
+    """A section of config.json whose values are checked as they are read."""
+
+    def __init__(self, values: Any, where: Any, section: str = ""):
+        if not isinstance(values, Mapping):
+            raise ModelDirectoryError(f"{where}: {section or 'it'} is not a JSON object")
+        self.values, self._where, self._prefix = values, where, section and f"{section}."
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def _get(self, name: str) -> Any:
+        if name not in self.values:
+            raise ModelDirectoryError(f"{self._where} lacks '{self._prefix}{name}'")
+        return self.values[name]
+
+    def _refuse(self, name: str, wanted: str) -> ModelDirectoryError:
+        what = f"{self._prefix}{name} is {self.values[name]!r}"
+        return ModelDirectoryError(f"{self._where}: {what}, not {wanted}")
+
+    def whole(self, name: str) -> int:
+        """A positive whole number."""
+        found = self._get(name)
+        if type(found) is not int or found < 1:
+            raise self._refuse(name, "a positive whole number")
+        return found
+
+    def real(self, name: str) -> float:
+        """A positive number."""
+        found = self._get(name)
+        if type(found) not in (int, float) or not 0 < found < math.inf:
+            raise self._refuse(name, "a positive number")
+        return float(found)
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers, 0 among them."""
+        found = self._get(name)
+        if not isinstance(found, list) or any(type(i) is not int or i < 0 for i in found):
+            raise self._refuse(name, "a list of whole numbers")
+        return tuple(found)
+
+
 def decoder_config(config: Mapping[str, Any], where: Any = "config.json") -> DecoderConfig:
     """The text half of a config.json.
 
     Raises:
       ModelDirectoryError: a field is missing or doesn't fit another, or isn't supported.
     """
-    of, text = family(config, where), _text(config)
-    rope = _rope(text)
-    try:
-        heads = text["num_attention_heads"]
-        kv_heads = text.get("num_key_value_heads") or heads
-        # Qwen3's head_dim has a default of its own, as transformers' Qwen3Config says.
-        head_dim = text.get("head_dim") or (128 if of.third else text["hidden_size"] // heads)
-        theta = rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"]
-        section = tuple(rope["mrope_section"]) if of.vision else None
-        found = DecoderConfig(
-            vocab=text["vocab_size"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            feed_forward=text["intermediate_size"],
-            rope_theta=float(theta),
-            norm_eps=text["rms_norm_eps"],
-            # Either flag ties: files in the wild set one or the other.
-            tied=any(c.get("tie_word_embeddings") for c in (config, text)),
-            mrope_section=section,
-            mrope_interleaved=of.vision and of.third,
-            qkv_bias=bool(text.get("attention_bias")) if of.third else True,
-            o_bias=bool(text.get("attention_bias")) and of.third,
-            qk_norm=of.third,
+    of, text = family(config, where), _Fields(_text(config), where)
+    rope = _Fields(_rope(text.values), where, "rope_scaling")
+    width, heads = text.whole("hidden_size"), text.whole("num_attention_heads")
+    # Qwen3's head_dim has a default of its own, as transformers' Qwen3Config says.
+    default_dim = 128 if of.third else width // heads
+    bias = bool(text.values.get("attention_bias"))
+    found = DecoderConfig(
+        vocab=text.whole("vocab_size"),
+        width=width,
+        layers=text.whole("num_hidden_layers"),
+        heads=heads,
+        kv_heads=text.whole("num_key_value_heads") if "num_key_value_heads" in text else heads,
+        head_dim=text.whole("head_dim") if "head_dim" in text else default_dim,
+        feed_forward=text.whole("intermediate_size"),
+        rope_theta=(rope if "rope_theta" in rope else text).real("rope_theta"),
+        norm_eps=text.real("rms_norm_eps"),
+        # Either flag ties: files in the wild set one or the other.
+        tied=any(c.get("tie_word_embeddings") for c in (config, text.values)),
+        mrope_section=rope.wholes("mrope_section") if of.vision else None,
+        mrope_interleaved=of.vision and of.third,
+        qkv_bias=bias if of.third else True,
+        o_bias=bias and of.third,
+        qk_norm=of.third,
+    )
+    if found.heads % found.kv_heads:
+        raise ModelDirectoryError(
+            f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+            f"{found.kv_heads}"
         )
-    except KeyError as e:
-        raise ModelDirectoryError(f"{where} lacks {e.args[0]!r}") from e
-    except (TypeError, ValueError) as e:
-        raise ModelDirectoryError(f"{where}: a field is not a number: {e}") from e
-    _check_decoder(found, where)
+    section = found.mrope_section
+    if section is not None and (len(section) != 3 or sum(section) != found.head_dim // 2):
+        raise ModelDirectoryError(
+            f"{where}: mrope_section {section} does not add up to half of head_dim {found.head_dim}"
+        )
     return found
-
-
-def _check_decoder(c: DecoderConfig, where: Any) -> None:
-    sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward")
-    for name in sizes:
-        size = getattr(c, name)
-        if not isinstance(size, int) or size < 1:
-            raise ModelDirectoryError(f"{where}: {name} is {size!r}, not a positive whole number")
-    if c.heads % c.kv_heads:
-        raise ModelDirectoryError(
-            f"{where}: num_attention_heads {c.heads} is not a multiple of num_key_value_heads "
-            f"{c.kv_heads}"
-        )
-    if c.mrope_section is not None and sum(c.mrope_section) != c.head_dim // 2:
-        raise ModelDirectoryError(
-            f"{where}: mrope_section {c.mrope_section} does not add up to half of head_dim "
-            f"{c.head_dim}"
-        )
 
 
 def vision_config(config: Mapping[str, Any], where: Any = "config.json") -> VisionConfig | None:
@@ -166,14 +192,10 @@ def vision_config(config: Mapping[str, Any], where: Any = "config.json") -> Visi
     of = family(config, where)
     if not of.vision:
         return None
-    try:
-        v = config["vision_config"]
-        found = (_third_tower if of.third else _second_tower)(v, where)
-    except KeyError as e:
-        name = e.args[0] if e.args[0] == "vision_config" else f"vision_config.{e.args[0]}"
-        raise ModelDirectoryError(f"{where} lacks {name!r}") from e
-    except TypeError as e:
-        raise ModelDirectoryError(f"{where}: a field of vision_config is no number: {e}") from e
+    if "vision_config" not in config:
+        raise ModelDirectoryError(f"{where} lacks 'vision_config'")
+    v = _Fields(config["vision_config"], where, "vision_config")
+    found = (_third_tower if of.third else _second_tower)(v, where)
     for layer in (*found.full_layers, *found.deep_layers):
         if layer not in range(found.layers):
             raise ModelDirectoryError(
@@ -188,44 +210,47 @@ def patch_kernel(v: Mapping[str, Any]) -> tuple[int, int, int, int]:
     return channels, v["temporal_patch_size"], side, side
 
 
-def _tower(v: Mapping[str, Any], act: str, where: Any, **rest) -> VisionConfig:
-    if v.get("hidden_act", act) != act:
+def _tower(v: _Fields, act: str, where: Any, **rest) -> VisionConfig:
+    if v.values.get("hidden_act", act) != act:
         raise ModelDirectoryError(
-            f"{where}: vision_config.hidden_act {v['hidden_act']!r} is not supported, only {act!r}"
+            f"{where}: vision_config.hidden_act {v.values['hidden_act']!r} is not supported, only "
+            f"{act!r}"
         )
+    patch, frames = v.whole("patch_size"), v.whole("temporal_patch_size")
+    channels = next((v.whole(n) for n in ("in_channels", "in_chans") if n in v), 3)
     return VisionConfig(
-        patch_dim=math.prod(patch_kernel(v)),
-        width=v["hidden_size"],
-        layers=v["depth"],
-        heads=v["num_heads"],
-        feed_forward=v["intermediate_size"],
-        out_width=v["out_hidden_size"],
-        merge=v["spatial_merge_size"],
+        patch_dim=channels * frames * patch**2,
+        width=v.whole("hidden_size"),
+        layers=v.whole("depth"),
+        heads=v.whole("num_heads"),
+        feed_forward=v.whole("intermediate_size"),
+        out_width=v.whole("out_hidden_size"),
+        merge=v.whole("spatial_merge_size"),
         **rest,
     )
 
 
-def _second_tower(v: Mapping[str, Any], where: Any) -> VisionConfig:
-    window = v["window_size"] // v["patch_size"]
-    if window < 1 or window % v["spatial_merge_size"]:
+def _second_tower(v: _Fields, where: Any) -> VisionConfig:
+    window = v.whole("window_size") // v.whole("patch_size")
+    if window < 1 or window % v.whole("spatial_merge_size"):
         raise ModelDirectoryError(
-            f"{where}: window_size {v['window_size']} is not whole merged patches"
+            f"{where}: window_size {v.whole('window_size')} is not whole merged patches"
         )
-    full = tuple(v["fullatt_block_indexes"])
+    full = v.wholes("fullatt_block_indexes")
     return _tower(v, "silu", where, window=window, full_layers=full)
 
 
-def _third_tower(v: Mapping[str, Any], where: Any) -> VisionConfig:
-    side = math.isqrt(v["num_position_embeddings"])
-    if side**2 != v["num_position_embeddings"]:
+def _third_tower(v: _Fields, where: Any) -> VisionConfig:
+    positions = v.whole("num_position_embeddings")
+    side = math.isqrt(positions)
+    if side**2 != positions:
         raise ModelDirectoryError(
-            f"{where}: vision_config.num_position_embeddings {v['num_position_embeddings']} is no "
-            "square"
+            f"{where}: vision_config.num_position_embeddings {positions} is no square"
         )
     return _tower(
-        v, "gelu_pytorch_tanh", where, window=v["spatial_merge_size"],
-        full_layers=tuple(range(v["depth"])), layer_norm=True, patch_bias=True, position_side=side,
-        deep_layers=tuple(v["deepstack_visual_indexes"]),
+        v, "gelu_pytorch_tanh", where, window=v.whole("spatial_merge_size"),
+        full_layers=tuple(range(v.whole("depth"))), layer_norm=True, patch_bias=True,
+        position_side=side, deep_layers=v.wholes("deepstack_visual_indexes"),
     )  # fmt: skip
 
 

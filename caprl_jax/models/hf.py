@@ -57,7 +57,9 @@ def _index(directory: Path) -> dict[str, tuple[Path, str]]:
         for name in names:
             key = layout.canonical(name)
             if key in index:
-                raise ModelDirectoryError(f"{key} is in {index[key][0].name} and in {file.name}")
+                raise ModelDirectoryError(
+                    f"{directory}: {key} is in {index[key][0].name} and in {file.name}"
+                )
             index[key] = (file, name)
     return index
 

@@ -34,7 +34,7 @@ def source():
 def inputs():
     c = config_lib.default()
     c.data.max_windows, c.data.max_prompt = 4, 32
-    policy, directory = startup.read_model(c.policy.path, np.float32)
+    policy, directory = startup.read_model(c.policy.path, "", np.float32)
     tokenizer = Tokenizer.from_pretrained(directory, 512)
     prompt = JudgePrompt.create(tokenizer, JUDGE_PROMPT)
     return startup.image_prompt(c, policy, directory, tokenizer), prompt

@@ -177,7 +177,7 @@ def test_a_tied_head_written_again_is_ignored(edited):
         ({"quantization_config": {"quant_method": "awq"}}, "quantised weights .*'awq'"),
         ({"model_type": "qwen3_moe"}, "mixtures of experts"),
         ({"num_key_value_heads": 4}, "is not a multiple of num_key_value_heads 4"),
-        ({"intermediate_size": "80"}, "feed_forward is '80', not a positive whole number"),
+        ({"intermediate_size": "80"}, "intermediate_size is '80', not a positive whole number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         (
             {"rope_scaling": {"type": "yarn"}, "rope_parameters": None},
