@@ -35,19 +35,21 @@ def find(path: str) -> list[Path]:
       ValueError: there are none.
     """
     given = Path(path)
-    if given.is_dir():
+    if not path:
+        found = []
+    elif given.is_dir():
         found = sorted(f for f in given.rglob("*") if f.suffix in _SUFFIXES)
     elif given.is_file():
         found = [given]
     else:
         pattern = given.relative_to(given.anchor) if given.is_absolute() else given
-        found = sorted(Path(given.anchor or ".").glob(str(pattern))) if path else []
+        found = sorted(Path(given.anchor or ".").glob(str(pattern)))
     wrong = [f for f in found if f.suffix not in _SUFFIXES]
     if wrong:
         raise ValueError(f"{wrong[0]} is neither .parquet nor .jsonl")
     if not found:
         raise ValueError(
-            f"{path!r} names no .parquet or .jsonl file: give a file, a pattern or a directory"
+            f"path={path!r} names no .parquet or .jsonl file: give a file, a pattern or a directory"
         )
     return found
 
@@ -219,6 +221,13 @@ def _convert(made: Any, aside: SetAside, total: int) -> None:
             return
         aside.reasons.clear()
     shutil.rmtree(directory, ignore_errors=True)  # an interrupted conversion
-    made.download_and_prepare()
+    try:
+        made.download_and_prepare()
+    except AssertionError as e:  # how tensorflow-datasets tells of an empty split
+        reasons = [line["reason"] for line in aside.listing()]
+        raise ValueError(
+            f"no row is left to train on or to hold out: {len(reasons)} of {total} can't be used "
+            f"so far; the first: {reasons[0] if reasons else e}"
+        ) from e
     listing.write_text("".join(json.dumps(line) + "\n" for line in aside.listing()))
     logging.info("converted %d rows; set aside %d: see %s", total, len(aside.reasons), listing)
