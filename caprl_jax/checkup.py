@@ -21,15 +21,6 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
-_MODEL = flags.DEFINE_string("model", None, "A policy: directory, gs:// or hub id.", required=True)
-_REVISION = flags.DEFINE_string("revision", "", "Of a hub id.")
-_IMAGE = flags.DEFINE_string("image", None, "A file; default a picture of noise.")
-_SIDE = flags.DEFINE_integer("side", 448, "Of the noise, in pixels.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 16, "Of the caption.")
-_DTYPE = flags.DEFINE_string("dtype", "", "Of the computation; default as load_policy's.")
-_PARAMS = flags.DEFINE_string("param_dtype", "", "Of the parameters; default as load_policy's.")
-_EXPORT = flags.DEFINE_string("export", None, "Also write the model there, in bfloat16.")
-
 
 @dataclasses.dataclass
 class Phase:
@@ -66,22 +57,26 @@ def main(_: list[str]) -> None:
         jax.devices()
     with phase("load") as load:
         policy = caprl_jax.load_policy(
-            _MODEL.value, _DTYPE.value or None, revision=_REVISION.value,
-            param_dtype=_PARAMS.value or None,
+            flags.FLAGS.model, flags.FLAGS.dtype or None, revision=flags.FLAGS.revision,
+            param_dtype=flags.FLAGS.param_dtype or None,
         )  # fmt: skip
         jax.block_until_ready(policy.params)
     phases = [start, load]
-    if _EXPORT.value:
+    if flags.FLAGS.export:
         with phase("export") as found:
             hf.save(
-                _EXPORT.value, policy.modules, policy.params, policy.directory,
+                flags.FLAGS.export, policy.modules, policy.params, policy.directory,
                 ml_dtypes.bfloat16,
             )  # fmt: skip
         phases.append(found)
-    noise = np.random.default_rng(0).integers(0, 256, (_SIDE.value, _SIDE.value, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0, 256, (flags.FLAGS.side, flags.FLAGS.side, 3), np.uint8
+    )
     for name in ("caption, compiling", "caption again"):
         with phase(name) as found:
-            [[text]] = policy.caption([_IMAGE.value or noise], max_tokens=_TOKENS.value)
+            [[text]] = policy.caption(
+                [flags.FLAGS.image or noise], max_tokens=flags.FLAGS.max_tokens
+            )
         phases.append(found)
     leaves = jax.tree.leaves(policy.params)
     size, largest = sum(a.nbytes for a in leaves), max(a.nbytes for a in leaves)
@@ -95,5 +90,18 @@ def main(_: list[str]) -> None:
     print(f"free disk beside the model: {free / 1e9:.0f} GB; device: {jax.devices()[0]}")
 
 
+def define_flags() -> None:
+    """Only when this is the program: other modules define flags of the same names."""
+    flags.DEFINE_string("model", None, "A policy: directory, gs:// or hub id.", required=True)
+    flags.DEFINE_string("revision", "", "Of a hub id.")
+    flags.DEFINE_string("image", None, "A file; default a picture of noise.")
+    flags.DEFINE_integer("side", 448, "Of the noise, in pixels.")
+    flags.DEFINE_integer("max_tokens", 16, "Of the caption.")
+    flags.DEFINE_string("dtype", "", "Of the computation; default as load_policy's.")
+    flags.DEFINE_string("param_dtype", "", "Of the parameters; default as load_policy's.")
+    flags.DEFINE_string("export", None, "Also write the model there, in bfloat16.")
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

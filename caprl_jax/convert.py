@@ -23,15 +23,6 @@ from caprl_jax.config import ConfigError, default
 from caprl_jax.models import hf
 from caprl_jax.models.families import ModelDirectoryError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its steps.")
-_MODEL = flags.DEFINE_string("model", None, "A directory, gs:// URL or hub id.")
-_REVISION = flags.DEFINE_string("revision", "", "Of a hub id.")
-_OUT = flags.DEFINE_string("out", None, "Directory to make; must not exist.", required=True)
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
-_SOURCE = flags.DEFINE_string(
-    "source", None, "Where the run's base model lies now, if it has moved."
-)
-
 
 def find_step(path: Path) -> tuple[Path, int]:
     """(workdir, step) of WORKDIR, WORKDIR/STEP or WORKDIR/checkpoints/STEP; the last by default.
@@ -87,21 +78,32 @@ def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
 def main(_: list[str]) -> None:
     """Converts what the flags name, or says in one paragraph why not."""
     logging.getLogger().setLevel(logging.INFO)
-    out = Path(_OUT.value)
-    if (_CHECKPOINT.value is None) == (_MODEL.value is None):
+    out = Path(flags.FLAGS.out)
+    if (flags.FLAGS.checkpoint is None) == (flags.FLAGS.model is None):
         sys.exit("error: give either --checkpoint=WORKDIR[/STEP] or --model=DIR")
     if out.exists():
         sys.exit(f"error: {out} exists already: remove it, or give another --out")
     try:
-        if _CHECKPOINT.value is not None:
-            checkpoint_path = Path(_CHECKPOINT.value)
-            to_hugging_face(checkpoint_path, out, _DTYPE.value, _SOURCE.value)
+        if flags.FLAGS.checkpoint is not None:
+            checkpoint_path = Path(flags.FLAGS.checkpoint)
+            to_hugging_face(checkpoint_path, out, flags.FLAGS.dtype, flags.FLAGS.source)
         else:
-            to_orbax(_MODEL.value, _REVISION.value, out, _DTYPE.value)
+            to_orbax(flags.FLAGS.model, flags.FLAGS.revision, out, flags.FLAGS.dtype)
     except (ConfigError, ModelDirectoryError) as e:
         sys.exit(f"error: {e}")
     print(f"made {out}")
 
 
+def define_flags() -> None:
+    """Only when this is the program: other modules define flags of the same names."""
+    flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its steps.")
+    flags.DEFINE_string("model", None, "A directory, gs:// URL or hub id.")
+    flags.DEFINE_string("revision", "", "Of a hub id.")
+    flags.DEFINE_string("out", None, "Directory to make; must not exist.", required=True)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
+    flags.DEFINE_string("source", None, "Where the run's base model lies now, if it has moved.")
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -20,12 +20,6 @@ from absl import app, flags
 
 from caprl_jax.models import families, hf, sizes, sources
 
-_SIZE = flags.DEFINE_enum("size", None, sorted(sizes.CONFIGS), "What to imitate.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
-_SET = flags.DEFINE_multi_string("set", [], "NAME=NUMBER in config.json; may be repeated.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the weights.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
-
 
 class _Random:
     """A tensor that comes to be when it is written, so that one is in memory at a time."""
@@ -100,11 +94,21 @@ def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
     """Makes the directory that the flags describe."""
-    dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[_DTYPE.value]
-    config = changed(sizes.CONFIGS[_SIZE.value], _SET.value)
-    make(Path(_OUT.value), config, _SEED.value, dtype)
-    print(f"made {_OUT.value}")
+    dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[flags.FLAGS.dtype]
+    config = changed(sizes.CONFIGS[flags.FLAGS.size], flags.FLAGS.set)
+    make(Path(flags.FLAGS.out), config, flags.FLAGS.seed, dtype)
+    print(f"made {flags.FLAGS.out}")
+
+
+def define_flags() -> None:
+    """Only when this is the program: other modules define flags of the same names."""
+    flags.DEFINE_enum("size", None, sorted(sizes.CONFIGS), "What to imitate.", required=True)
+    flags.DEFINE_string("out", None, "Directory to make.", required=True)
+    flags.DEFINE_multi_string("set", [], "NAME=NUMBER in config.json; may be repeated.")
+    flags.DEFINE_integer("seed", 0, "Of the weights.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

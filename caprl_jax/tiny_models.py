@@ -17,8 +17,6 @@ from caprl_jax.data import digits
 from caprl_jax.data.questions import PREFILL, default_prompt, present
 from caprl_jax.data.records import LETTERS
 
-_OUT = flags.DEFINE_string("out", None, "Directory to make policy/ and judge/ in.", required=True)
-
 VOCAB = 512
 PROMPT = "Describe the image in detail."
 _SPECIAL = [
@@ -159,5 +157,11 @@ def make(out: Path) -> None:
             (directory / file).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def define_flags() -> None:
+    """Only when this is the program: other modules define flags of the same names."""
+    flags.DEFINE_string("out", None, "Directory to make policy/ and judge/ in.", required=True)
+
+
 if __name__ == "__main__":
-    app.run(lambda _: make(Path(_OUT.value)))
+    define_flags()
+    app.run(lambda _: make(Path(flags.FLAGS.out)))
