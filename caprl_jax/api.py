@@ -12,7 +12,6 @@ caprl_jax.judge, caprl_jax.step.
 
 import dataclasses
 import functools
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from caprl_jax import mesh as mesh_lib
 from caprl_jax import rollout, startup
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
-from caprl_jax.data.images import ImageProcessor, decode_image
+from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.models.families import ModelDirectoryError
@@ -55,11 +54,7 @@ def _picture(image: Picture) -> Image.Image:
             )
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
-        if image.mode == "RGB" and not image.getexif():
-            return image
-        encoded = io.BytesIO()
-        image.save(encoded, "PNG", exif=image.getexif())
-        return decode_image(encoded.getvalue())
+        return to_rgb(image)
     return decode_image(image if isinstance(image, bytes) else Path(image).read_bytes())
 
 

@@ -5,11 +5,12 @@
 
 The first writes a run's policy as transformers and vLLM read it. The second writes a model's
 weights as Orbax does, which many processes read in parallel; policy.path and load_policy take the
-result like the original.
+result, a local directory, like the original.
 """
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
     on = mesh.make_mesh({"fsdp": -1})
     params = startup.load_frozen(policy, directory, on, np.dtype(dtype))
     partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     checkpoint.save_params(partial / checkpoint.PARAMS, params)
     hf.copy_companions(directory, partial)
     config = json.loads((directory / "config.json").read_text()) | {"dtype": dtype}

@@ -123,7 +123,10 @@ def letter_logits(
     """
     variables = {"params": params}
     b, g, _ = tokens.shape
-    mask = mask & ~jnp.isin(tokens, instruction.special)
+    # A policy may have more rows than the judge: ids that no tokenizer writes count as absent too,
+    # and must not be looked up, since what lies outside of the table is NaN.
+    mask = mask & ~jnp.isin(tokens, instruction.special) & (tokens < decoder.config.vocab)
+    tokens = jnp.minimum(tokens, decoder.config.vocab - 1)
     past, after = caption_kv(decoder, params, instruction, tokens, mask)
     q_tokens, q_mask = questions.tokens, questions.mask
     if q_tokens.ndim == 3:

@@ -99,7 +99,8 @@ def loop(
                     writer.write(step, objective.evaluate(state.params)[0], prefix="eval/")
                 if step % config.checkpoint.every == 0:
                     checkpoints.save(step, state, objective.data, config)
-                    if config.export.when == "checkpoints":
+                    # The last one waits for its held-out figures.
+                    if config.export.when == "checkpoints" and step < config.steps:
                         export_state(config, workdir, objective, state)
     last = int(state.step)
     if last > (checkpoints.latest() or 0):

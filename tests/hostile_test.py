@@ -223,6 +223,20 @@ DIRECTORIES = {
     "patch size a text": (_json("preprocessor_config.json", patch_size="14"), "patch_size"),
     "deviation zero": (_json("preprocessor_config.json", image_std=[0, 1, 1]), "image_std"),
     "two channels": (_json("preprocessor_config.json", image_mean=[0, 0]), "image_mean"),
+    "size a number": (_json("preprocessor_config.json", size=224), "size can't be 224"),
+    "a filter that is none": (_json("preprocessor_config.json", resample=[]), "resample"),
+    "rope a word": (_config(rope_scaling="linear"), "rope_scaling is 'linear'"),
+    "text config a list": (_config(text_config=[1]), "text_config"),
+    "quantised by a word": (_config(quantization_config="awq"), "quantised weights"),
+    "model_type a list": (_config(model_type=["qwen2"]), "model_type"),
+    "layer types a number": (_config(layer_types=3), "layer_types"),
+    "window without its layers": (
+        _config(use_sliding_window=True, max_window_layers=[]), "sliding-window"
+    ),
+    "an index of nothing": (
+        _file("model.safetensors.index.json", b'{"weight_map": null}'), "has no weight_map"
+    ),
+    "a tied head that is trained": (_config(tie_word_embeddings=True), "is not the embedding"),
     "generation config cut short": (_file("generation_config.json", b"{"), "is not valid JSON"),
     "stop token a text": (
         _json("generation_config.json", eos_token_id="<|im_end|>"), "eos_token_id"

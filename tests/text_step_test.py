@@ -82,6 +82,9 @@ def test_two_programs_equal_one(tmp_path, renumbered, caplog):
     (two, other), evaluated_two = results[1]
     cut = other.pop("captions_cut")
     assert cut[0] == 0 and cut[1] == 16
+    for gap in (metrics.pop("logp_gap"), other.pop("logp_gap")):  # itself rounding noise
+        assert gap[0] / gap[1] < 1e-5
+    assert metrics.keys() == other.keys()
     for name, (total, count) in metrics.items():
         np.testing.assert_allclose(other[name], (total, count), rtol=1e-3, atol=1e-5, err_msg=name)
     # Where a gradient is nearly zero Adam makes a step of its noise: so all together, not each.

@@ -53,8 +53,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert [x["step"] for x in lines] == [1, 2, 3, 4]
     clock = ("time", "seconds_data", "seconds_step", "tokens_per_second")
     for found, whole_line in zip(lines, expected, strict=True):
-        assert found.keys() == whole_line.keys()
-        assert all(found[k] == whole_line[k] for k in found if k not in clock)
+        # The first part ended after step 2, and so was evaluated there too.
+        assert found.keys() - whole_line.keys() <= {k for k in found if k.startswith("eval/")}
+        assert all(found[k] == v for k, v in whole_line.items() if k not in clock)
     assert all(x["recompiles"] == 0 for x in lines)
     assert {"report.html", "summary.json", "tensorboard"} <= {p.name for p in parts.iterdir()}
     with pytest.raises(ConfigError, match=r"caprl.group was 2, is 4"):

@@ -169,6 +169,19 @@ def test_special_tokens_never_reach_the_judge(world):
     np.testing.assert_allclose(attacked, clean, rtol=1e-5, atol=1e-6)
 
 
+def test_ids_beyond_the_judges_vocabulary_count_as_absent(world):
+    """A policy may have more rows than the judge; what lies outside a table would be NaN."""
+    plain = np.asarray([[[3, 9, 12, 0, 0]]], np.int32)
+    beyond = np.asarray([[[3, 60, 9, 7000, 12]]], np.int32)
+    one = jax.tree.map(lambda a: a[:1], world.batch.questions)
+    args = world.judge, world.frozen.judge, world.frozen.instruction
+    logits = jax.jit(lambda t, m: judge.letter_logits(*args, t, m, one))
+    clean = logits(plain, np.asarray([[[True] * 3 + [False] * 2]]))
+    np.testing.assert_allclose(
+        logits(beyond, np.ones((1, 1, 5), bool)), clean, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_padding_shifts_nothing(world, captions):
     """Longer buckets of prompt and caption leave every log-probability as it is."""
     prompt = world.batch.prompt

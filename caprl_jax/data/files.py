@@ -94,11 +94,13 @@ def rows(file: Path) -> Iterator[Row]:
         return
     parquet = _parquet(file)
     columns = [c for c in ("image", "reward_model") if c in parquet.schema_arrow.names]
-    numbered = (
-        raw for batch in parquet.iter_batches(32, columns=columns) for raw in batch.to_pylist()
-    )
-    for i, raw in enumerate(numbered):
-        yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
+    batches = parquet.iter_batches(32, columns=columns)
+    try:
+        numbered = enumerate(raw for batch in batches for raw in batch.to_pylist())
+        for i, raw in numbered:
+            yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
+    except OSError as e:  # ArrowException's kinds for damaged pages are OSErrors too
+        raise ValueError(f"{file} is damaged: {e}; copy it again, or leave it out") from e
 
 
 def _parquet(file: Path) -> Any:
@@ -139,7 +141,7 @@ def _image(row: Row) -> bytes:
         raise MalformedRecord("the row has no image: neither bytes nor a path")
     try:
         return (row.beside / image).read_bytes()
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a path with a zero byte
         raise UnreadableImage(f"the image file can't be read: {e}") from e
 
 

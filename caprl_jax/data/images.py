@@ -29,7 +29,20 @@ def decode_image(data: bytes) -> Image.Image:
       UnreadableImage: not an image, truncated, or too large to be safe.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        image = Image.open(io.BytesIO(data))
+    except Exception as e:  # as in to_rgb
+        raise UnreadableImage(f"the image can't be decoded: {e}") from e
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded or still to be decoded Pillow image -> RGB, as decode_image says.
+
+    Raises:
+      UnreadableImage: its bytes are no whole image, or too large to be safe.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
         image.load()
         if image.mode.startswith("I;16") or image.mode == "I":
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -40,6 +53,17 @@ def decode_image(data: bytes) -> Image.Image:
         return image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise whatever bad bytes lead them to
         raise UnreadableImage(f"the image can't be decoded: {e}") from e
+
+
+def _processor_config(directory: Path) -> tuple[Path, dict]:
+    """The image processor's file and settings: like transformers', nested ones come first."""
+    both = directory / "processor_config.json"
+    if both.is_file() and isinstance(read_json(both).get("image_processor"), dict):
+        return both, read_json(both)["image_processor"]
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        raise ModelDirectoryError(f"{path} does not exist: a policy's directory needs it")
+    return path, read_json(path)
 
 
 def smart_resize(
@@ -79,7 +103,7 @@ def smart_resize(
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """preprocessor_config.json of a model directory (defaults as Qwen2VLImageProcessor's).
+    """The image processor of a model directory (defaults as Qwen2VLImageProcessor's).
 
     Attributes:
       patch_size: side of a patch in pixels.
@@ -105,19 +129,20 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "ImageProcessor":
-        """Reads preprocessor_config.json.
+        """Reads processor_config.json, or preprocessor_config.json as older versions write it.
 
         Raises:
           ModelDirectoryError: missing or unreadable, or it leaves out a stage that is done here.
         """
-        path = Path(directory) / "preprocessor_config.json"
-        if not path.is_file():
-            raise ModelDirectoryError(f"{path} does not exist: a policy's directory needs it")
-        found = read_json(path)
+        path, found = _processor_config(Path(directory))
         for stage in ("do_resize", "do_rescale", "do_normalize"):
             if not found.get(stage, True):
                 raise ModelDirectoryError(f"{path} sets {stage}=false, which is not supported")
         size = found.get("size") or {}
+        if not isinstance(size, dict):
+            raise ModelDirectoryError(
+                f"{path}: size can't be {size!r}: it is an object of two bounds"
+            )
         bounds = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
         for ours, theirs in bounds.items():
             if found.get(ours) is None and theirs in size:
@@ -142,7 +167,7 @@ class ImageProcessor:
             right[name] = len(values) == 3 and all(isinstance(v, numbers) for v in values)
         right["image_std"] = right["image_std"] and all(v > 0 for v in self.image_std)
         right["rescale_factor"] = isinstance(self.rescale_factor, numbers)
-        right["resample"] = self.resample in set(Image.Resampling)
+        right["resample"] = self.resample in list(Image.Resampling)
         for name, fine in right.items():
             if not fine:
                 raise ModelDirectoryError(f"{path}: {name} can't be {getattr(self, name)!r}")

@@ -1,6 +1,7 @@
 """Tokenizers of model directories, and the policy's prompt as ids."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Tokenizer:
     inner: Any
     stop: tuple[int, ...]
     special: tuple[int, ...]
+    # How special tokens are read is a state of the inner tokenizer, and reader threads share it.
+    _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, vocab: int) -> "Tokenizer":
@@ -65,11 +68,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids; special tokens written in the text become their ids."""
-        return self.inner.encode(text, add_special_tokens=False)
+        with self._lock:
+            return self.inner.encode(text, add_special_tokens=False)
 
     def encode_caption(self, text: str) -> list[int]:
         """Text -> ids, special tokens read as plain characters: for text that models wrote."""
-        return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
+        with self._lock:
+            return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text without special tokens, stripped."""

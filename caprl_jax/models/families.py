@@ -50,16 +50,17 @@ def family(config: Mapping[str, Any], where: Any) -> Family:
       ModelDirectoryError: it is none of those supported, or uses what isn't: naming it.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         supported = "; ".join(f"{k!r} ({f.name})" for k, f in FAMILIES.items())
         moe = "mixtures of experts are not supported; " if "moe" in str(kind) else ""
         raise ModelDirectoryError(
             f"{where} has model_type {kind!r}: {moe}supported are {supported}"
         )
-    text = _text(config)
+    text = _text(config, where)
     for part in (config, text):
         if part.get("quantization_config"):
-            method = part["quantization_config"].get("quant_method", "unknown")
+            how = part["quantization_config"]
+            method = how.get("quant_method", "unknown") if isinstance(how, Mapping) else how
             raise ModelDirectoryError(
                 f"{where} has quantised weights (quantization_config, method {method!r}), which "
                 "are not supported: use the model's unquantised directory"
@@ -69,7 +70,8 @@ def family(config: Mapping[str, Any], where: Any) -> Family:
         raise ModelDirectoryError(
             f"{where}: hidden_act {text['hidden_act']!r} is not supported, only 'silu'"
         )
-    kind = _rope(text).get("rope_type", _rope(text).get("type", "default"))
+    rope = _rope(text, where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise ModelDirectoryError(
             f"{where}: rope scaling of type {kind!r} is not supported, only 'default' and 'mrope': "
@@ -78,18 +80,29 @@ def family(config: Mapping[str, Any], where: Any) -> Family:
     return FAMILIES[config["model_type"]]
 
 
-def _text(config: Mapping[str, Any]) -> dict[str, Any]:
+def _text(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
     """The text half, which stands flat or nested in text_config."""
-    return {**config, **(config.get("text_config") or {})}
+    return {**config, **_section(config, "text_config", where)}
 
 
-def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
-    return {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+def _section(config: Mapping[str, Any], name: str, where: Any) -> Mapping[str, Any]:
+    found = config.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise ModelDirectoryError(f"{where}: {name} is {found!r}, not a JSON object")
+    return found
+
+
+def _rope(text: Mapping[str, Any], where: Any) -> dict[str, Any]:
+    names = "rope_scaling", "rope_parameters"
+    return {k: v for name in names for k, v in _section(text, name, where).items()}
 
 
 def _refuse_sliding_window(text: Mapping[str, Any], where: Any) -> None:
-    layers, types = text.get("num_hidden_layers", 0), text.get("layer_types")
-    by_flag = text.get("use_sliding_window") and text.get("max_window_layers", 0) < layers
+    layers, types = text.get("num_hidden_layers"), text.get("layer_types")
+    least = text.get("max_window_layers")
+    known = isinstance(least, int) and isinstance(layers, int)
+    by_flag = text.get("use_sliding_window") and not (known and least >= layers)
+    types = types if isinstance(types, list) else []
     # As in transformers: the list of layers counts where there is one.
     if "sliding_attention" in types if types else by_flag:
         raise ModelDirectoryError(
@@ -146,8 +159,8 @@ def decoder_config(config: Mapping[str, Any], where: Any = "config.json") -> Dec
     Raises:
       ModelDirectoryError: a field is missing or doesn't fit another, or isn't supported.
     """
-    of, text = family(config, where), _Fields(_text(config), where)
-    rope = _Fields(_rope(text.values), where, "rope_scaling")
+    of, text = family(config, where), _Fields(_text(config, where), where)
+    rope = _Fields(_rope(text.values, where), where, "rope_scaling")
     width, heads = text.whole("hidden_size"), text.whole("num_attention_heads")
     # Qwen3's head_dim has a default of its own, as transformers' Qwen3Config says.
     default_dim = 128 if of.third else width // heads

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from caprl_jax.models.layout import Tensor
 from caprl_jax.models.policy import Policy
 
 SHARD_BYTES = 5_000_000_000
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -68,7 +70,10 @@ def _check_complete(directory: Path, files: list[Path]) -> None:
     """All files there that model.safetensors.index.json speaks of; at least one of some kind."""
     path = directory / "model.safetensors.index.json"
     if path.is_file():
-        shards = set(read_json(path).get("weight_map", {}).values())
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelDirectoryError(f"{path} has no weight_map")
+        shards = set(weight_map.values())
         missing = sorted(shards - {f.name for f in files})
         if missing:
             raise ModelDirectoryError(
@@ -110,7 +115,7 @@ def load_params(
       policy: as `families.build` makes it from that directory's config.
       dtype: of the parameters.
       shardings: tree of NamedSharding like the parameters; None gives numpy arrays.
-      progress: show a bar of the bytes read.
+      progress: show a bar of the parameters read.
 
     Returns:
       Nested dict of arrays, in the tree that `Policy.init` makes (unboxed).
@@ -123,8 +128,7 @@ def load_params(
     shapes = _checked_shapes(directory, policy, tensors, index)
     placed = None if shardings is None else flax.traverse_util.flatten_dict(shardings)
     params = {}
-    size = sum(file.stat().st_size for file in {file for file, _ in index.values()})
-    with _bar(progress, directory, size) as advance:
+    with _bar(progress, directory, sum(map(math.prod, shapes.values()))) as advance:
         for t in tensors:
             shape, read = shapes[t.path], _Reader(t, shapes[t.path], index, dtype, advance)
             if placed is None:
@@ -163,7 +167,7 @@ class _Reader:
         with _opened(file) as f:
             found = self._tensor.read(f.get_slice(name), shape, part)
             found = found.astype(self._dtype)  # a copy, before the mapping goes
-        self._advance(found.size * found.itemsize)
+        self._advance(found.size)
         return found
 
 
@@ -178,8 +182,9 @@ def _checked_shapes(
     shapes = {path: a.shape for path, a in targets.items()}
     wanted = {n: t for t in tensors for n in t.names(range(shapes[t.path][0]))}
     left_over = set(index) - set(wanted)
-    if policy.decoder.config.tied:
-        left_over.discard("lm_head.weight")  # some files hold the tied head again
+    if policy.decoder.config.tied and _HEAD in left_over:  # some files hold the tied head again
+        left_over.discard(_HEAD)
+        _check_tied(directory, index)
     problems = [f"missing {n}" for n in sorted(set(wanted) - set(index))]
     problems += [f"left over {n}" for n in sorted(left_over)]
     by_file: dict[Path, list[str]] = {}
@@ -201,6 +206,24 @@ def _checked_shapes(
     return shapes
 
 
+def _check_tied(directory: Path, index: Mapping[str, tuple[Path, str]], rows: int = 8192) -> None:
+    """Refuses to drop a head that differs from the embedding it is said to be."""
+    if _EMBEDDING not in index:
+        return
+    with _opened(index[_HEAD][0]) as one, _opened(index[_EMBEDDING][0]) as two:
+        head, table = one.get_slice(index[_HEAD][1]), two.get_slice(index[_EMBEDDING][1])
+        shape = head.get_shape()
+        same = shape == table.get_shape() and all(
+            np.array_equal(head[i : min(i + rows, shape[0])], table[i : min(i + rows, shape[0])])
+            for i in range(0, shape[0], rows)
+        )
+    if not same:
+        raise ModelDirectoryError(
+            f"{directory}: config.json says tie_word_embeddings=true, but lm_head.weight is not "
+            "the embedding: set it to false there (and in text_config) to use the head"
+        )
+
+
 @contextlib.contextmanager
 def _bar(shown: bool, directory: Path, total: int) -> Iterator[Callable[[int], None]]:
     if not shown:
@@ -208,7 +231,8 @@ def _bar(shown: bool, directory: Path, total: int) -> Iterator[Callable[[int], N
         return
     from tqdm import tqdm  # imported where used: embedding the core doesn't need it
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {directory.name}") as bar:
+    title = f"loading {directory.name}"
+    with tqdm(total=total, unit=" parameters", unit_scale=True, desc=title) as bar:
         yield bar.update
 
 
@@ -298,9 +322,13 @@ def _write_shards(
         shard.clear()
 
     for name, value, layer, t in pieces:
-        if host[0] is not value:  # one device-to-host copy for all layers of a stack
-            host = (value, np.asarray(value))
-        own = host[1][layer] if t.stacked else host[1]
+        if isinstance(value, jax.Array):
+            # Of a fresh array: JAX keeps the host's copy for as long as the array itself lives.
+            own = np.asarray(value[layer] if t.stacked else value.copy())
+        else:
+            if host[0] is not value:
+                host = (value, np.asarray(value))
+            own = host[1][layer] if t.stacked else host[1]
         tensor = t.to_file(own.astype(dtype))
         if shard and held + tensor.nbytes > limit:
             flush()

@@ -1,9 +1,11 @@
 """Where model directories come from: the package, a path, a bucket, the Hugging Face hub."""
 
+import contextlib
 import hashlib
-import logging
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from caprl_jax.models.families import ModelDirectoryError
@@ -49,10 +51,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
     options = {"revision": revision, "allow_patterns": list(_WANTED)}
     try:
         if not constants.HF_HUB_OFFLINE:
-            files = snapshot_download(name, dry_run=True, **options)
-            sizes = [f.file_size for f in files if f.will_download]
-            if sizes:
-                _tell(f"{name} ({revision or 'default branch'})", sum(sizes), len(sizes))
+            # Without network the dry run fails where a filled cache still serves.
+            with contextlib.suppress(errors.DryRunError):
+                files = snapshot_download(name, dry_run=True, **options)
+                sizes = [f.file_size for f in files if f.will_download]
+                if sizes:
+                    _tell(f"{name} ({revision or 'default branch'})", sum(sizes), len(sizes))
         return Path(snapshot_download(name, **options))
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as e:
         at = f" --revision {revision}" if revision else ""
@@ -90,7 +94,7 @@ def _from_bucket(url: str, cache: Path) -> Path:
     if target.is_dir():
         return target
     _tell(url, sum(i["size"] for i in files.values()), len(files))
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")  # of this process alone
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -98,9 +102,12 @@ def _from_bucket(url: str, cache: Path) -> Path:
             filesystem.get_file(name, str(partial / Path(name).name))
     except Exception as e:
         raise ModelDirectoryError(f"{url} can't be copied: {type(e).__name__}: {e}") from e
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:  # another process was first
+        shutil.rmtree(partial)
     return target
 
 
 def _tell(what: str, size: int, files: int) -> None:
-    logging.info("downloading %s: %.2f GB in %d files", what, size / 1e9, files)
+    print(f"downloading {what}: {size / 1e9:.2f} GB in {files} files", file=sys.stderr, flush=True)

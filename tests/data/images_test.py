@@ -8,7 +8,13 @@ import pytest
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from caprl_jax.data.images import ImageProcessor, UnreadableImage, decode_image, smart_resize
+from caprl_jax.data.images import (
+    ImageProcessor,
+    UnreadableImage,
+    decode_image,
+    smart_resize,
+    to_rgb,
+)
 from caprl_jax.models.families import ModelDirectoryError
 
 SETTINGS = {
@@ -85,3 +91,22 @@ def test_a_processor_that_leaves_out_a_stage_is_refused(tmp_path):
     file.write_text("{")
     with pytest.raises(ModelDirectoryError, match="not valid JSON"):
         ImageProcessor.from_pretrained(tmp_path)
+
+
+def test_a_processor_saved_by_transformers_5_is_read_first(tmp_path):
+    """processor_config.json holds the image processor nested, and there it counts."""
+    Qwen2VLImageProcessorPil(max_pixels=28 * 28 * 9).save_pretrained(tmp_path)
+    nested = Qwen2VLImageProcessorPil(max_pixels=28 * 28 * 4).to_dict()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    assert ImageProcessor.from_pretrained(tmp_path).max_pixels == 28 * 28 * 4
+    (tmp_path / "processor_config.json").write_text("{}")
+    assert ImageProcessor.from_pretrained(tmp_path).max_pixels == 28 * 28 * 9
+
+
+def test_pillow_objects_are_read_like_their_bytes():
+    picture = Image.new("RGB", (9, 9), "red").convert("CMYK")
+    assert to_rgb(picture).getpixel((0, 0)) == (255, 0, 0)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    half = encoded(Image.fromarray(noise), "JPEG")[:3000]
+    with pytest.raises(UnreadableImage, match="can't be decoded"):
+        to_rgb(Image.open(io.BytesIO(half)))

@@ -46,6 +46,7 @@ TEXT = {
 }
 VISION = {
     "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, "three", False),
+    "qwen2_5_vl-tied": (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, "three", True),
     "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen3VLConfig, "five", False),
     "qwen3_vl-tied": (Qwen3VLForConditionalGeneration, Qwen3VLConfig, "five", True),
 }
