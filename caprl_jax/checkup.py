@@ -21,6 +21,8 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
+from caprl_jax.commands import in_one_paragraph
+
 
 @dataclasses.dataclass
 class Phase:
@@ -49,6 +51,14 @@ def phase(name: str) -> Iterator[Phase]:
 
 
 def main(_: list[str]) -> None:
+    """Runs the phases and prints their table, or says in one paragraph why not."""
+    with in_one_paragraph():
+        if flags.FLAGS.export and Path(flags.FLAGS.export).exists():
+            raise FileExistsError(f"{flags.FLAGS.export} exists already: give another --export")
+        measure()
+
+
+def measure() -> None:
     """Runs the phases and prints their table."""
     import caprl_jax
     from caprl_jax.models import hf

@@ -20,9 +20,9 @@ import numpy as np
 from absl import app, flags
 
 from caprl_jax import checkpoint, export, mesh, startup
+from caprl_jax.commands import in_one_paragraph
 from caprl_jax.config import ConfigError, default
 from caprl_jax.models import hf
-from caprl_jax.models.families import ModelDirectoryError
 
 
 def find_step(path: Path) -> tuple[Path, int]:
@@ -85,14 +85,12 @@ def main(_: list[str]) -> None:
         sys.exit("error: give either --checkpoint=WORKDIR[/STEP] or --model=DIR")
     if out.exists():
         sys.exit(f"error: {out} exists already: remove it, or give another --out")
-    try:
+    with in_one_paragraph():
         if flags.FLAGS.checkpoint is not None:
             checkpoint_path = Path(flags.FLAGS.checkpoint)
             to_hugging_face(checkpoint_path, out, flags.FLAGS.dtype, flags.FLAGS.source)
         else:
             to_orbax(flags.FLAGS.model, flags.FLAGS.revision, out, flags.FLAGS.dtype)
-    except (ConfigError, ModelDirectoryError) as e:
-        sys.exit(f"error: {e}")
     print(f"made {out}")
 
 

@@ -15,9 +15,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from caprl_jax import train
-from caprl_jax.config import ConfigError
-from caprl_jax.data.records import MalformedRecord
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.commands import in_one_paragraph
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
@@ -57,10 +55,8 @@ def main(argv: list[str]) -> None:
     )
     workdir = Path(_WORKDIR.value or _fresh_workdir(flags.FLAGS["config"].config_filename))
     print(f"workdir: {workdir}")
-    try:
+    with in_one_paragraph():
         train.run(_CONFIG.value, workdir)
-    except (ConfigError, ModelDirectoryError, MalformedRecord) as e:
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

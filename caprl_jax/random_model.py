@@ -9,7 +9,7 @@ tiny models, whose ids lie within every published vocabulary.
 
 import json
 import math
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
+from caprl_jax.commands import in_one_paragraph
 from caprl_jax.models import families, hf, sizes, sources
 
 
@@ -50,22 +51,21 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
       seed: of the weights.
       dtype: of the weights in the files.
     """
-    companions = out.with_name(out.name + ".companions")
-    shutil.rmtree(companions, ignore_errors=True)
-    tiny = sources.fetch("asset:tiny/policy" if "vision_config" in config else "asset:tiny/judge")
-    shutil.copytree(tiny, companions, ignore=shutil.ignore_patterns("*.safetensors"))
-    ids = json.loads((tiny / "config.json").read_text())
-    named = {k: v for k, v in ids.items() if k.endswith("token_id")}
-    (companions / "config.json").write_text(json.dumps(config | named, indent=2) + "\n")
-    processor = sizes.preprocessor(config)
-    if processor is not None:
-        text = json.dumps(processor, indent=2) + "\n"
-        (companions / "preprocessor_config.json").write_text(text)
-    policy = families.build(config)
+    policy, tiny = families.build(config), "policy" if "vision_config" in config else "judge"
     flat = flax.traverse_util.flatten_dict(hf.abstract_params(policy))
     lazy = {path: _Random(path, a.shape, seed, dtype) for path, a in flat.items()}
-    hf.save(out, policy, flax.traverse_util.unflatten_dict(lazy), companions, dtype)
-    shutil.rmtree(companions)
+    with tempfile.TemporaryDirectory() as folder:
+        companions = Path(folder)
+        hf.copy_companions(sources.fetch(f"asset:tiny/{tiny}"), companions)
+        ids = json.loads((companions / "config.json").read_text())
+        files = {
+            "config.json": config | {k: v for k, v in ids.items() if k.endswith("token_id")},
+            "preprocessor_config.json": sizes.preprocessor(config),
+        }
+        for name, content in files.items():
+            if content is not None:
+                (companions / name).write_text(json.dumps(content, indent=2) + "\n")
+        hf.save(out, policy, flax.traverse_util.unflatten_dict(lazy), companions, dtype)
 
 
 def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -96,7 +96,8 @@ def main(_: list[str]) -> None:
     """Makes the directory that the flags describe."""
     dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[flags.FLAGS.dtype]
     config = changed(sizes.CONFIGS[flags.FLAGS.size], flags.FLAGS.set)
-    make(Path(flags.FLAGS.out), config, flags.FLAGS.seed, dtype)
+    with in_one_paragraph():
+        make(Path(flags.FLAGS.out), config, flags.FLAGS.seed, dtype)
     print(f"made {flags.FLAGS.out}")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from caprl_jax.models import families, hf, sources
 
 from .train_test import tiny
 
+ROOT = Path(__file__).parent.parent
 PROMPT = "Describe the image in detail."
 
 
@@ -104,15 +106,21 @@ def test_a_model_becomes_a_checkpoint_and_loads_from_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        ([], "give either --checkpoint=WORKDIR[/STEP] or --model=DIR"),
-        (["--checkpoint=no/such/run"], "no/such/run is no checkpoint: no/such/run has none"),
-        (["--model=/no/such/model"], "/no/such/model is not a model directory"),
-        (["--model=x", "--out=tests"], "tests exists already"),
+        ("convert", "give either --checkpoint=WORKDIR[/STEP] or --model=DIR"),
+        ("convert --checkpoint=no/such/run", "no/such/run is no checkpoint: no/such/run has none"),
+        ("convert --model=/no/such/model", "/no/such/model is not a model directory"),
+        ("convert --model=x --out=tests", "tests exists already"),
+        ("checkup --model=/no/such/model", "/no/such/model is not a model directory"),
+        ("checkup --model=x --export=tests", "tests exists already"),
+        ("random_model --size=qwen3-0.6b --out=tests", "tests exists already"),
+        ("random_model --size=qwen3-0.6b --set=head_dim=0", "head_dim is 0, not a positive"),
     ],
 )
-def test_the_command_says_it_in_one_paragraph(arguments, message, tmp_path):
-    command = [sys.executable, "-m", "caprl_jax.convert", f"--out={tmp_path / 'out'}", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True)
+def test_the_commands_say_it_in_one_paragraph(command, message, tmp_path):
+    name, *arguments = command.split()
+    out = [] if name == "checkup" else [f"--out={tmp_path / 'out'}"]
+    line = [sys.executable, "-m", f"caprl_jax.{name}", *out, *arguments]
+    found = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 1 and message in found.stderr and "Traceback" not in found.stderr
