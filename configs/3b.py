@@ -8,8 +8,8 @@ Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
             --config.judge.path name directories.
 Measured:   not at full size on an accelerator yet. On 2 CPU cores the same config runs with random
             weights of the real layout and tiny sizes (tests/real_data_test.py).
-Hardware:   not planned yet. By arithmetic the tower's full attention holds 1.7 GB of scores for each
-            largest image, for all images of a device at once: choose data.batch by it.
+Hardware:   not planned yet. By arithmetic the tower's full attention holds 1.7 GB of scores for
+            each largest image, for all images of a device at once: choose data.batch by it.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 
