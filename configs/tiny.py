@@ -1,8 +1,8 @@
 """CapRL on the embedded world: handwritten digits, tiny policy and judge.
 
 Command:   bash launch/quickstart.sh, or python -m caprl_jax.main --config=configs/tiny.py
-Measured:  2 CPU cores, 60 steps (of the 100 below), seed 0, 2 min 23 s with compilation: held-out
-           accuracy 0.444 -> 0.861 greedy, 0.338 -> 0.781 sampled; ceiling 0.977.
+Measured:  2 CPU cores, 100 steps, 3 min with compilation: held-out accuracy of greedy captions
+           0.459 -> 0.955, 0.946, 0.944 (seeds 0, 1, 2), of sampled ones 0.37 -> 0.90; ceiling 0.977.
 """
 
 from caprl_jax.config import default
