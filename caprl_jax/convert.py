@@ -9,7 +9,6 @@ result, a local directory, like the original.
 """
 
 import json
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from caprl_jax import checkpoint, export, mesh, startup
-from caprl_jax.commands import in_one_paragraph
+from caprl_jax.commands import in_one_paragraph, set_up_logging
 from caprl_jax.config import ConfigError, default
 from caprl_jax.models import hf
 
@@ -79,7 +78,7 @@ def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
 
 def main(_: list[str]) -> None:
     """Converts what the flags name, or says in one paragraph why not."""
-    logging.getLogger().setLevel(logging.INFO)
+    set_up_logging()
     out = Path(flags.FLAGS.out)
     if (flags.FLAGS.checkpoint is None) == (flags.FLAGS.model is None):
         sys.exit("error: give either --checkpoint=WORKDIR[/STEP] or --model=DIR")

@@ -46,9 +46,12 @@ _WHAT = {
 }
 
 
-def figures(workdir: Path, step: int) -> dict[str, float]:
-    """The last held-out figures up to a step, from a run's metrics; empty if there are none."""
-    found: dict[str, float] = {}
+def figures(workdir: Path, step: int) -> dict[str, float | None]:
+    """The last held-out figures up to a step, from a run's metrics; empty if there are none.
+
+    None is a figure that was not finite.
+    """
+    found: dict[str, float | None] = {}
     for line in metrics.read(workdir):
         if line["step"] <= step:
             new = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
@@ -56,10 +59,13 @@ def figures(workdir: Path, step: int) -> dict[str, float]:
     return found
 
 
-def model_card(config: ml_collections.ConfigDict, step: int, heldout: dict[str, float]) -> str:
+def model_card(
+    config: ml_collections.ConfigDict, step: int, heldout: dict[str, float | None]
+) -> str:
     """README.md of an exported model, with the YAML head that the hub reads."""
     base = config.policy.path + (f" ({config.policy.revision})" if config.policy.revision else "")
-    rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in heldout.items()]
+    finite = {name: value for name, value in heldout.items() if value is not None}
+    rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in finite.items()]
     caprl = config.objective == "caprl"
     return _CARD.format(
         task="image-text-to-text" if caprl or config.data.task == "caption" else "text-generation",
@@ -82,7 +88,7 @@ def export(
     params: Any,
     source: Path,
     step: int,
-    heldout: dict[str, float],
+    heldout: dict[str, float | None],
 ) -> Path:
     """Writes the model as it is after `step` steps, unless that was done before.
 

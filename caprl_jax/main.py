@@ -3,7 +3,6 @@
 python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
 """
 
-import logging
 import re
 import sys
 import time
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from caprl_jax import train
-from caprl_jax.commands import in_one_paragraph
+from caprl_jax.commands import in_one_paragraph, set_up_logging
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
@@ -47,8 +45,7 @@ def main(argv: list[str]) -> None:
     """Prints the devices, runs the config, and turns the expected errors into one paragraph."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
-    logging.getLogger().setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a checkpoint
+    set_up_logging()
     devices = jax.devices()
     print(
         f"JAX {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

@@ -9,24 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
 
 import caprl_jax
-from caprl_jax import convert, train
-from caprl_jax.config import ConfigError
+from caprl_jax import convert, export, train
+from caprl_jax.config import ConfigError, default
 from caprl_jax.data import digits
 from caprl_jax.models import families, hf, sources
 
+from .serving import served
 from .train_test import tiny
 
 ROOT = Path(__file__).parent.parent
-PROMPT = "Describe the image in detail."
 
 
 def load(directory):
@@ -71,29 +65,22 @@ def test_the_card_tells_base_data_and_figures(workdir):
     assert '"questions": 2' in card
 
 
+def test_a_figure_that_was_not_finite_is_left_out_of_the_card():
+    card = export.model_card(default(), 3, {"accuracy": 0.5, "kl": None})
+    assert "| accuracy | 0.5 |" in card and "kl |" not in card
+
+
 @pytest.mark.slow
 def test_transformers_serves_the_trained_model_with_the_same_captions(workdir):
     directory = workdir / "export" / "4"
     images = [Image.open(io.BytesIO(r.image)) for r in digits.scenes("heldout", 8, (3, 3), (2, 5))]
     ours = [c for (c,) in caprl_jax.load_policy(directory).caption(images, max_tokens=32)]
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval().float()
-    processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    for image, caption in zip(images, ours, strict=True):
-        pixels = processor(image, return_tensors="pt")
-        features = int(pixels["image_grid_thw"].prod()) // 4
-        ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * features))["input_ids"]
-        ids = torch.tensor([ids])
-        kinds = (ids == model.config.image_token_id).int()
-        found = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **pixels,
-            do_sample=False, max_new_tokens=32,
-        )  # fmt: skip
-        theirs = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    model, inputs, tokenizer = served(directory, images)
+    for one, caption in zip(inputs, ours, strict=True):
+        found = model.generate(**one, do_sample=False, max_new_tokens=32)
+        theirs = tokenizer.decode(
+            found[0, one["input_ids"].shape[1] :], skip_special_tokens=True
+        ).strip()
         assert caption == theirs
     assert len(set(ours)) > 4
 

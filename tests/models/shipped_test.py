@@ -9,10 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2ForCausalLM,
-    Qwen2VLImageProcessorPil,
 )
 
 from caprl_jax import config as config_lib
@@ -22,8 +19,9 @@ from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models import families, hf, sources
 from caprl_jax.models.decoder import Decoder
 
+from ..serving import served
+
 POLICY, JUDGE = sources.fetch("asset:tiny/policy"), sources.fetch("asset:tiny/judge")
-PROMPT = "Describe the image in detail."
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +52,7 @@ def ours(scenes):
 @pytest.fixture(scope="module")
 def theirs(scenes):
     """(model, inputs of each image) by transformers alone, text rendered by its tokenizer."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(POLICY).eval().float()
-    processor = Qwen2VLImageProcessorPil.from_pretrained(POLICY)
-    tokenizer = AutoTokenizer.from_pretrained(POLICY)
-    content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    inputs = []
-    for image in scenes:
-        pixels = processor(image, return_tensors="pt")
-        features = int(pixels["image_grid_thw"].prod()) // 4
-        ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * features))["input_ids"]
-        ids = torch.tensor([ids])
-        inputs.append({
-            "input_ids": ids, "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(), **pixels,
-        })  # fmt: skip
+    model, inputs, _ = served(POLICY, scenes)
     return model, inputs
 
 
