@@ -6,10 +6,15 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests spend their time compiling, and run what they compile once: LLVM need not polish it.
+# Eight devices meet at every collective on however few and busy cores: each needs threads of its
+# own, and one that waits for the slowest must not take it for dead, as it does after 40 seconds.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+    + " --xla_cpu_collective_timeout_seconds=1200"
 )
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
