@@ -31,6 +31,7 @@ from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy, Prompt
 from caprl_jax.models.vision import Images, batch_images, lay_out, windows_of
 
@@ -67,7 +68,7 @@ class LoadedPolicy:
       params: their parameters.
       tokenizer: of its directory.
       processor: of its directory.
-      mesh: where the parameters lie.
+      layout: where the parameters lie.
       directory: where they were read.
     """
 
@@ -75,7 +76,7 @@ class LoadedPolicy:
     params: Any
     tokenizer: Tokenizer
     processor: ImageProcessor
-    mesh: Mesh
+    layout: Layout
     directory: Path
 
     def inputs(self, images: Sequence[Picture], prompt: str = PROMPT) -> tuple[Images, Prompt]:
@@ -172,17 +173,17 @@ class LoadedPolicy:
         return found[: len(texts), 0], tokens, mask
 
     def _placed(self, arrays: Any) -> Any:
-        return _put(arrays, self.mesh)
+        return _put(arrays, self.layout)
 
 
-def _put(arrays: Any, mesh: Mesh) -> Any:
+def _put(arrays: Any, layout: Layout) -> Any:
     """Fills the batch axis up to a multiple of the mesh's, with copies, and places it."""
-    multiple = mesh_lib.batch_multiple(mesh)
+    multiple = mesh_lib.batch_multiple(layout)
 
     def filled(a):
         return np.resize(a, (-(-len(a) // multiple) * multiple, *a.shape[1:]))
 
-    return mesh_lib.put_batch(jax.tree.map(filled, arrays), mesh)
+    return mesh_lib.put_batch(jax.tree.map(filled, arrays), layout)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -205,7 +206,7 @@ class LoadedJudge:
       params: their parameters.
       tokenizer: of its directory.
       prompt: around captions and questions.
-      mesh: where the parameters lie.
+      layout: where the parameters lie.
       directory: where they were read.
     """
 
@@ -213,7 +214,7 @@ class LoadedJudge:
     params: Any
     tokenizer: Tokenizer
     prompt: JudgePrompt
-    mesh: Mesh
+    layout: Layout
     directory: Path
 
     def score(
@@ -251,7 +252,7 @@ class LoadedJudge:
             )
         tokens, mask = self._tokens(groups)
         asked = self._questions(questions, np.random.default_rng(seed) if shuffle else None)
-        arrays = _put((tokens, mask, asked), self.mesh)
+        arrays = _put((tokens, mask, asked), self.layout)
         found = _score(
             self.modules.decoder, mode, temperature, self.params["decoder"],
             self.prompt.instruction(), *arrays, jax.random.key(seed),
@@ -337,7 +338,7 @@ def load_judge(
 
 
 def _load(path, dtype, mesh, revision, param_dtype):
-    on = mesh_lib.make_mesh({"fsdp": -1}) if mesh is None else mesh
+    on = mesh_lib.layout(mesh_lib.make_mesh({"fsdp": -1}) if mesh is None else mesh)
     dtype = startup.default_dtype() if dtype is None else dtype
     modules, directory = startup.read_model(str(path), revision, dtype)
     tokenizer = Tokenizer.from_pretrained(directory, modules.decoder.config.vocab)

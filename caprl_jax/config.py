@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from caprl_jax import mesh
 from caprl_jax.judge import MODES
 from caprl_jax.policy_gradient import ADVANTAGES
 from caprl_jax.rollout import Sampling
@@ -68,7 +69,9 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.clip = 0.2
     c.caprl.kl = 0.0  # coefficient of the KL to the initial policy; 0 holds no reference
     c.caprl.updates = 1  # per rollout
-    c.caprl.micro_batches = 1  # pieces of the batch for the update's gradients
+    c.caprl.micro_batches = 1  # pieces of the batch for the update's gradients,
+    c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
+    c.caprl.score_batches = 0  # and for the judge; 0: as many
     c.caprl.accuracy_weight = 1.0
     c.caprl.length_weight = 0.0
     c.caprl.length_full = 2048  # tokens up to which the length reward is 1
@@ -134,6 +137,10 @@ def default() -> ml_collections.ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1  # what is left
     c.mesh.tensor = 1
+    # Which mesh axes each logical axis is cut over (mesh.py), in training and scoring,
+    c.mesh.rules = ml_collections.ConfigDict(mesh.RULES)
+    # and while captions are decoded: weights are cast and moved there once before.
+    c.mesh.decode_rules = ml_collections.ConfigDict(mesh.DECODE_RULES)
     return c.lock()
 
 
@@ -164,6 +171,14 @@ def get(config: ml_collections.ConfigDict, key: str) -> Any:
     return config
 
 
+PIECES = ("micro_batches", "prefill_batches", "score_batches")
+
+
+def pieces(config: ml_collections.ConfigDict, name: str) -> int:
+    """In how many pieces a phase reads the batch; 0 is as many as micro_batches."""
+    return config.caprl[name] or config.caprl.micro_batches
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
     """Checks what can be checked without reading a file.
 
@@ -182,11 +197,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "config.caprl.group=1: advantages compare captions, so it must be 2 or more"
         )
-    if config.data.batch % config.caprl.micro_batches:
-        raise ConfigError(
-            f"config.data.batch={config.data.batch} is not a multiple of "
-            f"config.caprl.micro_batches={config.caprl.micro_batches}"
-        )
+    for name in PIECES:
+        if config.data.batch % pieces(config, name):
+            raise ConfigError(
+                f"config.data.batch={config.data.batch} is not a multiple of "
+                f"config.caprl.{name}={pieces(config, name)}"
+            )
     with about("sampling"):
         Sampling(**config.sampling)
     if config.caprl.length_none <= config.caprl.length_full:

@@ -55,7 +55,7 @@ def to_hugging_face(path: Path, out: Path, dtype: str, source: str | None = None
         policy, directory = startup.read_model(
             source or config.policy.path, "" if source else config.policy.revision, np.float32
         )
-        on = mesh.make_mesh({"fsdp": -1})
+        on = mesh.layout(mesh.make_mesh({"fsdp": -1}))
         shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
         params = checkpoints.restore_params(step, hf.abstract_params(policy), shardings)
     figures = export.figures(workdir, step)
@@ -65,7 +65,7 @@ def to_hugging_face(path: Path, out: Path, dtype: str, source: str | None = None
 def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
     """Writes a model directory whose weights are an Orbax checkpoint."""
     policy, directory = startup.read_model(path, revision, np.float32)
-    on = mesh.make_mesh({"fsdp": -1})
+    on = mesh.layout(mesh.make_mesh({"fsdp": -1}))
     params = startup.load_frozen(policy, directory, on, np.dtype(dtype))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from caprl_jax import judge, rollout
 from caprl_jax.data import digits
@@ -17,6 +16,7 @@ from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.mesh import put_batch
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
 from caprl_jax.step import Frozen
 
@@ -71,7 +71,7 @@ class Writer:
         policy: Policy,
         data: HeldOut,
         tokenizer: Tokenizer,
-        on: Mesh,
+        on: Layout,
         sampling: rollout.Sampling,
         group: int,
         seed: int,
@@ -112,7 +112,7 @@ class Reader:
         decoder: Decoder,
         data: HeldOut,
         tokenizer: Tokenizer,
-        on: Mesh,
+        on: Layout,
         through_text: bool = False,
     ):
         """decoder is the judge's module; its parameters come with each call.

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import text_positions
@@ -198,7 +199,14 @@ def score(
     key: jax.Array,
     mode: Mode = "expected",
     temperature: float = 0.6,
+    pieces: int = 1,
 ) -> Verdicts:
-    """Captions [b, g, t] and their questions -> Verdicts [b, g, n]; pure, jittable."""
-    logits = letter_logits(decoder, params, instruction, tokens, mask, questions)
+    """Captions [b, g, t] and their questions -> Verdicts [b, g, n]; pure, jittable.
+
+    They are read in that many pieces, a divisor of b, one after the other.
+    """
+    logits = logical.in_pieces(
+        lambda piece: letter_logits(decoder, params, instruction, *piece),
+        (tokens, mask, questions), pieces,
+    )  # fmt: skip
     return verdicts(logits, questions, key, mode, temperature)

@@ -1,38 +1,52 @@
-"""The mesh, and the one table that says which logical axis lies on which of its axes."""
+"""The mesh, and what lies where on it: parameters, optimizer state, batches, by one table of rules.
 
+Logical axes of parameters: embed, vocab, heads, kv_heads, mlp, merged, patch, norm, layers; of
+activations and records: images, captions, questions; and cache, the captions axis of caches.
+"""
+
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # images lie over both
+from caprl_jax.models.logical import Layout, Rules
 
-RULES = {  # logical axis -> mesh axis; None is replicated
+AXES = ("data", "fsdp", "tensor")
+# Matrices are cut over fsdp on one side and over tensor on the other; images follow their weights.
+RULES = {
+    "images": "data,fsdp",
+    "captions": "",
+    "cache": "",
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "merged": "fsdp",
-    "patch": None,
-    "norm": None,
-    "layers": None,
 }
+DECODE_RULES = RULES | {"embed": "", "merged": ""}  # gathered over fsdp once, before decoding
+_NEVER_CUT = ("patch", "norm", "layers", None)
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes data, fsdp and tensor.
+
+    On TPUs neighbours on the mesh are neighbours on the interconnect. Devices of several slices
+    are cut along data, the only axis whose traffic may cross the slower network between them.
 
     Args:
       shape: size of each axis; one may be -1, which takes what is left.
       devices: all of the process's backend by default.
 
     Raises:
-      ValueError: the sizes don't multiply to the number of devices.
+      ValueError: the sizes don't multiply to the number of devices, or data is not a multiple of
+        the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
@@ -43,64 +57,126 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             "sizes must multiply to it, and at most one may be -1"
         )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    return Mesh(_arrange(sizes, devices), AXES)
 
 
-def param_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Shardings of a tree of boxed parameters (arrays or shapes with logical names).
+def _arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data={sizes[0]} is no multiple of the {slices} slices: only data may cross the "
+            f"network between slices; the nearest that works is {-(-sizes[0] // slices) * slices}"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    inside = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
-    An axis that a mesh axis doesn't divide is replicated: the 3B model's 2 key-value heads under
-    tensor=4, say.
+
+def layout(
+    on: Mesh,
+    rules: Mapping[str, str] | None = None,
+    decode_rules: Mapping[str, str] | None = None,
+) -> Layout:
+    """The mesh under tables of rules.
+
+    Args:
+      on: the mesh.
+      rules: logical axis -> mesh axes, as "data,fsdp"; what is missing is as in RULES.
+      decode_rules: while decoding; what is missing is as in DECODE_RULES.
 
     Raises:
-      ValueError: two axes of one parameter on one mesh axis.
+      ValueError: a rule names no axis of RULES or of the mesh.
     """
+    return Layout(on, _table(RULES, rules or {}), _table(DECODE_RULES, decode_rules or {}))
 
-    def sharding(names: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-        names = [*names, *[None] * (len(shape) - len(names))]
-        axes = [None if name is None else RULES[name] for name in names]
-        used = [axis for axis in axes if axis is not None]
-        if len(set(used)) < len(used):
+
+def _table(defaults: Mapping[str, str], changed: Mapping[str, str]) -> Rules:
+    table = {}
+    for name, axes in (dict(defaults) | dict(changed)).items():
+        split = tuple(a.strip() for a in axes.split(",") if a.strip())
+        if name not in RULES or not set(split) <= set(AXES) or len(set(split)) < len(split):
             raise ValueError(
-                f"a parameter of shape {shape} has {names} on {used}: one mesh axis twice"
+                f"rule {name}={axes!r}: logical axes are {', '.join(RULES)}; each takes some of "
+                f"{', '.join(AXES)}, joined by commas"
             )
-        fits = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        table[name] = split
+    return table
 
+
+def param_shardings(boxed: Any, on: Layout) -> Any:
+    """Shardings of a tree of boxed parameters (arrays or shapes with logical names).
+
+    Key-value heads fewer than the devices that they would be cut over are replicated: the 3B
+    model's 2 under tensor=4, say.
+
+    Raises:
+      ValueError: two axes of one parameter on one mesh axis, or a size that doesn't divide.
+    """
     specs = nn.get_partition_spec(boxed)
     shapes = jax.tree.map(lambda a: a.shape, nn.meta.unbox(boxed))
-    return jax.tree.map(sharding, specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda names, shape: NamedSharding(on.mesh, _param_spec(names, shape, on)),
+        specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )  # fmt: skip
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def _param_spec(names: PartitionSpec, shape: tuple[int, ...], on: Layout) -> PartitionSpec:
+    names = [*names, *[None] * (len(shape) - len(names))]
+    cut: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        pieces = 1 if name in _NEVER_CUT else on.size(name)
+        if name == "kv_heads" and size < pieces:
+            _tell_replicated(size, pieces)
+            pieces = 1
+        if size % pieces:
+            raise ValueError(
+                f"{name}={size} of a parameter of shape {shape} doesn't divide over the {pieces} "
+                f"devices of {','.join(on.rules[name])}: the nearest that works is "
+                f"{nearest_divisor(size, pieces)}"
+            )
+        cut.append(on.rules[name] if pieces > 1 else None)
+    used = [axis for axes in cut for axis in axes or ()]
+    if len(set(used)) < len(used):
+        raise ValueError(f"a parameter of shape {shape} has {names} on {cut}: one mesh axis twice")
+    return PartitionSpec(*cut)
+
+
+@functools.cache
+def _tell_replicated(heads: int, pieces: int) -> None:
+    logging.info("%d key-value heads on %d devices: every device holds them all", heads, pieces)
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of size nearest to wanted; the larger one of two."""
+    return min((d for d in range(size, 0, -1) if size % d == 0), key=lambda d: abs(d - wanted))
+
+
+def replicated(on: Layout) -> NamedSharding:
     """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return on.sharding()
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis, images, over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(BATCH))
-
-
-def batch_multiple(mesh: Mesh) -> int:
+def batch_multiple(on: Layout) -> int:
     """What a batch's number of images must be a multiple of."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    return int(np.lcm(on.size("images"), on.decoding.size("images")))
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
+def put_batch(batch: Any, on: Layout) -> Any:
     """Places a host batch, each process giving its own images; scalars and None pass."""
-    sharding = batch_sharding(mesh)
+    sharding = on.sharding("images")
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
 
 
-def fetch_batch(batch: Any, mesh: Mesh) -> Any:
+def fetch_batch(batch: Any, on: Layout) -> Any:
     """The inverse of put_batch: each process gets its own images, as numpy."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        spec = PartitionSpec(BATCH)
-        batch = multihost_utils.global_array_to_host_local_array(batch, mesh, spec)
+        spec = on.sharding("images").spec
+        batch = multihost_utils.global_array_to_host_local_array(batch, on.mesh, spec)
     return jax.device_get(batch)

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh
 
 from caprl_jax import heldout, mesh, optimizers, startup, step
-from caprl_jax.config import ConfigError
+from caprl_jax.config import PIECES, ConfigError, pieces
 from caprl_jax.data import digits_sft, pipeline, records
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import Sampling
 from caprl_jax.splicing import Splicing
@@ -86,7 +86,7 @@ def _iterator(config, source, make, set_aside: SetAside):
 
 def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Reinforcement learning of a captioner with a judge's answers as reward."""
-    on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
+    on, dtype = startup.layout(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     policy, directory = startup.read_model(
         config.policy.path, config.policy.revision, dtype, **options
@@ -151,6 +151,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
 def _settings(config: ml_collections.ConfigDict) -> step.Settings:
     names = {f.name for f in dataclasses.fields(step.Settings)}
     values = {k: v for k, v in config.caprl.items() if k in names}
+    values |= {name: pieces(config, name) for name in PIECES}
     return step.Settings(
         judge_mode=config.judge.mode, judge_temperature=config.judge.temperature, **values
     )
@@ -174,7 +175,7 @@ def _one_program(config, policy, judge_decoder: Decoder, optimizer, state, on, s
     )
 
     def one(state, frozen, batch, key):
-        return bound(state, frozen, batch, jax.random.fold_in(key, state.step))
+        return bound(state, frozen, batch, jax.random.fold_in(key, state.step), on)
 
     one, traces = counted(one)
     return _jit_step(one, state, on), traces
@@ -184,13 +185,15 @@ def _two_programs(
     config, policy, judge_decoder: Decoder, optimizer, state, on, stop, retokenise: Retokeniser
 ):
     settings, sampling = _settings(config), Sampling(**config.sampling)
-    roll_out = functools.partial(step.roll_out, policy, settings, sampling, stop)
+    roll_out = functools.partial(step.roll_out, policy, settings, sampling, stop, layout=on)
 
     def finish(state, frozen, batch, captions, passed, key):
         tokens, mask, cut = passed
-        verdicts = step.judged(judge_decoder, settings, frozen, tokens, mask, batch.questions, key)
+        verdicts = step.judged(
+            judge_decoder, settings, frozen, tokens, mask, batch.questions, key, on
+        )
         state, measured = step.learn(
-            policy, optimizer, settings, state, frozen, batch, captions, verdicts
+            policy, optimizer, settings, state, frozen, batch, captions, verdicts, on
         )
         real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
         return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
@@ -200,7 +203,7 @@ def _two_programs(
     return whole, lambda: max(first(), second())
 
 
-def _jit_step(function: Callable, state: step.State, on: Mesh) -> Callable:
+def _jit_step(function: Callable, state: step.State, on: Layout) -> Callable:
     """Jits with the state donated, and given back laid out as it came."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
     out = (shardings, mesh.replicated(on))
@@ -222,7 +225,7 @@ def _writer(config, policy, held, tokenizer, on) -> heldout.Writer:
 
 def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Supervised training of the embedded world's policy or judge."""
-    on, dtype = startup.make_mesh(config), startup.compute_dtype(config)
+    on, dtype = startup.layout(config), startup.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     policy, directory = startup.read_model(
         config.policy.path, config.policy.revision, dtype, **options
@@ -248,7 +251,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     )
 
 
-def _put_examples(batch, on: Mesh):
+def _put_examples(batch, on: Layout):
     placed = mesh.put_batch(batch.replace(prefix=()), on)
     return placed.replace(prefix=jax.device_put(batch.prefix, mesh.replicated(on)))
 

@@ -7,9 +7,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax import mesh
+from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.policy import Params, Policy, Prompt
+from caprl_jax.models.logical import Layout, constrain
+from caprl_jax.models.policy import Params, Policy, Prompt, Trunk
 from caprl_jax.models.vision import Images
 
 
@@ -89,7 +92,9 @@ def draw(
     chex.assert_type(logits, jnp.float32)
 
     def at(values, token):
-        return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
+        # A masked sum stays on the devices that hold its part of the vocabulary.
+        here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+        return jnp.sum(jnp.where(here == token[..., None], values, 0), axis=-1)
 
     logp = jax.nn.log_softmax(logits, axis=-1)
     if sampling.temperature == 0:
@@ -101,6 +106,42 @@ def draw(
     return token, at(logp, token), drawn
 
 
+def decode_weights(policy: Policy, params: Params, layout: Layout | None) -> Params:
+    """The decoder's weights as decoding reads them, cast and moved once, before its loop.
+
+    Args:
+      policy: modules.
+      params: the policy's, in any dtype.
+      layout: where to; None leaves them.
+
+    Returns:
+      {"decoder": ..}: matrices in the compute dtype, norms as they were, under layout.decoding.
+    """
+    decoder = jax.tree_util.tree_map_with_path(
+        lambda path, a: a if path[-1].key == "scale" else a.astype(policy.decoder.dtype),
+        params["decoder"],
+    )
+    if layout is not None:
+        boxed = jax.eval_shape(policy.init, jax.random.key(0))["decoder"]
+        shardings = mesh.param_shardings(boxed, layout.decoding)
+        decoder = jax.lax.with_sharding_constraint(decoder, shardings)
+    # Without the barrier the compiler may put the cast, or the gathering, into the loop.
+    return {"decoder": jax.lax.optimization_barrier(decoder)}
+
+
+def prefill(policy: Policy, params: Params, images: Images, prompt: Prompt, pieces: int) -> Trunk:
+    """Encodes images and prompts piece by piece; Images [b, ..], Prompt [b, p] -> Trunk."""
+
+    def one(piece):
+        trunk = policy.trunk(params, *piece)
+        # Layers come first in the result again; pieces are joined along the first axis.
+        return trunk.last, *(jnp.moveaxis(a, 1, 0) for a in (trunk.kv.k, trunk.kv.v))
+
+    last, *kv = logical.in_pieces(one, (images, prompt), pieces)
+    k, v = (jnp.moveaxis(a, 0, 1) for a in kv)
+    return Trunk(None, last, KV(k, v, prompt.mask), prompt.next_position)
+
+
 def sample(
     policy: Policy,
     params: Params,
@@ -110,6 +151,8 @@ def sample(
     group: int,
     stop: tuple[int, ...],
     sampling: Sampling,
+    pieces: int = 1,
+    layout: Layout | None = None,
 ) -> Rollout:
     """Draws `group` captions per image.
 
@@ -125,16 +168,27 @@ def sample(
       group: g, captions per image.
       stop: ids that end a caption.
       sampling: lengths and temperature.
+      pieces: in which images and prompts are read; a divisor of b.
+      layout: where weights, caches and captions lie; None leaves that to the compiler.
 
     Returns:
       Rollout [b, g, t].
     """
-    trunk = policy.trunk(params, images, prompt)
-    b, t = prompt.tokens.shape[0], sampling.max_tokens
+    with logical.using(layout), jax.named_scope("prefill"):
+        trunk = prefill(policy, params, images, prompt, pieces)
+    with logical.using(layout and layout.decoding), jax.named_scope("decode"):
+        weights = decode_weights(policy, params, layout)
+        out = _decode(policy, weights, trunk, key, group, stop, sampling)
+    with logical.using(layout):
+        return jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
+
+
+def _decode(policy, params, trunk: Trunk, key, group, stop, sampling: Sampling) -> Rollout:
+    b, t, c = trunk.last.shape[0], sampling.max_tokens, policy.decoder.config
     variables = {"params": params["decoder"]}
-    c = policy.decoder.config
     start = jnp.broadcast_to(trunk.next_position[:, None], (b, group))
     stop_ids = jnp.asarray(stop, jnp.int32)
+    kv = trunk.kv.replace(k=_cached(trunk.kv.k, 1), v=_cached(trunk.kv.v, 1))
 
     def alive(carry):
         i, done, *_ = carry
@@ -142,7 +196,7 @@ def sample(
 
     def step(carry):
         i, done, hidden, out, cache = carry
-        logits = policy.logits(params, hidden)
+        logits = constrain(policy.logits(params, hidden), *logical.BATCH[:2], "vocab")
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
         new = Rollout(token, ~done, logp, drawn, None, None)
         out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, a[:, :, i], x)), out, new)
@@ -150,19 +204,24 @@ def sample(
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
         one = jnp.ones((b, group, 1), bool)
         positions = policy.positions(start + i, 1)
-        hidden, kv = policy.decoder.apply(variables, x, positions, one, (trunk.kv, cache))
+        hidden, new = policy.decoder.apply(variables, x, positions, one, (kv, cache))
         cache = KV(
-            jax.lax.dynamic_update_slice_in_dim(cache.k, kv.k, i, axis=3),
-            jax.lax.dynamic_update_slice_in_dim(cache.v, kv.v, i, axis=3),
+            _cached(jax.lax.dynamic_update_slice_in_dim(cache.k, new.k, i, axis=3), 2),
+            _cached(jax.lax.dynamic_update_slice_in_dim(cache.v, new.v, i, axis=3), 2),
             cache.mask.at[:, :, i].set(True),
         )
         return i + 1, done, hidden[..., 0, :], out, cache
 
-    empty = jnp.zeros((c.layers, b, group, t, c.kv_heads, c.head_dim), trunk.kv.k.dtype)
-    cache = KV(empty, empty, jnp.zeros((b, group, t), bool))
+    empty = jnp.zeros((c.layers, b, group, t, c.kv_heads, c.head_dim), kv.k.dtype)
+    cache = KV(_cached(empty, 2), _cached(empty, 2), jnp.zeros((b, group, t), bool))
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
     hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
     done = jnp.zeros((b, group), bool)
     _, done, _, out, _ = jax.lax.while_loop(alive, step, (0, done, hidden, out, cache))
     return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done)
+
+
+def _cached(a: jax.Array, batch: int) -> jax.Array:
+    """[layers, *batch, length, kv_heads, head_dim] of that many batch axes, where caches lie."""
+    return constrain(a, None, *logical.CACHED[:batch], None, "kv_heads", None)

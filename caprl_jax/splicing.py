@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from caprl_jax import judge
 from caprl_jax.data.pipeline import HeldOut
@@ -17,13 +16,16 @@ from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.heldout import Judged, bucket
 from caprl_jax.mesh import put_batch, replicated
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.logical import Layout
 from caprl_jax.step import Frozen
 
 
 class Splicing:
     """Compares spliced with whole prompts."""
 
-    def __init__(self, decoder: Decoder, data: HeldOut, prompt: JudgePrompt, on: Mesh, text: bool):
+    def __init__(
+        self, decoder: Decoder, data: HeldOut, prompt: JudgePrompt, on: Layout, text: bool
+    ):
         """`text`: captions are spliced as their text's ids, not as the policy's."""
         self._data, self._prompt, self._mesh, self._text = data, prompt, on, text
 

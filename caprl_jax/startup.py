@@ -1,5 +1,6 @@
 """What every run does before its first step: read models and data, and refuse what can't run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from caprl_jax import checkpoint, mesh, step
-from caprl_jax.config import ConfigError, about
+from caprl_jax.config import PIECES, ConfigError, about, pieces
 from caprl_jax.data import digits, files, pipeline, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import ImagePrompt
@@ -20,36 +20,42 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.models import families, hf, sources
 from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.vision import VisionConfig
 
 
-def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """The config's mesh over all devices, on which its batches must lie evenly.
+def layout(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Layout:
+    """The config's mesh over all devices and its rules; batches must lie evenly on it.
 
     Raises:
       ConfigError: the mesh doesn't fit the devices, or a batch doesn't fit the mesh.
     """
     with about("mesh"):
-        on = mesh.make_mesh(config.mesh)
+        on = mesh.layout(
+            mesh.make_mesh(config.mesh, devices), config.mesh.rules, config.mesh.decode_rules
+        )
     _check_batch(config, on)
     return on
 
 
-def _check_batch(config: ml_collections.ConfigDict, on: Mesh) -> None:
+def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
     multiple = mesh.batch_multiple(on)
     for key in ("data.batch", "eval.batch"):
         section, name = key.split(".")
         if config[section][name] % multiple:
             raise ConfigError(
-                f"config.{key}={config[section][name]} images don't lie evenly on the mesh, whose "
-                f"data and fsdp axes hold {multiple} devices: choose a multiple of {multiple}"
+                f"config.{key}={config[section][name]} images don't lie evenly on the {multiple} "
+                f"devices that the mesh's rules cut them over: choose a multiple of {multiple}"
             )
-    if config.objective == "caprl" and (config.data.batch // config.caprl.micro_batches) % multiple:
-        raise ConfigError(
-            f"config.data.batch={config.data.batch} in config.caprl.micro_batches="
-            f"{config.caprl.micro_batches} pieces doesn't lie evenly on {multiple} devices"
-        )
+    for name in PIECES if config.objective == "caprl" else ():
+        if (config.data.batch // pieces(config, name)) % multiple:
+            raise ConfigError(
+                f"config.data.batch={config.data.batch} in config.caprl.{name}="
+                f"{pieces(config, name)} pieces doesn't lie evenly on {multiple} devices"
+            )
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> Any:
@@ -69,7 +75,7 @@ def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy,
     return families.build(hf.read_config(directory), dtype, where=where, **options), directory
 
 
-def load_frozen(policy: Policy, directory: Path, on: Mesh, dtype: Any) -> Any:
+def load_frozen(policy: Policy, directory: Path, on: Layout, dtype: Any) -> Any:
     """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
     shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
     return _read_params(policy, directory, dtype, shardings)
@@ -87,7 +93,7 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
 
 
 def initial_state(
-    config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, on: Mesh
+    config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, on: Layout
 ) -> step.State:
     """Parameters (pretrained or random) and optimizer state, float32, on the mesh."""
 

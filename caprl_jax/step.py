@@ -1,6 +1,7 @@
 """The one program: rollout -> score -> update. A whole CapRL step is one function to jit."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax import judge, logprobs, policy_gradient, rewards, rollout, sft
+from caprl_jax import judge, logprobs, mesh, policy_gradient, rewards, rollout, sft
+from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Params, Policy, Prompt
 from caprl_jax.models.vision import Images
 
@@ -76,6 +79,8 @@ class Settings:
       kl: coefficient of the k3 KL to the reference; 0 holds no reference.
       updates: optimizer updates per rollout.
       micro_batches: pieces that a batch's images are cut into for each update's gradients.
+      prefill_batches: pieces in which images and prompts are read before decoding.
+      score_batches: pieces in which the judge reads captions.
       accuracy_weight: of the judge's accuracy in the reward.
       length_weight: of the length reward.
       length_full: tokens up to which the length reward is 1.
@@ -90,6 +95,8 @@ class Settings:
     kl: float = 0.0
     updates: int = 1
     micro_batches: int = 1
+    prefill_batches: int = 1
+    score_batches: int = 1
     accuracy_weight: float = 1.0
     length_weight: float = 0.0
     length_full: int = 2048
@@ -159,24 +166,20 @@ def caption_losses(
     return total, metrics
 
 
-def split(tree: Any, pieces: int) -> Any:
-    """[b, ..] -> [pieces, b / pieces, ..], every piece spread over all devices of the batch."""
-    return jax.tree.map(
-        lambda a: jnp.swapaxes(a.reshape(a.shape[0] // pieces, pieces, *a.shape[1:]), 0, 1), tree
-    )
-
-
-def _gradients(loss, params: Params, pieces: Any) -> tuple[Params, Metrics]:
+def _gradients(
+    loss, params: Params, pieces: Any, like_params: Callable[[Params], Params]
+) -> tuple[Params, Metrics]:
     """Sums float32 gradients and metrics of loss(params, piece) over pieces [p, ..]."""
 
     def add(total, piece):
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, piece)
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (grads, metrics)), None
+        new = like_params(grads), metrics
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, new), None
 
     one = jax.tree.map(lambda a: a[0], pieces)
     first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
-    (grads, metrics), _ = jax.lax.scan(add, zeros, pieces)
+    zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
+    (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), pieces)
     return grads, metrics
 
 
@@ -195,17 +198,24 @@ def update(
     settings: Settings,
     state: State,
     learn: _Learn,
+    layout: Layout | None = None,
 ) -> tuple[State, Metrics]:
     """settings.updates optimizer updates on one rollout."""
     captions = jnp.maximum(jnp.sum(learn.batch.valid) * settings.group, 1)
-    pieces = split(learn, settings.micro_batches)
+    pieces = logical.split(learn, settings.micro_batches)
+
+    def like_params(grads):
+        if layout is None:
+            return grads
+        boxed = jax.eval_shape(policy.init, jax.random.key(0))
+        return jax.lax.with_sharding_constraint(grads, mesh.param_shardings(boxed, layout))
 
     def loss(params, piece):
         return caption_losses(policy, settings, params, piece)
 
     def one(carry, _):
         params, opt_state = carry
-        grads, metrics = _gradients(loss, params, pieces)
+        grads, metrics = _gradients(loss, params, pieces, like_params)
         grads = jax.tree.map(lambda g: g / captions, grads)
         params, opt_state, more = _apply(optimizer, params, opt_state, grads)
         return (params, opt_state), metrics | more
@@ -251,6 +261,7 @@ def caprl_step(
     frozen: Frozen,
     batch: Batch,
     key: jax.Array,
+    layout: Layout | None = None,
 ) -> tuple[State, Metrics]:
     """One CapRL step; jit it with the first six arguments bound and `state` donated.
 
@@ -263,18 +274,20 @@ def caprl_step(
       stop: ids that end a caption.
       state: is replaced.
       frozen: is read.
-      batch: images [b], b a multiple of settings.micro_batches.
+      batch: images [b], b a multiple of settings.micro_batches and the other pieces.
       key: of this step.
+      layout: where the arrays between the phases lie; None leaves that to the compiler.
 
     Returns:
       (new state, metrics as (sum, count)).
     """
     sample_key, judge_key = jax.random.split(key)
-    captions = roll_out(policy, settings, sampling, stop, state.params, batch, sample_key)
+    captions = roll_out(policy, settings, sampling, stop, state.params, batch, sample_key, layout)
     verdicts = judged(
-        judge_decoder, settings, frozen, captions.tokens, captions.mask, batch.questions, judge_key
-    )
-    return learn(policy, optimizer, settings, state, frozen, batch, captions, verdicts)
+        judge_decoder, settings, frozen, captions.tokens, captions.mask, batch.questions, judge_key,
+        layout,
+    )  # fmt: skip
+    return learn(policy, optimizer, settings, state, frozen, batch, captions, verdicts, layout)
 
 
 def roll_out(
@@ -285,11 +298,13 @@ def roll_out(
     params: Params,
     batch: Batch,
     key: jax.Array,
+    layout: Layout | None = None,
 ) -> rollout.Rollout:
     """The first part of a step: settings.group captions of each image."""
     return rollout.sample(
-        policy, params, batch.images, batch.prompt, key, settings.group, stop, sampling
-    )
+        policy, params, batch.images, batch.prompt, key, settings.group, stop, sampling,
+        settings.prefill_batches, layout,
+    )  # fmt: skip
 
 
 def judged(
@@ -300,12 +315,14 @@ def judged(
     mask: jax.Array,
     questions: judge.Questions,
     key: jax.Array,
+    layout: Layout | None = None,
 ) -> judge.Verdicts:
     """The second part of a step: captions int32 [b, g, t], in the judge's ids, -> Verdicts."""
-    return judge.score(
-        judge_decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key,
-        settings.judge_mode, settings.judge_temperature,
-    )  # fmt: skip
+    with logical.using(layout), jax.named_scope("score"):
+        return judge.score(
+            judge_decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key,
+            settings.judge_mode, settings.judge_temperature, settings.score_batches,
+        )  # fmt: skip
 
 
 def learn(
@@ -317,19 +334,20 @@ def learn(
     batch: Batch,
     captions: rollout.Rollout,
     verdicts: judge.Verdicts,
+    layout: Layout | None = None,
 ) -> tuple[State, Metrics]:
     """The last part of a step: rewards, advantages, updates -> (new state, metrics)."""
     reward, _ = reward_terms(settings, verdicts, captions)
     advantages = jax.vmap(policy_gradient.ADVANTAGES[settings.advantage])(reward)
-    reference_logp = None
-    if settings.kl:
-        reference_logp, _ = jax.lax.map(
-            lambda piece: caption_logps(policy, frozen.reference, *piece),
-            split((batch, captions), settings.micro_batches),
-        )
-        reference_logp = jnp.swapaxes(reference_logp, 0, 1).reshape(captions.logp.shape)
-    examples = _Learn(batch, captions, advantages, reference_logp)
-    state, metrics = update(policy, optimizer, settings, state, examples)
+    with logical.using(layout), jax.named_scope("update"):
+        reference_logp = None
+        if settings.kl:
+            reference_logp, _ = logical.in_pieces(
+                lambda piece: caption_logps(policy, frozen.reference, *piece),
+                (batch, captions), settings.micro_batches,
+            )  # fmt: skip
+        examples = _Learn(batch, captions, advantages, reference_logp)
+        state, metrics = update(policy, optimizer, settings, state, examples, layout)
     return state, metrics | rollout_metrics(captions, verdicts, reward, batch.valid)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from caprl_jax import mesh
 from caprl_jax.data.tokens import Tokenizer, pad
+from caprl_jax.models.logical import Layout
 from caprl_jax.step import Batch, Frozen, Metrics, State
 
 
@@ -42,7 +42,7 @@ def _flat(a: np.ndarray) -> np.ndarray:
 
 
 def in_two_programs(
-    roll_out: Callable, finish: Callable, retokenise: Retokeniser, on: Mesh
+    roll_out: Callable, finish: Callable, retokenise: Retokeniser, on: Layout
 ) -> Callable[[State, Frozen, Batch, jax.Array], tuple[State, Metrics]]:
     """(state, frozen, batch, key) -> (state, metrics), like the one program.
 

@@ -90,7 +90,7 @@ def test_any_mesh_gives_the_same_captions(policy):
     other = caprl_jax.load_policy(
         "asset:tiny/policy", mesh=mesh.make_mesh({"data": 4, "tensor": 2})
     )
-    assert policy.mesh.shape["fsdp"] == 8
+    assert policy.layout.mesh.shape["fsdp"] == 8
     kernel = other.params["decoder"]["layers"]["gate"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[-1] * 2 == kernel.shape[-1]
     images = pictures()

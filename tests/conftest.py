@@ -54,7 +54,7 @@ class World:
 
 def _policy(key):
     text = DecoderConfig(60, 32, 2, 4, 2, 8, 48, 1e4, 1e-6, False, (2, 1, 1))
-    vision = VisionConfig(12, 16, 2, 2, 24, 32, 4, 2, (1,))
+    vision = VisionConfig(12, 16, 2, 4, 24, 32, 4, 2, (1,))
     policy = Policy(Decoder(text), VisionTower(vision))
     return policy, nn.meta.unbox(jax.jit(policy.init)(key))
 
@@ -76,7 +76,7 @@ def make_world(images: int = 4, seed: int = 0) -> World:
     policy, params = _policy(jax.random.key(seed))
     # Larger weights than at initialisation, so that distributions are far from uniform.
     params = jax.tree.map(lambda a: a * 1.5 if a.ndim > 2 else a, params)
-    text = DecoderConfig(60, 24, 2, 3, 1, 8, 32, 1e4, 1e-6, False)
+    text = DecoderConfig(60, 32, 2, 4, 1, 8, 32, 1e4, 1e-6, False)
     decoder = Decoder(text)
     init = jax.jit(lambda key, x: decoder.init(key, x, method=Decoder.everything))
     judge_params = nn.meta.unbox(init(jax.random.key(1), jnp.zeros(1, jnp.int32)))

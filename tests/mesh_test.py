@@ -14,7 +14,9 @@ def boxed(shape, names):
 
 
 def spec(shape, names, **axes):
-    return mesh.param_shardings({"w": boxed(shape, names)}, mesh.make_mesh(axes))["w"].spec
+    return mesh.param_shardings({"w": boxed(shape, names)}, mesh.layout(mesh.make_mesh(axes)))[
+        "w"
+    ].spec
 
 
 def test_one_axis_takes_what_is_left():
@@ -34,14 +36,16 @@ def test_a_mesh_that_does_not_fit_is_refused(shape):
 
 
 def test_parameters_lie_as_the_rules_say():
-    assert spec((8, 16), ("embed", "mlp"), fsdp=4, tensor=2) == PartitionSpec("fsdp", "tensor")
+    assert spec((8, 16), ("embed", "mlp"), fsdp=4, tensor=2) == PartitionSpec(
+        ("fsdp",), ("tensor",)
+    )
     assert spec((3, 8), ("layers", "norm"), fsdp=4, tensor=2) == PartitionSpec(None, None)
 
 
 def test_what_an_axis_does_not_divide_is_replicated():
     """The 3B model's two key-value heads under tensor=4."""
     found = spec((2048, 2, 128), ("embed", "kv_heads", None), fsdp=2, tensor=4)
-    assert found == PartitionSpec("fsdp", None, None)
+    assert found == PartitionSpec(("fsdp",), None, None)
 
 
 def test_one_mesh_axis_twice_in_a_parameter_is_refused():
@@ -50,7 +54,7 @@ def test_one_mesh_axis_twice_in_a_parameter_is_refused():
 
 
 def test_batches_lie_over_data_and_fsdp():
-    on = mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    on = mesh.layout(mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     assert mesh.batch_multiple(on) == 4
     placed = mesh.put_batch({"x": np.arange(8), "none": None}, on)
     assert placed["none"] is None

@@ -19,10 +19,11 @@ SAMPLING = rollout.Sampling(max_tokens=6)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
 
 
-def bound(world, settings=SETTINGS):
+def bound(world, settings=SETTINGS, layout=None):
     return functools.partial(
-        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, (5, 7)
-    )
+        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, (5, 7),
+        layout=layout,
+    )  # fmt: skip
 
 
 def start(world):
@@ -75,7 +76,7 @@ def test_a_step_learns_and_measures(eight, single):
 
 @pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}])
 def test_sharded_equals_single_device(eight, single, shape):
-    on = mesh.make_mesh(shape)
+    on = mesh.layout(mesh.make_mesh(shape))
     state, frozen = start(eight)
     boxed = jax.eval_shape(eight.policy.init, jax.random.key(0))
     shardings = mesh.param_shardings(boxed, on)
@@ -97,7 +98,7 @@ def test_sharded_equals_single_device(eight, single, shape):
         jax.device_put(frozen.reference, shardings),
     )
     batch = mesh.put_batch(eight.batch, on)
-    found, metrics = jax.jit(bound(eight))(state, frozen, batch, jax.random.key(2))
+    found, metrics = jax.jit(bound(eight, layout=on))(state, frozen, batch, jax.random.key(2))
     same_metrics(jax.device_get(metrics), single[1])
     assert_close(moved(eight, found), moved(eight, single[0]))
 

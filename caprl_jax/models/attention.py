@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SCORE_BYTES = 2**28  # of one image's scores that are held at once; longer queries go in pieces
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
@@ -110,11 +111,40 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     Raises:
       AssertionError: a segment's batch axes are not a prefix of q's.
     """
+    for segment in segments:
+        chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
+    size = _queries_at_once(q, segments)
+    if size == q.shape[-3]:
+        return _attend(q, segments)
+
+    # Recomputed in the backward pass, so that no more than one piece's scores are ever held.
+    @jax.checkpoint
+    def piece(at):
+        def cut(a, axis):
+            return jax.lax.dynamic_slice_in_dim(a, at, size, axis % a.ndim)
+
+        own = [
+            Segment(s.k, s.v, s.mask if s.mask.shape[-2] == 1 else cut(s.mask, -2))
+            for s in segments
+        ]
+        return _attend(cut(q, -3), own)
+
+    out = jax.lax.map(piece, jnp.arange(0, q.shape[-3], size))
+    return jnp.moveaxis(out, 0, -4).reshape(q.shape)
+
+
+def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
+    """The largest divisor of the queries' length whose scores of one image fit the bound."""
+    keys = sum(s.k.shape[-3] for s in segments)
+    one = 4 * keys * q.shape[-2] * math.prod(q.shape[1:-3])  # bytes of a token's float32 scores
+    t = q.shape[-3]
+    fits = [d for d in range(1, t + 1) if t % d == 0 and d * one <= SCORE_BYTES]
+    return max(fits, default=1)
+
+
+def _attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     kv_heads, head_dim = segments[0].k.shape[-2:]
     grouped = q.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, head_dim)
-    for segment in segments:
-        shared = segment.k.ndim - 3
-        chex.assert_equal_shape_prefix([q, segment.k], shared)
     parts = [_partial(grouped, segment) for segment in segments]
     top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
     scales = [jnp.exp(part_top - top) for _, part_top, _ in parts]

@@ -15,6 +15,7 @@ import numpy as np
 from caprl_jax.models import attention
 from caprl_jax.models.attention import KV, Segment
 from caprl_jax.models.layers import Linear, RMSNorm, init_normal
+from caprl_jax.models.logical import BATCH, CACHED, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Block(nn.Module):
     def __call__(self, x, angles, mask, deep, past, past_masks, layer):
         """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens)."""
         c = self.config
+        batch, cached = BATCH[: x.ndim - 2], CACHED[: x.ndim - 2]
+        x = constrain(x, *batch, None, None)
 
         def heads(name, count):
             names = ("embed", "heads" if name == "q" else "kv_heads", None)
@@ -84,8 +87,12 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = (RMSNorm(c.norm_eps, name=f"{n}_norm")(a) for n, a in (("q", q), ("k", k)))
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+        # A caption's queries go to where its cache lies, and what they find comes back.
+        q = constrain(q, *cached, None, "heads", None)
+        k, v = (constrain(a, *cached, None, "kv_heads", None) for a in (k, v))
         segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
         y = attention.attend(q, [*segments, Segment(k, v, mask)])
+        y = constrain(y, *batch, None, "heads", None)
         o = Linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
         x = x + o(y)
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
@@ -167,7 +174,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [*batch, t] -> [*batch, t, e]."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
 
     def head(self) -> jax.Array:
         """[vocab, e]: the rows whose products with a hidden state are the logits."""

@@ -131,11 +131,12 @@ class Policy:
         """
         decoder = {"params": params["decoder"]}
         b, g, t = tokens.shape
-        x = self.decoder.apply(decoder, tokens[..., :-1], method=Decoder.embed)
-        positions = self.positions(jnp.broadcast_to(trunk.next_position[:, None], (b, g)), t - 1)
-        hidden, _ = self.decoder.apply(decoder, x, positions, mask[..., :-1], (*past, trunk.kv))
+        # All t tokens, though the last predicts nothing: an even length cuts into even pieces.
+        x = self.decoder.apply(decoder, tokens, method=Decoder.embed)
+        positions = self.positions(jnp.broadcast_to(trunk.next_position[:, None], (b, g)), t)
+        hidden, _ = self.decoder.apply(decoder, x, positions, mask, (*past, trunk.kv))
         first = jnp.broadcast_to(trunk.last[:, None, None], (b, g, 1, hidden.shape[-1]))
-        return jnp.concatenate([first, hidden], axis=2)
+        return jnp.concatenate([first, hidden[..., :-1, :]], axis=2)
 
     def head(self, params: Params) -> jax.Array:
         """[vocab, e] output rows in the compute dtype."""
