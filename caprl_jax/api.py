@@ -24,7 +24,7 @@ from PIL import Image
 
 from caprl_jax import judge as judge_lib
 from caprl_jax import mesh as mesh_lib
-from caprl_jax import rollout, startup
+from caprl_jax import programs, rollout, startup
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
 from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
@@ -339,7 +339,7 @@ def load_judge(
 
 def _load(path, dtype, mesh, revision, param_dtype):
     on = mesh_lib.layout(mesh_lib.make_mesh({"fsdp": -1}) if mesh is None else mesh)
-    dtype = startup.default_dtype() if dtype is None else dtype
+    dtype = programs.default_dtype() if dtype is None else dtype
     modules, directory = startup.read_model(str(path), revision, dtype)
     tokenizer = Tokenizer.from_pretrained(directory, modules.decoder.config.vocab)
     params = startup.load_frozen(modules, directory, on, param_dtype or dtype)

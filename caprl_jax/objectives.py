@@ -4,29 +4,25 @@ Both read the same directories and data, and give train.py the same few things.
 """
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import optax
 
-from caprl_jax import heldout, mesh, optimizers, startup, step
-from caprl_jax.config import PIECES, ConfigError, pieces
+from caprl_jax import heldout, mesh, programs, startup, step
+from caprl_jax.config import ConfigError
 from caprl_jax.data import digits_sft, pipeline, records
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
-from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import Sampling
 from caprl_jax.splicing import Splicing
-from caprl_jax.text_step import Retokeniser, in_two_programs
+from caprl_jax.text_step import Retokeniser
 
 
 @dataclasses.dataclass
@@ -58,24 +54,6 @@ class Objective:
     heldout: HeldOut | None = None
 
 
-def _optimizer(config: ml_collections.ConfigDict, per_step: int) -> optax.GradientTransformation:
-    updates = config.steps * per_step
-    return optimizers.make(config.optimizer, updates, per_step, config.policy.freeze_vision)
-
-
-def counted(function: Callable) -> tuple[Callable, Callable[[], int]]:
-    """(the same function, how often it was traced): jit traces it once per compiled program."""
-    traces = 0
-
-    @functools.wraps(function)
-    def wrapper(*args):
-        nonlocal traces
-        traces += 1
-        return function(*args)
-
-    return wrapper, lambda: traces
-
-
 def _iterator(config, source, make, set_aside: SetAside):
     count = jax.process_count()
     return pipeline.train_iterator(
@@ -86,7 +64,7 @@ def _iterator(config, source, make, set_aside: SetAside):
 
 def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Reinforcement learning of a captioner with a judge's answers as reward."""
-    on, dtype = startup.layout(config), startup.compute_dtype(config)
+    on, dtype = programs.layout(config), programs.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     policy, directory = startup.read_model(
         config.policy.path, config.policy.revision, dtype, **options
@@ -111,21 +89,21 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     startup.check_data(config, source, make)
     held = _held_out(config, dataset, inputs, judge_prompt, set_aside)
 
-    optimizer = _optimizer(config, config.caprl.updates)
+    optimizer = programs.optimizer(config, config.caprl.updates)
     state = startup.initial_state(config, policy, directory, optimizer, on)
     frozen = step.Frozen(
         startup.load_frozen(judge_model, judge_directory, on, dtype)["decoder"],
         jax.device_put(judge_prompt.instruction(), mesh.replicated(on)),
         startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None,
     )
-    parts = policy, judge_model.decoder, optimizer, state, on
+    parts = programs.Parts(policy, judge_model.decoder, optimizer, on, tokenizer.stop)
     if through_text:
         retokenise = Retokeniser(
             tokenizer, judge_tokenizer, config.judge.max_caption or 2 * config.sampling.max_tokens
         )
-        run_step, traces = _two_programs(config, *parts, tokenizer.stop, retokenise)
+        run_step, traces = programs.two_programs(config, parts, state, retokenise)
     else:
-        run_step, traces = _one_program(config, *parts, tokenizer.stop)
+        run_step, traces = programs.one_program(config, parts, state)
     writer = _writer(config, policy, held, tokenizer, on)
     reader = heldout.Reader(judge_model.decoder, held, judge_tokenizer, on, through_text)
     splicing = Splicing(judge_model.decoder, held, judge_prompt, on, through_text)
@@ -148,15 +126,6 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     )
 
 
-def _settings(config: ml_collections.ConfigDict) -> step.Settings:
-    names = {f.name for f in dataclasses.fields(step.Settings)}
-    values = {k: v for k, v in config.caprl.items() if k in names}
-    values |= {name: pieces(config, name) for name in PIECES}
-    return step.Settings(
-        judge_mode=config.judge.mode, judge_temperature=config.judge.temperature, **values
-    )
-
-
 def _through_text(policy: Tokenizer, judge: Tokenizer) -> bool:
     """Whether captions must pass from policy to judge as text, which is told."""
     difference = vocabulary_difference(policy, judge)
@@ -166,48 +135,6 @@ def _through_text(policy: Tokenizer, judge: Tokenizer) -> bool:
             "a step is two programs", difference,
         )  # fmt: skip
     return difference is not None
-
-
-def _one_program(config, policy, judge_decoder: Decoder, optimizer, state, on, stop):
-    sampling = Sampling(**config.sampling)
-    bound = functools.partial(
-        step.caprl_step, policy, judge_decoder, optimizer, _settings(config), sampling, stop
-    )
-
-    def one(state, frozen, batch, key):
-        return bound(state, frozen, batch, jax.random.fold_in(key, state.step), on)
-
-    one, traces = counted(one)
-    return _jit_step(one, state, on), traces
-
-
-def _two_programs(
-    config, policy, judge_decoder: Decoder, optimizer, state, on, stop, retokenise: Retokeniser
-):
-    settings, sampling = _settings(config), Sampling(**config.sampling)
-    roll_out = functools.partial(step.roll_out, policy, settings, sampling, stop, layout=on)
-
-    def finish(state, frozen, batch, captions, passed, key):
-        tokens, mask, cut = passed
-        verdicts = step.judged(
-            judge_decoder, settings, frozen, tokens, mask, batch.questions, key, on
-        )
-        state, measured = step.learn(
-            policy, optimizer, settings, state, frozen, batch, captions, verdicts, on
-        )
-        real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
-        return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
-
-    (roll_out, first), (finish, second) = counted(roll_out), counted(finish)
-    whole = in_two_programs(jax.jit(roll_out), _jit_step(finish, state, on), retokenise, on)
-    return whole, lambda: max(first(), second())
-
-
-def _jit_step(function: Callable, state: step.State, on: Layout) -> Callable:
-    """Jits with the state donated, and given back laid out as it came."""
-    shardings = jax.tree.map(lambda a: a.sharding, state)
-    out = (shardings, mesh.replicated(on))
-    return jax.jit(function, donate_argnums=0, out_shardings=out)
 
 
 def _held_out(config, dataset, inputs, judge_prompt, set_aside) -> HeldOut:
@@ -225,17 +152,19 @@ def _writer(config, policy, held, tokenizer, on) -> heldout.Writer:
 
 def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     """Supervised training of the embedded world's policy or judge."""
-    on, dtype = startup.layout(config), startup.compute_dtype(config)
+    on, dtype = programs.layout(config), programs.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     policy, directory = startup.read_model(
         config.policy.path, config.policy.revision, dtype, **options
     )
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     dataset = startup.dataset(config, set_aside)
-    optimizer = _optimizer(config, 1)
+    optimizer = programs.optimizer(config, 1)
     state = startup.initial_state(config, policy, directory, optimizer, on)
-    one, traces = counted(lambda state, batch: step.sft_step(policy, optimizer, state, batch))
-    run_step = _jit_step(one, state, on)
+    one, traces = programs.counted(
+        lambda state, batch: step.sft_step(policy, optimizer, state, batch)
+    )
+    run_step = programs.jit_step(one, state, on)
     build = _sft_judge if config.data.task == "judge" else _sft_policy
     make, evaluate, held = build(config, policy, directory, tokenizer, dataset, on, set_aside)
     return Objective(

@@ -1,6 +1,5 @@
 """What every run does before its first step: read models and data, and refuse what can't run."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from caprl_jax import checkpoint, mesh, step
-from caprl_jax.config import PIECES, ConfigError, about, pieces
+from caprl_jax.config import ConfigError, about
 from caprl_jax.data import digits, files, pipeline, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import ImagePrompt
@@ -23,49 +22,6 @@ from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.vision import VisionConfig
-
-
-def layout(
-    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
-) -> Layout:
-    """The config's mesh over all devices and its rules; batches must lie evenly on it.
-
-    Raises:
-      ConfigError: the mesh doesn't fit the devices, or a batch doesn't fit the mesh.
-    """
-    with about("mesh"):
-        on = mesh.layout(
-            mesh.make_mesh(config.mesh, devices), config.mesh.rules, config.mesh.decode_rules
-        )
-    _check_batch(config, on)
-    return on
-
-
-def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
-    multiple = mesh.batch_multiple(on)
-    for key in ("data.batch", "eval.batch"):
-        section, name = key.split(".")
-        if config[section][name] % multiple:
-            raise ConfigError(
-                f"config.{key}={config[section][name]} images don't lie evenly on the {multiple} "
-                f"devices that the mesh's rules cut them over: choose a multiple of {multiple}"
-            )
-    for name in PIECES if config.objective == "caprl" else ():
-        if (config.data.batch // pieces(config, name)) % multiple:
-            raise ConfigError(
-                f"config.data.batch={config.data.batch} in config.caprl.{name}="
-                f"{pieces(config, name)} pieces doesn't lie evenly on {multiple} devices"
-            )
-
-
-def compute_dtype(config: ml_collections.ConfigDict) -> Any:
-    """The config's, by default default_dtype()."""
-    return default_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
-
-
-def default_dtype() -> Any:
-    """bfloat16 on accelerators and float32 on CPU."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy, Path]:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from caprl_jax import mesh, rollout, step
-from caprl_jax.objectives import counted
+from caprl_jax.programs import counted
 
 from .conftest import make_world
 

@@ -1,0 +1,164 @@
+"""A config's step as jitted programs: its layout, settings and optimizer, and what compiles them.
+
+Nothing here reads a model or data, so plans and benchmarks build the very programs of a run.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from caprl_jax import mesh, optimizers, step
+from caprl_jax.config import PIECES, ConfigError, about, pieces
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.logical import Layout
+from caprl_jax.models.policy import Policy
+from caprl_jax.rollout import Sampling
+from caprl_jax.text_step import Retokeniser, in_two_programs
+
+
+def layout(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Layout:
+    """The config's mesh over all devices and its rules; batches must lie evenly on it.
+
+    Raises:
+      ConfigError: the mesh doesn't fit the devices, or a batch doesn't fit the mesh.
+    """
+    with about("mesh"):
+        on = mesh.layout(
+            mesh.make_mesh(config.mesh, devices), config.mesh.rules, config.mesh.decode_rules
+        )
+    _check_batch(config, on)
+    return on
+
+
+def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
+    multiple = mesh.batch_multiple(on)
+    for key in ("data.batch", "eval.batch"):
+        section, name = key.split(".")
+        if config[section][name] % multiple:
+            raise ConfigError(
+                f"config.{key}={config[section][name]} images don't lie evenly on the {multiple} "
+                f"devices that the mesh's rules cut them over: choose a multiple of {multiple}"
+            )
+    for name in PIECES if config.objective == "caprl" else ():
+        if (config.data.batch // pieces(config, name)) % multiple:
+            raise ConfigError(
+                f"config.data.batch={config.data.batch} in config.caprl.{name}="
+                f"{pieces(config, name)} pieces doesn't lie evenly on {multiple} devices"
+            )
+
+
+def compute_dtype(config: ml_collections.ConfigDict) -> Any:
+    """The config's, by default default_dtype()."""
+    return default_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
+
+
+def default_dtype() -> Any:
+    """bfloat16 on accelerators and float32 on CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def settings(config: ml_collections.ConfigDict) -> step.Settings:
+    """The constants of the config's step."""
+    names = {f.name for f in dataclasses.fields(step.Settings)}
+    values = {k: v for k, v in config.caprl.items() if k in names}
+    values |= {name: pieces(config, name) for name in PIECES}
+    return step.Settings(
+        judge_mode=config.judge.mode, judge_temperature=config.judge.temperature, **values
+    )
+
+
+def optimizer(config: ml_collections.ConfigDict, per_step: int) -> optax.GradientTransformation:
+    """The config's, for `per_step` updates a step."""
+    updates = config.steps * per_step
+    return optimizers.make(config.optimizer, updates, per_step, config.policy.freeze_vision)
+
+
+def counted(function: Callable) -> tuple[Callable, Callable[[], int]]:
+    """(the same function, how often it was traced): jit traces it once per compiled program."""
+    traces = 0
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        nonlocal traces
+        traces += 1
+        return function(*args)
+
+    return wrapper, lambda: traces
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a step is made of.
+
+    Attributes:
+      policy: modules.
+      judge: the judge's decoder.
+      optimizer: optax's.
+      layout: where arrays lie.
+      stop: ids that end a caption.
+    """
+
+    policy: Policy
+    judge: Decoder
+    optimizer: optax.GradientTransformation
+    layout: Layout
+    stop: tuple[int, ...]
+
+
+def one_program(
+    config: ml_collections.ConfigDict, parts: Parts, state: step.State
+) -> tuple[Callable, Callable[[], int]]:
+    """(jitted (state, frozen, batch, key) -> (state, metrics), how often it was traced).
+
+    `state` holds arrays or shapes with shardings; a step gives it back laid out as it came.
+    """
+    bound = functools.partial(
+        step.caprl_step, parts.policy, parts.judge, parts.optimizer, settings(config),
+        Sampling(**config.sampling), parts.stop,
+    )  # fmt: skip
+
+    def one(state, frozen, batch, key):
+        return bound(state, frozen, batch, jax.random.fold_in(key, state.step), parts.layout)
+
+    one, traces = counted(one)
+    return jit_step(one, state, parts.layout), traces
+
+
+def two_programs(
+    config: ml_collections.ConfigDict, parts: Parts, state: step.State, retokenise: Retokeniser
+) -> tuple[Callable, Callable[[], int]]:
+    """As one_program, with captions passing through text on the host in between."""
+    constants, on = settings(config), parts.layout
+    roll_out = functools.partial(
+        step.roll_out, parts.policy, constants, Sampling(**config.sampling), parts.stop, layout=on
+    )
+
+    def finish(state, frozen, batch, captions, passed, key):
+        tokens, mask, cut = passed
+        verdicts = step.judged(
+            parts.judge, constants, frozen, tokens, mask, batch.questions, key, on
+        )
+        state, measured = step.learn(
+            parts.policy, parts.optimizer, constants, state, frozen, batch, captions, verdicts, on
+        )
+        real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
+        return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
+
+    (roll_out, first), (finish, second) = counted(roll_out), counted(finish)
+    whole = in_two_programs(jax.jit(roll_out), jit_step(finish, state, on), retokenise, on)
+    return whole, lambda: max(first(), second())
+
+
+def jit_step(function: Callable, state: step.State, on: Layout) -> Callable:
+    """Jits with the state donated, and given back laid out as it came."""
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    out = (shardings, mesh.replicated(on))
+    return jax.jit(function, donate_argnums=0, out_shardings=out)
