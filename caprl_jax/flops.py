@@ -1,7 +1,8 @@
 """Operations of matrix products and convolutions, counted from shapes and from a jaxpr."""
 
 import functools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def convolution_flops(batch: int, features: int, contracted: int, pairs: Iterabl
       contracted: the kernel's input features, which are the input's over feature_group_count.
       pairs: window_pairs of each spatial axis.
     """
-    return 2 * batch * features * contracted * _product(pairs)
+    return 2 * batch * features * contracted * math.prod(pairs)
 
 
 def jaxpr_flops(jaxpr: Any, unknown_trips: int) -> int:
@@ -90,7 +91,7 @@ def _jaxprs(params: dict[str, Any]) -> list[Any]:
 def _dot_flops(equation: Any) -> int:
     (contracting, _), _ = equation.params["dimension_numbers"]
     left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    return 2 * _product(out) * _product(left[axis] for axis in contracting)
+    return 2 * math.prod(out) * math.prod(left[axis] for axis in contracting)
 
 
 def _conv_flops(equation: Any) -> int:
@@ -105,7 +106,3 @@ def _conv_flops(equation: Any) -> int:
     ]  # fmt: skip
     batch = left[names.lhs_spec[0]] // params["batch_group_count"]
     return convolution_flops(batch, out[names.out_spec[1]], kernel[names.rhs_spec[1]], pairs)
-
-
-def _product(sizes: Iterable[int] | Sequence[int]) -> int:
-    return int(np.prod(list(sizes), dtype=np.int64))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from typing import Any
 
@@ -38,7 +39,7 @@ class Array:
     @property
     def size(self) -> int:
         """Elements."""
-        return int(np.prod(self.dims, dtype=np.int64))
+        return math.prod(self.dims)
 
     @property
     def itemsize(self) -> float:
@@ -191,7 +192,7 @@ def parse(text: str) -> Program:
         raise ValueError("the text has no ENTRY computation: it isn't an HLO module")
     head = text[: text.find("\n")]
     counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head)
-    return Program(computations, entry, int(np.prod([int(n) for n in counts], dtype=np.int64)))
+    return Program(computations, entry, math.prod(map(int, counts)))
 
 
 def _instruction(name: str, line: str, start: int) -> Instruction:
@@ -246,7 +247,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _iota(sizes: str, permutation: str | None) -> np.ndarray:
-    ids = np.arange(np.prod(_sizes(sizes))).reshape(_sizes(sizes))
+    ids = np.arange(math.prod(_sizes(sizes))).reshape(_sizes(sizes))
     return ids.transpose(_sizes(permutation)) if permutation else ids
 
 
@@ -256,7 +257,7 @@ def _rows(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 def _mesh_groups(axes: str, order: str, chosen: str) -> tuple[tuple[int, ...], ...]:
     named = [(name, int(size)) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", axes)]
-    ids = np.arange(np.prod([size for _, size in named], dtype=np.int64))
+    ids = np.arange(math.prod(size for _, size in named))
     iota = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
     if iota:
         ids = _iota(iota[1], iota[2])
@@ -276,5 +277,5 @@ def _mesh_groups(axes: str, order: str, chosen: str) -> tuple[tuple[int, ...], .
         inside += [3 * i + 1] if name in cuts else []
     rest = [axis for axis in range(3 * len(named)) if axis not in inside]
     ids = ids.reshape(list(itertools.chain(*split))).transpose(rest + inside)
-    members = int(np.prod([split[axis // 3][1] for axis in inside], dtype=np.int64))
+    members = math.prod(split[axis // 3][1] for axis in inside)
     return _rows(ids.reshape(-1, members))

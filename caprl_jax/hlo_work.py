@@ -1,9 +1,8 @@
 """What one instruction of a compiled program does: its products, and the bytes of HBM it moves."""
 
+import math
 import re
 from collections.abc import Iterator
-
-import numpy as np
 
 from caprl_jax.flops import convolution_flops, window_pairs
 from caprl_jax.hlo import HBM, Array, Computation, Instruction, Program
@@ -45,7 +44,7 @@ def flops(computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "dot":
         left = computation.operand(instruction, 0).arrays[0].dims
         contracted = [left[axis] for axis in instruction.numbers("lhs_contracting_dims")]
-        return 2 * instruction.arrays[0].size * int(np.prod(contracted, dtype=np.int64))
+        return 2 * instruction.arrays[0].size * math.prod(contracted)
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
     # XLA writes a product with a vector as multiply and reduce, and keeps the product's name.

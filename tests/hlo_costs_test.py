@@ -213,7 +213,7 @@ def test_tpu():
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     except Exception as e:
-        pytest.skip(f"the TPU compiler (pip install libtpu) isn't here: {type(e).__name__}: {e}")
+        pytest.skip(f"no TPU compiler: pip install libtpu, one process at a time: {e}")
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, devices)
     batch = NamedSharding(mesh, P("fsdp"))
     x = _array(16, 256, sharding=batch, dtype=jnp.bfloat16)
