@@ -140,15 +140,26 @@ ASYNC = _joined(f"""HloModule jit_step, num_partitions=4
 
 {SUM}
 %begin (x: bf16[8]) -> (bf16[8], bf16[32], u32[]) {{
-  %x = bf16[8]{{0:S(1)}} parameter(0)
+  %x = bf16[8]{{0}} parameter(0)
   %gather = bf16[32]{{0}} all-gather(%x), channel_id=3, replica_groups=[1,4]<=[4], |
       dimensions={{0}}, backend_config={{"async_collective_fusion_config":{{"flag_start":"-1"}}}}
-  ROOT %start = (bf16[8]{{0:S(1)}}, bf16[32]{{0}}, u32[]{{:S(2)}}) custom-call(%gather), |
+  ROOT %start = (bf16[8]{{0}}, bf16[32]{{0}}, u32[]{{:S(2)}}) custom-call(%gather), |
       custom_call_target="AsyncCollectiveStart"
 }}
 
+%continue (x.2: bf16[8], y.1: bf16[32], m: f32[4]) -> (f32[4], bf16[8], bf16[32], bf16[32]) {{
+  %x.2 = bf16[8]{{0}} parameter(0)
+  %y.1 = bf16[32]{{0}} parameter(1)
+  %m = f32[4]{{0}} parameter(2)
+  %gather.2 = bf16[32]{{0}} all-gather(%x.2), channel_id=3, replica_groups=[1,4]<=[4], |
+      dimensions={{0}}, backend_config={{"async_collective_fusion_config":{{"flag_start":"2"}}}}
+  %square = f32[4]{{0}} multiply(%m, %m)
+  ROOT %passed = (f32[4]{{0}}, bf16[8]{{0}}, bf16[32]{{0}}, bf16[32]{{0}}) tuple(%square, |
+      %x.2, %y.1, %gather.2)
+}}
+
 %finish (x.1: bf16[8], y: bf16[32]) -> bf16[32] {{
-  %x.1 = bf16[8]{{0:S(1)}} parameter(0)
+  %x.1 = bf16[8]{{0}} parameter(0)
   %y = bf16[32]{{0}} parameter(1)
   %gather.1 = bf16[32]{{0}} all-gather(%x.1), channel_id=3, replica_groups=[1,4]<=[4], |
       dimensions={{0}}, backend_config={{"async_collective_fusion_config":{{"flag_start":"2"}}}}
@@ -169,13 +180,18 @@ ASYNC = _joined(f"""HloModule jit_step, num_partitions=4
       dimensions={{0}}, to_apply=%sum
 }}
 
-ENTRY %main (p: bf16[8], q: f32[32]) -> f32[2] {{
-  %p = bf16[8]{{0:S(1)}} parameter(0)
+ENTRY %main (p: bf16[8], q: f32[32], r: f32[4]) -> f32[2] {{
+  %p = bf16[8]{{0}} parameter(0)
   %q = f32[32]{{0}} parameter(1)
-  %begun = (bf16[8]{{0:S(1)}}, bf16[32]{{0}}, u32[]{{:S(2)}}) fusion(%p), kind=kCustom, calls=%begin
-  %g0 = bf16[8]{{0:S(1)}} get-tuple-element(%begun), index=0
+  %r = f32[4]{{0}} parameter(2)
+  %begun = (bf16[8]{{0}}, bf16[32]{{0}}, u32[]{{:S(2)}}) fusion(%p), kind=kCustom, calls=%begin
+  %g0 = bf16[8]{{0}} get-tuple-element(%begun), index=0
   %g1 = bf16[32]{{0}} get-tuple-element(%begun), index=1
-  %finished = bf16[32]{{0}} fusion(%g0, %g1), kind=kCustom, calls=%finish
+  %carried = (f32[4]{{0}}, bf16[8]{{0}}, bf16[32]{{0}}, bf16[32]{{0}}) fusion(%g0, %g1, %r), |
+      kind=kOutput, calls=%continue
+  %g2 = bf16[8]{{0}} get-tuple-element(%carried), index=1
+  %g3 = bf16[32]{{0}} get-tuple-element(%carried), index=2
+  %finished = bf16[32]{{0}} fusion(%g2, %g3), kind=kCustom, calls=%finish
   %part = f32[8]{{0}} fusion(%q), kind=kCustom, calls=%scatter
   %ar = f32[8]{{0}} all-reduce-start(%part), channel_id=6, replica_groups={{}}, to_apply=%sum
   %ar.1 = f32[8]{{0}} all-reduce-done(%ar)
@@ -197,5 +213,32 @@ def test_asynchronous_collectives_count_once():
         ("collective-permute", 32, 2),
         ("reduce-scatter", 32, 4),
     ]
-    # Written: 64 gathered. 128 + 32 scattered, 64 reduced, 64 permuted, 32 + 8 scattered.
-    assert costs(parse(ASYNC))["other"].hbm_bytes == 64 + 160 + 64 + 64 + 40
+    # Gathered, what goes on beside it, scattered, reduced, permuted, scattered: in and out.
+    moved = [16 + 64, 16 + 16, 128 + 32, 32 + 32, 32 + 32, 32 + 8]
+    assert costs(parse(ASYNC))["other"].hbm_bytes == sum(moved)
+
+
+VECTOR = _joined(f"""HloModule jit_step
+
+{SUM}
+%product (w: f32[8,16], x: f32[8]) -> f32[16] {{
+  %w = f32[8,16]{{1,0}} parameter(0)
+  %x = f32[8]{{0}} parameter(1)
+  %wide = f32[8,16]{{1,0}} broadcast(%x), dimensions={{0}}
+  %each = f32[8,16]{{1,0}} multiply(%w, %wide)
+  %zero = f32[] constant(0)
+  ROOT %y = f32[16]{{0}} reduce(%each, %zero), dimensions={{0}}, to_apply=%sum, |
+      metadata={{op_name="jit(step)/score/k,kn->n/dot_general"}}
+}}
+
+ENTRY %main (w.1: f32[8,16], x.1: f32[8]) -> f32[16] {{
+  %w.1 = f32[8,16]{{1,0}} parameter(0)
+  %x.1 = f32[8]{{0}} parameter(1)
+  ROOT %z = f32[16]{{0}} fusion(%w.1, %x.1), kind=kLoop, calls=%product
+}}
+""")
+
+
+def test_a_product_with_a_vector():
+    cost = costs(parse(VECTOR), ("score",))["score"]  # the fusion has no name, its product has
+    assert (cost.flops, cost.hbm_bytes) == (2 * 8 * 16, 4 * (8 * 16 + 8 + 16))
