@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from caprl_jax import hlo_work
 from caprl_jax.hlo import Computation, Instruction, Program, parse, replica_groups
 from caprl_jax.hlo_loops import Loop, make_loop
@@ -347,13 +349,13 @@ def totals(found: Iterable[Collective]) -> dict[str, tuple[float, float]]:
 
 
 def hlo_text(compiled: Any) -> str:
-    """The text of a jax.stages.Compiled, also where as_text() can't print it.
+    """The text of a jax.stages.Compiled, in a second way where as_text() can't print it.
 
     Raises:
-      RuntimeError: no way of printing works.
+      jax.errors.JaxRuntimeError: neither way works.
     """
     try:
         return compiled.as_text()
-    except Exception:  # the TPU compiler's, of whatever kind
-        modules = compiled.runtime_executable().hlo_modules()
-        return modules[0].to_string()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        (module,) = compiled.runtime_executable().hlo_modules()
+        return module.to_string()
