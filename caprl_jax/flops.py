@@ -1,0 +1,108 @@
+"""Operations of matrix products and convolutions, counted from shapes and from a jaxpr."""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+@functools.cache
+def window_pairs(
+    size: int, kernel: int, out: int, stride: int, pad: int, dilate: int, kernel_dilate: int
+) -> int:
+    """(output, kernel) positions of one spatial axis that meet an input element.
+
+    What falls on padding, or between the elements of a dilated input, is no work. So the batched
+    and grouped products that a TPU writes as padded convolutions count as what they are.
+
+    Args:
+      size: of the input along the axis.
+      kernel: size of the kernel.
+      out: size of the output.
+      stride: of the window.
+      pad: low padding, may be negative.
+      dilate: of the input.
+      kernel_dilate: of the kernel.
+    """
+    last, found = (size - 1) * dilate, 0
+    taps = np.arange(kernel) * kernel_dilate - pad
+    for start in range(0, out, 1024):
+        at = np.arange(start, min(start + 1024, out))[:, None] * stride + taps
+        found += int(np.count_nonzero((at >= 0) & (at <= last) & (at % dilate == 0)))
+    return found
+
+
+def convolution_flops(batch: int, features: int, contracted: int, pairs: Iterable[int]) -> int:
+    """Two operations for each product.
+
+    Args:
+      batch: input's batch over batch_group_count.
+      features: of the output.
+      contracted: the kernel's input features, which are the input's over feature_group_count.
+      pairs: window_pairs of each spatial axis.
+    """
+    return 2 * batch * features * contracted * math.prod(pairs)
+
+
+def jaxpr_flops(jaxpr: Any, unknown_trips: int) -> int:
+    """Operations of a jaxpr's dot_general and conv_general_dilated, for the whole, not per device.
+
+    An independent check of hlo_costs: it sees the program before the compiler, so it counts what
+    XLA later finds to be common, or finds unused. Counts a scan by its length, a while_loop by
+    unknown_trips, and of a cond the branch with most. Kernels (pallas_call) and the bodies of
+    shard_map, which are of one device, are refused.
+
+    Args:
+      jaxpr: of jax.make_jaxpr.
+      unknown_trips: of each while_loop.
+
+    Raises:
+      ValueError: a primitive that can't be counted.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return sum(_equation_flops(equation, unknown_trips) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: Any, unknown_trips: int) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _dot_flops(equation)
+    if name == "conv_general_dilated":
+        return _conv_flops(equation)
+    if name in ("pallas_call", "shard_map"):
+        raise ValueError(f"operations of {name} can't be counted from its jaxpr")
+    inner = [jaxpr_flops(j, unknown_trips) for j in _jaxprs(params)]
+    if name == "cond":
+        return max(inner)
+    times = {"scan": params.get("length", 1), "while": unknown_trips}.get(name, 1)
+    return times * sum(inner)
+
+
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
+    kinds = (core.Jaxpr, core.ClosedJaxpr)
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def _dot_flops(equation: Any) -> int:
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    return 2 * math.prod(out) * math.prod(left[axis] for axis in contracting)
+
+
+def _conv_flops(equation: Any) -> int:
+    params = equation.params
+    left, kernel = (v.aval.shape for v in equation.invars)
+    out, names = equation.outvars[0].aval.shape, params["dimension_numbers"]
+    pairs = [
+        window_pairs(left[names.lhs_spec[i + 2]], kernel[names.rhs_spec[i + 2]],
+                     out[names.out_spec[i + 2]], params["window_strides"][i],
+                     params["padding"][i][0], params["lhs_dilation"][i], params["rhs_dilation"][i])
+        for i in range(len(out) - 2)
+    ]  # fmt: skip
+    batch = left[names.lhs_spec[0]] // params["batch_group_count"]
+    return convolution_flops(batch, out[names.out_spec[1]], kernel[names.rhs_spec[1]], pairs)
