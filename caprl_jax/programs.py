@@ -55,14 +55,14 @@ def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
             )
 
 
-def compute_dtype(config: ml_collections.ConfigDict) -> Any:
-    """The config's, by default default_dtype()."""
-    return default_dtype() if config.dtype == "auto" else jnp.dtype(config.dtype)
+def compute_dtype(config: ml_collections.ConfigDict, platform: str = "") -> Any:
+    """The config's, by default default_dtype(platform)."""
+    return default_dtype(platform) if config.dtype == "auto" else jnp.dtype(config.dtype)
 
 
-def default_dtype() -> Any:
-    """bfloat16 on accelerators and float32 on CPU."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def default_dtype(platform: str = "") -> Any:
+    """bfloat16 on accelerators and float32 on CPU; of this process unless a platform is named."""
+    return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
 def settings(config: ml_collections.ConfigDict) -> step.Settings:

@@ -96,12 +96,19 @@ def draw(
         here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
         return jnp.sum(jnp.where(here == token[..., None], values, 0), axis=-1)
 
+    def largest(values):
+        # jnp.argmax, in two sums that a vocabulary cut over devices need not be moved for.
+        here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+        top = jnp.max(values, axis=-1, keepdims=True)
+        return jnp.min(jnp.where(values == top, here, values.shape[-1] - 1), axis=-1)
+
     logp = jax.nn.log_softmax(logits, axis=-1)
     if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = largest(logits)
         return token, at(logp, token), jnp.zeros_like(logits[..., 0])
     filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    token = jax.random.categorical(key, filtered, axis=-1).astype(jnp.int32)
+    # What jax.random.categorical does.
+    token = largest(filtered + jax.random.gumbel(key, filtered.shape, filtered.dtype))
     drawn = at(jax.nn.log_softmax(filtered, axis=-1), token)
     return token, at(logp, token), drawn
 

@@ -88,11 +88,13 @@ class Block(nn.Module):
             q, k = (RMSNorm(c.norm_eps, name=f"{n}_norm")(a) for n, a in (("q", q), ("k", k)))
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
         # A caption's queries go to where its cache lies, and what they find comes back.
-        q = constrain(q, *cached, None, "heads", None)
-        k, v = (constrain(a, *cached, None, "kv_heads", None) for a in (k, v))
+        for names in (batch, cached):
+            q = constrain(q, *names, None, "heads", None)
+            k, v = (constrain(a, *names, None, "kv_heads", None) for a in (k, v))
         segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
         y = attention.attend(q, [*segments, Segment(k, v, mask)])
-        y = constrain(y, *batch, None, "heads", None)
+        for names in (cached, batch):
+            y = constrain(y, *names, None, "heads", None)
         o = Linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
         x = x + o(y)
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)

@@ -22,6 +22,7 @@ import numpy as np
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment
 from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal
+from caprl_jax.models.logical import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +169,12 @@ class VisionBlock(nn.Module):
         """x [b, m, e], angles [b, m, d/2], mask bool [b, m], full bool [] -> [b, m, e]."""
         c = self.config
         head_dim = c.width // c.heads
+        x = constrain(x, "images", None, None)
         y = c.norm("attention_norm")(x)
         qkv = Linear((3, c.heads, head_dim), ("embed", None, "heads", None), bias=True, name="qkv")
         q, k, v = jnp.moveaxis(qkv(y), -3, 0)
         q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+        q, k, v = (constrain(a, "images", None, "heads", None) for a in (q, k, v))
 
         def attend_within(size):
             def split(a):

@@ -1,0 +1,88 @@
+"""How fast a compiled step could be: each phase's work against a chip's published peaks."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from caprl_jax import hlo_costs
+from caprl_jax.chips import Chip
+from caprl_jax.hlo_costs import Collective, Costs
+from caprl_jax.models.vision import VisionConfig
+
+PHASES = ("prefill", "decode", "score", "update")
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """One phase on one chip.
+
+    Attributes:
+      flops: of matrix products.
+      hbm_bytes: from and to memory.
+      link_bytes: that it receives over its links, by kind of collective.
+      seconds: by what they are spent on: compute, memory, links, each at its peak; empty for a
+        chip whose peaks are unknown.
+    """
+
+    flops: float
+    hbm_bytes: float
+    link_bytes: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=self.seconds.get, default="unknown")
+
+    @property
+    def floor(self) -> float:
+        """Seconds, if the three overlap perfectly."""
+        return max(self.seconds.values(), default=0.0)
+
+
+def received(collective: Collective) -> float:
+    """Bytes that a device must receive for one collective, in all of its executions.
+
+    Of n devices each lacks (n - 1) / n of what is gathered, or of the parts that it sums; an
+    all-reduce sums a part and gathers the others.
+    """
+    n = collective.group_size
+    share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
+    part = share.get(collective.kind, (n - 1) / n)
+    return collective.bytes * collective.executions * part
+
+
+def floor(costs: Costs, chip: Chip | None) -> Floor:
+    """The floor of a phase's costs."""
+    links: dict[str, float] = {}
+    for c in costs.collectives:
+        links[c.kind] = links.get(c.kind, 0.0) + received(c)
+    seconds = (
+        {}
+        if chip is None
+        else {
+            "compute": costs.flops / chip.flops,
+            "memory": costs.hbm_bytes / chip.hbm_bytes,
+            "links": sum(links.values()) / chip.link_bytes,
+        }
+    )
+    return Floor(costs.flops, costs.hbm_bytes, links, seconds)
+
+
+def phases(text: str, chip: Chip | None, tokens: int, vision: VisionConfig) -> dict[str, Floor]:
+    """The floor of each phase of a compiled step; what is outside of them is "other".
+
+    Args:
+      text: of the compiled program, as hlo_costs.hlo_text.
+      chip: peaks.
+      tokens: that every caption is taken to have, its bucket: no early stop.
+      vision: the tower's sizes, which say how many of its layers attend over the whole image.
+    """
+    full = len(vision.full_layers) / vision.layers
+
+    def weights(op_name: str, branches: int) -> Any:
+        tower = "VisionTower" in op_name and branches == 2
+        return (1 - full, full) if tower else None
+
+    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, tokens, weights)
+    return {name: floor(costs, chip) for name, costs in found.items()}
