@@ -21,6 +21,11 @@ from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import Sampling
 from caprl_jax.text_step import Retokeniser, in_two_programs
 
+# Products are not cut up to overlap with the gathering of their weights step by step: the next
+# layer's are gathered meanwhile anyway, and the pieces of all layers made the program ten times as
+# large and long to compile.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 
 def layout(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
@@ -161,4 +166,6 @@ def jit_step(function: Callable, state: step.State, on: Layout) -> Callable:
     """Jits with the state donated, and given back laid out as it came."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
     out = (shardings, mesh.replicated(on))
-    return jax.jit(function, donate_argnums=0, out_shardings=out)
+    tpu = on.mesh.devices.flat[0].platform == "tpu"
+    options = TPU_OPTIONS if tpu else None
+    return jax.jit(function, donate_argnums=0, out_shardings=out, compiler_options=options)
