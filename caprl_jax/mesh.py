@@ -1,6 +1,7 @@
 """The mesh, and the one table that says which logical axis lies on which of its axes."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -96,11 +97,32 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
 
 
+def batch_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """int [r]: which of a batch's `size` images this process gives to put_batch, in order."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
+def put_whole(batch: Any, mesh: Mesh) -> Any:
+    """put_batch of a batch that every process holds whole."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), batch
+    )
+
+
 def fetch_batch(batch: Any, mesh: Mesh) -> Any:
     """The inverse of put_batch: each process gets its own images, as numpy."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    if jax.process_count() == 1:
+        return jax.device_get(batch)
 
-        spec = PartitionSpec(BATCH)
-        batch = multihost_utils.global_array_to_host_local_array(batch, mesh, spec)
-    return jax.device_get(batch)
+    def own(a):
+        parts = {part.index[0].start or 0: part.data for part in a.addressable_shards}
+        return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
+
+    return jax.tree.map(own, _same(batch_sharding(mesh))(batch))
+
+
+@functools.cache
+def _same(sharding: NamedSharding) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from caprl_jax import checkpoint, mesh, step
+from caprl_jax import checkpoint, distributed, mesh, step
 from caprl_jax.config import ConfigError, about
 from caprl_jax.data import digits, files, pipeline, records
 from caprl_jax.data.images import ImageProcessor
@@ -78,7 +78,7 @@ def load_frozen(policy: Policy, directory: Path, on: Mesh, dtype: Any) -> Any:
 def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
     """Weights as safetensors, or as Orbax wrote them (convert.py)."""
     if not (directory / checkpoint.PARAMS).is_dir():
-        return hf.load_params(directory, policy, dtype, shardings, progress=True)
+        return hf.load_params(directory, policy, dtype, shardings, progress=distributed.is_first())
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
         hf.abstract_params(policy), shardings,
@@ -121,7 +121,8 @@ def dataset(config: ml_collections.ConfigDict, set_aside: SetAside) -> Any:
       ConfigError: there is no such data.
     """
     with about("data"):
-        return SOURCES[config.data.source](config.data, set_aside)
+        prepare = SOURCES[config.data.source]
+        return distributed.in_turns(lambda: prepare(config.data, set_aside))
 
 
 def image_processor(directory: Path, vision: VisionConfig) -> ImageProcessor:
