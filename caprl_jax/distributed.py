@@ -69,9 +69,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
 
 def _initialize(*where) -> None:
     if jax.config.jax_platforms == "cpu":
-        # With more threads XLA runs a program's independent collectives in any order, and gloo
-        # takes one's data for another's. It also gives up on a process 30 seconds late.
-        os.environ["NPROC"] = "1"
+        # By default a process that comes 30 seconds late to a collective ends the run.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + "".join(
             f" --xla_cpu_collective_{name}_seconds={MEETING}"
             for name in ("timeout", "call_terminate_timeout")
