@@ -1,4 +1,4 @@
-"""Orbax checkpoints: of a run, its state, data iterator and config together; of a model alone."""
+"""Orbax checkpoints: of a run, its state and config together; of a model alone."""
 
 import json
 from pathlib import Path
@@ -59,45 +59,38 @@ class Checkpoints:
         """The last step with a checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, data: Any, config: ml_collections.ConfigDict) -> None:
-        """Starts writing (in the background) state, iterator and config after `step` steps."""
-        import grain
+    def save(self, step: int, state: Any, config: ml_collections.ConfigDict) -> None:
+        """Starts writing (in the background) state and config after `step` steps.
 
+        The data need no state of their own: a step takes one batch, so `step` says where to go on.
+        """
         args = self._ocp.args
         self._manager.save(
             step,
             args=args.Composite(
                 state=args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(data),
                 config=args.JsonSave(json.loads(config.to_json())),
             ),
         )
 
-    def restore(self, step: int, state: Any, data: Any, config: ml_collections.ConfigDict) -> Any:
-        """Restores the iterator in place and returns the state.
+    def restore(self, step: int, state: Any, config: ml_collections.ConfigDict) -> Any:
+        """The state of a checkpoint, on any number of processes and devices.
 
         Args:
           step: of the checkpoint.
           state: like the one saved, shapes, dtypes and shardings (values are not used).
-          data: the iterator.
           config: of this run; must agree with the saved one where results depend on it.
 
         Raises:
           ConfigError: it doesn't agree, or the state's dtypes don't.
         """
-        import grain
-
         args = self._ocp.args
         _check_same(self.config(step), json.loads(config.to_json()))
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
         )
-        restored = self._manager.restore(
-            step,
-            args=args.Composite(
-                state=args.StandardRestore(target), data=grain.checkpoint.CheckpointRestore(data)
-            ),
-        )
+        found = args.Composite(state=args.StandardRestore(target))
+        restored = self._manager.restore(step, args=found)
         return restored["state"]
 
     def config(self, step: int) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+from absl import app, flags
 from absl import logging as absl_logging
 
+from caprl_jax import distributed
 from caprl_jax.config import ConfigError
 from caprl_jax.data.images import UnreadableImage
 from caprl_jax.data.records import MalformedRecord
@@ -21,10 +25,30 @@ def set_up_logging() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
 
 
+def parse_config_flags(argv: list[str]) -> list[str]:
+    """Parses the flags and reads the config; what can't be is told in one paragraph."""
+    for value in (a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")):
+        if not Path(value.split(":")[0]).is_file():
+            there = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
+            sys.exit(f"error: --config={value} is no file; in configs/ there are: {there}")
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        if flags.FLAGS["config"].value is None:
+            sys.exit("error: --config is missing: give a file, e.g. --config=configs/tiny.py")
+        return rest
+    except (AttributeError, KeyError) as e:  # how ml_collections tells of an unknown key
+        near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(e.args[0]))
+        what = f"{near[2]!r}: did you mean {near[1]!r}?" if near else str(e.args[0])
+        sys.exit(f"error: an override names no key of the config: {what}")
+
+
 @contextlib.contextmanager
 def in_one_paragraph() -> Iterator[None]:
-    """Ends the process with "error: .." where the user's input is to blame."""
+    """Ends the process with "error: .." where the user is to blame, and as STOPPED when told to."""
     try:
         yield
+    except distributed.Stopped as e:
+        print(f"{e}; the same command goes on from there", file=sys.stderr)
+        sys.exit(distributed.STOPPED)
     except EXPECTED as e:
         sys.exit(f"error: {e}")

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from caprl_jax import metrics
+from caprl_jax import distributed, metrics
 from caprl_jax.models import hf
 from caprl_jax.models.policy import Policy
 
@@ -92,6 +92,8 @@ def export(
 ) -> Path:
     """Writes the model as it is after `step` steps, unless that was done before.
 
+    All processes must call it; the first one writes.
+
     Args:
       directory: to be made.
       config: of the run.
@@ -101,7 +103,7 @@ def export(
       step: how many steps were done.
       heldout: figures for the card.
     """
-    if not directory.exists():
+    if not distributed.agreed(directory.exists()):
         dtype, card = np.dtype(config.export.dtype), model_card(config, step, heldout)
         hf.save(directory, policy, params, source, dtype, card=card)
         logging.info("exported to %s", directory)

@@ -14,7 +14,7 @@ from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import ABSTAIN, Presented
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.mesh import put_batch
+from caprl_jax.mesh import put_whole, replicated
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
@@ -77,25 +77,26 @@ class Writer:
         seed: int,
     ):
         """`group` captions per image are sampled, with the same keys at every evaluation."""
-        self._data, self._tokenizer, self._mesh, self._seed = data, tokenizer, on, seed
+        self._data, self._tokenizer, self._mesh = data, tokenizer, on
         greedy = dataclasses.replace(sampling, temperature=0.0)
 
-        def write(params, batch, key, is_greedy):
+        def write(params, batch, number, is_greedy):
+            key = jax.random.fold_in(jax.random.key(seed), number)
             g, how = (1, greedy) if is_greedy else (group, sampling)
             captions = rollout.sample(
                 policy, params, batch.images, batch.prompt, key, g, tokenizer.stop, how
             )
             return captions.tokens, captions.mask
 
-        self._write = jax.jit(write, static_argnames="is_greedy")
+        # Every process needs all captions.
+        self._write = jax.jit(write, static_argnames="is_greedy", out_shardings=replicated(on))
 
     def write(self, params: Any, greedy: bool) -> list[Written]:
         """One caption per image if greedy, else `group`; by image."""
         out = []
         for i, batch in enumerate(self._data.batches):
-            key = jax.random.fold_in(jax.random.key(self._seed), i)
-            placed = put_batch(batch, self._mesh)
-            tokens, mask = jax.device_get(self._write(params, placed, key, is_greedy=greedy))
+            placed = put_whole(batch, self._mesh)
+            tokens, mask = jax.device_get(self._write(params, placed, i, is_greedy=greedy))
             for row in np.flatnonzero(batch.valid):
                 for ids, real in zip(tokens[row], mask[row], strict=True):
                     ids = ids[real].tolist()
@@ -129,7 +130,7 @@ class Reader:
                 decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key, "greedy"
             )
 
-        self._read = jax.jit(read)
+        self._read = jax.jit(read, out_shardings=replicated(on))
 
     def read(self, frozen: Frozen, captions: Sequence[Written]) -> list[Judged]:
         """Judges captions, sorted by image, of every image equally many."""
@@ -144,7 +145,7 @@ class Reader:
             for i, own_ids in enumerate(ids[len(out) : len(out) + size]):
                 tokens[i, : len(own_ids)], mask[i, : len(own_ids)] = own_ids, True
             arrays = (a.reshape(-1, group, length) for a in (tokens, mask))
-            placed = put_batch((*arrays, batch.questions), self._mesh)
+            placed = put_whole((*arrays, batch.questions), self._mesh)
             verdicts = jax.device_get(self._read(frozen, *placed))
             for i, caption in enumerate(own):
                 asked = np.flatnonzero(batch.questions.valid[i // group])

@@ -1,9 +1,12 @@
 """Trains a captioner by reinforcement learning, or a model for it by supervision.
 
 python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
+
+Several processes, one on each host: the same command in each, with the same --workdir on a disk
+that they share, and --coordinator=HOST:PORT --processes=N --process=I where JAX does not find that
+out by itself (it does under Slurm and on TPU pods).
 """
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -12,49 +15,38 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax import train
-from caprl_jax.commands import in_one_paragraph, set_up_logging
+from caprl_jax import distributed, train
+from caprl_jax.commands import in_one_paragraph, parse_config_flags, set_up_logging
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags and reads the config; what can't be is told in one paragraph."""
-    for value in (a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")):
-        if not Path(value.split(":")[0]).is_file():
-            there = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-            sys.exit(f"error: --config={value} is no file; in configs/ there are: {there}")
-    try:
-        rest = app.parse_flags_with_usage(argv)
-        if _CONFIG.value is None:
-            sys.exit("error: --config is missing: give a file, e.g. --config=configs/tiny.py")
-        return rest
-    except (AttributeError, KeyError) as e:  # how ml_collections tells of an unknown key
-        near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(e.args[0]))
-        what = f"{near[2]!r}: did you mean {near[1]!r}?" if near else str(e.args[0])
-        sys.exit(f"error: an override names no key of the config: {what}")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port that process 0 serves.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 
 def _fresh_workdir(config_file: str) -> Path:
+    if jax.process_count() > 1:
+        sys.exit("error: --workdir is missing: several processes need the same one")
     name = Path(config_file.split(":")[0]).stem
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def main(argv: list[str]) -> None:
-    """Prints the devices, runs the config, and turns the expected errors into one paragraph."""
+    """Meets the other processes, prints the devices and runs the config."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     set_up_logging()
-    devices = jax.devices()
-    print(
-        f"JAX {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
-    )
-    workdir = Path(_WORKDIR.value or _fresh_workdir(flags.FLAGS["config"].config_filename))
-    print(f"workdir: {workdir}")
     with in_one_paragraph():
+        distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    with distributed.together(), in_one_paragraph():
+        workdir = Path(_WORKDIR.value or _fresh_workdir(flags.FLAGS["config"].config_filename))
+        if distributed.is_first():
+            kind, count = jax.devices()[0], jax.device_count()
+            print(f"JAX {jax.__version__}: {count} x {kind.device_kind} ({kind.platform})")
+            print(f"workdir: {workdir}", flush=True)
         train.run(_CONFIG.value, workdir)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_config_flags)

@@ -6,7 +6,7 @@ activations and records: images, captions, questions; and cache, the captions ax
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -172,11 +172,32 @@ def put_batch(batch: Any, on: Layout) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
 
 
+def batch_rows(on: Layout, size: int) -> np.ndarray:
+    """int [r]: which of a batch's `size` images this process gives to put_batch, in order."""
+    parts = on.sharding("images").addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
+def put_whole(batch: Any, on: Layout) -> Any:
+    """put_batch of a batch that every process holds whole."""
+    sharding = on.sharding("images")
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), batch
+    )
+
+
 def fetch_batch(batch: Any, on: Layout) -> Any:
     """The inverse of put_batch: each process gets its own images, as numpy."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    if jax.process_count() == 1:
+        return jax.device_get(batch)
 
-        spec = on.sharding("images").spec
-        batch = multihost_utils.global_array_to_host_local_array(batch, on.mesh, spec)
-    return jax.device_get(batch)
+    def own(a):
+        parts = {part.index[0].start or 0: part.data for part in a.addressable_shards}
+        return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
+
+    return jax.tree.map(own, _same(on.sharding("images"))(batch))
+
+
+@functools.cache
+def _same(sharding: NamedSharding) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)

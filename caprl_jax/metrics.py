@@ -12,6 +12,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from caprl_jax import distributed
+
 _FILE = "metrics.jsonl"
 _SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "seconds_step": "s/step"}
 
@@ -157,6 +159,22 @@ class MetricWriter:
         self.close()
 
 
+class _Unwritten:
+    """In a process that isn't the first: takes what a MetricWriter takes."""
+
+    def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Does nothing."""
+
+
+def writer(
+    workdir: Path, resume_step: int | None = None
+) -> contextlib.AbstractContextManager[MetricWriter | _Unwritten]:
+    """A MetricWriter in the first process; in others one that writes nothing."""
+    if distributed.is_first():
+        return MetricWriter(workdir, resume_step)
+    return contextlib.nullcontext(_Unwritten())
+
+
 def _dump(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, allow_nan=False).encode() + b"\n"
 
@@ -172,8 +190,12 @@ class Progress(tqdm):
 
 
 def progress(total: int, initial: int = 0) -> Progress:
-    """A bar from step `initial` to step `total`, on stderr; rarely redrawn when that is a file."""
+    """A bar from step `initial` to step `total`, on stderr; rarely redrawn when that is a file.
+
+    The first process alone shows one.
+    """
     return Progress(
+        disable=not distributed.is_first(),
         total=total,
         initial=initial,
         unit="step",

@@ -35,7 +35,7 @@ class Objective:
       state: initial, placed on the mesh.
       step: (state, batch, key) -> (state, metrics as (sum, count)); jitted, donates the state.
       traces: how often step has been traced so far.
-      data: the Grain iterator of host batches.
+      data: steps done -> the Grain iterator of this process's host batches from there on.
       place: host batch -> batch on the mesh.
       evaluate: parameters -> (metrics, sets of judged captions by name).
       ceiling: held-out accuracy on complete true captions; None where the truth is unknown.
@@ -47,18 +47,18 @@ class Objective:
     state: step.State
     step: Callable
     traces: Callable[[], int]
-    data: Any
+    data: Callable[[int], Any]
     place: Callable[[Any], Any]
     evaluate: Callable[[Any], tuple[dict[str, float], dict[str, list[heldout.Judged]]]]
     ceiling: float | None = None
     heldout: HeldOut | None = None
 
 
-def _iterator(config, source, make, set_aside: SetAside):
-    count = jax.process_count()
-    return pipeline.train_iterator(
-        source, make, config.data.batch // count, config.seed, set_aside, config.data.threads,
-        config.data.epochs or None, (jax.process_index(), count),
+def _iterator(config, source, make, set_aside: SetAside, on: Layout):
+    rows = mesh.batch_rows(on, config.data.batch)
+    return lambda start: pipeline.train_iterator(
+        source, make, config.data.batch, config.seed, set_aside, config.data.threads,
+        config.data.epochs or None, rows, start,
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         state=state,
         step=lambda state, batch, key: run_step(state, frozen, batch, key),
         traces=traces,
-        data=_iterator(config, source, make, set_aside),
+        data=_iterator(config, source, make, set_aside, on),
         place=lambda batch: mesh.put_batch(batch, on),
         evaluate=evaluate,
         ceiling=heldout.ceiling(held, reader, frozen),
@@ -173,7 +173,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         state=state,
         step=lambda state, batch, key: run_step(state, batch),
         traces=traces,
-        data=_iterator(config, records.source(dataset, "train"), make, set_aside),
+        data=_iterator(config, records.source(dataset, "train"), make, set_aside, on),
         place=lambda batch: _put_examples(batch, on),
         evaluate=evaluate,
         heldout=held,

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax import metrics, report
+from caprl_jax import distributed, metrics, report
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import Presented
 from caprl_jax.data.records import LETTERS
@@ -20,14 +20,21 @@ Evaluation = tuple[dict[str, float], dict[str, list[Judged]]]
 
 
 def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -> Evaluation:
-    """evaluate(params), or what an earlier part of the run wrote to path."""
-    if path.is_file():
+    """evaluate(params), or what an earlier part of the run wrote to path.
+
+    All processes evaluate, or none does; then others than the first get nothing.
+    """
+    if distributed.agreed(path.is_file()):
+        if not distributed.is_first():
+            return {}, {}
         values, sets = json.loads(path.read_text())
         return values, {
             name: [Judged(Written(**j.pop("caption")), **j) for j in judged]
             for name, judged in sets.items()
         }
     values, sets = evaluate(params)
+    if not distributed.is_first():
+        return values, sets
     plain = {name: [dataclasses.asdict(j) for j in judged] for name, judged in sets.items()}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps([values, plain]))
@@ -87,6 +94,8 @@ def finish(
     wall_seconds: float,
 ) -> dict[str, Any]:
     """Writes summary.json and report.html, prints the table, returns the summary."""
+    for other in sorted(workdir.glob("set_aside-*.jsonl")):  # of other processes
+        set_aside.read(other)
     history = metrics.read(workdir)
     steps = max((line["step"] for line in history), default=0)
     listing = set_aside.listing()

@@ -14,7 +14,7 @@ from caprl_jax import judge
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.heldout import Judged, bucket
-from caprl_jax.mesh import put_batch, replicated
+from caprl_jax.mesh import put_whole, replicated
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.step import Frozen
@@ -37,7 +37,7 @@ class Splicing:
                 decoder, frozen.judge, instruction, *nothing, questions, jax.random.key(0), "greedy"
             ).letter
 
-        self._letters = jax.jit(letters)
+        self._letters = jax.jit(letters, out_shardings=replicated(on))
 
     def measure(self, frozen: Frozen, judged: Sequence[Judged]) -> dict[str, float]:
         """{"splice_ids_differ", "splice_letters_differ"}: shares of captions, one of each image."""
@@ -73,6 +73,6 @@ class Splicing:
                     batch.questions.truth, batch.questions.letters, batch.questions.valid
                 ))
             )  # fmt: skip
-            found = self._letters(frozen, first, put_batch(asked, self._mesh))
+            found = self._letters(frozen, first, put_whole(asked, self._mesh))
             out.append(np.asarray(jax.device_get(found))[: len(own), 0, 0])
         return np.concatenate(out)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from caprl_jax import checkpoint, mesh, step
+from caprl_jax import checkpoint, distributed, mesh, step
 from caprl_jax.config import ConfigError, about
 from caprl_jax.data import digits, files, pipeline, records
 from caprl_jax.data.images import ImageProcessor
@@ -40,7 +40,7 @@ def load_frozen(policy: Policy, directory: Path, on: Layout, dtype: Any) -> Any:
 def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
     """Weights as safetensors, or as Orbax wrote them (convert.py)."""
     if not (directory / checkpoint.PARAMS).is_dir():
-        return hf.load_params(directory, policy, dtype, shardings, progress=True)
+        return hf.load_params(directory, policy, dtype, shardings, progress=distributed.is_first())
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
         hf.abstract_params(policy), shardings,
@@ -83,7 +83,8 @@ def dataset(config: ml_collections.ConfigDict, set_aside: SetAside) -> Any:
       ConfigError: there is no such data.
     """
     with about("data"):
-        return SOURCES[config.data.source](config.data, set_aside)
+        prepare = SOURCES[config.data.source]
+        return distributed.in_turns(lambda: prepare(config.data, set_aside))
 
 
 def image_processor(directory: Path, vision: VisionConfig) -> ImageProcessor:

@@ -1,5 +1,6 @@
 """The host loop: next batch, step, log; at times evaluate and checkpoint; at the end report."""
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -7,9 +8,8 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
-from caprl_jax import export, metrics, objectives, results
+from caprl_jax import distributed, export, metrics, objectives, results
 from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.config import validate
 from caprl_jax.data.set_aside import SetAside
@@ -24,16 +24,19 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       workdir: for metrics, checkpoints, export, summary.json and report.html.
 
     Returns:
-      The summary.
+      The summary; {} in other processes than the first.
 
     Raises:
       ConfigError, ModelDirectoryError: before anything is compiled.
+      Stopped: by SIGTERM, with a checkpoint written.
     """
     started = time.time()
     validate(config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-    set_aside = SetAside(workdir / "set_aside.jsonl")
+    if distributed.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
+    distributed.wait()
+    set_aside = SetAside(workdir / distributed.own_name("set_aside.jsonl"))
     objective = objectives.OBJECTIVES[config.objective](config, set_aside)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     try:
@@ -43,17 +46,19 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         state = objective.state
         objective.state = None  # the step donates it
         if checkpoints.latest() is not None:
-            state = checkpoints.restore(checkpoints.latest(), state, objective.data, config)
+            state = checkpoints.restore(checkpoints.latest(), state, config)
             logging.info("resumed after step %d", int(state.step))
-        with metrics.MetricWriter(workdir, int(state.step) or None) as writer:
+        with metrics.writer(workdir, int(state.step) or None) as writer:
             state = loop(config, workdir, objective, state, checkpoints, writer)
             after = objective.evaluate(state.params)
             writer.write(int(state.step), after[0], prefix="eval/")
     finally:
         checkpoints.close()
-        objective.data.close()
     if config.export.when != "never":
         export_state(config, workdir, objective, state)
+    distributed.wait()  # until all have told what they set aside
+    if not distributed.is_first():
+        return {}
     return results.finish(
         config, workdir, objective, before, after, set_aside, time.time() - started
     )
@@ -69,12 +74,17 @@ def loop(
 ) -> Any:
     """Steps from state.step to config.steps, or to the end of the data; returns the last state."""
     done = int(state.step)
-    key = jax.device_put(jax.random.key(config.seed), jax.tree.leaves(state)[0].sharding)
+    replicated = jax.tree.leaves(state)[0].sharding
+    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated)(config.seed)
     pace = metrics.Pace()
-    with metrics.progress(config.steps, done) as bar:
+    with (
+        contextlib.closing(objective.data(done)) as data,
+        distributed.Notice() as notice,
+        metrics.progress(config.steps, done) as bar,
+    ):
         for step in range(done + 1, config.steps + 1):
             with pace.waiting():
-                batch = next(objective.data, None)
+                batch = next(data, None)
                 placed = None if batch is None else objective.place(batch)
             if batch is None:
                 logging.info(
@@ -85,12 +95,11 @@ def loop(
             with jax.transfer_guard("disallow"):
                 state, measured = objective.step(state, placed, key)
             if step % config.log_every == 0 or step == config.steps:
-                values = metrics.reduce(jax.device_get(measured)) | pace.lap()
+                measured = jax.device_get(measured)
+                values = metrics.reduce(measured) | pace.lap()
                 values["recompiles"] = objective.traces() - 1
                 if "caption_length" in values:
-                    tokens = (
-                        int(np.sum(batch.valid)) * config.caprl.group * values["caption_length"]
-                    )
+                    tokens = float(measured["caption_length"][0])
                     values["tokens_per_second"] = tokens / values["seconds_step"]
                 writer.write(step, values)
                 bar.show(step, values)
@@ -98,13 +107,17 @@ def loop(
                 if config.eval.every and step % config.eval.every == 0 and step < config.steps:
                     writer.write(step, objective.evaluate(state.params)[0], prefix="eval/")
                 if step % config.checkpoint.every == 0:
-                    checkpoints.save(step, state, objective.data, config)
+                    checkpoints.save(step, state, config)
                     # The last one waits for its held-out figures.
                     if config.export.when == "checkpoints" and step < config.steps:
                         export_state(config, workdir, objective, state)
+            if notice.reached(step):
+                break
     last = int(state.step)
     if last > (checkpoints.latest() or 0):
-        checkpoints.save(last, state, objective.data, config)
+        checkpoints.save(last, state, config)
+    if notice.stops and last < config.steps:
+        raise distributed.Stopped(f"stopped after step {last} of {config.steps}")
     return state
 
 

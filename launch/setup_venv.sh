@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes the virtual environment once and installs what it needs.
 # Usage: source launch/setup_venv.sh EXTRAS      (EXTRAS: "" or "[test]")
 # VENV chooses the place (default .venv), PYTHON the interpreter (default python3).

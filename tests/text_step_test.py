@@ -69,11 +69,12 @@ def test_two_programs_equal_one(tmp_path, renumbered, caplog):
         state = objective.state
         initial = jax.device_get(state.params)
         key = jax.device_put(jax.random.key(0), state.step.sharding)
+        data = objective.data(0)
         for _ in range(2):
-            batch = objective.place(next(objective.data))
+            batch = objective.place(next(data))
             with jax.transfer_guard("disallow"):
                 state, metrics = objective.step(state, batch, key)
-        objective.data.close()
+        data.close()
         assert objective.traces() == 1
         evaluated, _ = objective.evaluate(state.params)
         results.append((jax.device_get((state.params, metrics)), evaluated))
@@ -101,11 +102,9 @@ def test_splicing_is_measured_and_catches_a_boundary_that_moves(tmp_path):
     c = tiny(tmp_path)
     objective = objectives.caprl(c, SetAside())
     found, _ = objective.evaluate(objective.state.params)
-    objective.data.close()
     assert found["splice_ids_differ"] == 0 and found["splice_letters_differ"] == 0
     # A space joins the word after it, in whole text.
     c.judge.prompt = c.judge.prompt.replace("\n{caption}", " {caption}")
     objective = objectives.caprl(c, SetAside())
     found, _ = objective.evaluate(objective.state.params)
-    objective.data.close()
     assert found["splice_ids_differ"] > 0.5

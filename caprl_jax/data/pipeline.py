@@ -21,8 +21,10 @@ from caprl_jax.step import Batch
 MakeExample = Callable[[Record, np.random.Generator], Any]
 
 
-def guarded(make: MakeExample, set_aside: SetAside) -> Callable[[Mapping, Any], Any]:
-    """Stored element -> example, or None, which Grain passes over, with the record set aside."""
+def guarded(
+    make: MakeExample, set_aside: SetAside, instead: Any = None
+) -> Callable[[Mapping, Any], Any]:
+    """Stored element -> example; or `instead`, with the record set aside."""
 
     def convert(raw: Mapping[str, Any], rng: np.random.Generator) -> Any:
         try:
@@ -30,7 +32,7 @@ def guarded(make: MakeExample, set_aside: SetAside) -> Callable[[Mapping, Any], 
         except (MalformedRecord, UnreadableImage, ValueError) as e:
             identity = raw.get("id", b"?")
             set_aside.add(identity.decode() if isinstance(identity, bytes) else identity, str(e))
-            return None
+            return instead
 
     return convert
 
@@ -171,14 +173,20 @@ def stack(examples: Sequence[Any]) -> Any:
     return batch.replace(prefix=examples[0].prefix) if isinstance(batch, Examples) else batch
 
 
-def fill_up(batch: Any, size: int) -> Any:
-    """Pads an uneven batch with zeros, which valid=False and weight=0 keep out of every sum."""
+def blank(example: Any) -> Any:
+    """Zeros in its place, which valid=False and weight=0 keep out of every sum."""
+    zeros = jax.tree.map(np.zeros_like, example)
+    return zeros.replace(prefix=example.prefix) if isinstance(example, Examples) else zeros
 
-    def filled(a):
-        return np.concatenate([a, np.zeros((size - len(a), *a.shape[1:]), a.dtype)])
 
-    out = jax.tree.map(filled, batch.replace(prefix=()) if isinstance(batch, Examples) else batch)
-    return out.replace(prefix=batch.prefix) if isinstance(batch, Examples) else out
+def _any_example(source: Sequence[Mapping[str, Any]], make: MakeExample) -> Any:
+    """One of the first usable record, for its shapes."""
+    convert = guarded(make, SetAside())
+    for i in range(len(source)):
+        found = convert(source[i], np.random.default_rng(0))
+        if found is not None:
+            return found
+    raise MalformedRecord(f"none of the {len(source)} records to train on can be used")
 
 
 def train_iterator(
@@ -189,30 +197,46 @@ def train_iterator(
     set_aside: SetAside,
     threads: int,
     epochs: int | None = None,
-    shard: tuple[int, int] = (0, 1),
+    rows: Sequence[int] | None = None,
+    start: int = 0,
 ):
-    """A Grain iterator over shuffled batches; its state can be saved and restored.
+    """A Grain iterator over this process's rows of shuffled batches.
+
+    Where an image comes in the run depends on the seed alone: neither on the number of processes
+    nor on what can't be used, whose row stays blank. So every process makes as many batches, and
+    the number of steps done says where to go on.
 
     Args:
       source: random access to stored elements.
       make: record -> example.
-      batch: images per batch of this process.
+      batch: images per batch, over all processes.
       seed: of the shuffle and of every example's rng.
       set_aside: where unusable records go.
-      threads: readers ahead of the step.
+      threads: batches made at the same time, ahead of the step.
       epochs: passes over the data; None never ends. The last batch is filled up.
-      shard: (this process's index, number of processes).
+      rows: of each batch; None is all.
+      start: batches to leave out.
 
     Returns:
       grain DatasetIterator.
+
+    Raises:
+      MalformedRecord: no record can be used.
     """
     import grain  # imported where used
 
-    data = grain.MapDataset.source(source).seed(seed).shuffle()[shard[0] :: shard[1]]
-    data = data.repeat(epochs).random_map(guarded(make, set_aside))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch)
-    data = data.to_iter_dataset(options).batch(batch, drop_remainder=False, batch_fn=stack)
-    return iter(data.map(lambda b: fill_up(b, batch)))
+    instead = blank(_any_example(source, make))
+    data = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
+    data = data.random_map(guarded(make, set_aside, instead))
+    rows, total = range(batch) if rows is None else [int(r) for r in rows], len(data)
+
+    def made(number: int) -> Any:
+        places = [number * batch + r for r in rows]
+        return stack([data[p] if p < total else instead for p in places])
+
+    batches = grain.MapDataset.range(min(start, -(-total // batch)), -(-total // batch)).map(made)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    return iter(batches.to_iter_dataset(options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +297,8 @@ def _batches(
         Batch(questions=judge.arrays(shown, most, max_question), valid=np.True_, **arrays)
         for shown, arrays in zip(presented, inputs, strict=True)
     ]
-    return [fill_up(stack(examples[i : i + batch]), batch) for i in range(0, len(examples), batch)]
+    examples += [blank(examples[0])] * (-len(examples) % batch)
+    return [stack(examples[i : i + batch]) for i in range(0, len(examples), batch)]
 
 
 def text_quiz(

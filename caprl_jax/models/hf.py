@@ -262,7 +262,8 @@ def save(
     Args:
       directory: to be made; must not exist.
       policy: the modules.
-      params: unboxed parameters, numpy or JAX arrays that this process can read whole.
+      params: unboxed parameters, numpy or JAX arrays. Of those that no process has whole, one
+        tensor at a time is gathered: all processes must call, and the first one writes.
       source: the directory whose config.json, tokenizer and processor files go along.
       dtype: of the tensors in the files.
       shard_bytes: size of a file at most, unless one tensor is larger.
@@ -272,13 +273,25 @@ def save(
       FileExistsError: directory exists.
     """
     directory, source = Path(directory), Path(source)
+    flat = flax.traverse_util.flatten_dict(nn.meta.unbox(params))
+    config = read_config(source)
+    of = family(config, source)
+    pieces = (
+        (layout.saved_name(name, of), flat[t.path], layer, t)
+        for t in layout.tensors(policy, config)
+        for layer, name in enumerate(t.names(range(flat[t.path].shape[0])))
+    )
+    tensors = _on_host(pieces, np.dtype(dtype))
+    if jax.process_index() > 0:
+        for _ in tensors:  # takes part in gathering
+            pass
+        return
     if directory.exists():
         raise FileExistsError(f"{directory} exists already: remove it, or give another name")
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy_companions(source, partial)
-    config = read_config(source)
     config["dtype"] = np.dtype(dtype).name
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         part.pop("torch_dtype", None)  # the older spelling, of the source's dtype
@@ -287,14 +300,7 @@ def save(
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if card is not None:
         (partial / "README.md").write_text(card)
-    flat = flax.traverse_util.flatten_dict(nn.meta.unbox(params))
-    of = family(config, source)
-    pieces = (
-        (layout.saved_name(name, of), flat[t.path], layer, t)
-        for t in layout.tensors(policy, config)
-        for layer, name in enumerate(t.names(range(flat[t.path].shape[0])))
-    )
-    _write_shards(partial, pieces, np.dtype(dtype), shard_bytes)
+    _write_shards(partial, tensors, shard_bytes)
     partial.rename(directory)
 
 
@@ -306,13 +312,35 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copy(file, target)
 
 
-def _write_shards(
-    directory: Path, pieces: Iterator[tuple[str, Any, int, Tensor]], dtype: np.dtype, limit: int
-) -> None:
+def _on_host(
+    pieces: Iterator[tuple[str, Any, int, Tensor]], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor as a file has it), one after another."""
+    host = (None, None)
+    for name, value, layer, t in pieces:
+        if isinstance(value, jax.Array):
+            # Of a fresh array: JAX keeps the host's copy for as long as the array itself lives.
+            own = _whole(value[layer] if t.stacked else value.copy())
+        else:
+            if host[0] is not value:
+                host = (value, np.asarray(value))
+            own = host[1][layer] if t.stacked else host[1]
+        yield name, t.to_file(own.astype(dtype))
+
+
+def _whole(value: jax.Array) -> np.ndarray:
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(value, tiled=True)
+
+
+def _write_shards(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
     """Writes one file after another, so that no more than one is held on the host."""
     files: list[tuple[Path, list[str]]] = []
     shard: dict[str, np.ndarray] = {}
-    total, held, host = 0, 0, (None, None)
+    total, held = 0, 0
 
     def flush():
         path = directory / f"{len(files)}.safetensors"
@@ -321,15 +349,7 @@ def _write_shards(
         files.append((path, list(shard)))
         shard.clear()
 
-    for name, value, layer, t in pieces:
-        if isinstance(value, jax.Array):
-            # Of a fresh array: JAX keeps the host's copy for as long as the array itself lives.
-            own = np.asarray(value[layer] if t.stacked else value.copy())
-        else:
-            if host[0] is not value:
-                host = (value, np.asarray(value))
-            own = host[1][layer] if t.stacked else host[1]
-        tensor = t.to_file(own.astype(dtype))
+    for name, tensor in tensors:
         if shard and held + tensor.nbytes > limit:
             flush()
             held = 0

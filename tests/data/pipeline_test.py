@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -86,18 +85,20 @@ def test_epochs_come_in_another_order_with_other_questions(source, inputs):
 def test_the_iterator_goes_on_where_it_was_saved(source, inputs):
     make = examples(inputs)
     whole = list(itertools.islice(iterator(source, make, epochs=None), 6))
-    stopped = iterator(source, make, epochs=None)
-    for _ in range(3):
-        next(stopped)
-    resumed = iterator(source, make, epochs=None)
-    resumed.set_state(stopped.get_state())
-    equal(list(itertools.islice(resumed, 3)), whole[3:])
+    equal(list(itertools.islice(iterator(source, make, epochs=None, start=3), 3)), whole[3:])
+    assert not list(iterator(source, make, start=3)) and not list(iterator(source, make, start=9))
 
 
-def test_processes_share_the_images_without_overlap(source, inputs):
-    parts = [rows(iterator(source, examples(inputs), batch=4, shard=(i, 3))) for i in range(3)]
-    assert [len(p) for p in parts] == [7, 7, 6]
-    assert len({x for p in parts for x in p}) == COUNT
+def test_processes_share_a_batch_without_moving_an_image(source, inputs):
+    """Whatever rows a process feeds, and whatever can't be used: as many batches, of the same."""
+    damaged = [source[0] | {"image": b""}, *source[1:]]
+    whole = list(iterator(damaged, examples(inputs), epochs=2))
+    for share in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]], [[0], range(1, 8)]):
+        for own in share:
+            part = list(iterator(damaged, examples(inputs), epochs=2, rows=own))
+            equal(part, [jax.tree.map(lambda a, own=own: a[list(own)], b) for b in whole])
+    assert sum(len(rows([b])) for b in whole) == 2 * (COUNT - 1)
+    assert len(whole) == 5
 
 
 def test_damaged_records_are_set_aside_and_the_run_goes_on(source, inputs, tmp_path):
@@ -157,6 +158,6 @@ def test_no_usable_held_out_record_ends_the_run(source, inputs):
         pipeline.held_out([source[0] | {"image": b""}], *inputs, 10, 4, 40, SetAside())
 
 
-def test_reading_ahead_is_grains(source, inputs):
-    """Grain's own checkpoint handler takes the iterator, so Orbax saves it with the state."""
-    assert isinstance(iterator(source, examples(inputs)), grain.DatasetIterator)
+def test_no_usable_record_to_train_on_ends_the_run(source, inputs):
+    with pytest.raises(records.MalformedRecord, match="none of the 1 records to train on"):
+        iterator([source[0] | {"image": b""}], examples(inputs))

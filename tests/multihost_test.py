@@ -1,0 +1,212 @@
+"""Two processes of four devices are one process of eight; one that dies ends the other's run."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caprl_jax import config as config_lib
+from caprl_jax import distributed
+from caprl_jax.config import ConfigError
+from caprl_jax.models import families, hf
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "steps": 5, "caprl.group": 2, "caprl.questions": 2, "sampling.max_tokens": 12,
+    "caprl.updates": 1, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
+    "data.batch": 8, "data.train": 20, "data.heldout": 8, "eval.images": 8, "eval.batch": 8,
+    "eval.group": 2, "eval.every": 0, "checkpoint.every": 2,
+    # Under fsdp=8 gloo takes one collective's data for another's: "collective mismatch".
+    "mesh.data": -1, "mesh.fsdp": 1,
+}  # fmt: skip
+NO_FIGURE = {"time", "seconds_data", "seconds_step", "tokens_per_second"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's processes, each on its own devices, with what they print in files."""
+
+    workdir: Path
+    processes: list[subprocess.Popen]
+
+    def text(self, process: int) -> str:
+        return self.workdir.with_suffix(f".{process}.log").read_text(errors="replace")
+
+    def ended(self, timeout: float) -> list[int]:
+        try:
+            return [p.wait(timeout) for p in self.processes]
+        finally:
+            for p in self.processes:
+                p.kill()
+
+
+def start(workdir: Path, processes: int, devices: int, *extra: str, **settings) -> Run:
+    values = SETTINGS | {"data.data_dir": str(workdir.parent / "data")} | settings
+    command = [sys.executable, "-m", "caprl_jax.main", "--config=configs/tiny.py"]
+    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in values.items()), *extra]
+    flags = (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # busy machines are slow
+    )
+    cache = {  # these runs compile the same few programs
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    threads = {"NPROC": "1" if processes > 1 else "16"}
+    environment = os.environ | threads | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | cache
+    where = f"--coordinator=localhost:{free_port()}", f"--processes={processes}"
+    started = []
+    for i in range(processes):
+        own = [*where, f"--process={i}"] if processes > 1 else []
+        with workdir.with_suffix(f".{i}.log").open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    command + own, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
+    return Run(workdir, started)
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def captions(workdir: Path) -> dict[str, list]:
+    """Those before training: of the same parameters, so equal to the letter."""
+    sets = json.loads((workdir / "before.json").read_text())[1]
+    return {name: [j["caption"] for j in judged] for name, judged in sets.items()}
+
+
+def params(workdir: Path, step: int):
+    directory = workdir / "export" / str(step)
+    return hf.load_params(directory, families.build(hf.read_config(directory)))
+
+
+def same_curve(found: list[dict], expected: list[dict]) -> None:
+    assert [x["step"] for x in found] == [x["step"] for x in expected]
+    for a, b in zip(found, expected, strict=True):
+        for name in b.keys() - NO_FIGURE:
+            # logp_gap and kl are differences of nearly equal numbers.
+            tolerance = {"rtol": 2e-3, "atol": 2e-5}
+            np.testing.assert_allclose(a[name], b[name], err_msg=name, **tolerance)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of one process with eight devices."""
+    run = start(tmp_path_factory.mktemp("runs") / "whole", 1, 8)
+    assert run.ended(900) == [0], run.text(0)
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(whole):
+    """The same images in the same places: metrics, captions, parameters and figures agree."""
+    run = start(whole.workdir.parent / "two", 2, 4)
+    assert run.ended(900) == [0, 0], run.text(0) + run.text(1)
+    assert captions(run.workdir) == captions(whole.workdir)
+    same_curve(lines(run.workdir), lines(whole.workdir))
+    one, two = (params(r.workdir, 5) for r in (whole, run))
+    import jax
+
+    for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    names = {p.name for p in run.workdir.iterdir()}
+    assert names == {p.name for p in whole.workdir.iterdir()}
+    assert "report:" in run.text(0) and "report:" not in run.text(1)
+    assert "loading" not in run.text(1)  # nor bars
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_that_dies_ends_the_run_which_goes_on_elsewhere(whole, victim):
+    """Killed after step 3: the other ends within 120 s and names it; 1 x 2 devices go on."""
+    run = start(whole.workdir.parent / f"killed-{victim}", 2, 4, steps=10**6)
+    metrics = run.workdir / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert all(p.poll() is None for p in run.processes), run.text(0) + run.text(1)
+        time.sleep(0.1)
+    run.processes[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    code = run.processes[1 - victim].wait(120)
+    took = time.monotonic() - began
+    assert code not in (0, distributed.STOPPED) and took < 120
+    told = r"unhealthy \(stopped sending heartbeats\):\n1" if victim else r"the leader .*task 0"
+    assert re.search(told, run.text(1 - victim)), run.text(1 - victim)
+    last = lines(run.workdir)[-1]["step"]
+    again = start(run.workdir, 1, 2, steps=max(5, last + 1))
+    assert again.ended(900) == [0], again.text(0)
+    assert "resumed after step" in again.text(0)
+    same_curve(
+        [{k: v for k, v in x.items() if "eval/" not in k} for x in lines(run.workdir)[:5]],
+        [{k: v for k, v in x.items() if "eval/" not in k} for x in lines(whole.workdir)],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_told_to_stop_writes_a_checkpoint_and_goes_on(whole, processes):
+    """SIGTERM to the last process: all stop after the same step, with their own exit code."""
+    run = start(whole.workdir.parent / f"told-{processes}", processes, 8 // processes,
+                steps=10**6, **{"checkpoint.every": 10**6})  # fmt: skip
+    metrics = run.workdir / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+        assert all(p.poll() is None for p in run.processes), run.text(0)
+        time.sleep(0.1)
+    run.processes[-1].send_signal(signal.SIGTERM)
+    assert run.ended(120) == [distributed.STOPPED] * processes, run.text(0)
+    step = lines(run.workdir)[-1]["step"]
+    assert f"stopped after step {step}" in run.text(0)
+    assert (run.workdir / "checkpoints" / str(step)).is_dir()
+
+
+def test_flags_that_do_not_fit_together_are_told_in_one_paragraph():
+    with pytest.raises(ConfigError, match="--processes and --process missing"):
+        distributed.start("localhost:1234", None, None)
+    with pytest.raises(ConfigError, match="--process=2 is none of --processes=2"):
+        distributed.start("localhost:1234", 2, 2)
+    with pytest.raises(ConfigError, match="--coordinator=localhost is not host:port"):
+        distributed.start("localhost", 2, 0)
+
+
+def test_a_port_that_is_taken_or_unreachable_is_told(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"process 0 can't serve .*localhost:{port}"):
+            distributed.start(f"localhost:{port}", 2, 0)
+    monkeypatch.setattr(distributed, "MEETING", 0)
+    with pytest.raises(ConfigError, match=f"process 1 can't reach process 0 .*localhost:{port}"):
+        distributed.start(f"localhost:{port}", 2, 1)
+
+
+def test_alone_there_is_nothing_to_agree_on():
+    assert distributed.is_first() and distributed.own_name("a.jsonl") == "a.jsonl"
+    assert distributed.agreed(True) and not distributed.agreed(False)
+    assert distributed.in_turns(lambda: 3) == 3
+    distributed.wait()
+    assert config_lib.default()  # the flags above started no run
+
+
+def test_sigterm_is_noted_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with distributed.Notice() as notice:
+        assert not notice.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notice.reached(2) and notice.stops
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
+    assert signal.getsignal(signal.SIGTERM) == before
