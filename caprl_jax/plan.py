@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from caprl_jax import abstract, chips, floors, hlo_costs
-from caprl_jax.commands import in_one_paragraph
+from caprl_jax.commands import in_one_paragraph, parse_config_flags
 from caprl_jax.config import PIECES, ConfigError, pieces, validate
 
 GIB = 2**30
@@ -255,10 +255,8 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Plans, prints, and exits with 1 where the config doesn't fit."""
-    if len(argv) > 1 or flags.FLAGS.config is None:
-        raise app.UsageError(
-            "give --config=configs/NAME.py and --topology; overrides are --config."
-        )
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     topology, config = flags.FLAGS.topology, flags.FLAGS.config
     name = flags.FLAGS["config"].config_filename
     with in_one_paragraph():
@@ -275,4 +273,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse_config_flags)
