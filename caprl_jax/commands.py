@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 
 from caprl_jax import distributed
@@ -32,10 +32,13 @@ def parse_config_flags(argv: list[str]) -> list[str]:
             there = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
             sys.exit(f"error: --config={value} is no file; in configs/ there are: {there}")
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         if flags.FLAGS["config"].value is None:
             sys.exit("error: --config is missing: give a file, e.g. --config=configs/tiny.py")
         return rest
+    except flags.Error as e:
+        told = re.search(r"ConfigError: (.*)", str(e))  # of the config file's argument
+        sys.exit(f"error: {told[1] if told else e}")
     except (AttributeError, KeyError) as e:  # how ml_collections tells of an unknown key
         near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(e.args[0]))
         what = f"{near[2]!r}: did you mean {near[1]!r}?" if near else str(e.args[0])

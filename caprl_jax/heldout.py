@@ -15,6 +15,7 @@ from caprl_jax.data.questions import ABSTAIN, Presented
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.mesh import put_whole, replicated
+from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
@@ -75,8 +76,12 @@ class Writer:
         sampling: rollout.Sampling,
         group: int,
         seed: int,
+        pieces: int = 1,
     ):
-        """`group` captions per image are sampled, with the same keys at every evaluation."""
+        """`group` captions per image are sampled, with the same keys at every evaluation.
+
+        Images are read in that many pieces of a batch.
+        """
         self._data, self._tokenizer, self._mesh = data, tokenizer, on
         greedy = dataclasses.replace(sampling, temperature=0.0)
 
@@ -84,7 +89,7 @@ class Writer:
             key = jax.random.fold_in(jax.random.key(seed), number)
             g, how = (1, greedy) if is_greedy else (group, sampling)
             captions = rollout.sample(
-                policy, params, batch.images, batch.prompt, key, g, tokenizer.stop, how
+                policy, params, batch.images, batch.prompt, key, g, tokenizer.stop, how, pieces, on
             )
             return captions.tokens, captions.mask
 
@@ -115,20 +120,23 @@ class Reader:
         tokenizer: Tokenizer,
         on: Layout,
         through_text: bool = False,
+        pieces: int = 1,
     ):
         """decoder is the judge's module; its parameters come with each call.
 
         With through_text captions are tokenised by the judge's own tokenizer, else their ids are
-        the judge's too.
+        the judge's too. Captions are read in that many pieces of a batch.
         """
         self._data, self._tokenizer, self._mesh = data, tokenizer, on
         self._through_text = through_text
 
         def read(frozen, tokens, mask, questions):
             key = jax.random.key(0)  # greedy answers draw nothing
-            return judge.score(
-                decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key, "greedy"
-            )
+            with logical.using(on):
+                return judge.score(
+                    decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key,
+                    "greedy", pieces=pieces,
+                )  # fmt: skip
 
         self._read = jax.jit(read, out_shardings=replicated(on))
 

@@ -105,7 +105,10 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     else:
         run_step, traces = programs.one_program(config, parts, state)
     writer = _writer(config, policy, held, tokenizer, on)
-    reader = heldout.Reader(judge_model.decoder, held, judge_tokenizer, on, through_text)
+    reader = heldout.Reader(
+        judge_model.decoder, held, judge_tokenizer, on, through_text,
+        programs.eval_pieces(config, on),
+    )  # fmt: skip
     splicing = Splicing(judge_model.decoder, held, judge_prompt, on, through_text)
 
     def evaluate(params):
@@ -147,7 +150,16 @@ def _held_out(config, dataset, inputs, judge_prompt, set_aside) -> HeldOut:
 
 def _writer(config, policy, held, tokenizer, on) -> heldout.Writer:
     sampling = Sampling(**config.sampling)
-    return heldout.Writer(policy, held, tokenizer, on, sampling, config.eval.group, config.seed)
+    return heldout.Writer(
+        policy,
+        held,
+        tokenizer,
+        on,
+        sampling,
+        config.eval.group,
+        config.seed,
+        programs.eval_pieces(config, on),
+    )
 
 
 def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:

@@ -60,6 +60,14 @@ def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
             )
 
 
+def eval_pieces(config: ml_collections.ConfigDict, on: Layout) -> int:
+    """In how many pieces an evaluation reads its batches: of no more images than training's."""
+    batch, least = config.eval.batch, on.size("images")
+    most = max(config.data.batch // max(pieces(config, name) for name in PIECES), least)
+    fits = [n for n in range(least, most + 1, least) if batch % n == 0]
+    return batch // max(fits)
+
+
 def compute_dtype(config: ml_collections.ConfigDict, platform: str = "") -> Any:
     """The config's, by default default_dtype(platform)."""
     return default_dtype(platform) if config.dtype == "auto" else jnp.dtype(config.dtype)
