@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from caprl_jax import mesh, rollout, step
+from caprl_jax import rollout, step
 from caprl_jax.programs import counted
 
 from .conftest import make_world
@@ -19,11 +19,10 @@ SAMPLING = rollout.Sampling(max_tokens=6)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
 
 
-def bound(world, settings=SETTINGS, layout=None):
+def bound(world, settings=SETTINGS):
     return functools.partial(
-        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, (5, 7),
-        layout=layout,
-    )  # fmt: skip
+        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, (5, 7)
+    )
 
 
 def start(world):
@@ -72,35 +71,6 @@ def test_a_step_learns_and_measures(eight, single):
     assert metrics["reward"][1] == 8 * 4 and metrics["accuracy"][1] == 8 * 4 * 3
     total, count = metrics["logp_gap"]
     assert count > 100 and total / count < 1e-5  # rollout and update agree before the update
-
-
-@pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}])
-def test_sharded_equals_single_device(eight, single, shape):
-    on = mesh.layout(mesh.make_mesh(shape))
-    state, frozen = start(eight)
-    boxed = jax.eval_shape(eight.policy.init, jax.random.key(0))
-    shardings = mesh.param_shardings(boxed, on)
-    placed = jax.device_put(state.params, shardings)
-    if shape.get("tensor"):
-        kernel = placed["decoder"]["layers"]["gate"]["kernel"]
-        assert len({str(s.index) for s in kernel.addressable_shards}) > 1
-    state = step.State(
-        jax.device_put(state.step, mesh.replicated(on)), placed, OPTIMIZER.init(placed)
-    )
-    judge_boxed = jax.eval_shape(
-        functools.partial(eight.judge.init, method=type(eight.judge).everything),
-        jax.random.key(0), jnp.zeros(1, jnp.int32),
-    )  # fmt: skip
-    judge_shardings = mesh.param_shardings(judge_boxed, on)["params"]
-    frozen = step.Frozen(
-        jax.device_put(frozen.judge, judge_shardings),
-        jax.device_put(frozen.instruction, mesh.replicated(on)),
-        jax.device_put(frozen.reference, shardings),
-    )
-    batch = mesh.put_batch(eight.batch, on)
-    found, metrics = jax.jit(bound(eight, layout=on))(state, frozen, batch, jax.random.key(2))
-    same_metrics(jax.device_get(metrics), single[1])
-    assert_close(moved(eight, found), moved(eight, single[0]))
 
 
 def test_micro_batches_equal_the_whole(eight, single):

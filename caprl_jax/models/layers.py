@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.models import attention
-from caprl_jax.models.logical import constrain
 
 
 def init_normal(stddev: float, names: tuple[str | None, ...]):
@@ -67,8 +66,6 @@ class Linear(nn.Module):
         contracted = x.shape[x.ndim - self.inputs :]
         init = init_normal(1 / np.sqrt(np.prod(contracted)), self.names)
         kernel = self.param("kernel", init, (*contracted, *self.outputs))
-        # Said of each layer's own part, so that its gradient is summed straight into its shards.
-        kernel = constrain(kernel, *self.names)
         y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.inputs)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])

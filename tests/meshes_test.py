@@ -1,0 +1,111 @@
+"""On any mesh, under any rules, five steps are the same five steps, and write the same captions."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from caprl_jax import mesh, rollout, step
+
+from .conftest import make_world
+from .step_test import assert_close, moved, same_metrics
+
+STEPS = 5
+SETTINGS = step.Settings(
+    group=4, kl=0.05, updates=2, micro_batches=1, prefill_batches=1, score_batches=1
+)
+SAMPLING = rollout.Sampling(max_tokens=6)
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+STOP = (5, 7)
+OVER_TENSOR = (
+    {"images": "data,fsdp,tensor", "embed": "fsdp,tensor", "merged": "fsdp,tensor"}
+    | dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ""),
+    {"cache": "tensor"},
+)
+MESHES = {
+    "data=8": ({"data": 8}, ({}, {})),
+    "fsdp=8": ({"fsdp": 8}, ({}, {})),
+    "fsdp=4, tensor=2": ({"fsdp": 4, "tensor": 2}, ({}, {})),
+    "data=2, tensor=4": ({"data": 2, "tensor": 4}, ({}, {})),
+    "decoding over tensor": ({"fsdp": 4, "tensor": 2}, OVER_TENSOR),
+}
+
+
+@pytest.fixture(scope="module")
+def eight():
+    return make_world(8)
+
+
+def run(world, state, frozen, batch, layout):
+    """(last state, [metrics], captions before and after) of STEPS steps."""
+    bound = functools.partial(
+        step.caprl_step, world.policy, world.judge, OPTIMIZER, SETTINGS, SAMPLING, STOP,
+        layout=layout,
+    )  # fmt: skip
+    caption = functools.partial(
+        rollout.sample, world.policy, group=4, stop=STOP, sampling=SAMPLING, layout=layout
+    )
+    one, write = jax.jit(bound), jax.jit(caption)
+
+    def captions(params):
+        found = write(params, batch.images, batch.prompt, jax.random.key(7))
+        return jax.device_get((found.tokens, found.mask))
+
+    written, metrics = [captions(state.params)], []
+    for i in range(STEPS):
+        state, measured = one(state, frozen, batch, jax.random.key(i))
+        metrics.append(jax.device_get(measured))
+    return jax.device_get(state), metrics, [*written, captions(state.params)]
+
+
+def start(world, on=None):
+    """(state, frozen, batch), on a layout or on one device."""
+    state = step.State(jnp.zeros((), jnp.int32), world.params, OPTIMIZER.init(world.params))
+    frozen = world.frozen.replace(reference=jax.tree.map(lambda a: a * 0.9, world.params))
+    if on is None:
+        return state, frozen, world.batch
+    key = jax.random.key(0)
+    shardings = mesh.param_shardings(jax.eval_shape(world.policy.init, key), on)
+    init = functools.partial(world.judge.init, method=type(world.judge).everything)
+    boxed = jax.eval_shape(init, key, jnp.zeros(1, jnp.int32))["params"]
+    params = jax.device_put(state.params, shardings)
+    frozen = step.Frozen(
+        jax.device_put(frozen.judge, mesh.param_shardings(boxed, on)),
+        jax.device_put(frozen.instruction, mesh.replicated(on)),
+        jax.device_put(frozen.reference, shardings),
+    )
+    zero = jax.device_put(state.step, mesh.replicated(on))
+    return step.State(zero, params, OPTIMIZER.init(params)), frozen, mesh.put_batch(world.batch, on)
+
+
+@pytest.fixture(scope="module")
+def single(eight):
+    return run(eight, *start(eight), None)
+
+
+@pytest.mark.parametrize(("shape", "tables"), MESHES.values(), ids=MESHES)
+def test_five_steps_on_any_mesh_are_those_on_one_device(eight, single, shape, tables):
+    on = mesh.layout(mesh.make_mesh(shape), *tables)
+    state, frozen, batch = start(eight, on)
+    kernel = state.params["decoder"]["layers"]["gate"]["kernel"]
+    parts = {str(s.index) for s in kernel.addressable_shards}
+    assert len(parts) == shape.get("fsdp", 1) * shape.get("tensor", 1)
+    found, metrics, captions = run(eight, state, frozen, batch, on)
+    for own, expected in zip(metrics, single[1], strict=True):
+        same_metrics(own, expected)
+    assert_close(moved(eight, found), moved(eight, single[0]))
+    for own, expected in zip(captions, single[2], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, own, expected)
+    before, after = (tokens for tokens, _ in single[2])
+    assert np.any(before != after)  # or the second comparison would say nothing
+
+
+def test_parameters_are_boxed_with_names(eight):
+    """What the rules read: every matrix of policy and judge names its axes."""
+    boxed = jax.eval_shape(eight.policy.init, jax.random.key(0))
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    assert all(isinstance(leaf, nn.meta.AxisMetadata) for leaf in leaves)
