@@ -24,8 +24,8 @@ plan 7b_v5e_64 7b.py:v5e_64 v5e:8x8
 plan qwen3vl_2b_v5e_16 qwen3vl_2b.py v5e:4x4
 plan qwen3vl_4b_v5e_16 qwen3vl_4b.py v5e:4x4
 if [ "${SCALING:-}" ]; then # the same work a chip on 16 and 256
-  plan 3b_v5e_256 3b.py v5e:16x16 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048
+  plan 3b_v5e_256 3b.py v5e:16x16 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048 --config.eval.batch=256
   plan 3b_v5p_16 3b.py v5p:2x2x4
-  plan 3b_v5p_256 3b.py v5p:4x8x8 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048
+  plan 3b_v5p_256 3b.py v5p:4x8x8 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048 --config.eval.batch=256
 fi
 "$VENV/bin/python" -m caprl_jax.plan_table "${plans[@]}"

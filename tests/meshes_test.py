@@ -97,7 +97,7 @@ def test_five_steps_on_any_mesh_are_those_on_one_device(eight, single, shape, ta
     found, metrics, captions = run(eight, state, frozen, batch, on)
     for own, expected in zip(metrics, single[1], strict=True):
         same_metrics(own, expected)
-    assert_close(moved(eight, found), moved(eight, single[0]))
+    assert_close(moved(eight, found), moved(eight, single[0]), STEPS * 1e-4)
     for own, expected in zip(captions, single[2], strict=True):
         jax.tree.map(np.testing.assert_array_equal, own, expected)
     before, after = (tokens for tokens, _ in single[2])
