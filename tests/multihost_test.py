@@ -166,9 +166,9 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_elsewhere(whole, victim)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_told_to_stop_writes_a_checkpoint_and_goes_on(whole, processes):
+def test_a_run_told_to_stop_writes_a_checkpoint(tmp_path, processes):
     """SIGTERM to the last process: all stop after the same step, with their own exit code."""
-    run = start(whole.workdir.parent / f"told-{processes}", processes, 8 // processes,
+    run = start(tmp_path / "told", processes, 8 // processes,
                 steps=10**6, **{"checkpoint.every": 10**6})  # fmt: skip
     metrics = run.workdir / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
