@@ -21,8 +21,10 @@ EXPECTED = (ConfigError, ModelDirectoryError, MalformedRecord, UnreadableImage, 
 
 def set_up_logging() -> None:
     """This project's progress is told; what Orbax tells of every checkpoint is not."""
+    absl_logging.set_verbosity(absl_logging.WARNING)  # sets the root logger's level too
     logging.getLogger().setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    for name in ("absl", "jax", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def parse_config_flags(argv: list[str]) -> list[str]:

@@ -62,9 +62,9 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
             return
     if jax.process_count() > 1:
         hosts = ", ".join(f"{i} on {name}" for i, name in enumerate(_hosts()))
-        logging.info("%d processes: %s", jax.process_count(), hosts)
         if not is_first():  # what all would tell, the first one does
             logging.getLogger().setLevel(logging.WARNING)
+        logging.info("%d processes: %s", jax.process_count(), hosts)
 
 
 def _initialize(*where) -> None:

@@ -11,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import distributed
 from caprl_jax.config import ConfigError
-from caprl_jax.models import families, hf
+from caprl_jax.models import families, hf, sources
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -92,9 +94,17 @@ def captions(workdir: Path) -> dict[str, list]:
     return {name: [j["caption"] for j in judged] for name, judged in sets.items()}
 
 
-def params(workdir: Path, step: int):
-    directory = workdir / "export" / str(step)
+def params(directory: Path):
     return hf.load_params(directory, families.build(hf.read_config(directory)))
+
+
+def same_params(found, expected) -> None:
+    """Where a gradient is nearly zero Adam makes a step of its noise: so all together, not each."""
+    start = params(sources.fetch("asset:tiny/policy"))
+    apart, moved = (
+        float(optax.tree.norm(jax.tree.map(np.subtract, tree, expected))) for tree in (found, start)
+    )
+    assert moved > 0.05 and apart < 2e-3 * moved, (apart, moved)
 
 
 def same_curve(found: list[dict], expected: list[dict]) -> None:
@@ -121,11 +131,7 @@ def test_two_processes_equal_one(whole):
     assert run.ended(900) == [0, 0], run.text(0) + run.text(1)
     assert captions(run.workdir) == captions(whole.workdir)
     same_curve(lines(run.workdir), lines(whole.workdir))
-    one, two = (params(r.workdir, 5) for r in (whole, run))
-    import jax
-
-    for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    same_params(params(run.workdir / "export" / "5"), params(whole.workdir / "export" / "5"))
     names = {p.name for p in run.workdir.iterdir()}
     assert names == {p.name for p in whole.workdir.iterdir()}
     assert "report:" in run.text(0) and "report:" not in run.text(1)
@@ -160,9 +166,9 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_elsewhere(whole, victim)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_told_to_stop_writes_a_checkpoint_and_goes_on(whole, processes):
+def test_a_run_told_to_stop_writes_a_checkpoint(tmp_path, processes):
     """SIGTERM to the last process: all stop after the same step, with their own exit code."""
-    run = start(whole.workdir.parent / f"told-{processes}", processes, 8 // processes,
+    run = start(tmp_path / "told", processes, 8 // processes,
                 steps=10**6, **{"checkpoint.every": 10**6})  # fmt: skip
     metrics = run.workdir / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
