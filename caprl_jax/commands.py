@@ -11,12 +11,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from caprl_jax import distributed
-from caprl_jax.config import ConfigError
-from caprl_jax.data.images import UnreadableImage
-from caprl_jax.data.records import MalformedRecord
-from caprl_jax.models.families import ModelDirectoryError
-
-EXPECTED = (ConfigError, ModelDirectoryError, MalformedRecord, UnreadableImage, FileExistsError)
+from caprl_jax.errors import UserError
 
 
 def set_up_logging() -> None:
@@ -55,5 +50,5 @@ def in_one_paragraph() -> Iterator[None]:
     except distributed.Stopped as e:
         print(f"{e}; the same command goes on from there", file=sys.stderr)
         sys.exit(distributed.STOPPED)
-    except EXPECTED as e:
+    except (UserError, FileExistsError) as e:
         sys.exit(f"error: {e}")

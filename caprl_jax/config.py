@@ -8,12 +8,13 @@ from typing import Any
 import ml_collections
 
 from caprl_jax import mesh
+from caprl_jax.errors import UserError
 from caprl_jax.judge import MODES
 from caprl_jax.policy_gradient import ADVANTAGES
 from caprl_jax.rollout import Sampling
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that can't run; the message names the key and the way out."""
 
 

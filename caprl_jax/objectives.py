@@ -97,13 +97,8 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None,
     )
     parts = programs.Parts(policy, judge_model.decoder, optimizer, on, tokenizer.stop)
-    if through_text:
-        retokenise = Retokeniser(
-            tokenizer, judge_tokenizer, config.judge.max_caption or 2 * config.sampling.max_tokens
-        )
-        run_step, traces = programs.two_programs(config, parts, state, retokenise)
-    else:
-        run_step, traces = programs.one_program(config, parts, state)
+    tokenizers = (tokenizer, judge_tokenizer) if through_text else None
+    run_step, traces = _programs(config, parts, state, tokenizers)
     writer = _writer(config, policy, held, tokenizer, on)
     reader = heldout.Reader(
         judge_model.decoder, held, judge_tokenizer, on, through_text,
@@ -127,6 +122,14 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         ceiling=heldout.ceiling(held, reader, frozen),
         heldout=held,
     )
+
+
+def _programs(config, parts: programs.Parts, state: step.State, tokenizers):
+    """One program, or two where captions pass from one tokenizer to another."""
+    if tokenizers is None:
+        return programs.one_program(config, parts, state)
+    longest = config.judge.max_caption or 2 * config.sampling.max_tokens
+    return programs.two_programs(config, parts, state, Retokeniser(*tokenizers, longest))
 
 
 def _through_text(policy: Tokenizer, judge: Tokenizer) -> bool:

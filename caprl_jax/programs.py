@@ -19,7 +19,6 @@ from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
 from caprl_jax.rollout import Sampling
-from caprl_jax.text_step import Retokeniser, in_two_programs
 
 # Products are not cut up to overlap with the gathering of their weights step by step: the next
 # layer's are gathered meanwhile anyway, and the pieces of all layers made the program ten times as
@@ -146,9 +145,11 @@ def one_program(
 
 
 def two_programs(
-    config: ml_collections.ConfigDict, parts: Parts, state: step.State, retokenise: Retokeniser
+    config: ml_collections.ConfigDict, parts: Parts, state: step.State, retokenise: Callable
 ) -> tuple[Callable, Callable[[], int]]:
-    """As one_program, with captions passing through text on the host in between."""
+    """As one_program, with captions passing through text (a Retokeniser) on the host in between."""
+    from caprl_jax.text_step import in_two_programs  # which knows of tokenizers
+
     constants, on = settings(config), parts.layout
     roll_out = functools.partial(
         step.roll_out, parts.policy, constants, Sampling(**config.sampling), parts.stop, layout=on

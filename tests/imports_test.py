@@ -15,6 +15,7 @@ sys.meta_path.insert(0, Block())
 import {modules}
 """
 DATA_STACK = {"grain", "tensorflow_datasets", "transformers", "orbax", "tensorboardX", "sklearn"}
+NOT_CORE = DATA_STACK | {"PIL", "tqdm", "jinja2", "safetensors", "huggingface_hub", "fsspec"}
 CORE = (
     "caprl_jax.step", "caprl_jax.rollout", "caprl_jax.judge", "caprl_jax.policy_gradient",
     "caprl_jax.rewards", "caprl_jax.logprobs", "caprl_jax.mesh", "caprl_jax.models.hf",
@@ -30,6 +31,7 @@ def imports(modules, blocked):
     ("modules", "blocked"),
     [
         (CORE, DATA_STACK | {"ml_collections", "PIL", "tqdm", "jinja2"}),
+        (("caprl_jax.plan", "caprl_jax.programs"), NOT_CORE),
         (("caprl_jax.objectives", "caprl_jax.checkpoint"), DATA_STACK - {"tensorboardX"}),
     ],
 )

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from caprl_jax.errors import UserError
 from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.hf import read_json
 
 _MAX_RATIO = 200
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UserError):
     """An image that can't be decoded; the message says why."""
 
 

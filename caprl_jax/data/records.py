@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from caprl_jax.errors import UserError
+
 _LETTERED = re.compile(r"^\s*([A-Z])[).:]\s*(.*)$", re.DOTALL)
 LETTERS = "ABCDEFGHI"
 
 
-class MalformedRecord(ValueError):
+class MalformedRecord(UserError):
     """A record that can't be used; the message says why."""
 
 

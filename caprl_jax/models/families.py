@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from caprl_jax.errors import UserError
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.policy import Policy
 from caprl_jax.models.vision import VisionConfig, VisionTower
 
 
-class ModelDirectoryError(ValueError):
+class ModelDirectoryError(UserError):
     """A model directory that can't be used; the message names it and what is wrong."""
 
 
