@@ -1,7 +1,7 @@
 """How fast a compiled step could be: each phase's work against a chip's published peaks."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from caprl_jax import hlo_costs
@@ -86,3 +86,16 @@ def phases(text: str, chip: Chip | None, tokens: int, vision: VisionConfig) -> d
 
     found = hlo_costs.costs(hlo_costs.parse(text), PHASES, tokens, weights)
     return {name: floor(costs, chip) for name, costs in found.items()}
+
+
+def together(parts: Iterable[Floor]) -> Floor:
+    """Several phases as one, whose compute, memory traffic and links may overlap."""
+    flops = hbm = 0.0
+    links: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for part in parts:
+        flops, hbm = flops + part.flops, hbm + part.hbm_bytes
+        for total, own in ((links, part.link_bytes), (seconds, part.seconds)):
+            for name, value in own.items():
+                total[name] = total.get(name, 0.0) + value
+    return Floor(flops, hbm, links, seconds)

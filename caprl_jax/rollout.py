@@ -185,12 +185,21 @@ def sample(
         trunk = prefill(policy, params, images, prompt, pieces)
     with logical.using(layout and layout.decoding), jax.named_scope("decode"):
         weights = decode_weights(policy, params, layout)
-        out = _decode(policy, weights, trunk, key, group, stop, sampling)
+        out = decode(policy, weights, trunk, key, group, stop, sampling)
     with logical.using(layout):
         return jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
 
 
-def _decode(policy, params, trunk: Trunk, key, group, stop, sampling: Sampling) -> Rollout:
+def decode(
+    policy: Policy,
+    params: Params,
+    trunk: Trunk,
+    key: jax.Array,
+    group: int,
+    stop: tuple[int, ...],
+    sampling: Sampling,
+) -> Rollout:
+    """Draws captions after a trunk; params as decode_weights gives them, the rest as for sample."""
     b, t, c = trunk.last.shape[0], sampling.max_tokens, policy.decoder.config
     variables = {"params": params["decoder"]}
     start = jnp.broadcast_to(trunk.next_position[:, None], (b, group))

@@ -1,0 +1,226 @@
+"""Times a config's step, phase by phase, with random weights of the real shapes on this device.
+
+python -m caprl_jax.bench --config=configs/3b.py:h200_8 [--phases=prefill,decode,score,update,step]
+    [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
+
+Every phase is compiled alone, and the step whole. Beside each time stands the floor of its work:
+its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
+product and a large copy reach on this device in the same run. Needs JAX, Flax, optax,
+ml_collections and absl.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, step, synthetic
+from caprl_jax.chips import Chip
+from caprl_jax.commands import in_one_paragraph, parse_config_flags
+from caprl_jax.config import ConfigError, validate
+from caprl_jax.models import logical
+
+PHASES = ("prefill", "decode", "score", "update", "step")
+
+
+@dataclasses.dataclass
+class Timing:
+    """One phase.
+
+    Attributes:
+      seconds: of each repetition.
+      compile_seconds: once.
+      tokens: that it reads or writes.
+      floor: its work, and the seconds that the measured ceilings allow it.
+      temporaries: bytes that it holds beside arguments and results.
+    """
+
+    seconds: list[float]
+    compile_seconds: float
+    tokens: float
+    floor: floors.Floor
+    temporaries: int
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Times of run() until its results are there, after one that isn't counted."""
+    jax.block_until_ready(run())
+    out = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        out.append(time.perf_counter() - began)
+    return out
+
+
+def ceilings(dtype: Any, repeats: int = 5) -> Chip:
+    """What this device reaches: a large matrix product, and a copy of a large array."""
+    device = jax.devices()[0]
+    cpu = device.platform == "cpu"
+    n, m = (2048, 2**26) if cpu else (8192, 2**30)
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    product = min(seconds_of(functools.partial(jax.jit(jnp.matmul), a, a), repeats))
+    x = jnp.zeros(m // 4, jnp.float32)
+    copy = min(seconds_of(functools.partial(jax.jit(lambda v: v + 1), x), repeats))
+    known = chips.chip(device)
+    link = known.link_bytes if known else float("inf")
+    return Chip(device.device_kind, 2 * n**3 / product, 0.0, 2 * m / copy, link)
+
+
+def phases(
+    config: ml_collections.ConfigDict, built: abstract.AbstractStep, stop: tuple[int, ...]
+) -> Iterator[tuple[str, Callable, tuple, float]]:
+    """(name, function to jit, arguments, tokens) of each phase, fed by those before it."""
+    p, constants = built.parts, programs.settings(config)
+    on, sampling = p.layout, rollout.Sampling(**config.sampling)
+    batch = synthetic.batch(config, built)
+    state = synthetic.state(built)
+    frozen = synthetic.frozen(built, state.params)
+    key = jax.random.key(0)
+    b, g, t = config.data.batch, config.caprl.group, config.sampling.max_tokens
+    asked = config.caprl.questions * config.data.max_question
+
+    def prefill(params, batch):
+        with logical.using(on), jax.named_scope("prefill"):
+            return rollout.prefill(
+                p.policy, params, batch.images, batch.prompt, constants.prefill_batches
+            )
+
+    def decode(params, trunk, key):
+        with logical.using(on.decoding), jax.named_scope("decode"):
+            weights = rollout.decode_weights(p.policy, params, on)
+            return rollout.decode(p.policy, weights, trunk, key, g, stop, sampling)
+
+    def score(frozen, captions, questions, key):
+        return step.judged(
+            p.judge, constants, frozen, captions.tokens, captions.mask, questions, key, on
+        )
+
+    def update(state, frozen, batch, captions, verdicts):
+        return step.learn(
+            p.policy, p.optimizer, constants, state, frozen, batch, captions, verdicts, on
+        )
+
+    yield "prefill", prefill, (state.params, batch), b * config.data.max_prompt
+    trunk = jax.jit(prefill)(state.params, batch)
+    yield "decode", decode, (state.params, trunk, key), b * g * t
+    captions = jax.jit(decode)(state.params, trunk, key)
+    del trunk
+    written = float(jnp.sum(captions.length))
+    yield "score", score, (frozen, captions, batch.questions, key), written + b * g * asked
+    verdicts = jax.jit(score)(frozen, captions, batch.questions, key)
+    learned = b * config.data.max_prompt + written
+    yield "update", update, (state, frozen, batch, captions, verdicts), learned
+    whole = b * g * config.data.max_prompt + written  # as EasyR1 counts: each with its prompt
+    yield "step", _step(config, built, stop), (state, frozen, batch, key), whole
+
+
+def _step(config, built: abstract.AbstractStep, stop) -> Callable:
+    p = built.parts
+    return functools.partial(
+        step.caprl_step, p.policy, p.judge, p.optimizer, programs.settings(config),
+        rollout.Sampling(**config.sampling), stop, layout=p.layout,
+    )  # fmt: skip
+
+
+def measure(
+    config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int, natural: bool
+) -> dict[str, Timing]:
+    """Times the wanted phases.
+
+    The state is not donated, so that a phase can be repeated: a run needs less memory.
+
+    Raises:
+      ConfigError: the config can't be.
+    """
+    validate(config)
+    built = abstract.build(config, jax.devices())
+    vocab = built.parts.policy.decoder.config.vocab
+    # Random weights end a caption with any token alike: as many stop tokens as make its mean
+    # length half of the bucket.
+    count = max(1, round(2 * vocab / config.sampling.max_tokens)) if natural else 0
+    stop = tuple(range(count)) if natural else (vocab,)
+    top = ceilings(programs.compute_dtype(config))
+    out = {}
+    for name, function, args, tokens in phases(config, built, stop):
+        if name not in wanted:
+            continue
+        began = time.perf_counter()
+        compiled = jax.jit(function).lower(*args).compile()
+        took = time.perf_counter() - began
+        text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
+        found = floors.phases(text, top, config.sampling.max_tokens, vision)
+        out[name] = Timing(
+            seconds_of(functools.partial(compiled, *args), repeats), took, tokens,
+            floors.together(found.values()), compiled.memory_analysis().temp_size_in_bytes,
+        )  # fmt: skip
+    return out
+
+
+def tell(timings: dict[str, Timing]) -> str:
+    """The timings as a table."""
+    lines = [
+        f"{'phase':9}{'ms':>10}{'spread':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'GB/s':>8}"
+        f"{'floor ms':>10}{'reached':>9}  {'bound by':9}{'compile s':>10}{'temp GiB':>9}"
+    ]
+    for name, t in timings.items():
+        spread = (max(t.seconds) - min(t.seconds)) / t.median
+        lines.append(
+            f"{name:9}{1e3 * t.median:10.1f}{spread:8.0%}{t.tokens / t.median:11,.0f}"
+            f"{t.floor.flops / t.median / 1e12:9.2f}{t.floor.hbm_bytes / t.median / 1e9:8.1f}"
+            f"{1e3 * t.floor.floor:10.1f}{t.floor.floor / t.median:9.0%}  {t.floor.bound:9}"
+            f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+    flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
+    flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
+    flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
+    flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
+
+
+def main(argv: list[str]) -> None:
+    """Measures and prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    wanted = tuple(flags.FLAGS.phases)
+    with in_one_paragraph():
+        unknown = set(wanted) - set(PHASES)
+        if unknown:
+            raise ConfigError(f"--phases: {', '.join(unknown)} is none of {', '.join(PHASES)}")
+        natural = flags.FLAGS.lengths == "natural"
+        timings = measure(flags.FLAGS.config, wanted, flags.FLAGS.repeats, natural)
+    device = jax.devices()[0]
+    print(f"{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}")
+    print(tell(timings))
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
+    if flags.FLAGS.json:
+        found = {name: dataclasses.asdict(t) | {"median": t.median} for name, t in timings.items()}
+        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2, default=np.ndarray.tolist))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_config_flags)

@@ -1,0 +1,108 @@
+"""Random weights and full batches of a config's shapes, made in place: for benchmarks."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from caprl_jax import abstract, judge, mesh, step
+from caprl_jax.abstract import AbstractStep
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.policy import Prompt, mrope_positions
+from caprl_jax.models.vision import VisionConfig, feature_order, lay_out, windows_of
+
+_WORDS = 16  # of a prompt, around its image
+
+
+def state(built: AbstractStep, seed: int = 0) -> step.State:
+    """Random parameters and fresh optimizer state, made where they lie."""
+    policy, optimizer = built.parts.policy, built.parts.optimizer
+
+    def init(key):
+        params = nn.meta.unbox(policy.init(key))
+        return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=_shardings(built.state))(jax.random.key(seed))
+
+
+def frozen(built: AbstractStep, params: Any, seed: int = 1) -> step.Frozen:
+    """A random judge and instruction; the reference, if there is one, is `params`."""
+    decoder, shapes = built.parts.judge, built.frozen
+
+    def init(key):
+        found = decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
+        return jax.tree.map(lambda a, s: a.astype(s.dtype), nn.meta.unbox(found), shapes.judge)
+
+    made = jax.jit(init, out_shardings=_shardings(shapes.judge))(jax.random.key(seed))
+    rng, vocab = np.random.default_rng(seed), decoder.config.vocab
+    ids = rng.permutation(vocab)[: abstract.LETTERS + abstract.SPECIAL].astype(np.int32)
+    instruction = judge.Instruction(
+        rng.integers(0, vocab, abstract.INSTRUCTION).astype(np.int32),
+        *np.split(ids, [abstract.LETTERS]),
+    )
+    reference = None
+    if shapes.reference is not None:
+        cast = jax.jit(
+            lambda p: jax.tree.map(lambda a, s: a.astype(s.dtype), p, shapes.reference),
+            out_shardings=_shardings(shapes.reference),
+        )
+        reference = cast(params)
+    placed = jax.device_put(instruction, mesh.replicated(built.parts.layout))
+    return step.Frozen(made, placed, reference)
+
+
+def _shardings(shapes: Any) -> Any:
+    return jax.tree.map(lambda a: a.sharding, shapes)
+
+
+def grid_for(config: ml_collections.ConfigDict, vision: VisionConfig) -> tuple[int, int]:
+    """(rows, columns) in patches of the largest square image that the config's buckets take."""
+    side = math.isqrt(max(config.data.max_prompt - _WORDS, 1))
+    while side > 1 and windows_of((side * vision.merge,) * 2, vision) > config.data.max_windows:
+        side -= 1
+    return side * vision.merge, side * vision.merge
+
+
+def batch(config: ml_collections.ConfigDict, built: AbstractStep, seed: int = 2) -> step.Batch:
+    """Random images of the largest size, full prompts and questions, on the mesh."""
+    rng, vision = np.random.default_rng(seed), built.parts.policy.vision.config
+    grid, b = grid_for(config, vision), config.data.batch
+    pixels = rng.standard_normal((grid[0] * grid[1], vision.patch_dim), np.float32)
+    image = lay_out(pixels, grid, vision, config.data.max_windows)
+    one = step.Batch(
+        image, _prompt(config, built, grid, rng), _questions(config, built, rng), np.True_
+    )
+
+    def repeat(a):  # all images alike: their work is, and that is what is measured
+        return np.broadcast_to(a, (b, *a.shape))
+
+    return mesh.put_whole(jax.tree.map(repeat, one), built.parts.layout)
+
+
+def _prompt(config, built: AbstractStep, grid, rng) -> Prompt:
+    decoder, vision = built.parts.policy.decoder.config, built.parts.policy.vision.config
+    p, order = config.data.max_prompt, feature_order(grid, vision)
+    feature = np.full(p, -1, np.int32)
+    feature[4 : 4 + len(order)] = order
+    tokens = rng.integers(1, decoder.vocab, p).astype(np.int32)
+    tokens[feature >= 0] = 0
+    positions, after = np.arange(p, dtype=np.int32), p
+    if decoder.mrope_section is not None:
+        positions, after = mrope_positions(tokens, 0, grid, vision.merge)
+    return Prompt(tokens, np.ones(p, bool), positions, feature, np.int32(after))
+
+
+def _questions(config, built: AbstractStep, rng) -> judge.Questions:
+    shape = (config.caprl.questions,)
+    if config.data.per_caption:
+        shape = (config.caprl.group, *shape)
+    tokens = rng.integers(0, built.parts.judge.config.vocab, (*shape, config.data.max_question))
+    return judge.Questions(
+        tokens.astype(np.int32), np.ones(tokens.shape, bool),
+        rng.integers(0, 4, shape).astype(np.int32), np.full(shape, 5, np.int32),
+        np.ones(shape, bool),
+    )  # fmt: skip
