@@ -83,11 +83,15 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
     Raises:
       ConfigError: its sizes are unknown, or don't lie evenly on the devices.
     """
+    if config.objective != "caprl":
+        raise ConfigError(f"config.objective={config.objective!r}: only caprl's step is planned")
     dtype = programs.compute_dtype(config, devices[0].platform)
     on = programs.layout(config, devices)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     shape = model_config(config.policy.path)
     policy = families.build(shape, dtype, where=config.policy.path, **options)
+    if policy.vision is None:
+        raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
     judge_shape = model_config(config.judge.path)
     judge_decoder = families.build(judge_shape, dtype, where=config.judge.path).decoder
     stop = (int(shape.get("eos_token_id", 0)), int(shape.get("bos_token_id", 0)))

@@ -30,6 +30,7 @@ from caprl_jax.data import records
 from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
+from caprl_jax.models import logical
 from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy, Prompt
@@ -146,8 +147,9 @@ class LoadedPolicy:
         count = prompt.tokens.shape[0]
         images, prompt = self._placed((images, prompt))
         found = _sample(
-            self.modules, group, self.tokenizer.stop, sampling, self.params, images, prompt, key
-        )
+            self.modules, group, self.tokenizer.stop, sampling, self.layout, self.params, images,
+            prompt, key,
+        )  # fmt: skip
         return jax.tree.map(lambda a: a[:count], found)
 
     def logits(self, images: Sequence[Picture], texts: Sequence[str], prompt: str = PROMPT):
@@ -169,7 +171,7 @@ class LoadedPolicy:
         tokens = np.stack([pad(i, length) for i in ids])
         mask = np.arange(length) < np.asarray([[len(i)] for i in ids])
         arrays = self._placed((*self.inputs(images, prompt), tokens[:, None], mask[:, None]))
-        found = _logits(self.modules, self.params, *arrays)
+        found = _logits(self.modules, self.layout, self.params, *arrays)
         return found[: len(texts), 0], tokens, mask
 
     def _placed(self, arrays: Any) -> Any:
@@ -186,15 +188,18 @@ def _put(arrays: Any, layout: Layout) -> Any:
     return mesh_lib.put_batch(jax.tree.map(filled, arrays), layout)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(modules, group, stop, sampling, params, images, prompt, key):
-    return rollout.sample(modules, params, images, prompt, key, group, stop, sampling)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _sample(modules, group, stop, sampling, layout, params, images, prompt, key):
+    return rollout.sample(
+        modules, params, images, prompt, key, group, stop, sampling, layout=layout
+    )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(modules, params, images, prompt, tokens, mask):
-    trunk = modules.trunk(params, images, prompt)
-    return modules.logits(params, modules.branches(params, trunk, tokens, mask))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(modules, layout, params, images, prompt, tokens, mask):
+    with logical.using(layout):
+        trunk = modules.trunk(params, images, prompt)
+        return modules.logits(params, modules.branches(params, trunk, tokens, mask))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +259,7 @@ class LoadedJudge:
         asked = self._questions(questions, np.random.default_rng(seed) if shuffle else None)
         arrays = _put((tokens, mask, asked), self.layout)
         found = _score(
-            self.modules.decoder, mode, temperature, self.params["decoder"],
+            self.modules.decoder, mode, temperature, self.layout, self.params["decoder"],
             self.prompt.instruction(), *arrays, jax.random.key(seed),
         )  # fmt: skip
         return jax.tree.map(lambda a: a[: len(groups)], jax.device_get(found))
@@ -275,11 +280,12 @@ class LoadedJudge:
         return jax.tree.map(lambda *a: np.stack(a), *rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score(decoder, mode, temperature, params, instruction, tokens, mask, questions, key):
-    return judge_lib.score(
-        decoder, params, instruction, tokens, mask, questions, key, mode, temperature
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _score(decoder, mode, temperature, layout, params, instruction, tokens, mask, questions, key):
+    with logical.using(layout):
+        return judge_lib.score(
+            decoder, params, instruction, tokens, mask, questions, key, mode, temperature
+        )
 
 
 def load_policy(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ def before_jax(topology: str) -> None:
     kind, _, size = topology.partition(":")
     if kind == "local" and not size:
         return
-    if kind not in (*TPUS, "cpu") or not size:
+    shape = r"\d+" if kind == "cpu" else r"\d+(x\d+)*(\*\d+)?"
+    if kind not in (*TPUS, "cpu") or not re.fullmatch(shape, size):
         raise ConfigError(
             f"--topology={topology}: give one of {', '.join(TPUS)} with its shape (v5e:4x4, "
             "v5p:2x2x2; v5e:4x4*2 for two slices), cpu:8 for virtual devices, or local"
@@ -90,7 +92,8 @@ def devices(topology: str) -> Sequence[Any]:
             platform="tpu", topology_name=f"{kind}:{shape}", **options
         ).devices
     except Exception as e:  # of several kinds, by cause
+        told = str(e)[:300].partition("\n")[0]
         raise ConfigError(
-            f"--topology={topology}: {str(e).splitlines()[0][:300]}. The TPU compiler comes with "
+            f"--topology={topology}: {told}. The TPU compiler comes with "
             "pip install 'caprl_jax[plan]'; one process at a time can use it"
         ) from e

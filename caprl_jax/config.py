@@ -71,6 +71,7 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.kl = 0.0  # coefficient of the KL to the initial policy; 0 holds no reference
     c.caprl.updates = 1  # per rollout
     c.caprl.micro_batches = 1  # pieces of the batch for the update's gradients,
+    c.caprl.rollout_batches = 1  # for captioning, where caches for all don't fit,
     c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
     c.caprl.score_batches = 0  # and for the judge; 0: as many
     c.caprl.accuracy_weight = 1.0
@@ -216,7 +217,7 @@ def get(config: ml_collections.ConfigDict, key: str) -> Any:
     return config
 
 
-PIECES = ("micro_batches", "prefill_batches", "score_batches")
+PIECES = ("micro_batches", "prefill_batches", "score_batches", "rollout_batches")
 
 
 def pieces(config: ml_collections.ConfigDict, name: str) -> int:
@@ -242,7 +243,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             "config.caprl.group=1: advantages compare captions, so it must be 2 or more"
         )
+    for axis in mesh.AXES:
+        if config.mesh[axis] != -1 and config.mesh[axis] < 1:
+            raise ConfigError(f"config.mesh.{axis}={config.mesh[axis]} is neither positive nor -1")
     for name in PIECES:
+        if config.caprl[name] < 0:
+            raise ConfigError(f"config.caprl.{name}={config.caprl[name]} must not be negative")
         if config.data.batch % pieces(config, name):
             raise ConfigError(
                 f"config.data.batch={config.data.batch} is not a multiple of "

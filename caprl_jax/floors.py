@@ -1,6 +1,7 @@
 """How fast a compiled step could be: each phase's work against a chip's published peaks."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,12 +23,14 @@ class Floor:
       link_bytes: that it receives over its links, by kind of collective.
       seconds: by what they are spent on: compute, memory, links, each at its peak; empty for a
         chip whose peaks are unknown.
+      uncounted: what the program calls whose work isn't known here, or loops of unknown length.
     """
 
     flops: float
     hbm_bytes: float
     link_bytes: Mapping[str, float]
     seconds: Mapping[str, float]
+    uncounted: tuple[str, ...] = ()
 
     @property
     def bound(self) -> str:
@@ -66,7 +69,12 @@ def floor(costs: Costs, chip: Chip | None) -> Floor:
             "links": sum(links.values()) / chip.link_bytes,
         }
     )
-    return Floor(costs.flops, costs.hbm_bytes, links, seconds)
+    # Some custom calls compute nothing: checks of indices, and the like.
+    unknown = [
+        name for name in costs.unpriced if re.search(r"gemm|matmul|conv|attention|fmha", name)
+    ]
+    unknown += [f"the costlier branch of {c.name}" for c in costs.conditionals]
+    return Floor(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
 
 
 def phases(text: str, chip: Chip | None, tokens: int, vision: VisionConfig) -> dict[str, Floor]:
@@ -91,11 +99,13 @@ def phases(text: str, chip: Chip | None, tokens: int, vision: VisionConfig) -> d
 def together(parts: Iterable[Floor]) -> Floor:
     """Several phases as one, whose compute, memory traffic and links may overlap."""
     flops = hbm = 0.0
+    uncounted: tuple[str, ...] = ()
     links: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for part in parts:
         flops, hbm = flops + part.flops, hbm + part.hbm_bytes
+        uncounted += part.uncounted
         for total, own in ((links, part.link_bytes), (seconds, part.seconds)):
             for name, value in own.items():
                 total[name] = total.get(name, 0.0) + value
-    return Floor(flops, hbm, links, seconds)
+    return Floor(flops, hbm, links, seconds, uncounted)

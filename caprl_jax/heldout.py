@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from caprl_jax import judge, rollout
+from caprl_jax import judge, programs, rollout
 from caprl_jax.data import digits
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import ABSTAIN, Presented
@@ -82,25 +82,28 @@ class Writer:
 
         Images are read in that many pieces of a batch.
         """
-        self._data, self._tokenizer, self._mesh = data, tokenizer, on
+        self._data, self._tokenizer, self._layout = data, tokenizer, on
         greedy = dataclasses.replace(sampling, temperature=0.0)
 
         def write(params, batch, number, is_greedy):
             key = jax.random.fold_in(jax.random.key(seed), number)
             g, how = (1, greedy) if is_greedy else (group, sampling)
             captions = rollout.sample(
-                policy, params, batch.images, batch.prompt, key, g, tokenizer.stop, how, pieces, on
-            )
+                policy, params, batch.images, batch.prompt, key, g, tokenizer.stop, how, pieces, on,
+                batch.valid,
+            )  # fmt: skip
             return captions.tokens, captions.mask
 
         # Every process needs all captions.
-        self._write = jax.jit(write, static_argnames="is_greedy", out_shardings=replicated(on))
+        self._write = programs.jit(
+            write, on, static_argnames="is_greedy", out_shardings=replicated(on)
+        )
 
     def write(self, params: Any, greedy: bool) -> list[Written]:
         """One caption per image if greedy, else `group`; by image."""
         out = []
         for i, batch in enumerate(self._data.batches):
-            placed = put_whole(batch, self._mesh)
+            placed = put_whole(batch, self._layout)
             tokens, mask = jax.device_get(self._write(params, placed, i, is_greedy=greedy))
             for row in np.flatnonzero(batch.valid):
                 for ids, real in zip(tokens[row], mask[row], strict=True):
@@ -127,7 +130,7 @@ class Reader:
         With through_text captions are tokenised by the judge's own tokenizer, else their ids are
         the judge's too. Captions are read in that many pieces of a batch.
         """
-        self._data, self._tokenizer, self._mesh = data, tokenizer, on
+        self._data, self._tokenizer, self._layout = data, tokenizer, on
         self._through_text = through_text
 
         def read(frozen, tokens, mask, questions):
@@ -138,7 +141,7 @@ class Reader:
                     "greedy", pieces=pieces,
                 )  # fmt: skip
 
-        self._read = jax.jit(read, out_shardings=replicated(on))
+        self._read = programs.jit(read, on, out_shardings=replicated(on))
 
     def read(self, frozen: Frozen, captions: Sequence[Written]) -> list[Judged]:
         """Judges captions, sorted by image, of every image equally many."""
@@ -153,7 +156,7 @@ class Reader:
             for i, own_ids in enumerate(ids[len(out) : len(out) + size]):
                 tokens[i, : len(own_ids)], mask[i, : len(own_ids)] = own_ids, True
             arrays = (a.reshape(-1, group, length) for a in (tokens, mask))
-            placed = put_whole((*arrays, batch.questions), self._mesh)
+            placed = put_whole((*arrays, batch.questions), self._layout)
             verdicts = jax.device_get(self._read(frozen, *placed))
             for i, caption in enumerate(own):
                 asked = np.flatnonzero(batch.questions.valid[i // group])

@@ -47,6 +47,13 @@ def flops(computation: Computation, instruction: Instruction) -> int:
         return 2 * instruction.arrays[0].size * math.prod(contracted)
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
+    if "__cublas" in instruction.attributes:  # a GPU's library; A x B of one batch, M x K and K x N
+        left, right = (computation.operand(instruction, k).arrays[0] for k in (0, 1))
+        axes = re.search(r'"lhs_batch_dimensions":\[([^\]]*)\]', instruction.attributes)
+        axes = re.findall(r"\d+", axes[1]) if axes else []
+        batch = math.prod(left.dims[int(axis)] for axis in axes)
+        out = instruction.arrays[0].size  # left * right = batch^2 M K^2 N = (batch M N) batch K^2
+        return 2 * out * math.isqrt(left.size * right.size // (out * batch))
     # XLA writes a product with a vector as multiply and reduce, and keeps the product's name.
     if instruction.opcode == "reduce" and instruction.op_name.endswith("dot_general"):
         return 2 * computation.operand(instruction, 0).arrays[0].size

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from caprl_jax.errors import UserError
 from caprl_jax.models.logical import Layout, Rules
 
 AXES = ("data", "fsdp", "tensor")
@@ -45,16 +46,22 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       devices: all of the process's backend by default.
 
     Raises:
-      ValueError: the sizes don't multiply to the number of devices, or data is not a multiple of
+      UserError: the sizes don't multiply to the number of devices, or data is not a multiple of
         the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) > 1 or len(devices) % known or (-1 not in sizes and known != len(devices)):
-        raise ValueError(
+    known = max(int(np.prod([s for s in sizes if s != -1])), 1)
+    if (
+        min(sizes) < -1
+        or 0 in sizes
+        or sizes.count(-1) > 1
+        or len(devices) % known
+        or (-1 not in sizes and known != len(devices))
+    ):
+        raise UserError(
             f"mesh {dict(zip(AXES, sizes, strict=True))} doesn't fit {len(devices)} devices: the "
-            "sizes must multiply to it, and at most one may be -1"
+            "sizes must be positive and multiply to it, and at most one may be -1"
         )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     return Mesh(_arrange(sizes, devices), AXES)
@@ -65,7 +72,7 @@ def _arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
         return np.asarray(devices).reshape(sizes)
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if sizes[0] % slices:
-        raise ValueError(
+        raise UserError(
             f"mesh.data={sizes[0]} is no multiple of the {slices} slices: only data may cross the "
             f"network between slices; the nearest that works is {-(-sizes[0] // slices) * slices}"
         )
@@ -90,7 +97,7 @@ def layout(
       decode_rules: while decoding; what is missing is as in DECODE_RULES.
 
     Raises:
-      ValueError: a rule names no axis of RULES or of the mesh.
+      UserError: a rule names no axis of RULES or of the mesh.
     """
     return Layout(on, _table(RULES, rules or {}), _table(DECODE_RULES, decode_rules or {}))
 
@@ -100,7 +107,7 @@ def _table(defaults: Mapping[str, str], changed: Mapping[str, str]) -> Rules:
     for name, axes in (dict(defaults) | dict(changed)).items():
         split = tuple(a.strip() for a in axes.split(",") if a.strip())
         if name not in RULES or not set(split) <= set(AXES) or len(set(split)) < len(split):
-            raise ValueError(
+            raise UserError(
                 f"rule {name}={axes!r}: logical axes are {', '.join(RULES)}; each takes some of "
                 f"{', '.join(AXES)}, joined by commas"
             )
@@ -115,17 +122,17 @@ def param_shardings(boxed: Any, on: Layout) -> Any:
     model's 2 under tensor=4, say.
 
     Raises:
-      ValueError: two axes of one parameter on one mesh axis, or a size that doesn't divide.
+      UserError: two axes of one parameter on one mesh axis, or a size that doesn't divide.
     """
     specs = nn.get_partition_spec(boxed)
     shapes = jax.tree.map(lambda a: a.shape, nn.meta.unbox(boxed))
-    return jax.tree.map(
-        lambda names, shape: NamedSharding(on.mesh, _param_spec(names, shape, on)),
+    return jax.tree_util.tree_map_with_path(
+        lambda path, names, shape: NamedSharding(on.mesh, _param_spec(path, names, shape, on)),
         specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec),
     )  # fmt: skip
 
 
-def _param_spec(names: PartitionSpec, shape: tuple[int, ...], on: Layout) -> PartitionSpec:
+def _param_spec(path, names: PartitionSpec, shape: tuple[int, ...], on: Layout) -> PartitionSpec:
     names = [*names, *[None] * (len(shape) - len(names))]
     cut: list[tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
@@ -134,16 +141,20 @@ def _param_spec(names: PartitionSpec, shape: tuple[int, ...], on: Layout) -> Par
             _tell_replicated(size, pieces)
             pieces = 1
         if size % pieces:
-            raise ValueError(
-                f"{name}={size} of a parameter of shape {shape} doesn't divide over the {pieces} "
-                f"devices of {','.join(on.rules[name])}: the nearest that works is "
-                f"{nearest_divisor(size, pieces)}"
+            raise UserError(
+                f"{name}={size} of parameter {_named(path)} {shape} doesn't divide over the "
+                f"{pieces} devices of {','.join(on.rules[name])}: the nearest that works is "
+                f"{nearest_divisor(size, pieces)}; or leave {name} whole in the table of rules"
             )
         cut.append(on.rules[name] if pieces > 1 else None)
     used = [axis for axes in cut for axis in axes or ()]
     if len(set(used)) < len(used):
-        raise ValueError(f"a parameter of shape {shape} has {names} on {cut}: one mesh axis twice")
+        raise UserError(f"parameter {_named(path)} {shape}: {names} on {cut}: one mesh axis twice")
     return PartitionSpec(*cut)
+
+
+def _named(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
 @functools.cache

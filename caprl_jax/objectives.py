@@ -104,7 +104,10 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
         judge_model.decoder, held, judge_tokenizer, on, through_text,
         programs.eval_pieces(config, on),
     )  # fmt: skip
-    splicing = Splicing(judge_model.decoder, held, judge_prompt, on, through_text)
+    splicing = Splicing(
+        judge_model.decoder, held, judge_prompt, on, through_text,
+        programs.eval_pieces(config, on),
+    )  # fmt: skip
 
     def evaluate(params):
         metrics, sets = heldout.evaluate(held, writer, reader, params, frozen)
@@ -177,7 +180,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     optimizer = programs.optimizer(config, 1)
     state = startup.initial_state(config, policy, directory, optimizer, on)
     one, traces = programs.counted(
-        lambda state, batch: step.sft_step(policy, optimizer, state, batch)
+        lambda state, batch: step.sft_step(policy, optimizer, state, batch, on)
     )
     run_step = programs.jit_step(one, state, on)
     build = _sft_judge if config.data.task == "judge" else _sft_policy

@@ -4,7 +4,9 @@ python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--json=FILE]
 
 The run's real step is compiled for the topology, which need not be there: the verdict is the
 compiler's. Floors are the work of the compiled program, loops counted with their trips and every
-caption as long as its bucket, at the chip's published peaks.
+caption as long as its bucket, at the chip's published peaks; several slices are taken for one.
+Policy and judge are taken to share a tokenizer, as they do where a step is one program. What a run
+does beside its steps, evaluations above all, is not planned.
 """
 
 import dataclasses
@@ -23,9 +25,11 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax import abstract, chips, floors, hlo_costs
+from caprl_jax import abstract, chips, floors, hlo_costs, mesh, programs
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
-from caprl_jax.config import PIECES, ConfigError, pieces, validate
+from caprl_jax.config import PIECES, pieces, validate
+from caprl_jax.errors import UserError
+from caprl_jax.models.logical import CACHED
 
 GIB = 2**30
 
@@ -35,7 +39,8 @@ class Plan:
     """What a compilation told.
 
     Attributes:
-      fits: the compiler's verdict.
+      fits: the compiler's verdict; of a device of this process, whether it has that much; None
+        where neither can tell.
       refusal: its words, if it refused.
       compile_seconds: how long it took.
       memory: bytes on each chip by what they are for; empty if refused.
@@ -44,10 +49,12 @@ class Plan:
       chips: how many.
       hbm: the chip's published bytes; 0 if unknown.
       mesh: sizes by axis.
-      tokens: of a step's prompts and captions, every caption with its own prompt.
+      tokens: of a step's prompts and captions, every caption with its own prompt, as EasyR1 counts.
+      overrides: of the config, that --suggest made.
+      next: overrides to try, if it doesn't fit.
     """
 
-    fits: bool
+    fits: bool | None
     refusal: str
     compile_seconds: float
     memory: dict[str, int]
@@ -57,6 +64,8 @@ class Plan:
     hbm: float
     mesh: dict[str, int]
     tokens: int
+    overrides: dict[str, Any]
+    next: list[dict[str, Any]]
 
     @property
     def step_seconds(self) -> float:
@@ -64,12 +73,21 @@ class Plan:
         return sum(f.floor for f in self.floors.values())
 
 
-def make(config: ml_collections.ConfigDict, topology: str) -> Plan:
+def make(
+    config: ml_collections.ConfigDict, topology: str, overrides: dict[str, Any] | None = None
+) -> Plan:
     """Compiles the config's step for the topology.
 
+    Args:
+      config: of the run.
+      topology: as for chips.devices.
+      overrides: to change in it.
+
     Raises:
-      ConfigError: config or topology can't be, whatever the memory.
+      UserError: config or topology can't be, whatever the memory.
     """
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(overrides or {})
     validate(config)
     devices = chips.devices(topology)
     known = chips.chip(devices[0])
@@ -84,8 +102,9 @@ def make(config: ml_collections.ConfigDict, topology: str) -> Plan:
         text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
         found = floors.phases(text, known, config.sampling.max_tokens, vision)
     captions = config.data.batch * config.caprl.group
+    spread = mesh.batch_multiple(built.parts.layout)
     return Plan(
-        fits=compiled is not None and _inside(memory, known),
+        fits=compiled is not None and _inside(memory, devices[0]),
         refusal=refusal,
         compile_seconds=seconds,
         memory=memory,
@@ -95,6 +114,8 @@ def make(config: ml_collections.ConfigDict, topology: str) -> Plan:
         hbm=known.hbm if known else 0.0,
         mesh=dict(built.parts.layout.mesh.shape),
         tokens=captions * (config.data.max_prompt + config.sampling.max_tokens),
+        overrides=overrides or {},
+        next=list(changes(config, spread)),
     )
 
 
@@ -110,9 +131,12 @@ def _compile(built: abstract.AbstractStep) -> tuple[Any, str]:
         return None, " ".join(lines[:3]) or str(e).splitlines()[0]
 
 
-def _inside(memory: dict[str, int], chip: chips.Chip | None) -> bool:
+def _inside(memory: dict[str, int], device: Any) -> bool | None:
     """The TPU's compiler refuses what is too large; others' leave it to be compared."""
-    return chip is None or chip.name in chips.TPUS or sum(memory.values()) <= chip.hbm
+    if device.platform == "tpu":
+        return True
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else sum(memory.values()) <= limit
 
 
 def _on_one(tree: Any) -> int:
@@ -147,34 +171,48 @@ def _memory(built: abstract.AbstractStep, found: Any, cached: int) -> dict[str, 
 def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> int:
     """Bytes on each chip of the prompts' and captions' keys and values while decoding."""
     c, on = built.parts.policy.decoder.config, built.parts.layout.decoding
-    prompts = -(-config.data.batch // on.size("images"))
-    captions = prompts * -(-config.caprl.group // on.size("cache"))
-    heads = c.kv_heads
-    if on.size("cache") == 1 and heads % on.size("kv_heads") == 0:
-        heads //= on.size("kv_heads")
-    one = 2 * c.layers * heads * c.head_dim * jnp.dtype(built.parts.policy.decoder.dtype).itemsize
-    return one * (prompts * config.data.max_prompt + captions * config.sampling.max_tokens)
+    b, g = config.data.batch, config.caprl.group
+
+    def one(batch: tuple[int, ...], length: int) -> int:
+        shape = (c.layers, *batch, length, c.kv_heads, c.head_dim)
+        names = (None, *CACHED[: len(batch)], None, "kv_heads", None)
+        sharding = jax.sharding.NamedSharding(on.mesh, on.spec(names, shape))
+        return (
+            2
+            * math.prod(sharding.shard_shape(shape))
+            * jnp.dtype(built.parts.policy.decoder.dtype).itemsize
+        )
+
+    return one((b,), config.data.max_prompt) + one((b, g), config.sampling.max_tokens)
 
 
-def changes(config: ml_collections.ConfigDict, images: int) -> Iterator[dict[str, Any]]:
+def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str, Any]]:
     """Overrides to try in turn where a config doesn't fit, each on top of those before it.
 
     Args:
       config: that didn't fit.
-      images: devices that a piece's images are spread over.
+      spread: devices that images are cut over, of which a piece needs one each.
     """
     if not config.policy.remat:
         yield {"policy.remat": True}
-    most = config.data.batch // images
-    count = max(pieces(config, name) for name in PIECES)
-    while count < most:
-        count = min(d for d in range(count + 1, most + 1) if most % d == 0)
-        yield {f"caprl.{name}": count for name in PIECES}
+    even = programs.even_pieces(config.data.batch, spread)
+    reading = [name for name in PIECES if name != "rollout_batches"]
+    for count in even:
+        if count > max(pieces(config, name) for name in reading):
+            yield {f"caprl.{name}": count for name in reading}
+    for count in even[:4]:  # each piece reads the weights again for every token
+        if count > config.caprl.rollout_batches:
+            yield {"caprl.rollout_batches": count}
     for axis in (2, 4, 8):
         if axis > config.mesh.tensor:
             yield {"mesh.tensor": axis}
     for shorter in (config.sampling.max_tokens // 2, config.sampling.max_tokens // 4):
         yield {"sampling.max_tokens": shorter}
+
+
+def as_flags(overrides: dict[str, Any]) -> str:
+    """--config.key=value for each."""
+    return " ".join(f"--config.{k}={str(v).lower()}" for k, v in overrides.items())
 
 
 def tell(name: str, topology: str, plan: Plan) -> str:
@@ -185,12 +223,14 @@ def tell(name: str, topology: str, plan: Plan) -> str:
         f"compiled in {plan.compile_seconds:.0f} s",
     ]
     if plan.refusal:
-        return "\n".join([*lines, f"does not fit: the compiler says: {plan.refusal}"])
+        lines += [f"does not fit: the compiler says: {plan.refusal}", "what to change, in turn:"]
+        return "\n".join([*lines, *(f"  {as_flags(change)}" for change in plan.next)])
     total = sum(plan.memory.values())
     lines += ["", f"{'per chip':24}{'GiB':>8}"]
     lines += [f"{what:24}{size / GIB:8.2f}" for what, size in plan.memory.items() if size]
-    verdict = f" of {plan.hbm / GIB:.0f}" if plan.hbm else ""
-    lines += [f"{'total':24}{total / GIB:8.2f}{verdict}: {'fits' if plan.fits else 'too much'}"]
+    of = f" of {plan.hbm / GIB:.0f}" if plan.hbm else ""
+    verdict = {True: "fits", False: "too much", None: "what there is isn't known"}[plan.fits]
+    lines += [f"{'total':24}{total / GIB:8.2f}{of}: {verdict}"]
     if plan.floors:
         lines += ["", *_floor_lines(plan)]
     return "\n".join(lines)
@@ -205,14 +245,18 @@ def _floor_lines(plan: Plan) -> list[str]:
             f"{name:10}{f.flops / 1e12:9.1f}{f.hbm_bytes / 1e9:9.1f}"
             f"{sum(f.link_bytes.values()) / 1e9:9.1f}{f.floor:9.2f}  {f.bound:9} {kinds}"
         )
+    missed = sorted({what for f in plan.floors.values() for what in f.uncounted})
+    if missed:
+        lines += [f"not counted, or guessed: {', '.join(missed)}"]
     if not plan.step_seconds:
         return [*lines, "no floors: the peaks of this device are not known here"]
     rate = plan.tokens / plan.step_seconds
     used = sum(f.seconds["compute"] for f in plan.floors.values()) / plan.step_seconds
     return [
         *lines,
-        f"{'step':10}{'':27}{plan.step_seconds:9.2f}  at least; at most {rate:,.0f} tokens/s, "
-        f"{rate / plan.chips:,.0f} a chip, {used:.0%} of its peak FLOP/s",
+        f"{'step':10}{'':27}{plan.step_seconds:9.2f}  at least, with captions as long as their "
+        f"bucket; at most {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, {used:.0%} of its "
+        "peak FLOP/s",
     ]
 
 
@@ -226,19 +270,15 @@ def as_json(name: str, topology: str, plan: Plan) -> dict[str, Any]:
 
 def suggest(config: ml_collections.ConfigDict, topology: str, name: str, plan: Plan) -> Plan:
     """Tries changes until one fits, and prints the overrides that did."""
-    images = plan.mesh["data"] * plan.mesh["fsdp"]
     made: dict[str, Any] = {}
-    for change in changes(config, images):
-        made |= change
-        tried = config.copy_and_resolve_references()
-        tried.update_from_flattened_dict(made)
-        words = " ".join(f"--config.{k}={v}" for k, v in made.items())
+    for change in plan.next:
         try:
-            plan = make(tried, topology)
-        except ConfigError as e:
-            print(f"\n{words}: {e}")
+            plan = make(config, topology, made | change)
+        except UserError as e:  # a mesh that these sizes don't divide over, say
+            print(f"\n{as_flags(made | change)}: {e}")
             continue
-        print(f"\nwith {words}:\n{tell(name, topology, plan)}", flush=True)
+        made |= change
+        print(f"\nwith {as_flags(made)}:\n{tell(name, topology, plan)}", flush=True)
         if plan.fits:
             return plan
     print("\nnothing that was tried fits: take more chips, a smaller batch or larger memory")
@@ -263,12 +303,12 @@ def main(argv: list[str]) -> None:
         chips.before_jax(topology)
         plan = make(config, topology)
         print(tell(name, topology, plan), flush=True)
-        if not plan.fits and flags.FLAGS.suggest:
+        if plan.fits is False and flags.FLAGS.suggest:
             plan = suggest(config, topology, name, plan)
     if flags.FLAGS.json:
         found = as_json(name, topology, plan)
         Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
-    sys.exit(0 if plan.fits else 1)
+    sys.exit(1 if plan.fits is False else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The table of configs and the topologies that they were planned for, in Markdown.
 
 python -m caprl_jax.plan_table PLAN.json ...    (what caprl_jax.plan --json wrote)
+python -m caprl_jax.plan_table --scaling SMALL.json LARGE.json
 """
 
 import json
@@ -16,12 +17,15 @@ _HEAD = (
 
 def row(plan: dict[str, Any]) -> str:
     """One plan as a row."""
-    where = f"| `{Path(plan['config']).name}` | {plan['topology']} "
-    if not plan["fits"]:
+    words = " ".join(f"{k}={v}" for k, v in plan["overrides"].items())
+    where = f"| `{Path(plan['config']).name}` {words} | {plan['topology']} "
+    if plan["fits"] is False:
         return where + f"| does not fit | | | {plan['refusal'][:80]} |"
     bounds = ", ".join(
         f"{name} {f['bound']}" for name, f in plan["floors"].items() if name != "other"
     )
+    if not plan["step_seconds"]:
+        return where + f"| {plan['total'] / 2**30:.1f} | unknown | {bounds} | |"
     rate = plan["tokens"] / plan["step_seconds"] / plan["chips"]
     return where + (
         f"| {plan['total'] / 2**30:.1f} of {plan['hbm'] / 2**30:.0f} "
@@ -29,11 +33,44 @@ def row(plan: dict[str, Any]) -> str:
     )
 
 
+def efficiency(small: dict[str, Any], large: dict[str, Any]) -> str:
+    """How much of a small slice's pace a chip keeps on a large one, and what it receives there.
+
+    Both floors are taken twice: with compute, memory and links overlapping perfectly, and with the
+    links' time on top of the slower of the other two.
+    """
+    lines = []
+    for how, seconds in (("overlapped", _overlapped), ("links on top", _on_top)):
+        ratio = seconds(small) / seconds(large)
+        lines.append(f"{how}: {seconds(small):.2f} s -> {seconds(large):.2f} s a step, {ratio:.1%}")
+    for plan in (small, large):
+        kinds: dict[str, float] = {}
+        for f in plan["floors"].values():
+            for kind, count in f["link_bytes"].items():
+                kinds[kind] = kinds.get(kind, 0.0) + count / 1e9
+        told = ", ".join(f"{kind} {count:.1f}" for kind, count in kinds.items())
+        lines.append(f"received by a chip of {plan['topology']}, GB a step: {told}")
+    return "\n".join(lines)
+
+
+def _overlapped(plan: dict[str, Any]) -> float:
+    return sum(max(f["seconds"].values()) for f in plan["floors"].values())
+
+
+def _on_top(plan: dict[str, Any]) -> float:
+    return sum(
+        max(f["seconds"]["compute"], f["seconds"]["memory"]) + f["seconds"]["links"]
+        for f in plan["floors"].values()
+    )
+
+
 def main(paths: list[str]) -> None:
     """Prints the table of the files' plans, in the order given."""
     if not paths:
         sys.exit(__doc__)
-    print("\n".join([*_HEAD, *(row(json.loads(Path(p).read_text())) for p in paths)]))
+    scaling = paths[0] == "--scaling"
+    plans = [json.loads(Path(p).read_text()) for p in paths[scaling:]]
+    print(efficiency(*plans) if scaling else "\n".join([*_HEAD, *map(row, plans)]))
 
 
 if __name__ == "__main__":

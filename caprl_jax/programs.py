@@ -51,12 +51,26 @@ def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
                 f"config.{key}={config[section][name]} images don't lie evenly on the {multiple} "
                 f"devices that the mesh's rules cut them over: choose a multiple of {multiple}"
             )
-    for name in PIECES if config.objective == "caprl" else ():
+    if config.objective != "caprl":
+        return
+    group, cut = config.caprl.group, on.decoding.size("cache")
+    if group % cut:
+        raise ConfigError(
+            f"config.caprl.group={group} captions can't be cut over the {cut} devices of "
+            f"config.mesh.decode_rules.cache: choose a multiple of {cut}, or leave it whole"
+        )
+    for name in PIECES:
         if (config.data.batch // pieces(config, name)) % multiple:
             raise ConfigError(
                 f"config.data.batch={config.data.batch} in config.caprl.{name}="
-                f"{pieces(config, name)} pieces doesn't lie evenly on {multiple} devices"
+                f"{pieces(config, name)} pieces doesn't lie evenly on {multiple} devices: pieces "
+                f"that do are {', '.join(map(str, even_pieces(config.data.batch, multiple)))}"
             )
+
+
+def even_pieces(batch: int, multiple: int) -> list[int]:
+    """In how many pieces, each a multiple of `multiple` images, a batch can be cut."""
+    return [n for n in range(1, batch + 1) if batch % n == 0 and (batch // n) % multiple == 0]
 
 
 def eval_pieces(config: ml_collections.ConfigDict, on: Layout) -> int:
@@ -125,6 +139,16 @@ class Parts:
     stop: tuple[int, ...]
 
 
+def check_rules(parts: Parts) -> None:
+    """Refuses parameters that can't lie where decoding wants them, before anything is compiled.
+
+    Raises:
+      UserError: as mesh.param_shardings.
+    """
+    boxed = jax.eval_shape(parts.policy.init, jax.random.key(0))
+    mesh.param_shardings(boxed, parts.layout.decoding)
+
+
 def one_program(
     config: ml_collections.ConfigDict, parts: Parts, state: step.State
 ) -> tuple[Callable, Callable[[], int]]:
@@ -140,6 +164,7 @@ def one_program(
     def one(state, frozen, batch, key):
         return bound(state, frozen, batch, jax.random.fold_in(key, state.step), parts.layout)
 
+    check_rules(parts)
     one, traces = counted(one)
     return jit_step(one, state, parts.layout), traces
 
@@ -150,6 +175,7 @@ def two_programs(
     """As one_program, with captions passing through text (a Retokeniser) on the host in between."""
     from caprl_jax.text_step import in_two_programs  # which knows of tokenizers
 
+    check_rules(parts)
     constants, on = settings(config), parts.layout
     roll_out = functools.partial(
         step.roll_out, parts.policy, constants, Sampling(**config.sampling), parts.stop, layout=on
@@ -167,7 +193,7 @@ def two_programs(
         return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
 
     (roll_out, first), (finish, second) = counted(roll_out), counted(finish)
-    whole = in_two_programs(jax.jit(roll_out), jit_step(finish, state, on), retokenise, on)
+    whole = in_two_programs(jit(roll_out, on), jit_step(finish, state, on), retokenise, on)
     return whole, lambda: max(first(), second())
 
 
@@ -175,6 +201,10 @@ def jit_step(function: Callable, state: step.State, on: Layout) -> Callable:
     """Jits with the state donated, and given back laid out as it came."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
     out = (shardings, mesh.replicated(on))
+    return jit(function, on, donate_argnums=0, out_shardings=out)
+
+
+def jit(function: Callable, on: Layout, **options) -> Callable:
+    """jax.jit with the options that this project's programs are compiled with on the mesh."""
     tpu = on.mesh.devices.flat[0].platform == "tpu"
-    options = TPU_OPTIONS if tpu else None
-    return jax.jit(function, donate_argnums=0, out_shardings=out, compiler_options=options)
+    return jax.jit(function, compiler_options=TPU_OPTIONS if tpu else None, **options)

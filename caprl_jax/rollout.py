@@ -160,6 +160,7 @@ def sample(
     sampling: Sampling,
     pieces: int = 1,
     layout: Layout | None = None,
+    valid: jax.Array | None = None,
 ) -> Rollout:
     """Draws `group` captions per image.
 
@@ -177,15 +178,19 @@ def sample(
       sampling: lengths and temperature.
       pieces: in which images and prompts are read; a divisor of b.
       layout: where weights, caches and captions lie; None leaves that to the compiler.
+      valid: bool [b], False for rows that only fill up a batch: nobody waits for their captions,
+        which are empty. None is all True.
 
     Returns:
       Rollout [b, g, t].
     """
+    if valid is None:
+        valid = jnp.ones(prompt.tokens.shape[0], bool)
     with logical.using(layout), jax.named_scope("prefill"):
         trunk = prefill(policy, params, images, prompt, pieces)
     with logical.using(layout and layout.decoding), jax.named_scope("decode"):
         weights = decode_weights(policy, params, layout)
-        out = decode(policy, weights, trunk, key, group, stop, sampling)
+        out = decode(policy, weights, trunk, key, group, stop, sampling, valid)
     with logical.using(layout):
         return jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
 
@@ -198,6 +203,7 @@ def decode(
     group: int,
     stop: tuple[int, ...],
     sampling: Sampling,
+    valid: jax.Array,
 ) -> Rollout:
     """Draws captions after a trunk; params as decode_weights gives them, the rest as for sample."""
     b, t, c = trunk.last.shape[0], sampling.max_tokens, policy.decoder.config
@@ -233,7 +239,7 @@ def decode(
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
     hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
-    done = jnp.zeros((b, group), bool)
+    done = jnp.broadcast_to(~valid[:, None], (b, group))
     _, done, _, out, _ = jax.lax.while_loop(alive, step, (0, done, hidden, out, cache))
     return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done)
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from caprl_jax import judge
+from caprl_jax import judge, programs
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.heldout import Judged, bucket
 from caprl_jax.mesh import put_whole, replicated
+from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.step import Frozen
@@ -24,20 +25,31 @@ class Splicing:
     """Compares spliced with whole prompts."""
 
     def __init__(
-        self, decoder: Decoder, data: HeldOut, prompt: JudgePrompt, on: Layout, text: bool
+        self,
+        decoder: Decoder,
+        data: HeldOut,
+        prompt: JudgePrompt,
+        on: Layout,
+        text: bool,
+        pieces: int = 1,
     ):
-        """`text`: captions are spliced as their text's ids, not as the policy's."""
-        self._data, self._prompt, self._mesh, self._text = data, prompt, on, text
+        """`text`: captions are spliced as their text's ids, not as the policy's.
+
+        Prompts are read in that many pieces of a batch.
+        """
+        self._data, self._prompt, self._layout, self._text = data, prompt, on, text
 
         def letters(frozen, first, questions):
             # The tree with nothing above the question but one token: a plain sequence.
             nothing = questions.tokens[:, :, :1], questions.mask[:, :, :1] & False
             instruction = frozen.instruction.replace(tokens=first)
-            return judge.score(
-                decoder, frozen.judge, instruction, *nothing, questions, jax.random.key(0), "greedy"
-            ).letter
+            with logical.using(on):
+                return judge.score(
+                    decoder, frozen.judge, instruction, *nothing, questions, jax.random.key(0),
+                    "greedy", pieces=pieces,
+                ).letter  # fmt: skip
 
-        self._letters = jax.jit(letters, out_shardings=replicated(on))
+        self._letters = programs.jit(letters, on, out_shardings=replicated(on))
 
     def measure(self, frozen: Frozen, judged: Sequence[Judged]) -> dict[str, float]:
         """{"splice_ids_differ", "splice_letters_differ"}: shares of captions, one of each image."""
@@ -61,7 +73,7 @@ class Splicing:
     def _read(self, frozen: Frozen, sequences: list[list[int]]) -> np.ndarray:
         """The letter after each sequence, the first of each image's questions."""
         length, out = bucket(max(map(len, sequences))), []
-        first = jax.device_put(np.asarray(sequences[0][:1], np.int32), replicated(self._mesh))
+        first = jax.device_put(np.asarray(sequences[0][:1], np.int32), replicated(self._layout))
         for batch in self._data.batches:
             b, at = len(batch.valid), sum(map(len, out))
             tokens, mask = np.zeros((b, 1, length), np.int32), np.zeros((b, 1, length), bool)
@@ -73,6 +85,6 @@ class Splicing:
                     batch.questions.truth, batch.questions.letters, batch.questions.valid
                 ))
             )  # fmt: skip
-            found = self._letters(frozen, first, put_whole(asked, self._mesh))
+            found = self._letters(frozen, first, put_whole(asked, self._layout))
             out.append(np.asarray(jax.device_get(found))[: len(own), 0, 0])
         return np.concatenate(out)

@@ -79,7 +79,9 @@ class Settings:
       kl: coefficient of the k3 KL to the reference; 0 holds no reference.
       updates: optimizer updates per rollout.
       micro_batches: pieces that a batch's images are cut into for each update's gradients.
-      prefill_batches: pieces in which images and prompts are read before decoding.
+      rollout_batches: pieces of the batch that are captioned one after the other, each with caches
+        of its own; the draws differ with it.
+      prefill_batches: pieces of the batch in which images and prompts are read before decoding.
       score_batches: pieces in which the judge reads captions.
       accuracy_weight: of the judge's accuracy in the reward.
       length_weight: of the length reward.
@@ -95,6 +97,7 @@ class Settings:
     kl: float = 0.0
     updates: int = 1
     micro_batches: int = 1
+    rollout_batches: int = 1
     prefill_batches: int = 1
     score_batches: int = 1
     accuracy_weight: float = 1.0
@@ -301,10 +304,18 @@ def roll_out(
     layout: Layout | None = None,
 ) -> rollout.Rollout:
     """The first part of a step: settings.group captions of each image."""
-    return rollout.sample(
-        policy, params, batch.images, batch.prompt, key, settings.group, stop, sampling,
-        settings.prefill_batches, layout,
-    )  # fmt: skip
+    count = settings.rollout_batches
+    prefills = max(settings.prefill_batches // count, 1)
+
+    def one(piece, key):
+        images, prompt, valid = piece
+        return rollout.sample(
+            policy, params, images, prompt, key, settings.group, stop, sampling, prefills, layout,
+            valid,
+        )  # fmt: skip
+
+    whole = batch.images, batch.prompt, batch.valid
+    return one(whole, key) if count == 1 else logical.in_pieces(one, whole, count, key)
 
 
 def judged(
@@ -356,11 +367,13 @@ def sft_step(
     optimizer: optax.GradientTransformation,
     state: State,
     examples: sft.Examples,
+    layout: Layout | None = None,
 ) -> tuple[State, Metrics]:
     """One supervised update: weighted mean negative log-likelihood over the tree."""
 
     def loss(params):
-        return sft.losses(policy, params, examples)
+        with logical.using(layout):
+            return sft.losses(policy, params, examples)
 
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     total = jnp.maximum(sft.total_weight(examples), 1e-6)

@@ -1,4 +1,4 @@
-"""CapRL with Qwen3-VL-2B as policy and Qwen2.5-3B-Instruct as judge, on CapRL-QA-75K.
+"""CapRL with Qwen3-VL-2B as policy and Qwen3-4B as judge, on CapRL-QA-75K.
 
 Arguments:  what it runs on: v5e_16 (default)
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_2b.py --workdir=DIR \
@@ -18,7 +18,7 @@ def get_config(argument=""):
     c = default()
     c.policy.path = "Qwen/Qwen3-VL-2B-Instruct"
     c.policy.remat = True
-    c.judge.path = "Qwen/Qwen2.5-3B-Instruct"
+    c.judge.path = "Qwen/Qwen3-4B"
     c.judge.mode = "sampled"
     c.steps = 1800
     c.sampling.max_tokens = 1024
@@ -26,8 +26,9 @@ def get_config(argument=""):
     c.caprl.advantage = "rloo"
     c.caprl.questions = 8
     c.caprl.micro_batches = PIECES[hardware]
+    c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 7 GiB a chip
     decode_over_tensor(c, 4, heads=True)  # 8 key-value heads
-    c.optimizer.learning_rate = 1e-5
+    c.optimizer.learning_rate = 1e-5  # CapRL++'s, as its constant schedule
     c.optimizer.schedule = "constant"
     c.data.source = "files"
     c.data.batch = 128

@@ -113,9 +113,15 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """
     for segment in segments:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
-    size = _queries_at_once(q, segments)
-    if size == q.shape[-3]:
+    t, size = q.shape[-3], _queries_at_once(q, segments)
+    if size == t:
         return _attend(q, segments)
+    whole = -(-t // size) * size
+    q = _lengthen(q, whole, -3)
+    segments = [
+        s if s.mask.shape[-2] == 1 else s.replace(mask=_lengthen(s.mask, whole, -2))
+        for s in segments
+    ]
 
     # Recomputed in the backward pass, so that no more than one piece's scores are ever held.
     @jax.checkpoint
@@ -129,17 +135,23 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         ]
         return _attend(cut(q, -3), own)
 
-    out = jax.lax.map(piece, jnp.arange(0, q.shape[-3], size))
-    return jnp.moveaxis(out, 0, -4).reshape(q.shape)
+    out = jax.lax.map(piece, jnp.arange(0, whole, size))
+    return jax.lax.slice_in_dim(jnp.moveaxis(out, 0, -4).reshape(q.shape), 0, t, axis=q.ndim - 3)
+
+
+def _lengthen(a: jax.Array, size: int, axis: int) -> jax.Array:
+    """Fills an axis up with zeros."""
+    pad = [(0, 0)] * a.ndim
+    pad[axis] = (0, size - a.shape[axis])
+    return jnp.pad(a, pad)
 
 
 def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
-    """The largest divisor of the queries' length whose scores of one image fit the bound."""
+    """How many queries of one image have scores within the bound, in even pieces."""
     keys = sum(s.k.shape[-3] for s in segments)
     one = 4 * keys * q.shape[-2] * math.prod(q.shape[1:-3])  # bytes of a token's float32 scores
-    t = q.shape[-3]
-    fits = [d for d in range(1, t + 1) if t % d == 0 and d * one <= SCORE_BYTES]
-    return max(fits, default=1)
+    pieces = -(-q.shape[-3] // max(SCORE_BYTES // one, 1))
+    return -(-q.shape[-3] // pieces)
 
 
 def _attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:

@@ -34,6 +34,11 @@ class Layout:
     rules: Rules
     decode_rules: Rules
 
+    def __hash__(self) -> int:
+        """So that it can be a static argument of jit; tables are dicts, which have none."""
+        tables = (tuple(sorted(table.items())) for table in (self.rules, self.decode_rules))
+        return hash((self.mesh, *tables))
+
     @property
     def decoding(self) -> "Layout":
         """The same mesh under the rules of decoding."""
@@ -82,14 +87,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     )
 
 
-def in_pieces(function: Callable[[Any], Any], tree: Any, pieces: int) -> Any:
+def in_pieces(function: Callable, tree: Any, pieces: int, key: jax.Array | None = None) -> Any:
     """function over pieces of the first axis one after the other; [b, ..] -> [b, ..].
 
-    Every piece is spread over all devices of the first axis, so none sits idle.
+    Every piece is spread over all devices of the first axis, so none sits idle. With a key,
+    function takes one of its own for each piece too.
     """
-    if pieces == 1:
+    if pieces == 1 and key is None:
         return function(tree)
-    out = jax.lax.map(function, split(tree, pieces))
+    cut = split(tree, pieces)
+    if key is None:
+        out = jax.lax.map(function, cut)
+    else:
+        out = jax.lax.map(lambda a: function(*a), (cut, jax.random.split(key, pieces)))
     return jax.tree.map(
         lambda a: jnp.swapaxes(a, 0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:]), out
     )
