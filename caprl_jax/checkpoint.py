@@ -9,8 +9,12 @@ import ml_collections
 
 from caprl_jax.config import ConfigError
 
-# What may differ between a run and its continuation; anything else would make it another run.
-_FREE = {"steps", "log_every", "export", "eval", "checkpoint", "mesh"}
+# What may differ between a run and its continuation, sections or keys: results don't depend on it,
+# but for rounding where the mesh or the pieces change. Anything else would make it another run.
+_FREE = {
+    "steps", "log_every", "export", "eval", "checkpoint", "mesh", "data.threads", "policy.remat",
+    "caprl.micro_batches", "caprl.prefill_batches", "caprl.score_batches",
+}  # fmt: skip
 
 
 PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
@@ -139,7 +143,7 @@ def _check_same(saved: dict, now: dict) -> None:
     changed = [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if key.split(".")[0] not in _FREE and old.get(key) != new.get(key)
+        if not _FREE & {key, key.split(".")[0]} and old.get(key) != new.get(key)
     ]
     if changed:
         raise ConfigError(

@@ -23,6 +23,7 @@ HEARTBEAT = 60  # seconds without a sign of life after which a process is given 
 MEETING = 300  # seconds in which all processes must have come
 TURN = 24 * 3600  # seconds that a turn (a conversion of data, say) may take
 STOPPED = 75  # exit code after SIGTERM and a checkpoint: start again to go on (EX_TEMPFAIL)
+LOST = 76  # exit code where another process is gone and JAX hasn't ended this one with 134
 
 _BARRIERS = itertools.count()  # a barrier's name serves once; every process meets them in order
 
@@ -43,7 +44,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
       process: which of them this is.
 
     Raises:
-      ConfigError: some but not all are given, or process 0 can't be met there.
+      ConfigError: some but not all are given, or the processes can't meet.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -55,16 +56,34 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
             f"{' and '.join(missing)} missing: a run of several processes needs --coordinator, "
             "--processes and --process in each, a cluster that JAX knows (Slurm, TPU pods) none"
         )
-    elif "1" not in (os.environ.get(k) for k in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
-        try:
-            _initialize()
-        except ValueError:  # how JAX says that there is no cluster
-            return
+    elif not _single_task():
+        _join_cluster()
     if jax.process_count() > 1:
         hosts = ", ".join(f"{i} on {name}" for i, name in enumerate(_hosts()))
         if not is_first():  # what all would tell, the first one does
             logging.getLogger().setLevel(logging.WARNING)
         logging.info("%d processes: %s", jax.process_count(), hosts)
+
+
+def _single_task() -> bool:
+    return "1" in (os.environ.get(k) for k in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+
+
+def _join_cluster() -> None:
+    """Meets the processes of the cluster that JAX finds, if it finds one."""
+    try:
+        _initialize()
+    except Exception as e:
+        # How JAX says that there is no cluster. Whatever else fails must end the process: going on,
+        # each would train alone, as process 0, in the workdir of all.
+        if isinstance(e, ValueError) and "coordinator_address should be defined" in str(e):
+            return
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(
+            f"the processes of this run can't meet: {type(e).__name__}: {e}. To run one alone in a "
+            "cluster: --coordinator=localhost:1234 --processes=1 --process=0"
+        ) from e
 
 
 def _initialize(*where) -> None:
@@ -222,11 +241,21 @@ class Notice:
             signal.signal(signal.SIGTERM, self._before)
 
 
+def _lost_another(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, comes of working with the other processes."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)  # this one's own memory
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around a run of several processes: an error here ends this one at once.
+    """Around a run of several processes: an error here ends this one at once, with code 1.
 
-    JAX would have it wait for the others, which wait for it in turn. They notice within HEARTBEAT.
+    JAX would have it wait for the others, which wait for it in turn. They notice after HEARTBEAT,
+    and end with 134 or LOST.
     """
     try:
         yield
@@ -238,8 +267,8 @@ def together() -> Iterator[None]:
         else:
             traceback.print_exc()
         print(f"process {jax.process_index()} ends", file=sys.stderr, flush=True)
-        if isinstance(e, jax.errors.JaxRuntimeError):
-            # Most likely another process is gone, and JAX is about to say which.
-            time.sleep(HEARTBEAT + 15)
+        lost = _lost_another(e)
+        if lost:
+            time.sleep(HEARTBEAT + 15)  # JAX is about to say which, and to end this one
         logging.shutdown()
-        os._exit(1)
+        os._exit(LOST if lost else 1)

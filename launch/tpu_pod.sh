@@ -14,23 +14,42 @@ cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 command="$1" name="$2"
 shift 2
+# shellcheck source=launch/exit_code.sh
+source launch/exit_code.sh
 options=(--zone="${ZONE:?set ZONE, for example us-east5-b}" --quiet)
 [ -z "${PROJECT:-}" ] || options+=(--project="$PROJECT")
 
-state() {
-  gcloud compute tpus queued-resources describe "$name" "${options[@]}" \
-    --format="value(state.state)" 2>/dev/null || echo NONE
+state() { # NONE: there is no slice; UNKNOWN: gcloud failed
+  local told
+  if told="$(gcloud compute tpus queued-resources describe "$name" "${options[@]}" \
+    --format="value(state.state)" 2>&1)"; then
+    echo "${told##*$'\n'}"
+  else
+    case "$told" in *NOT_FOUND*) echo NONE ;; *) echo "$told" >&2; echo UNKNOWN ;; esac
+  fi
 }
 
-create() {
+ask() {
   local spot=()
   [ -z "${SPOT:-}" ] || spot=(--spot)
   gcloud compute tpus queued-resources create "$name" --node-id="$name" "${options[@]}" \
     --accelerator-type="${TYPE:?set TYPE, for example v6e-16}" \
     --runtime-version="${VERSION:-v2-alpha-tpuv6e}" "${spot[@]}"
-  until [ "$(state)" = ACTIVE ]; do
-    case "$(state)" in FAILED | SUSPENDED | NONE) echo "no slice: $(state)" >&2; return 1 ;; esac
-    sleep "${POLL:-30}"
+}
+
+create() { # asks where there is no slice, or a dead one, and waits for it in the queue
+  local now asked=""
+  while now="$(state)" && [ "$now" != ACTIVE ]; do
+    case "$now" in
+      NONE | FAILED)
+        [ -z "$asked" ] || { echo "no slice: $now" >&2; return 1; }
+        [ "$now" = NONE ] || delete || return 1
+        ask || return 1
+        asked=1
+        ;;
+      SUSPENDED) { delete && ask; } || return 1 ;;
+      *) sleep "${POLL:-30}" ;; # ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, CREATING, ..
+    esac
   done
 }
 
@@ -43,33 +62,49 @@ on_all() {
 }
 
 install() {
-  local archive
-  archive="$(mktemp -d)/caprl.tgz"
-  git ls-files -z --cached --others --exclude-standard | tar --null -T - -czf "$archive"
-  gcloud compute tpus tpu-vm scp "$archive" "$name:caprl.tgz" "${options[@]}" --worker=all
+  local files code=0
+  files="$(mktemp -d)"
+  { git ls-files -z --cached --others --exclude-standard |
+    tar --null -T - -czf "$files/caprl.tgz" &&
+    gcloud compute tpus tpu-vm scp "$files/caprl.tgz" "$name:caprl.tgz" "${options[@]}" \
+      --worker=all; } || code=$?
+  rm -r "$files"
+  [ "$code" -eq 0 ] || return "$code"
   # Whatever a lost connection left running; [c] keeps the shell that runs this from matching.
-  on_all "pkill -f '[c]aprl_jax.main'; mkdir -p caprl && tar -xzf caprl.tgz -C caprl && cd caprl && export PYTHON=${PYTHON:-python3}
-    . launch/setup_venv.sh '' && \$VENV/bin/python -m pip install --quiet 'jax[tpu]'
+  on_all "pkill -f '[c]aprl_jax.main'; set -e
+    mkdir -p caprl; tar -xzf caprl.tgz -C caprl; cd caprl; export PYTHON=${PYTHON:-python3}
+    . launch/setup_venv.sh ''
+    \$VENV/bin/python -m pip install --quiet 'jax[tpu]'
     if [ -n '${BUCKET:-}' ] && ! mountpoint -q bucket; then
-      mkdir -p bucket && gcsfuse --implicit-dirs '${BUCKET:-}' bucket
-    fi"
+      mkdir -p bucket; gcsfuse --implicit-dirs '${BUCKET:-}' bucket
+    fi
+    rm -f stopped code"
+}
+
+# Runs main.py on all hosts and prints what it comes to. Each host writes down its own code, for
+# gcloud's depends on which connection ended first; `stop` reaches the shell too, which must outlive
+# Python's checkpoint to do so, and then there is nothing to start again.
+main() {
+  local quoted
+  printf -v quoted ' %q' "$@"
+  on_all "trap : TERM; cd caprl && .venv/bin/python -m caprl_jax.main$quoted; code=\$?
+    if [ -e stopped ] && [ \$code -gt 2 ]; then code=0; fi
+    echo \$code > code" >&2 || :
+  exit_code "$(on_all "cat caprl/code" 2> /dev/null | tr -d '\r')"
 }
 
 run() {
-  local quoted code restarts=0
-  printf -v quoted ' %q' "$@"
+  local code restarts=0
   while true; do
-    if [ "$(state)" != ACTIVE ]; then
-      [ "$(state)" = NONE ] || delete
-      create
+    create
+    if install; then
+      code="$(main "$@")"
+    else
+      code=76
+      echo "the checkout can't be installed on all hosts" >&2
+      sleep "${POLL:-30}"
     fi
-    code=0
-    install && on_all "cd caprl && rm -f stopped && \
-      .venv/bin/python -m caprl_jax.main$quoted; code=\$?; [ -e stopped ] && exit 0; exit \$code" ||
-      code=$?
-    [ "$code" -ne 0 ] || return 0
-    # 1 and 2, on a slice that stands, are errors of the run's own, which would come again.
-    if [ "$code" -le 2 ] && [ "$(state)" = ACTIVE ]; then return "$code"; fi
+    case $code in 0 | 1 | 2) return "$code" ;; esac
     [ "$code" -eq 75 ] || restarts=$((restarts + 1))
     [ "$restarts" -le "${RESTARTS:-10}" ] || return "$code"
     echo "exit code $code: going on from the last checkpoint" >&2

@@ -1,6 +1,7 @@
 """Grain pipelines: stored records -> shuffled, sharded, seeded batches of arrays."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -212,7 +213,7 @@ def train_iterator(
       batch: images per batch, over all processes.
       seed: of the shuffle and of every example's rng.
       set_aside: where unusable records go.
-      threads: batches made at the same time, ahead of the step.
+      threads: images made at the same time, up to a batch ahead of the step.
       epochs: passes over the data; None never ends. The last batch is filled up.
       rows: of each batch; None is all.
       start: batches to leave out.
@@ -229,14 +230,17 @@ def train_iterator(
     data = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
     data = data.random_map(guarded(make, set_aside, instead))
     rows, total = range(batch) if rows is None else [int(r) for r in rows], len(data)
+    batches = min(-(-total // batch), sys.maxsize // batch)  # Grain's endless data are sys.maxsize
 
     def made(number: int) -> Any:
-        places = [number * batch + r for r in rows]
-        return stack([data[p] if p < total else instead for p in places])
+        place = number // len(rows) * batch + rows[number % len(rows)]
+        return data[place] if place < total else instead
 
-    batches = grain.MapDataset.range(min(start, -(-total // batch)), -(-total // batch)).map(made)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    return iter(batches.to_iter_dataset(options))
+    images = grain.MapDataset.range(min(start, batches) * len(rows), batches * len(rows)).map(made)
+    # Images wait one by one, not in batches: one of 3b.py has 24 MB, and a host may feed 128.
+    ahead = max(len(rows), threads)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    return iter(images.to_iter_dataset(options).batch(len(rows), batch_fn=stack))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import threading
+import time
 
 import jax
 import numpy as np
@@ -87,6 +89,27 @@ def test_the_iterator_goes_on_where_it_was_saved(source, inputs):
     whole = list(itertools.islice(iterator(source, make, epochs=None), 6))
     equal(list(itertools.islice(iterator(source, make, epochs=None, start=3), 3)), whole[3:])
     assert not list(iterator(source, make, start=3)) and not list(iterator(source, make, start=9))
+
+
+def test_images_are_made_side_by_side_about_a_batch_ahead(source, inputs):
+    """As many at a time as threads; while a step runs no more than the next batch is made."""
+    make, lock, busy, most, made = examples(inputs), threading.Lock(), 0, 0, 0
+
+    def watched(record, rng):
+        nonlocal busy, most, made
+        with lock:
+            busy, made = busy + 1, made + 1
+            most = max(most, busy)
+        time.sleep(0.05)  # long enough to meet the others
+        with lock:
+            busy -= 1
+        return make(record, rng)
+
+    data = iterator(source, watched, batch=4, epochs=None, threads=3)
+    equal([next(data) for _ in range(2)], list(itertools.islice(iterator(source, make, 4), 2)))
+    time.sleep(1)
+    data.close()
+    assert most == 3 and made == 1 + 2 * 4 + 4  # one for its shapes, two batches, and the next
 
 
 def test_processes_share_a_batch_without_moving_an_image(source, inputs):
