@@ -17,8 +17,8 @@ _HEAD = (
 
 def row(plan: dict[str, Any]) -> str:
     """One plan as a row."""
-    words = " ".join(f"{k}={v}" for k, v in plan["overrides"].items())
-    where = f"| `{Path(plan['config']).name}` {words} | {plan['topology']} "
+    words = "".join(f" {k}={v}" for k, v in plan["overrides"].items())
+    where = f"| `{Path(plan['config']).name}`{words} | {plan['topology']} "
     if plan["fits"] is False:
         return where + f"| does not fit | | | {plan['refusal'][:80]} |"
     bounds = ", ".join(

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from caprl_jax import mesh
+from caprl_jax.errors import UserError
 
 
 def boxed(shape, names):
@@ -46,6 +47,32 @@ def test_what_an_axis_does_not_divide_is_replicated():
     """The 3B model's two key-value heads under tensor=4."""
     found = spec((2048, 2, 128), ("embed", "kv_heads", None), fsdp=2, tensor=4)
     assert found == PartitionSpec(("fsdp",), None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "axes", "nearest"),
+    [((12, 28), ("embed", "heads"), {"tensor": 8}, 7), ((6, 4), ("embed", "mlp"), {"fsdp": 8}, 6)],
+)
+def test_what_an_axis_does_not_divide_is_refused(shape, names, axes, nearest):
+    with pytest.raises(UserError, match=f"parameter w .*nearest that works is {nearest};"):
+        spec(shape, names, **axes)
+
+
+@pytest.mark.parametrize("rule", [{"head": "tensor"}, {"heads": "model"}, {"heads": "data,data"}])
+def test_a_rule_of_no_axis_is_refused(rule):
+    with pytest.raises(UserError, match="joined by commas"):
+        mesh.layout(mesh.make_mesh({"data": 8}), rule)
+
+
+def test_an_activation_yields_what_is_taken_or_does_not_divide():
+    on = mesh.layout(mesh.make_mesh({"fsdp": 4, "tensor": 2}), {"cache": "tensor"})
+    names = ("images", "cache", None, "heads", None)
+    assert on.spec(names, (4, 2, 5, 8, 3)) == PartitionSpec(
+        ("data", "fsdp"), ("tensor",), None, None, None
+    )
+    assert on.spec(names, (4, 3, 5, 8, 3)) == PartitionSpec(
+        ("data", "fsdp"), None, None, ("tensor",), None
+    )
 
 
 def test_one_mesh_axis_twice_in_a_parameter_is_refused():

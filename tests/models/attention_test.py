@@ -1,0 +1,40 @@
+"""Attention in pieces of the queries is attention: the same values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from caprl_jax.models import attention
+from caprl_jax.models.attention import Segment, attend, causal_mask
+
+
+def problem(t):
+    """q [b, g, t, heads, d] and two segments: of an ancestor, and its own, causal."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 3, t, h, 4)).astype(np.float32) for h in (4, 2, 2))
+    root = [rng.normal(size=(2, 5, 2, 4)).astype(np.float32) for _ in range(2)]
+    real = rng.random((2, 1, 5)) < 0.7
+    own = causal_mask(jnp.asarray(np.arange(t) < np.asarray([t, t - 1, t - 3])[None, :, None]))
+    own = jnp.broadcast_to(own, (2, 3, t, t))
+    return jnp.asarray(q), (root, (k, v)), (jnp.asarray(real), own)
+
+
+def loss(q, kvs, masks):
+    (root, own), (real, causal) = kvs, masks
+    out = attend(q, [Segment(*root, real), Segment(*own, causal)])
+    return jnp.sum(jnp.sin(out)), out
+
+
+# A token has 4 bytes x 4 heads x 3 captions x (5 + t) keys of scores; 7 is not cut evenly.
+@pytest.mark.parametrize(("t", "bound"), [(8, 2 * 48 * 13), (7, 3 * 48 * 12), (7, 1)])
+def test_pieces_give_the_same_values_and_gradients(monkeypatch, t, bound):
+    q, kvs, masks = problem(t)
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, whole), whole_grads = run(q, kvs, masks)
+    monkeypatch.setattr(attention, "SCORE_BYTES", bound)
+    assert "scan" in str(jax.make_jaxpr(loss)(q, kvs, masks))
+    (_, pieces), grads = run(q, kvs, masks)
+    np.testing.assert_allclose(pieces, whole, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
