@@ -10,7 +10,10 @@ Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
             --config.judge.path name directories.
 Measured:   not at full size on an accelerator yet. On 2 CPU cores the same config runs with random
             weights of the real layout and tiny sizes (tests/real_data_test.py).
-Hardware:   HARDWARE
+Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer), GiB a chip:
+            v5e_16 (v5e:4x4) 12.0 of 16, 23.1 s a step; v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s;
+            v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64 (v5p:4x4x4) PLANV5P64
+            h200_8 (a node of 8 H200) is not planned: the compiler for GPUs needs one.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 

@@ -4,8 +4,9 @@ Arguments:  what it runs on: v5e_16 (default)
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_2b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
-Hardware:   HARDWARE
-Expected:   EXPECTED
+Hardware:   not planned yet; the shapes of qwen3vl_4b.py, which is larger, were (see there).
+Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL 2.0 trains this
+            size.
 """
 
 from caprl_jax.config import choose, decode_over_tensor, default

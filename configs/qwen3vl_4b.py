@@ -4,8 +4,10 @@ Arguments:  what it runs on: v5e_16 (default)
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_4b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
-Hardware:   HARDWARE
-Expected:   EXPECTED
+Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer), GiB a chip:
+            v5e_16 (v5e:4x4) PLANQ4
+Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL++ trains this
+            size with a judge of this family.
 """
 
 from caprl_jax.config import choose, decode_over_tensor, default
