@@ -72,6 +72,7 @@ def before_jax(topology: str) -> None:
     else:  # what the compiler would ask a TPU's host for, in vain
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other plans may be in the making
 
 
 def devices(topology: str) -> Sequence[Any]:
@@ -95,5 +96,5 @@ def devices(topology: str) -> Sequence[Any]:
         told = str(e)[:300].partition("\n")[0]
         raise ConfigError(
             f"--topology={topology}: {told}. The TPU compiler comes with "
-            "pip install 'caprl_jax[plan]'; one process at a time can use it"
+            "pip install 'caprl_jax[plan]'"
         ) from e

@@ -12,6 +12,7 @@ from caprl_jax import abstract, chips, floors, hlo_costs, mesh, plan, plan_table
 from caprl_jax import config as config_lib
 from caprl_jax.chips import Chip
 from caprl_jax.config import ConfigError
+from caprl_jax.errors import UserError
 from caprl_jax.hlo_costs import Collective
 from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder, DecoderConfig
@@ -78,6 +79,15 @@ def tpu(topology):
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
 def test_nor_on_a_tpu(tables):
     assert largest_gather(decode_text(tpu("v5e:2x4"), tables)) < SMALLEST
+
+
+def test_slices_are_cut_along_data_alone():
+    devices = tpu("v5e:2x2*2")
+    on = mesh.make_mesh({"data": 2, "fsdp": -1}, devices)
+    assert dict(on.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert [len({d.slice_index for d in part.flat}) for part in on.devices] == [1, 1]
+    with pytest.raises(UserError, match=r"mesh\.data=1 is no multiple of the 2 slices"):
+        mesh.make_mesh({"fsdp": -1}, devices)
 
 
 def small():
