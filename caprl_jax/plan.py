@@ -171,7 +171,7 @@ def _memory(built: abstract.AbstractStep, found: Any, cached: int) -> dict[str, 
 def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> int:
     """Bytes on each chip of the prompts' and captions' keys and values while decoding."""
     c, on = built.parts.policy.decoder.config, built.parts.layout.decoding
-    b, g = config.data.batch, config.caprl.group
+    b, g = config.data.batch // pieces(config, "rollout_batches"), config.caprl.group
 
     def one(batch: tuple[int, ...], length: int) -> int:
         shape = (c.layers, *batch, length, c.kv_heads, c.head_dim)

@@ -5,7 +5,7 @@ Command:    python -m caprl_jax.main --config=configs/qwen3vl_4b.py --workdir=DI
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
 Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer), GiB a chip:
-            v5e_16 (v5e:4x4) PLANQ4
+            v5e_16 (v5e:4x4) 13.6 of 16, 45.7 s a step, bound by the traffic of its caches
 Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL++ trains this
             size with a judge of this family.
 """
