@@ -12,7 +12,7 @@ Measured:   not at full size on an accelerator yet. On 2 CPU cores the same conf
             weights of the real layout and tiny sizes (tests/real_data_test.py).
 Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer), GiB a chip:
             v5e_16 (v5e:4x4) 12.0 of 16, 23.1 s a step; v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s;
-            v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64 (v5p:4x4x4) PLANV5P64
+            v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64 (v5p:4x4x4) 11.9 of 95, 2.9 s.
             h200_8 (a node of 8 H200) is not planned: the compiler for GPUs needs one.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
