@@ -2,8 +2,8 @@
 
 Arguments:  a recipe, released (default): RLOO, no KL, 8 questions drawn with replacement
                       paper: GRPO, KL to the start, 4 questions with shuffled options
-            and what it runs on: v5e_16 (default), v6e_16, v5p_8, v5p_64, h200_8
-            as in 3b.py:paper,v5p_8
+            and what it runs on: v5e_16 (default), v6e_16, v5p_8, v5p_64, or h200_8,
+            whose mesh takes any number of GPUs; as in 3b.py:paper,v5p_8
 Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/      (parquet or JSON lines: data/files.py)
             The models are fetched from the hub unless --config.policy.path and

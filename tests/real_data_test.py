@@ -116,7 +116,7 @@ def test_the_3b_config_trains_on_rows_of_which_a_tenth_is_damaged(tmp_path):
         "caprl.micro_batches": 2, "sampling.max_tokens": 12, "data.max_pixels": 112 * 112,
         "data.max_prompt": 64, "data.max_windows": 4, "eval.images": 8, "eval.batch": 8,
     }  # fmt: skip
-    command = [sys.executable, "-m", "caprl_jax.main", f"--config={ROOT / 'configs/3b.py'}"]
+    command = [sys.executable, "-m", "caprl_jax.main", f"--config={ROOT / 'configs/3b.py'}:h200_8"]
     command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in options.items())]
     environment = os.environ | {"XLA_FLAGS": ""}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
