@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Plans every shipped config for its topologies and prints README's table; no TPU is needed.
-# Usage: bash launch/plans.sh DIR     (about 9 minutes a plan on one core; plans in DIR are kept)
+# Usage: bash launch/plans.sh DIR     (5 to 9 minutes a plan on 2 cores; plans in DIR are kept)
 set -euo pipefail
 out="$(realpath -m "${1:?usage: bash launch/plans.sh DIR}")"
 cd "$(dirname "$0")/.."
