@@ -105,7 +105,8 @@ def phases(
     def decode(params, trunk, key):
         with logical.using(on.decoding), jax.named_scope("decode"):
             weights = rollout.decode_weights(p.policy, params, on)
-            return rollout.decode(p.policy, weights, trunk, key, g, stop, sampling)
+            valid = jnp.ones(b, bool)
+            return rollout.decode(p.policy, weights, trunk, key, g, stop, sampling, valid)
 
     def score(frozen, captions, questions, key):
         return step.judged(
