@@ -146,50 +146,6 @@ def default() -> ml_collections.ConfigDict:
     return c.lock()
 
 
-def choose(argument: str, *groups: tuple[str, ...]) -> list[str]:
-    """One word of each group from a config file's argument, "released,v5e_16" say.
-
-    Args:
-      argument: words joined by commas, in any order; a group that none is of takes its first.
-      groups: words to choose from.
-
-    Raises:
-      ConfigError: a word is of no group, or two are of one.
-    """
-    words = [w for w in argument.split(",") if w]
-    chosen = []
-    for group in groups:
-        found = [w for w in words if w in group]
-        if len(found) > 1:
-            raise ConfigError(
-                f"config argument {argument!r}: {' and '.join(found)} exclude another"
-            )
-        chosen.append(found[0] if found else group[0])
-        words = [w for w in words if w not in group]
-    if words:
-        known = "; ".join(", ".join(group) for group in groups)
-        raise ConfigError(f"config argument {argument!r}: {words[0]!r} is none of {known}")
-    return chosen
-
-
-def decode_over_tensor(c: ml_collections.ConfigDict, tensor: int, heads: bool) -> None:
-    """A mesh whose tensor axis trains like fsdp and cuts the weights, not the images, in decoding.
-
-    Training moves weights, which pays for the many tokens of a piece; decoding, with one token a
-    caption, moves activations instead and so reads only its part of the weights.
-
-    Args:
-      c: to be changed.
-      tensor: size of the axis.
-      heads: whether caches are cut by key-value heads, of which there must be enough; else by
-        captions, of which group must be a multiple of it.
-    """
-    c.mesh.tensor = tensor
-    everywhere = {"images": "data,fsdp,tensor", "embed": "fsdp,tensor", "merged": "fsdp,tensor"}
-    c.mesh.rules.update(everywhere | dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ""))
-    c.mesh.decode_rules.cache = "" if heads else "tensor"
-
-
 _ONE_OF = {
     "objective": ("caprl", "sft"),
     "dtype": ("auto", "float32", "bfloat16"),

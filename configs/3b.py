@@ -17,7 +17,7 @@ Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer)
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 
-from caprl_jax.config import choose, decode_over_tensor, default
+from caprl_jax.recipes import choose, decode_over_tensor, released
 
 # Pieces of 128 images: one image a chip at a time on 16 GB, more where there is room.
 PIECES = {"v5e_16": 8, "v6e_16": 4, "v5p_8": 8, "v5p_64": 1, "h200_8": 8}
@@ -25,35 +25,13 @@ PIECES = {"v5e_16": 8, "v6e_16": 4, "v5p_8": 8, "v5p_64": 1, "h200_8": 8}
 
 def get_config(argument=""):
     recipe, hardware = choose(argument, ("released", "paper"), tuple(PIECES))
-    c = default()
-    c.policy.path = "Qwen/Qwen2.5-VL-3B-Instruct"
-    c.policy.remat = True
-    c.judge.path = "Qwen/Qwen2.5-3B-Instruct"
-    c.judge.mode = "sampled"
-    c.steps = 1800  # where the shipped checkpoint was taken; a pass over the data is about 588
-    c.sampling.max_tokens = 1024
-    c.caprl.group = 8
+    c = released("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct", side=28, windows=80)
     c.caprl.micro_batches = PIECES[hardware]
     if not hardware.startswith("h200"):
         decode_over_tensor(c, 4, heads=False)  # 2 key-value heads
-    c.data.source = "files"
-    c.data.batch = 128
-    # An image of at most 1024 features of 28 x 28 pixels, and the words around it.
-    c.data.max_pixels = 1024 * 28 * 28
-    c.data.max_prompt = 1088
-    c.data.max_windows = 80
-    c.data.max_question = 192
-    c.eval.every = 200
-    c.eval.images = 128
-    c.eval.batch = 64
-    c.checkpoint.every = 100
-    c.export.dtype = "bfloat16"
-    if recipe == "released":
-        c.caprl.advantage = "rloo"
-        c.caprl.questions = 8
-        c.data.shuffle_options = False
-    else:
+    if recipe == "paper":
         c.caprl.advantage = "grpo"
         c.caprl.kl = 0.01  # the paper uses one; its coefficient is not given
         c.caprl.questions = 4
+        c.data.shuffle_options = True
     return c

@@ -10,36 +10,14 @@ Expected:   no figures are published for this size; the untrained 7B stands at 4
             average where the trained 3B reaches 48.3 (arXiv 2509.22647, Table 3).
 """
 
-from caprl_jax.config import choose, decode_over_tensor, default
+from caprl_jax.recipes import choose, decode_over_tensor, released
 
 PIECES = {"v5p_16": 4, "v5e_64": 2}  # of 128 images
 
 
 def get_config(argument=""):
     (hardware,) = choose(argument, tuple(PIECES))
-    c = default()
-    c.policy.path = "Qwen/Qwen2.5-VL-7B-Instruct"
-    c.policy.remat = True
-    c.judge.path = "Qwen/Qwen2.5-7B-Instruct"
-    c.judge.mode = "sampled"
-    c.steps = 1800
-    c.sampling.max_tokens = 1024
-    c.caprl.group = 8
-    c.caprl.advantage = "rloo"
-    c.caprl.questions = 8
+    c = released("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", side=28, windows=80)
     c.caprl.micro_batches = PIECES[hardware]
     decode_over_tensor(c, 4, heads=True)  # 4 key-value heads
-    c.data.source = "files"
-    c.data.batch = 128
-    c.data.shuffle_options = False
-    # An image of at most 1024 features of 28 x 28 pixels, and the words around it.
-    c.data.max_pixels = 1024 * 28 * 28
-    c.data.max_prompt = 1088
-    c.data.max_windows = 80
-    c.data.max_question = 192
-    c.eval.every = 200
-    c.eval.images = 128
-    c.eval.batch = 64
-    c.checkpoint.every = 100
-    c.export.dtype = "bfloat16"
     return c

@@ -9,39 +9,18 @@ Expected:   no figures of this pair on the Prism benchmarks are known here; CapR
             size.
 """
 
-from caprl_jax.config import choose, decode_over_tensor, default
+from caprl_jax.recipes import choose, decode_over_tensor, released
 
 PIECES = {"v5e_16": 8}  # of 128 images
 
 
 def get_config(argument=""):
     (hardware,) = choose(argument, tuple(PIECES))
-    c = default()
-    c.policy.path = "Qwen/Qwen3-VL-2B-Instruct"
-    c.policy.remat = True
-    c.judge.path = "Qwen/Qwen3-4B"
-    c.judge.mode = "sampled"
-    c.steps = 1800
-    c.sampling.max_tokens = 1024
-    c.caprl.group = 8
-    c.caprl.advantage = "rloo"
-    c.caprl.questions = 8
+    # Windows of Qwen3-VL are single features.
+    c = released("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-4B", side=32, windows=1024)
     c.caprl.micro_batches = PIECES[hardware]
     c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 7 GiB a chip
-    decode_over_tensor(c, 4, heads=True)  # 8 key-value heads
+    decode_over_tensor(c, 4, heads=True)
     c.optimizer.learning_rate = 1e-5  # CapRL++'s, as its constant schedule
     c.optimizer.schedule = "constant"
-    c.data.source = "files"
-    c.data.batch = 128
-    c.data.shuffle_options = False
-    # An image of at most 1024 features of 32 x 32 pixels, and the words around it.
-    c.data.max_pixels = 1024 * 32 * 32
-    c.data.max_prompt = 1088
-    c.data.max_windows = 1024  # features
-    c.data.max_question = 192
-    c.eval.every = 200
-    c.eval.images = 128
-    c.eval.batch = 64
-    c.checkpoint.every = 100
-    c.export.dtype = "bfloat16"
     return c

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax import mesh, rollout, step
+from caprl_jax import mesh, recipes, rollout, step
 
 from .conftest import make_world
 from .step_test import assert_close, moved, same_metrics
@@ -21,7 +21,7 @@ SAMPLING = rollout.Sampling(max_tokens=6)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 STOP = (5, 7)
 SHIPPED = config_lib.default()
-config_lib.decode_over_tensor(SHIPPED, 2, heads=False)
+recipes.decode_over_tensor(SHIPPED, 2, heads=False)
 MESHES = {
     "data=8": ({"data": 8}, ({}, {})),
     "fsdp=8": ({"fsdp": 8}, ({}, {})),

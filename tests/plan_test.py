@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import abstract, chips, floors, hlo_costs, mesh, plan, plan_table, rollout
+from caprl_jax import abstract, chips, floors, hlo_costs, mesh, plan, plan_table, recipes, rollout
 from caprl_jax import config as config_lib
 from caprl_jax.chips import Chip
 from caprl_jax.config import ConfigError
@@ -22,7 +22,7 @@ from caprl_jax.models.vision import Images, VisionConfig, VisionTower
 TEXT = DecoderConfig(512, 256, 2, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4))
 VISION = VisionConfig(12, 64, 2, 4, 64, 256, 4, 2, (1,))
 SHIPPED = config_lib.default()
-config_lib.decode_over_tensor(SHIPPED, 2, heads=False)
+recipes.decode_over_tensor(SHIPPED, 2, heads=False)
 TABLES = {"gathered": ({}, {}), "over tensor": (SHIPPED.mesh.rules, SHIPPED.mesh.decode_rules)}
 
 
