@@ -132,6 +132,18 @@ class Checkpoints:
 
 
 def _check_same(saved: dict, now: dict) -> None:
+    changed = differences(saved, now)
+    if changed:
+        raise ConfigError(
+            "the workdir holds a run with another config: "
+            + "; ".join(changed)
+            + ". Give a fresh --workdir, or the same values to resume"
+        )
+
+
+def differences(saved: dict, now: dict) -> list[str]:
+    """What makes another run of it, "key was .., is .."; configs as plain dicts."""
+
     def flat(tree, prefix=""):
         for key, value in tree.items():
             if isinstance(value, dict):
@@ -140,14 +152,8 @@ def _check_same(saved: dict, now: dict) -> None:
                 yield f"{prefix}{key}", value
 
     old, new = dict(flat(saved)), dict(flat(now))
-    changed = [
+    return [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if not _FREE & {key, key.split(".")[0]} and old.get(key) != new.get(key)
     ]
-    if changed:
-        raise ConfigError(
-            "the workdir holds a run with another config: "
-            + "; ".join(changed)
-            + ". Give a fresh --workdir, or the same values to resume"
-        )
