@@ -28,7 +28,6 @@ def read(name, argument=""):
 @pytest.mark.parametrize("hardware", ["v6e_16", "v5p_8", "v5p_64", "h200_8"])
 def test_a_run_goes_on_on_other_chips(hardware):
     here, there = read("3b"), read("3b", hardware)
-    assert here != there
     assert checkpoint.differences(here, there) == []
 
 
