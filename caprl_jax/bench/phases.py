@@ -1,34 +1,26 @@
 """Times a config's step, phase by phase, with random weights of the real shapes on this device.
 
-python -m caprl_jax.bench --config=configs/3b.py:h200_8 [--phases=prefill,decode,score,update,step]
-    [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
-
 Every phase is compiled alone, and the step whole. Beside each time stands the floor of its work:
 its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
 product and a large copy reach on this device in the same run. What stays in a cache beats that
-floor: tiny configs do. Needs JAX, Flax, optax, ml_collections and absl.
+floor: tiny configs do.
 """
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
-from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, step, synthetic
+from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, step
+from caprl_jax.bench import synthetic
 from caprl_jax.chips import Chip
-from caprl_jax.commands import in_one_paragraph, parse_config_flags
-from caprl_jax.config import ConfigError, validate
+from caprl_jax.config import validate
 from caprl_jax.models import logical
 
 PHASES = ("prefill", "decode", "score", "update", "step")
@@ -189,39 +181,3 @@ def tell(timings: dict[str, Timing]) -> str:
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )
     return "\n".join(lines)
-
-
-def define_flags() -> None:
-    """This command's flags."""
-    config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
-    flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
-    flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
-    flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
-    flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
-
-
-def main(argv: list[str]) -> None:
-    """Measures and prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
-    wanted = tuple(flags.FLAGS.phases)
-    with in_one_paragraph():
-        unknown = set(wanted) - set(PHASES)
-        if unknown:
-            raise ConfigError(f"--phases: {', '.join(unknown)} is none of {', '.join(PHASES)}")
-        natural = flags.FLAGS.lengths == "natural"
-        timings = measure(flags.FLAGS.config, wanted, flags.FLAGS.repeats, natural)
-    device = jax.devices()[0]
-    print(f"{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}")
-    print(tell(timings))
-    stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
-    if flags.FLAGS.json:
-        found = {name: dataclasses.asdict(t) | {"median": t.median} for name, t in timings.items()}
-        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2, default=np.ndarray.tolist))
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main, flags_parser=parse_config_flags)

@@ -1,0 +1,56 @@
+"""Times a config's step, phase by phase, with random weights of the real shapes on this device.
+
+python -m caprl_jax.bench --config=configs/3b.py:h200_8 [--phases=prefill,decode,score,update,step]
+    [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
+
+Needs JAX, Flax, optax, ml_collections and absl.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from caprl_jax.bench.phases import PHASES, measure, tell
+from caprl_jax.commands import in_one_paragraph, parse_config_flags
+from caprl_jax.config import ConfigError
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+    flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
+    flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
+    flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
+    flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
+
+
+def main(argv: list[str]) -> None:
+    """Measures and prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    wanted = tuple(flags.FLAGS.phases)
+    with in_one_paragraph():
+        unknown = set(wanted) - set(PHASES)
+        if unknown:
+            raise ConfigError(f"--phases: {', '.join(unknown)} is none of {', '.join(PHASES)}")
+        natural = flags.FLAGS.lengths == "natural"
+        timings = measure(flags.FLAGS.config, wanted, flags.FLAGS.repeats, natural)
+    device = jax.devices()[0]
+    print(f"{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}")
+    print(tell(timings))
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
+    if flags.FLAGS.json:
+        found = {name: dataclasses.asdict(t) | {"median": t.median} for name, t in timings.items()}
+        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2, default=np.ndarray.tolist))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_config_flags)
