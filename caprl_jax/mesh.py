@@ -1,7 +1,7 @@
 """The mesh, and what lies where on it: parameters, optimizer state, batches, by one table of rules.
 
 Logical axes of parameters: embed, vocab, heads, kv_heads, mlp, merged, patch, norm, layers; of
-activations and records: images, captions, questions; and cache, the captions axis of caches.
+activations and records: images, captions, questions; and caches, the images axis of caches.
 """
 
 import functools
@@ -22,8 +22,8 @@ AXES = ("data", "fsdp", "tensor")
 # Matrices are cut over fsdp on one side and over tensor on the other; images follow their weights.
 RULES = {
     "images": "data,fsdp",
+    "caches": "data,fsdp",
     "captions": "",
-    "cache": "",
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",

@@ -53,12 +53,6 @@ def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
             )
     if config.objective != "caprl":
         return
-    group, cut = config.caprl.group, on.decoding.size("cache")
-    if group % cut:
-        raise ConfigError(
-            f"config.caprl.group={group} captions can't be cut over the {cut} devices of "
-            f"config.mesh.decode_rules.cache: choose a multiple of {cut}, or leave it whole"
-        )
     for name in PIECES:
         if (config.data.batch // pieces(config, name)) % multiple:
             raise ConfigError(

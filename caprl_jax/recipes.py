@@ -40,13 +40,15 @@ def decode_over_tensor(c: ml_collections.ConfigDict, tensor: int, heads: bool) -
     Args:
       c: to be changed.
       tensor: size of the axis.
-      heads: whether caches are cut by key-value heads, of which there must be enough; else by
-        captions, of which group must be a multiple of it.
+      heads: whether caches are cut over it by key-value heads, of which there must be enough; else
+        by images, so that queries move to where training's images lie, and nothing is held twice.
     """
     c.mesh.tensor = tensor
-    everywhere = {"images": "data,fsdp,tensor", "embed": "fsdp,tensor", "merged": "fsdp,tensor"}
-    c.mesh.rules.update(everywhere | dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ""))
-    c.mesh.decode_rules.cache = "" if heads else "tensor"
+    everywhere = "data,fsdp,tensor"
+    training = dict.fromkeys(("images", "caches"), everywhere)
+    training |= dict.fromkeys(("embed", "merged"), "fsdp,tensor")
+    c.mesh.rules.update(training | dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ""))
+    c.mesh.decode_rules.caches = "data,fsdp" if heads else everywhere
 
 
 def released(policy: str, judge: str, side: int, windows: int) -> ml_collections.ConfigDict:

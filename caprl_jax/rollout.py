@@ -1,6 +1,8 @@
 """Sampling captions: one prefill per image, then a group decodes against that one prompt."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import chex
 import flax.struct
@@ -14,6 +16,8 @@ from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout, constrain
 from caprl_jax.models.policy import Params, Policy, Prompt, Trunk
 from caprl_jax.models.vision import Images
+
+STAGE = 128  # tokens of a caption's cache, at least, that are read before some are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +216,8 @@ def decode(
     stop_ids = jnp.asarray(stop, jnp.int32)
     kv = trunk.kv.replace(k=_cached(trunk.kv.k, 1), v=_cached(trunk.kv.v, 1))
 
-    def alive(carry):
-        i, done, *_ = carry
-        return (i < t) & ~jnp.all(done)
-
-    def step(carry):
-        i, done, hidden, out, cache = carry
+    def step(carry, i, read):
+        done, hidden, out, cache = carry
         logits = constrain(policy.logits(params, hidden), *logical.BATCH[:2], "vocab")
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
         new = Rollout(token, ~done, logp, drawn, None, None)
@@ -226,22 +226,66 @@ def decode(
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
         one = jnp.ones((b, group, 1), bool)
         positions = policy.positions(start + i, 1)
-        hidden, new = policy.decoder.apply(variables, x, positions, one, (kv, cache))
+        filled = cache.replace(mask=cache.mask[..., :read])
+        hidden, new = policy.decoder.apply(variables, x, positions, one, (kv,), caches=(filled,))
         cache = KV(
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.k, new.k, i, axis=3), 2),
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.v, new.v, i, axis=3), 2),
             cache.mask.at[:, :, i].set(True),
         )
-        return i + 1, done, hidden[..., 0, :], out, cache
+        return done, hidden[..., 0, :], out, cache
 
     empty = jnp.zeros((c.layers, b, group, t, c.kv_heads, c.head_dim), kv.k.dtype)
     cache = KV(_cached(empty, 2), _cached(empty, 2), jnp.zeros((b, group, t), bool))
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
     hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
-    done = jnp.broadcast_to(~valid[:, None], (b, group))
-    _, done, _, out, _ = jax.lax.while_loop(alive, step, (0, done, hidden, out, cache))
+    carry = jnp.broadcast_to(~valid[:, None], (b, group)), hidden, out, cache
+    for first, end in stages(t):
+        carry = _while_any_is_open(functools.partial(step, read=end), carry, first, end)
+    done, _, out, _ = carry
     return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done)
+
+
+def stages(tokens: int) -> list[tuple[int, int]]:
+    """Runs of (first, end) tokens; in each, only the cache up to its end is read.
+
+    Each is a loop of its own in the program, so there are few, and none for a short bucket.
+    """
+    count = min(4, max(tokens // STAGE, 1))
+    ends = [tokens * (i + 1) // count for i in range(count)]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def wasted(length: jax.Array, valid: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:
+    """How many slots, a caption's place in one turn of the loop, waited for longer captions.
+
+    Args:
+      length: int32 [b, g], tokens of each caption.
+      valid: bool [b].
+      pieces: in which the b images were captioned; each ends with its own longest caption.
+
+    Returns:
+      int32 [] each: (slots that waited, slots in all).
+    """
+    used, real = (logical.split(a, pieces) for a in (jnp.where(valid[:, None], length, 0), valid))
+    slots = jnp.max(used, axis=(1, 2)) * jnp.sum(real, axis=1) * length.shape[1]
+    return jnp.sum(slots) - jnp.sum(used), jnp.sum(slots)
+
+
+def _while_any_is_open(step: Callable, carry: tuple, first: int, end: int) -> tuple:
+    """carry = step(carry, i) for i from first to end, or until all captions, carry[0], are done."""
+
+    def is_open(counted):
+        # Counted from 0, so that the program says how often it runs at most.
+        i, (done, *_) = counted
+        return (i < end - first) & ~jnp.all(done)
+
+    def one(counted):
+        i, carry = counted
+        return i + 1, step(carry, first + i)
+
+    return jax.lax.while_loop(is_open, one, (0, carry))[1]
 
 
 def _cached(a: jax.Array, batch: int) -> jax.Array:

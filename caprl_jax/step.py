@@ -232,9 +232,13 @@ def update(
 
 
 def rollout_metrics(
-    captions: rollout.Rollout, verdicts: judge.Verdicts, reward: jax.Array, valid: jax.Array
+    captions: rollout.Rollout,
+    verdicts: judge.Verdicts,
+    reward: jax.Array,
+    valid: jax.Array,
+    pieces: int,
 ) -> Metrics:
-    """(sum, count) of what a rollout shows; valid bool [b]."""
+    """(sum, count) of what a rollout in so many pieces shows; valid bool [b]."""
     real = jnp.broadcast_to(valid[:, None], reward.shape)
     asked = verdicts.valid & real[..., None]
 
@@ -250,6 +254,7 @@ def rollout_metrics(
         "abstain_rate": mean_over(asked, verdicts.abstained),
         "caption_length": mean_over(real, captions.length),
         "truncation_rate": mean_over(real, captions.truncated),
+        "wasted_slots": rollout.wasted(captions.length, valid, pieces),
     }
 
 
@@ -359,7 +364,8 @@ def learn(
             )  # fmt: skip
         examples = _Learn(batch, captions, advantages, reference_logp)
         state, metrics = update(policy, optimizer, settings, state, examples, layout)
-    return state, metrics | rollout_metrics(captions, verdicts, reward, batch.valid)
+    shown = rollout_metrics(captions, verdicts, reward, batch.valid, settings.rollout_batches)
+    return state, metrics | shown
 
 
 def sft_step(

@@ -65,14 +65,17 @@ def test_a_rule_of_no_axis_is_refused(rule):
 
 
 def test_an_activation_yields_what_is_taken_or_does_not_divide():
-    on = mesh.layout(mesh.make_mesh({"fsdp": 4, "tensor": 2}), {"cache": "tensor"})
-    names = ("images", "cache", None, "heads", None)
-    assert on.spec(names, (4, 2, 5, 8, 3)) == PartitionSpec(
-        ("data", "fsdp"), ("tensor",), None, None, None
+    rules = {"caches": "data,fsdp,tensor"}
+    on = mesh.layout(mesh.make_mesh({"fsdp": 4, "tensor": 2}), rules)
+    names = ("caches", "captions", None, "heads", None)
+    assert on.spec(names, (8, 3, 5, 8, 3)) == PartitionSpec(
+        ("data", "fsdp", "tensor"), None, None, None, None
     )
+    # Of several axes the last ones go first, and are free for those that come after.
     assert on.spec(names, (4, 3, 5, 8, 3)) == PartitionSpec(
         ("data", "fsdp"), None, None, ("tensor",), None
     )
+    assert on.spec(names, (2, 3, 5, 7, 3)) == PartitionSpec(("data",), None, None, None, None)
 
 
 def test_one_mesh_axis_twice_in_a_parameter_is_refused():

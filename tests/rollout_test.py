@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.rollout import Sampling, draw, filter_logits, sample
+from caprl_jax import hlo_costs
+from caprl_jax import rollout as rollout_lib
+from caprl_jax.rollout import Sampling, draw, filter_logits, sample, wasted
 
 LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.25, 0.2], jnp.float32))
 
@@ -82,3 +84,33 @@ def test_without_a_stop_token_the_bucket_truncates(world):
     assert np.all(found.length == 4) and np.all(found.truncated) and np.all(found.mask)
     assert not np.array_equal(found.tokens[:, 0], found.tokens[:, 1])
     assert not np.array_equal(found.tokens, rollout(world, (99,), key=1).tokens)
+
+
+def decoding(world, monkeypatch, stage):
+    """(captions of 8 tokens, FLOPs of their decoding) with stages of so many tokens."""
+    monkeypatch.setattr(rollout_lib, "STAGE", stage)
+    compiled = jax.jit(lambda params, batch: sample(
+        world.policy, params, batch.images, batch.prompt, jax.random.key(0), 2, (5,), Sampling(8)
+    )).lower(world.params, world.batch).compile()  # fmt: skip
+    found = hlo_costs.costs(hlo_costs.parse(compiled.as_text()), ("decode",))["decode"]
+    return jax.device_get(compiled(world.params, world.batch)), found.flops
+
+
+def test_in_stages_less_of_the_cache_is_read_and_captions_are_the_same(world, monkeypatch):
+    assert rollout_lib.stages(1000) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    (whole, more), (staged, less) = (decoding(world, monkeypatch, stage) for stage in (8, 2))
+    for name in ("tokens", "mask", "length", "truncated"):
+        np.testing.assert_array_equal(getattr(staged, name), getattr(whole, name))
+    np.testing.assert_allclose(staged.logp, whole.logp, rtol=1e-5, atol=1e-6)
+    # Of 8 tokens 2, 4, 6, 8 instead of 8, 8, 8, 8 are scored and summed, twice 2 FLOPs a channel.
+    c, captions, steps = world.policy.decoder.config, 4 * 2, 2
+    saved = 2 * 2 * c.layers * captions * c.heads * c.head_dim * steps * (6 + 4 + 2)
+    assert more - less == saved
+
+
+def test_wasted_slots_are_those_that_wait_for_the_longest_of_their_piece():
+    length = jnp.asarray([[4, 2], [1, 1], [6, 6], [9, 9]])
+    valid = jnp.asarray([True, True, True, False])
+    assert wasted(length, valid, 1) == (6 * 6 - 20, 6 * 6)
+    # Two pieces are of images 0, 2 and 1, 3.
+    assert wasted(length, valid, 2) == (6 * 4 + 2 - 20, 6 * 4 + 2)

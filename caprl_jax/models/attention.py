@@ -26,12 +26,20 @@ class KV:
     Attributes:
       k: [layers, *batch, length, kv_heads, head_dim], rotated.
       v: [layers, *batch, length, kv_heads, head_dim].
-      mask: bool [*batch, length], True where a token may be attended to.
+      mask: bool [*batch, length], True where a token may be attended to; a cache that is being
+        filled has room for more.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+
+    def layer(self, index: jax.Array) -> "Segment":
+        """One layer, as long as the mask: a single slice, so that no more than it is ever read."""
+        start = (index, *[0] * (self.k.ndim - 1))
+        size = (1, *self.mask.shape, *self.k.shape[-2:])
+        k, v = (jax.lax.dynamic_slice(a, start, size)[0] for a in (self.k, self.v))
+        return Segment(k, v, self.mask[..., None, :])
 
 
 @flax.struct.dataclass

@@ -72,7 +72,7 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, angles, mask, deep, past, past_masks, layer):
+    def __call__(self, x, angles, mask, deep, caches, past_masks, past, layer):
         """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens)."""
         c = self.config
         batch, cached = BATCH[: x.ndim - 2], CACHED[: x.ndim - 2]
@@ -92,6 +92,7 @@ class Block(nn.Module):
             q = constrain(q, *names, None, "heads", None)
             k, v = (constrain(a, *names, None, "kv_heads", None) for a in (k, v))
         segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
+        segments += [cache.layer(layer) for cache in caches]
         y = attention.attend(q, [*segments, Segment(k, v, mask)])
         for names in (cached, batch):
             y = constrain(y, *names, None, "heads", None)
@@ -131,7 +132,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0),
+            in_axes=(*[nn.broadcast] * 5, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -147,6 +148,7 @@ class Decoder(nn.Module):
         mask: jax.Array,
         past: tuple[KV, ...] = (),
         deep: jax.Array | None = None,
+        caches: tuple[KV, ...] = (),
     ) -> tuple[jax.Array, KV]:
         """Runs the blocks over embedded tokens.
 
@@ -157,6 +159,7 @@ class Decoder(nn.Module):
           past: ancestors' keys and values; batch axes of each are a prefix of x's.
           deep: [layers', *batch, t, e], what is added to the output of each of the first layers'
             layers (DeepStack, arXiv 2406.04334); zero for text.
+          caches: as past, of which no more is read than their masks are long. Not for gradients.
 
         Returns:
           (hidden [*batch, t, e] after the final norm, KV of these tokens).
@@ -168,8 +171,9 @@ class Decoder(nn.Module):
             self._angles(positions, mask),
             attention.causal_mask(mask),
             None if deep is None else deep.astype(self.dtype),
-            tuple((kv.k, kv.v) for kv in past),
+            caches,
             tuple(kv.mask for kv in past),
+            tuple((kv.k, kv.v) for kv in past),
             jnp.arange(self.config.layers),
         )
         return self.norm(x), KV(k, v, mask)

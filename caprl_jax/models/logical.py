@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes; absent or () is replicated
 BATCH = ("images", "captions", "questions")  # the tree's batch axes, outermost first
-CACHED = ("images", "cache", "questions")  # the same, of caches and the queries that read them
+CACHED = ("caches", "captions", "questions")  # the same, of caches and the queries reading them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +46,21 @@ class Layout:
 
     def size(self, name: str | None) -> int:
         """How many devices a logical axis is spread over."""
-        return int(np.prod([self.mesh.shape[axis] for axis in self.rules.get(name, ())], dtype=int))
+        return self._devices(self.rules.get(name, ()))
+
+    def _devices(self, axes: tuple[str, ...]) -> int:
+        return int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
 
     def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-        """Where an activation lies: an axis yields to those before it, and to what divides it."""
+        """Where an activation lies: over so many of its mesh axes as are free and divide it."""
         taken: set[str] = set()
         out: list[tuple[str, ...] | None] = []
         for name, size in zip(names, shape, strict=True):
             axes = self.rules.get(name, ())
-            fits = axes and not taken & set(axes) and size % self.size(name) == 0
-            taken |= set(axes) if fits else set()
-            out.append(axes if fits else None)
+            while axes and (taken & set(axes) or size % self._devices(axes)):
+                axes = axes[:-1]
+            taken |= set(axes)
+            out.append(axes or None)
         return PartitionSpec(*out)
 
     def sharding(self, *names: str | None) -> NamedSharding:
