@@ -15,7 +15,6 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax import abstract, chips, floors, hlo_costs, mesh, programs
+from caprl_jax import abstract, chips, floors, hlo_costs, mesh
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
-from caprl_jax.config import PIECES, pieces, validate
+from caprl_jax.config import pieces, validate
 from caprl_jax.errors import UserError
+from caprl_jax.memory import as_flags, changes, is_short
 from caprl_jax.models.logical import CACHED
 
 GIB = 2**30
@@ -125,7 +125,7 @@ def _compile(built: abstract.AbstractStep) -> tuple[Any, str]:
     try:
         return lowered.compile(), ""
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e) and "hbm" not in str(e).lower():
+        if not is_short(e) and "hbm" not in str(e).lower():
             raise
         lines = [s.strip() for s in str(e).splitlines() if re.search(r"exceed|Used|memory", s)]
         return None, " ".join(lines[:3]) or str(e).splitlines()[0]
@@ -184,35 +184,6 @@ def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> i
         )
 
     return one((b,), config.data.max_prompt) + one((b, g), config.sampling.max_tokens)
-
-
-def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str, Any]]:
-    """Overrides to try in turn where a config doesn't fit, each on top of those before it.
-
-    Args:
-      config: that didn't fit.
-      spread: devices that images are cut over, of which a piece needs one each.
-    """
-    if not config.policy.remat:
-        yield {"policy.remat": True}
-    even = programs.even_pieces(config.data.batch, spread)
-    reading = [name for name in PIECES if name != "rollout_batches"]
-    for count in even:
-        if count > max(pieces(config, name) for name in reading):
-            yield {f"caprl.{name}": count for name in reading}
-    for count in even[:4]:  # each piece reads the weights again for every token
-        if count > config.caprl.rollout_batches:
-            yield {"caprl.rollout_batches": count}
-    for axis in (2, 4, 8):
-        if axis > config.mesh.tensor:
-            yield {"mesh.tensor": axis}
-    for shorter in (config.sampling.max_tokens // 2, config.sampling.max_tokens // 4):
-        yield {"sampling.max_tokens": shorter}
-
-
-def as_flags(overrides: dict[str, Any]) -> str:
-    """--config.key=value for each."""
-    return " ".join(f"--config.{k}={str(v).lower()}" for k, v in overrides.items())
 
 
 def tell(name: str, topology: str, plan: Plan) -> str:

@@ -6,6 +6,7 @@ Nothing here reads a model or data, so plans and benchmarks build the very progr
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -196,6 +197,18 @@ def jit_step(function: Callable, state: step.State, on: Layout) -> Callable:
     shardings = jax.tree.map(lambda a: a.sharding, state)
     out = (shardings, mesh.replicated(on))
     return jit(function, on, donate_argnums=0, out_shardings=out)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Has JAX keep compiled programs in a folder, for this run's next start and its sisters.
+
+    One that is set already, by JAX_COMPILATION_CACHE_DIR say, stays; so does that there be none
+    (JAX_ENABLE_COMPILATION_CACHE=false).
+    """
+    # On several CPU devices JAX 0.10's kept programs hung at their collectives.
+    hangs = jax.default_backend() == "cpu" and jax.device_count() > 1
+    if jax.config.jax_compilation_cache_dir is None and not hangs:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
 def jit(function: Callable, on: Layout, **options) -> Callable:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax import distributed, export, metrics, objectives, results
+from caprl_jax import distributed, export, memory, metrics, objectives, programs, results
 from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.config import validate
 from caprl_jax.data.set_aside import SetAside
@@ -36,10 +36,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
     distributed.wait()
+    programs.keep_compiled(workdir.parent / "compiled")
     set_aside = SetAside(workdir / distributed.own_name("set_aside.jsonl"))
     objective = objectives.OBJECTIVES[config.objective](config, set_aside)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    try:
+    with memory.advised(config), contextlib.closing(checkpoints):
         before = results.remembered(
             workdir / "before.json", objective.evaluate, objective.state.params
         )
@@ -52,8 +53,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             state = loop(config, workdir, objective, state, checkpoints, writer)
             after = objective.evaluate(state.params)
             writer.write(int(state.step), after[0], prefix="eval/")
-    finally:
-        checkpoints.close()
     if config.export.when != "never":
         export_state(config, workdir, objective, state)
     distributed.wait()  # until all have told what they set aside

@@ -155,15 +155,6 @@ def test_suggestions_build_on_what_could_be_tried(monkeypatch, capsys):
     assert "with --config.a=1 --config.c=3:" in capsys.readouterr().out
 
 
-def test_what_to_change_is_what_lies_evenly():
-    c = config_lib.default()
-    c.policy.remat, c.data.batch, c.caprl.micro_batches = True, 32, 2
-    found = list(plan.changes(c, 4))
-    pieces = [d["caprl.micro_batches"] for d in found if "caprl.micro_batches" in d]
-    assert pieces == [4, 8]  # of 32 images on 4 devices
-    assert {"mesh.tensor": 2} in found and {"sampling.max_tokens": 256} in found
-
-
 def test_the_table_and_the_efficiency():
     floor = floors.Floor(
         1e12, 1e9, {"all-gather": 2e9}, {"compute": 2.0, "memory": 1.0, "links": 1.0}
