@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from caprl_jax import hlo_work
+from caprl_jax.flops import BranchWeights
 from caprl_jax.hlo import Computation, Instruction, Program, parse, replica_groups
 from caprl_jax.hlo_loops import Loop, make_loop
 
@@ -23,9 +24,6 @@ __all__ = [
 ]  # fmt: skip
 
 OTHER = "other"
-
-# conditional's op_name, number of branches -> how often each runs per time it's reached, or None.
-BranchWeights = Callable[[str, int], Sequence[float] | None]
 
 
 @dataclasses.dataclass(frozen=True)
