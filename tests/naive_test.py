@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from caprl_jax import chips, judge, plan, rollout, step
-from caprl_jax import config as config_lib
+from caprl_jax import judge, rollout, step
 from caprl_jax.bench import naive
 
 SETTINGS = step.Settings(group=3, kl=0.05, updates=2, judge_mode="sampled")
@@ -23,13 +22,14 @@ def relative(a, b):
     return np.max(np.abs(a - b)) / np.max(np.abs(b))
 
 
-def stepped(world, function, batch, settings=SETTINGS):
+def stepped(world, function, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
     state = step.State(jnp.zeros((), jnp.int32), world.params, OPTIMIZER.init(world.params))
     frozen = world.frozen.replace(reference=jax.tree.map(lambda a: a * 0.9, world.params))
     run = functools.partial(
         function, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, (5, 7)
     )
-    return jax.device_get(jax.jit(run)(state, frozen, batch, jax.random.key(2)))
+    return jax.device_get(jax.jit(run)(state, frozen, world.batch, jax.random.key(2)))
 
 
 @pytest.mark.parametrize("per_caption", [False, True])
@@ -64,14 +64,12 @@ def test_captions_and_their_log_probabilities_equal_the_trees(world):
     assert relative(tree.reshape(plain.shape), plain) <= 1e-5
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_a_naive_step_equals_the_trees(world, pieces):
-    """Parameters and metrics, the sampled verdicts among them."""
-    settings = dataclasses.replace(
-        SETTINGS, micro_batches=pieces, prefill_batches=pieces, score_batches=pieces
+def test_a_naive_step_equals_the_trees(world):
+    """Parameters and metrics, the sampled verdicts among them; the naive one in pieces, too."""
+    state, metrics = stepped(world, step.caprl_step)
+    found, measured = stepped(
+        world, naive.caprl_step, micro_batches=2, prefill_batches=2, score_batches=2
     )
-    state, metrics = stepped(world, step.caprl_step, world.batch, settings)
-    found, measured = stepped(world, naive.caprl_step, world.batch, settings)
     assert metrics.keys() == measured.keys()
     for name, (total, count) in metrics.items():
         assert measured[name][1] == count, name
@@ -81,37 +79,3 @@ def test_a_naive_step_equals_the_trees(world, pieces):
     assert scale > 1e-3
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(state.params), strict=True):
         assert np.max(np.abs(a - b)) <= 1e-4 * scale
-
-
-def small(**changes):
-    c = config_lib.default()
-    values = {
-        "sampling.max_tokens": 8, "caprl.group": 4, "caprl.questions": 3, "caprl.micro_batches": 2,
-        "data.batch": 8, "eval.batch": 8, "data.max_windows": 4, "data.max_prompt": 32,
-        "data.max_question": 16, "policy.remat": True,
-    }  # fmt: skip
-    c.update_from_flattened_dict(values | changes)
-    return c
-
-
-def test_the_trees_figures_are_the_plans(monkeypatch):
-    """And FLOPs of each phase are what is repeated, by hand and as the jaxpr says."""
-    monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:1])
-    c = small()
-    found = naive.compare(c)
-    planned = plan.make(naive.smallest(c), "local").floors
-    assert found.images == 2
-    for name, floor in planned.items():
-        assert found.tree.phases[name].flops == floor.flops, name
-        assert found.tree.phases[name].hbm_bytes == floor.hbm_bytes, name
-    ratio = {k: f.flops / planned[k].flops for k, f in found.naive.phases.items() if k != "other"}
-    assert ratio["prefill"] == pytest.approx(4)
-    assert ratio["decode"] == pytest.approx(1)
-    # Of 256 + 4 * 3 * (8 + 16) token positions: 4 * 3 * (256 + 8 + 16).
-    s, t, q = 256, 4 * 8, 4 * 3 * 16
-    assert ratio["score"] == pytest.approx(12 * (256 + 8 + 16) / (s / 2 + t + q), rel=0.25)
-    assert 2 < ratio["update"] < 4
-    for work in (found.tree, found.naive):
-        assert work.whole.flops == pytest.approx(work.traced_flops, rel=0.02)
-    told = naive.tell(found)
-    assert "prefill" in told and " 4.00" in told
