@@ -77,6 +77,17 @@ def floor(costs: Costs, chip: Chip | None) -> Floor:
     return Floor(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
 
 
+def tower_branches(vision: VisionConfig) -> hlo_costs.BranchWeights:
+    """How often a vision layer attends in its windows, and how often over the whole image."""
+    full = len(vision.full_layers) / vision.layers
+
+    def weights(op_name: str, branches: int) -> Any:
+        tower = "VisionTower" in op_name and branches == 2
+        return (1 - full, full) if tower else None
+
+    return weights
+
+
 def phases(text: str, chip: Chip | None, tokens: int, vision: VisionConfig) -> dict[str, Floor]:
     """The floor of each phase of a compiled step; what is outside of them is "other".
 
@@ -86,13 +97,7 @@ def phases(text: str, chip: Chip | None, tokens: int, vision: VisionConfig) -> d
       tokens: that every caption is taken to have, its bucket: no early stop.
       vision: the tower's sizes, which say how many of its layers attend over the whole image.
     """
-    full = len(vision.full_layers) / vision.layers
-
-    def weights(op_name: str, branches: int) -> Any:
-        tower = "VisionTower" in op_name and branches == 2
-        return (1 - full, full) if tower else None
-
-    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, tokens, weights)
+    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, tokens, tower_branches(vision))
     return {name: floor(costs, chip) for name, costs in found.items()}
 
 

@@ -2,12 +2,16 @@
 
 import functools
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
+
+# path of a conditional, number of branches -> how often each runs per time it's reached, or None.
+BranchWeights = Callable[[str, int], Sequence[float] | None]
 
 
 @functools.cache
@@ -48,7 +52,9 @@ def convolution_flops(batch: int, features: int, contracted: int, pairs: Iterabl
     return 2 * batch * features * contracted * math.prod(pairs)
 
 
-def jaxpr_flops(jaxpr: Any, unknown_trips: int) -> int:
+def jaxpr_flops(
+    jaxpr: Any, unknown_trips: int, branch_weights: BranchWeights | None = None, path: str = ""
+) -> float:
     """Operations of a jaxpr's dot_general and conv_general_dilated, for the whole, not per device.
 
     An independent check of hlo_costs: it sees the program before the compiler, so it counts what
@@ -59,15 +65,19 @@ def jaxpr_flops(jaxpr: Any, unknown_trips: int) -> int:
     Args:
       jaxpr: of jax.make_jaxpr.
       unknown_trips: of each while_loop.
+      branch_weights: as hlo_costs.costs takes, for conds of which not the costliest branch counts.
+      path: of JAX scopes around the jaxpr.
 
     Raises:
       ValueError: a primitive that can't be counted.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_equation_flops(equation, unknown_trips) for equation in jaxpr.eqns)
+    return sum(_equation_flops(e, unknown_trips, branch_weights, path) for e in jaxpr.eqns)
 
 
-def _equation_flops(equation: Any, unknown_trips: int) -> int:
+def _equation_flops(
+    equation: Any, unknown_trips: int, branch_weights: BranchWeights | None, path: str
+) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_flops(equation)
@@ -75,9 +85,11 @@ def _equation_flops(equation: Any, unknown_trips: int) -> int:
         return _conv_flops(equation)
     if name in ("pallas_call", "shard_map"):
         raise ValueError(f"operations of {name} can't be counted from its jaxpr")
-    inner = [jaxpr_flops(j, unknown_trips) for j in _jaxprs(params)]
+    path = f"{path}/{equation.source_info.name_stack}"
+    inner = [jaxpr_flops(j, unknown_trips, branch_weights, path) for j in _jaxprs(params)]
     if name == "cond":
-        return max(inner)
+        weights = branch_weights(path, len(inner)) if branch_weights else None
+        return max(inner) if weights is None else sum(map(operator.mul, weights, inner))
     times = {"scan": params.get("length", 1), "while": unknown_trips}.get(name, 1)
     return times * sum(inner)
 

@@ -14,18 +14,16 @@ from typing import Any
 import jax
 
 from caprl_jax import hlo_work
+from caprl_jax.flops import BranchWeights
 from caprl_jax.hlo import Computation, Instruction, Program, parse, replica_groups
 from caprl_jax.hlo_loops import Loop, make_loop
 
 __all__ = [
-    "Collective", "Conditional", "Costs", "Loop", "collectives", "collectives_in", "costs",
-    "hlo_text", "loops", "parse", "totals",
+    "Collective", "Conditional", "Costs", "Loop", "Visit", "collectives", "collectives_in",
+    "costs", "hlo_text", "loops", "parse", "totals", "visits",
 ]  # fmt: skip
 
 OTHER = "other"
-
-# conditional's op_name, number of branches -> how often each runs per time it's reached, or None.
-BranchWeights = Callable[[str, int], Sequence[float] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +101,19 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Visit:
-    """An instruction outside fusions, as one place in the program runs it."""
+class Visit:
+    """An instruction outside fusions, as one place in the program runs it.
+
+    Attributes:
+      program: all of it.
+      computation: holds the instruction.
+      instruction: what runs.
+      executions: how often.
+      phase: it's part of.
+      loops: around it, the outermost first.
+      frame: number of the computation's run that it belongs to.
+      note: a loop's or conditional's own figures.
+    """
 
     program: Program
     computation: Computation
@@ -133,12 +142,12 @@ class _Walk:
 
     def visits(
         self, name: str, executions: float, phase: str, loops: tuple[Loop, ...]
-    ) -> Iterator[_Visit]:
+    ) -> Iterator[Visit]:
         """All that a computation runs, and what that calls."""
         computation, frame = self.program.computations[name], next(self.frames)
         for instruction in computation.instructions.values():
             here = self._phase_of(computation, instruction) or phase
-            visit = _Visit(self.program, computation, instruction, executions, here, loops, frame)
+            visit = Visit(self.program, computation, instruction, executions, here, loops, frame)
             if instruction.opcode == "while":
                 loop = make_loop(self.program, computation, instruction, self.unknown_trips)
                 yield dataclasses.replace(visit, note=loop)
@@ -160,7 +169,7 @@ class _Walk:
         inner = (i.op_name for _, i in hlo_work.inside(self.program, computation, instruction))
         return next(filter(None, map(self.phase, inner)), "")
 
-    def _branches(self, visit: _Visit) -> Iterator[_Visit]:
+    def _branches(self, visit: Visit) -> Iterator[Visit]:
         names = _branch_names(visit.instruction)
         op_name = visit.instruction.op_name
         weights = self.branch_weights(op_name, len(names)) if self.branch_weights else None
@@ -189,15 +198,15 @@ def _branch_names(conditional: Instruction) -> list[str]:
     return listed or [conditional.attribute(f"{k}_computation") for k in ("false", "true")]
 
 
-def _flops(visits: Iterable[_Visit]) -> float:
+def _flops(visits: Iterable[Visit]) -> float:
     return sum(v.executions * flops for v in visits for _, flops in _products(v))
 
 
-def _bytes(visits: Iterable[_Visit]) -> float:
+def _bytes(visits: Iterable[Visit]) -> float:
     return sum(v.executions * _moved(v) for v in visits)
 
 
-def _products(visit: _Visit) -> Iterator[tuple[str, int]]:
+def _products(visit: Visit) -> Iterator[tuple[str, int]]:
     """(op_name, operations) of a visit's products."""
     for computation, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
         flops = hlo_work.flops(computation, inner)
@@ -205,11 +214,11 @@ def _products(visit: _Visit) -> Iterator[tuple[str, int]]:
             yield inner.op_name, flops
 
 
-def _moved(visit: _Visit) -> int:
+def _moved(visit: Visit) -> int:
     return hlo_work.hbm_bytes(visit.program, visit.computation, visit.instruction)
 
 
-def _collectives(visits: Iterable[_Visit], phase: Callable[[str], str]) -> Iterator[Collective]:
+def _collectives(visits: Iterable[Visit], phase: Callable[[str], str]) -> Iterator[Collective]:
     """Each once: a TPU spreads an asynchronous one over fusions, which repeat its channel."""
     seen = set()
     for visit in visits:
@@ -237,7 +246,7 @@ def _scatters(computation: Computation, instruction: Instruction) -> bool:
 
 
 def _collective(
-    visit: _Visit,
+    visit: Visit,
     computation: Computation,
     instruction: Instruction,
     kind: str,
@@ -283,18 +292,18 @@ def costs(
       ValueError: a loop without a bound and no unknown_trips.
     """
     walk = _Walk(program, tuple(phases), unknown_trips, branch_weights)
-    visits = list(walk.visits(program.entry, 1, OTHER, ()))
+    seen = list(walk.visits(program.entry, 1, OTHER, ()))
     flops = dict.fromkeys((*phases, OTHER), 0)
     moved = flops.copy()
     notes = {phase: [] for phase in flops}
     calls = {phase: set() for phase in flops}
-    for visit in visits:
+    for visit in seen:
         moved[visit.phase] += visit.executions * _moved(visit)
         notes[visit.phase] += [visit.note] if visit.note else []
         for op_name, work in _products(visit):
             flops[walk.phase(op_name) or visit.phase] += visit.executions * work
         calls[visit.phase].update(_targets(visit))
-    found = list(_collectives(visits, walk.phase))
+    found = list(_collectives(seen, walk.phase))
     return {
         phase: Costs(
             flops[phase],
@@ -308,7 +317,7 @@ def costs(
     }
 
 
-def _targets(visit: _Visit) -> Iterator[str]:
+def _targets(visit: Visit) -> Iterator[str]:
     for _, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
         if inner.opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', inner.attributes)
@@ -321,8 +330,8 @@ def collectives(
     program: Program, phases: Sequence[str] = (), unknown_trips: int | None = None
 ) -> tuple[Collective, ...]:
     """All collectives of a program, in the order of its schedule."""
-    walk = _Walk(program, tuple(phases), unknown_trips)
-    return tuple(_collectives(walk.visits(program.entry, 1, OTHER, ()), walk.phase))
+    found = visits(program, phases, unknown_trips)
+    return tuple(_collectives(found, functools.partial(_phase, tuple(phases))))
 
 
 def collectives_in(
@@ -333,10 +342,16 @@ def collectives_in(
     return tuple(c for c in found if any(within(loop) for loop in c.loops))
 
 
+def visits(
+    program: Program, phases: Sequence[str] = (), unknown_trips: int | None = None
+) -> tuple[Visit, ...]:
+    """All that a program runs outside fusions, in the order of its schedule."""
+    return tuple(_Walk(program, tuple(phases), unknown_trips).visits(program.entry, 1, OTHER, ()))
+
+
 def loops(program: Program, unknown_trips: int | None = None) -> tuple[Loop, ...]:
     """All loops, outer before inner."""
-    visits = _Walk(program, (), unknown_trips).visits(program.entry, 1, OTHER, ())
-    return tuple(v.note for v in visits if isinstance(v.note, Loop))
+    return tuple(v.note for v in visits(program, (), unknown_trips) if isinstance(v.note, Loop))
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[float, float]]:

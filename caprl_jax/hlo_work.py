@@ -21,6 +21,9 @@ _FREE = {
 # Inside a fusion, element i of these comes from one element: what is read after them is read here.
 _ONE_TO_ONE = {"bitcast", "convert", "copy", "reshape", "transpose", "negate"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_MOVES = _ONE_TO_ONE - {"negate"} | _SLICES - {"gather"} | {
+    "parameter", "tuple", "get-tuple-element", "dynamic-update-slice", "concatenate", "fusion",
+}  # fmt: skip
 
 
 def collective_kind(opcode: str) -> str:
@@ -114,6 +117,25 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     return sum(map(_cost, sources)) + sum(map(_cost, results))
 
 
+def copied_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that an instruction writes to HBM which it only moved or cast; 0 if it computes.
+
+    Copies, transposes, casts and slices, alone or fused: nothing but scalars is computed in them.
+    What a TPU fetches into its VMEM is not written to HBM.
+    """
+    for _, inner in inside(program, computation, instruction):
+        large = any(a.size > 1 for a in inner.arrays)
+        if large and inner.opcode not in _MOVES:
+            return 0
+    if instruction.opcode == "fusion":
+        called = program.computations[instruction.called]
+        return _results_bytes(program, instruction, called, called.instructions[called.root])
+    if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done", "-update")):
+        return 0
+    (result,) = instruction.arrays
+    return _cost(result, _written(program, computation, instruction))
+
+
 def _cost(array: Array, elements: int | None = None) -> int:
     if array.space != HBM:
         return 0
@@ -128,16 +150,21 @@ def _fusion_bytes(program: Program, fusion: Instruction, sources: list[Array]) -
         if source.space == HBM and k in called.parameters
     )
     root = called.instructions[called.root]
-    if root.opcode == "tuple":
-        roots = [called.instructions[name] for name in root.operands]
-    elif _asynchronous(root):  # its start results in (operand, result, flags..), its end in result
+    if _asynchronous(root):  # its start results in (operand, result, flags..), its end in result
         return moved + sum(map(_cost, fusion.arrays[1:2]))
-    else:
-        roots = [root]
-    for array, value in zip(fusion.arrays, roots):
-        if value.opcode != "parameter":  # passed through
-            moved += _cost(array, _written(program, called, value))
-    return moved
+    return moved + _results_bytes(program, fusion, called, root)
+
+
+def _results_bytes(
+    program: Program, fusion: Instruction, called: Computation, root: Instruction
+) -> int:
+    tuples = root.opcode == "tuple"
+    roots = [called.instructions[name] for name in root.operands] if tuples else [root]
+    return sum(
+        _cost(array, _written(program, called, value))
+        for array, value in zip(fusion.arrays, roots)
+        if value.opcode != "parameter"  # passed through
+    )
 
 
 def _read(program: Program, computation: Computation, value: Instruction) -> int:

@@ -355,6 +355,25 @@ def learn(
     """The last part of a step: rewards, advantages, updates -> (new state, metrics)."""
     reward, _ = reward_terms(settings, verdicts, captions)
     advantages = jax.vmap(policy_gradient.ADVANTAGES[settings.advantage])(reward)
+    state, metrics = improve(
+        policy, optimizer, settings, state, frozen, batch, captions, advantages, layout
+    )
+    shown = rollout_metrics(captions, verdicts, reward, batch.valid, settings.rollout_batches)
+    return state, metrics | shown
+
+
+def improve(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    state: State,
+    frozen: Frozen,
+    batch: Batch,
+    captions: rollout.Rollout,
+    advantages: jax.Array,
+    layout: Layout | None = None,
+) -> tuple[State, Metrics]:
+    """The updates alone, from advantages float32 [b, g] -> (new state, metrics)."""
     with logical.using(layout), jax.named_scope("update"):
         reference_logp = None
         if settings.kl:
@@ -363,9 +382,7 @@ def learn(
                 (batch, captions), settings.micro_batches,
             )  # fmt: skip
         examples = _Learn(batch, captions, advantages, reference_logp)
-        state, metrics = update(policy, optimizer, settings, state, examples, layout)
-    shown = rollout_metrics(captions, verdicts, reward, batch.valid, settings.rollout_batches)
-    return state, metrics | shown
+        return update(policy, optimizer, settings, state, examples, layout)
 
 
 def sft_step(

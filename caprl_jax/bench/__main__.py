@@ -2,6 +2,7 @@
 
 python -m caprl_jax.bench --config=configs/3b.py:h200_8 [--phases=prefill,decode,score,update,step]
     [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
+python -m caprl_jax.bench --config=configs/3b.py --naive    (runs nothing: what the tree saves)
 
 Needs JAX, Flax, optax, ml_collections and absl.
 """
@@ -15,6 +16,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from caprl_jax.bench import naive
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
 from caprl_jax.config import ConfigError
@@ -26,6 +28,7 @@ def define_flags() -> None:
     flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
     flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
     flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
+    flags.DEFINE_bool("naive", False, "Compare the step's work with a step that shares nothing.")
     flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
 
 
@@ -33,6 +36,10 @@ def main(argv: list[str]) -> None:
     """Measures and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    if flags.FLAGS.naive:
+        with in_one_paragraph():
+            print(naive.tell(naive.compare(flags.FLAGS.config)))
+        return
     wanted = tuple(flags.FLAGS.phases)
     with in_one_paragraph():
         unknown = set(wanted) - set(PHASES)
