@@ -24,6 +24,7 @@ class PeerMissing(UserError):
     """The other library isn't installed."""
 
     def __init__(self, name: str):
+        """Name is the library's."""
         super().__init__(f"{name} is not installed: pip install -e '.[peer]' brings it")
 
 
@@ -140,11 +141,11 @@ def tell(found: Comparison) -> str:
     if found.variants:
         lines += ["", "their ways to do it, measured once each; the quickest is compared"]
         lines += [f"  {name:<50}{value}" for name, value in found.variants.items()]
-    lines += ["", f"{'what':<28}{'ours s':>9}{'theirs s':>10}{'ratio':>8}{'least':>8}{'most':>8}"]
+    lines += ["", f"{'what':<54}{'ours s':>9}{'theirs s':>10}{'ratio':>8}{'least':>8}{'most':>8}"]
     for what, p in found.pairs.items():
         ours, theirs, ratio = (statistics.median(a) for a in (p.ours, p.theirs, p.ratios))
         lines.append(
-            f"{what:<28}{ours:9.3f}{theirs:10.3f}{ratio:8.2f}{min(p.ratios):8.2f}"
+            f"{what:<54}{ours:9.3f}{theirs:10.3f}{ratio:8.2f}{min(p.ratios):8.2f}"
             f"{max(p.ratios):8.2f}"
         )
     return "\n".join(lines)
