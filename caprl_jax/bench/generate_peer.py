@@ -129,7 +129,7 @@ def checks(work: Work, ours: Ours, theirs: Theirs) -> list[Checked]:
     """In what both sides must agree before they are timed."""
     config, prompt = work.config, work.prompt
     ids = theirs.inputs["input_ids"].numpy()
-    features = ids == work.image_token
+    features = ids == work.filler.image_token
     found = [
         Checked("parameters", parameters(ours.params), torch_models.weights(theirs.model)),
         Checked("prompt tokens", int(prompt.mask.sum()), ids.size),

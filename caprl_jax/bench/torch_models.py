@@ -54,7 +54,7 @@ def inputs(work: Work) -> dict[str, torch.Tensor]:
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == work.image_token).int(),
+        "mm_token_type_ids": (ids == work.filler.image_token).int(),
         "pixel_values": pixels["pixel_values"],
         "image_grid_thw": pixels["image_grid_thw"],
     }
@@ -69,7 +69,7 @@ class Letters:
         instruction, questions = work.instruction, work.questions
         self._special = set(np.asarray(instruction.special).tolist())
         self._before = np.asarray(instruction.tokens).tolist()
-        self._tails = [
+        self.tails = [
             [ids[real].tolist() for ids, real in zip(*image, strict=True)]
             for image in zip(questions.tokens, questions.mask, strict=True)
         ]
@@ -79,7 +79,7 @@ class Letters:
         rows = [
             self._before + [i for i in caption if i not in self._special] + tail
             for caption, image in zip(captions, images, strict=True)
-            for tail in self._tails[image]
+            for tail in self.tails[image]
         ]
         ids, mask, last = _padded(rows)
         head = self._model.lm_head.weight[torch.tensor(np.asarray(self._work.instruction.letters))]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from caprl_jax import judge, programs, random_model, startup
 from caprl_jax.bench.synthetic import grid_for
+from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.questions import present
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
@@ -33,10 +34,11 @@ class Work:
       policy: our modules.
       judge: our judge's decoder.
       pictures: one an image of the batch.
-      images: the same as our tower takes them, [b, ..].
+      processor: of the policy's directory.
+      filler: the prompt without an image.
+      images: the pictures as our tower takes them, [b, ..].
       prompt: Prompt [b, p].
       text: the prompt as the policy's template renders it, with one placeholder of the image.
-      image_token: the placeholder's id.
       questions: Questions [b, n, ..].
       instruction: the judge's.
     """
@@ -47,10 +49,11 @@ class Work:
     policy: Policy
     judge: Decoder
     pictures: list[Image.Image]
+    processor: ImageProcessor
+    filler: PolicyPrompt
     images: Images
     prompt: Prompt
     text: str
-    image_token: int
     questions: judge.Questions
     instruction: judge.Instruction
 
@@ -97,16 +100,27 @@ def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work
     pictures = [Image.fromarray(pixels) for pixels in noise]
     mrope = policy.decoder.config.mrope_section is not None
     filler = PolicyPrompt.create(tokenizer, config.policy.prompt, vision, mrope)
-    found = [processor(picture) for picture in pictures]
-    images = batch_images([lay_out(p, g, vision, config.data.max_windows) for p, g in found])
-    prompts = [filler.fill(grid, config.data.max_prompt) for _, grid in found]
     content = [{"type": "image"}, {"type": "text", "text": config.policy.prompt}]
     questions, instruction = _asked(config, judge_path, judged.decoder, rng)
     return Work(
-        config, policy_path, judge_path, policy, judged.decoder, pictures, images,
-        jax.tree.map(lambda *a: np.stack(a), *prompts), tokenizer.chat(content),
-        filler.image_token, questions, instruction,
+        config, policy_path, judge_path, policy, judged.decoder, pictures, processor, filler,
+        *laid_out(config, processor, filler, pictures), tokenizer.chat(content), questions,
+        instruction,
     )  # fmt: skip
+
+
+def laid_out(
+    config: ml_collections.ConfigDict,
+    processor: ImageProcessor,
+    filler: PolicyPrompt,
+    pictures: list[Image.Image],
+) -> tuple[Images, Prompt]:
+    """What a run's readers make of a batch's pictures."""
+    found = [processor(picture) for picture in pictures]
+    windows, length = config.data.max_windows, config.data.max_prompt
+    images = batch_images([lay_out(p, g, filler.vision, windows) for p, g in found])
+    prompts = [filler.fill(grid, length) for _, grid in found]
+    return images, jax.tree.map(lambda *a: np.stack(a), *prompts)
 
 
 def _asked(
