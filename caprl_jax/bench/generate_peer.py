@@ -204,6 +204,7 @@ def compare(work: Work, repeats: int) -> Comparison:
     Raises:
       WorkDiffers: the two sides don't do the same.
     """
+    peers.keep_memory()
     ours, theirs = Ours(work), Theirs(work)
     checked, tried = checks(work, ours, theirs), try_ways(theirs, work)
     fine = {name: took for name, took in tried.items() if isinstance(took, Took)}

@@ -3,6 +3,7 @@
 TRL's steps are timed by its own callbacks; after each of them one of ours follows.
 """
 
+import math
 import tempfile
 import time
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 import transformers
 
-from caprl_jax import judge, mesh, programs, startup, step
+from caprl_jax import mesh, programs, startup, step
 from caprl_jax.bench import peers, torch_models
+from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.generate_peer import facts, parameters
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work, laid_out
@@ -25,6 +27,9 @@ except ImportError as e:
     raise peers.PeerMissing("trl") from e
 
 STEP = "a whole step"
+# Captions that TRL learns from at once; of 16 they are the quickest count (2, 4 and 16 were tried),
+# for what one pass holds is then small enough to be had again and again.
+_PIECE = 4
 
 
 class Ours:
@@ -57,23 +62,6 @@ class Ours:
         batch = mesh.put_whole(batch, self._on)
         self.state, metrics = self._run(self.state, self.frozen, batch, self._key)
         return jax.block_until_ready(jax.device_get(metrics))
-
-    def letters(self, captions: np.ndarray) -> np.ndarray:
-        """Captions int [b, g, t] -> the judge's probability of each letter [b, g, n, letters]."""
-        w = self._work
-
-        def letters(frozen, tokens, mask, questions):
-            logits = judge.letter_logits(
-                w.judge, frozen.judge, frozen.instruction, tokens, mask, questions
-            )
-            options = np.arange(logits.shape[-1]) < questions.letters[:, None, :, None]
-            cold = jax.numpy.where(options, logits / w.config.judge.temperature, -np.inf)
-            return jax.nn.softmax(cold, axis=-1)
-
-        tokens = captions.astype(np.int32)
-        return np.asarray(
-            jax.jit(letters)(self.frozen, tokens, np.ones(tokens.shape, bool), w.questions)
-        )
 
 
 class Reward:
@@ -169,7 +157,7 @@ def checks(
     peers.require_same(found)
     tokens = np.asarray(captions)[order].reshape(b, g, t)
     theirs = reward.letters(captions, reward.images)[order]
-    letters = ours.letters(tokens)
+    letters = work_lib.letters(work, ours.frozen.judge, tokens)
     found.append(
         peers.difference(
             "the judge's letters, probability", letters.reshape(theirs.shape), theirs, 1e-4
@@ -179,15 +167,16 @@ def checks(
 
 
 def settings(work: Work, folder: str, steps: int) -> Any:
-    """TRL's, as quick as they go: no recomputation, all captions in one batch, one update."""
+    """TRL's, as quick as they go: no recomputation, a static cache, gradients summed in pieces."""
     c, o = work.config, work.config.optimizer
+    piece = math.gcd(work.captions, _PIECE)
     # Chat tokens are never drawn: none then ends a caption, and none is taken for an image.
     special = np.asarray(work.instruction.special).tolist()
     return trl.GRPOConfig(
         output_dir=folder, use_cpu=True, bf16=False, fp16=False, report_to="none", seed=c.seed,
         max_steps=steps, logging_strategy="no", save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=work.captions // c.caprl.micro_batches,
-        gradient_accumulation_steps=c.caprl.micro_batches, num_generations=c.caprl.group,
+        per_device_train_batch_size=piece, gradient_accumulation_steps=work.captions // piece,
+        num_generations=c.caprl.group,
         max_completion_length=c.sampling.max_tokens, shuffle_dataset=False,
         gradient_checkpointing=c.policy.remat, temperature=c.sampling.temperature,
         generation_kwargs={"suppress_tokens": special}, cache_implementation="static",
@@ -233,6 +222,7 @@ def compare(work: Work, repeats: int) -> Comparison:
     Raises:
       WorkDiffers: the two sides don't do the same.
     """
+    peers.keep_memory()
     reward = Reward(work)
     callback = InTurns(work, Ours(work), reward)
     with tempfile.TemporaryDirectory() as folder:

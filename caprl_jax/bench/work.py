@@ -1,6 +1,7 @@
 """What both sides of a comparison do: models on disk, pictures, prompt, questions, all the same."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,18 @@ def laid_out(
     images = batch_images([lay_out(p, g, filler.vision, windows) for p, g in found])
     prompts = [filler.fill(grid, length) for _, grid in found]
     return images, jax.tree.map(lambda *a: np.stack(a), *prompts)
+
+
+def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
+    """What our judge thinks of captions: int [b, g, t] -> probabilities [b, g, n, letters]."""
+    run = jax.jit(functools.partial(judge.letter_logits, work.judge))
+    captions = captions.astype(np.int32)
+    mask = np.ones(captions.shape, bool)
+    logits = np.asarray(run(params, work.instruction, captions, mask, work.questions), np.float64)
+    options = np.arange(logits.shape[-1]) < work.questions.letters[:, None, :, None]
+    cold = np.where(options, logits / work.config.judge.temperature, -np.inf)
+    p = np.exp(cold - cold.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
 
 
 def _asked(
