@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 import transformers
 
 from caprl_jax import mesh, programs, startup, step
@@ -89,17 +88,19 @@ class InTurns(transformers.TrainerCallback):
         self._work, self._ours, self._reward = work, ours, reward
         self.checks: list[Checked] = []
         self.pairs, self._began, self._before = Pairs(), 0.0, []
-        self.seen: dict[str, tuple[int, ...]] = {}
+        self.seen: dict[str, int] = {}
 
     def watch(self, model: Any) -> None:
-        """Notes the shapes of what the model reads first, and its weights as they are."""
+        """Notes how much of each image and prompt it reads first, and its weights as they are."""
 
-        def note(_, args, kwargs):
-            for name, value in kwargs.items():
-                if isinstance(value, torch.Tensor) and value.ndim:
-                    self.seen.setdefault(name, tuple(value.shape))
+        def prompts(_, args, kwargs):
+            self.seen.setdefault("prompt", kwargs["input_ids"].shape[1])
 
-        model.register_forward_pre_hook(note, with_kwargs=True)
+        def images(_, args, kwargs):
+            self.seen.setdefault("patches", args[0].shape[0] // len(kwargs["grid_thw"]))
+
+        model.register_forward_pre_hook(prompts, with_kwargs=True)
+        model.model.visual.register_forward_pre_hook(images, with_kwargs=True)
         self._before = samples(p.detach().numpy() for p in model.parameters())
 
     def on_step_begin(self, args, state, control, **_):
@@ -136,9 +137,9 @@ def moved(before: list[np.ndarray], after: list[np.ndarray]) -> str:
 
 
 def checks(
-    work: Work, ours: Ours, reward: Reward, seen: dict[str, tuple[int, ...]], model: Any
+    work: Work, ours: Ours, reward: Reward, seen: dict[str, int], model: Any
 ) -> list[Checked]:
-    """In what the first step of TRL agrees with ours; seen has the shapes that its model read."""
+    """In what the first step of TRL agrees with ours; seen is what its model read."""
     config, t, captions = work.config, work.config.sampling.max_tokens, reward.captions
     b, g = config.data.batch, config.caprl.group
     order, each = np.argsort(reward.images, kind="stable"), sorted(reward.images)
@@ -149,9 +150,9 @@ def checks(
         Checked("images of the captions", np.repeat(np.arange(b), g).tolist() == each, True),
         Checked("tokens of each caption", str({t}), str(lengths)),
         Checked("prompt tokens of each image", int(work.prompt.mask[0].sum()),
-                seen["input_ids"][1]),
+                seen["prompt"]),
         Checked("patches of each image", int(work.images.mask[0].sum()),
-                seen["pixel_values"][0] // seen["input_ids"][0]),
+                seen["patches"]),
         Checked("questions of each caption", config.caprl.questions, len(reward.letters.tails[0])),
     ]  # fmt: skip
     peers.require_same(found)
