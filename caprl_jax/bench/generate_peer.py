@@ -233,7 +233,7 @@ def _in_turns(ours: Ours, theirs: Callable, tokens: int, repeats: int) -> tuple[
         for t, pair in found.items():
             sides = [(pair.ours, ours), (pair.theirs, theirs)]
             for times, side in sides if ours_first else sides[::-1]:
-                times.append(peers.seconds(lambda side=side, t=t: side(t)))
+                times.append(peers.turn(lambda side=side, t=t: side(t)))
     return found[tokens], found[1]
 
 

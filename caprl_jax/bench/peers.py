@@ -1,7 +1,9 @@
 """Comparisons with other libraries: the same work, taken in turns, in one process.
 
-Nothing is timed before both sides are seen to do the same. Then one run of ours and one of theirs
-make a pair; a pair's ratio is less moved by what else the machine does than either time.
+Nothing is timed before both sides are seen to do the same. Then a turn of ours and one of theirs
+make a pair; a pair's ratio is less moved by what else the machine does than either time. A turn is
+two runs, of which the second counts: the first finds caches and memory as the other side left them,
+and both sides lose by that.
 """
 
 import ctypes
@@ -130,6 +132,12 @@ def keep_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # their names in malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
+
+
+def turn(run: Callable[[], Any]) -> float:
+    """Seconds of the second of two runs."""
+    seconds(run)
+    return seconds(run)
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -1,6 +1,6 @@
 """A whole CapRL step of this project, and of TRL's GRPOTrainer with the same judge as its reward.
 
-TRL's steps are timed by its own callbacks; after each of them one of ours follows.
+TRL's steps are timed by its own callbacks, which also take our turn after each of TRL's.
 """
 
 import math
@@ -81,7 +81,7 @@ class Reward:
 
 
 class InTurns(transformers.TrainerCallback):
-    """Times TRL's steps, and one of ours after each; checks the first pair, which isn't timed."""
+    """Times TRL's turns and ours; checks the first step of both, which isn't timed."""
 
     def __init__(self, work: Work, ours: Ours, reward: Reward):
         """Nothing runs yet."""
@@ -121,8 +121,9 @@ class InTurns(transformers.TrainerCallback):
             )
             peers.require_same(self.checks)
             return
-        self.pairs.theirs.append(took)
-        self.pairs.ours.append(peers.seconds(self._ours))
+        if state.global_step % 2:  # the second of TRL's turn
+            self.pairs.theirs.append(took)
+            self.pairs.ours.append(peers.turn(self._ours))
 
 
 def samples(arrays: Any, count: int = 256) -> list[np.ndarray]:
@@ -227,6 +228,6 @@ def compare(work: Work, repeats: int) -> Comparison:
     reward = Reward(work)
     callback = InTurns(work, Ours(work), reward)
     with tempfile.TemporaryDirectory() as folder:
-        trainer(work, reward, callback, folder, repeats + 1).train()
+        trainer(work, reward, callback, folder, 1 + 2 * repeats).train()
     told = facts(work) | {"trl": trl.__version__}
     return Comparison(told, callback.checks, {}, {STEP: callback.pairs})
