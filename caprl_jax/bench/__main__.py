@@ -3,23 +3,28 @@
 python -m caprl_jax.bench --config=configs/3b.py:h200_8 [--phases=prefill,decode,score,update,step]
     [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
 python -m caprl_jax.bench --config=configs/3b.py --naive    (runs nothing: what the tree saves)
+python -m caprl_jax.bench --config=configs/peers.py --peer=transformers|trl [--models=DIR]
+    [--repeats=5] [--json=FILE]
 
+The last form compares with another library, on the same weights and work (bench/peers.py).
 Needs JAX, Flax, optax, ml_collections and absl.
 """
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax.bench import naive
+from caprl_jax.bench import naive, peers, work
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
-from caprl_jax.config import ConfigError
+from caprl_jax.config import ConfigError, validate
 
 
 def define_flags() -> None:
@@ -29,6 +34,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
     flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
     flags.DEFINE_bool("naive", False, "Compare the step's work with a step that shares nothing.")
+    flags.DEFINE_enum("peer", None, list(peers.NEEDS), "Compare with this library instead.")
+    flags.DEFINE_string("models", None, "Where a peer's random models lie; default temporary.")
     flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
 
 
@@ -41,6 +48,10 @@ def main(argv: list[str]) -> None:
             print(naive.tell(naive.compare(flags.FLAGS.config)))
         return
     wanted = tuple(flags.FLAGS.phases)
+    if flags.FLAGS.peer:
+        with in_one_paragraph():
+            compare(flags.FLAGS.config, flags.FLAGS.peer, flags.FLAGS.repeats)
+        return
     with in_one_paragraph():
         unknown = set(wanted) - set(PHASES)
         if unknown:
@@ -56,6 +67,22 @@ def main(argv: list[str]) -> None:
     if flags.FLAGS.json:
         found = {name: dataclasses.asdict(t) | {"median": t.median} for name, t in timings.items()}
         Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2, default=np.ndarray.tolist))
+
+
+def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
+    """Compares with a peer and prints."""
+    peers.require_installed(peer)
+    validate(config)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(flags.FLAGS.models or temporary)
+        if peer == "trl":
+            from caprl_jax.bench import trl_peer as other
+        else:
+            from caprl_jax.bench import generate_peer as other
+        found = other.compare(work.make(config, folder), repeats)
+    print(peers.tell(found))
+    if flags.FLAGS.json:
+        Path(flags.FLAGS.json).write_text(json.dumps(found.as_json(), indent=2, default=str))
 
 
 if __name__ == "__main__":

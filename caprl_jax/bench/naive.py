@@ -120,7 +120,7 @@ def caprl_step(
     state, metrics = step.improve(
         policy, optimizer, alone, state, frozen, copies, rows, advantages.reshape(-1, 1), layout
     )
-    return state, metrics | step.rollout_metrics(captions, verdicts, reward, batch.valid)
+    return state, metrics | step.rollout_metrics(captions, verdicts, reward, batch.valid, 1)
 
 
 @dataclasses.dataclass(frozen=True)

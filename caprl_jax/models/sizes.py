@@ -1,5 +1,7 @@
 """The sizes that the supported families are published in, as config.json says them.
 
+Beside them two sizes of no published model, for comparisons with peers on a CPU.
+
 For benchmarks and plans without a model at hand; a run reads its own directory's config.json.
 """
 
@@ -34,6 +36,16 @@ _TOWERS = {
     "8b": ("8b", 27, 1152, 4304, (8, 16, 24)),
     "32b": ("32b", 27, 1152, 4304, (8, 16, 24)),
 }
+
+
+# Of no published model: what two CPU cores train, for comparisons with peers (bench/peers.py).
+# name: (policy's text sizes, judge's), then the tower's (depth, width, heads, feed-forward, blocks
+# that see the whole image)
+_PEER_TEXT = {
+    "50m": ((32768, 512, 1408, 8, 8, 2, True), (32768, 512, 1408, 12, 8, 2, True)),
+    "500m": (_SECOND["0.5b"], _SECOND["0.5b"]),
+}
+_PEER_TOWERS = {"50m": (8, 320, 5, 864, [3, 7]), "500m": (8, 640, 10, 1712, [3, 7])}
 
 
 def _text(sizes: tuple, third: bool) -> dict[str, Any]:
@@ -77,6 +89,21 @@ def _second_vl(name: str) -> dict[str, Any]:
     )
 
 
+def _peer(name: str) -> dict[str, dict[str, Any]]:
+    """The policy and the judge of a comparison; as the second generation, at other sizes."""
+    (text, judge), (depth, width, heads, hidden, full) = _PEER_TEXT[name], _PEER_TOWERS[name]
+    policy = _second_vl("3b") | _text(text, third=False)
+    policy["vision_config"] |= {
+        "depth": depth, "hidden_size": width, "num_heads": heads, "intermediate_size": hidden,
+        "fullatt_block_indexes": full, "out_hidden_size": text[1],
+    }  # fmt: skip
+    policy["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
+    return {
+        f"peer-vl-{name}": policy,
+        f"peer-{name}": _judge(judge, "qwen2", "Qwen2ForCausalLM"),
+    }
+
+
 def _third_vl(name: str) -> dict[str, Any]:
     sizes, depth, width, feed_forward, deep = _TOWERS[name]
     text = _text(_THIRD[sizes], third=True) | {"model_type": "qwen3_vl_text", "rope_theta": 5e6}
@@ -107,6 +134,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{f"qwen3-{n}": _judge(s, "qwen3", "Qwen3ForCausalLM") for n, s in _THIRD.items()},
     **{f"qwen2.5-vl-{n}": _second_vl(n) for n in ("3b", "7b", "32b", "72b")},
     **{f"qwen3-vl-{n}": _third_vl(n) for n in _TOWERS},
+    **{name: config for n in _PEER_TEXT for name, config in _peer(n).items()},
 }
 
 

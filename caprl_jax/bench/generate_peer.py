@@ -1,0 +1,251 @@
+"""Captions drawn by this project's rollout and by transformers' generate()."""
+
+import dataclasses
+import functools
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+from transformers import CompileConfig
+
+from caprl_jax import mesh, programs, rollout, startup
+from caprl_jax.bench import peers, torch_models
+from caprl_jax.bench.peers import Checked, Comparison, Pairs
+from caprl_jax.bench.work import Work
+
+_GREEDY = 8  # tokens compared
+
+
+class Ours:
+    """The rollout of this project, jitted, with weights read from the policy's directory."""
+
+    def __init__(self, work: Work):
+        """Reads the weights."""
+        config, self._work = work.config, work
+        self._on = programs.layout(config)
+        dtype = programs.compute_dtype(config)
+        self.params = startup.load_frozen(work.policy, work.policy_path, self._on, dtype)
+        placed = mesh.put_whole((work.images, work.prompt), self._on)
+        self._key, self._draws, (self._images, self._prompt) = (
+            jax.random.key(config.seed),
+            0,
+            placed,
+        )
+        self._jitted = functools.lru_cache(self._jit)
+
+    def _jit(self, tokens: int, temperature: float) -> Callable:
+        w, group = self._work, self._work.config.caprl.group
+        sampling = rollout.Sampling(tokens, temperature)
+        # No token ends a caption: as many are drawn as are asked for.
+        return programs.jit(
+            lambda params, images, prompt, key: rollout.sample(
+                w.policy, params, images, prompt, key, group, (w.vocab,), sampling, layout=self._on
+            ), self._on,
+        )  # fmt: skip
+
+    def __call__(self, tokens: int, temperature: float = 1.0) -> rollout.Rollout:
+        """So many tokens of each caption."""
+        self._draws += 1
+        key = jax.random.fold_in(self._key, self._draws)
+        return self._jitted(tokens, temperature)(self.params, self._images, self._prompt, key)
+
+    def first_logits(self) -> np.ndarray:
+        """What follows the prompt: float32 [b, vocab]."""
+
+        def logits(params, images, prompt):
+            trunk = rollout.prefill(self._work.policy, params, images, prompt, 1)
+            return self._work.policy.logits(params, trunk.last)
+
+        return np.asarray(programs.jit(logits, self._on)(self.params, self._images, self._prompt))
+
+
+class Theirs:
+    """generate() of transformers, in each of the ways it has to draw many captions an image."""
+
+    def __init__(self, work: Work):
+        """Reads the weights."""
+        self.model, self.inputs = torch_models.policy(work), torch_models.inputs(work)
+        self._group = work.config.caprl.group
+        compiled = CompileConfig(fullgraph=False, dynamic=False)
+        compiled._compile_all_devices = True  # transformers leaves CPUs out unless told
+        plain = functools.partial(self._plain, use_cache=True)
+        static = functools.partial(plain, cache_implementation="static")
+        self.ways = {
+            "num_return_sequences": plain,
+            "num_return_sequences, static": functools.partial(static, disable_compile=True),
+            "num_return_sequences, static, torch.compile": functools.partial(
+                static, compile_config=compiled
+            ),
+            "prompt read once": self._from_one_prompt,
+        }
+
+    def _drawn(self, tokens: int, sample: bool, **options) -> np.ndarray:
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        # Without an end-of-sequence id no token is looked at for being one: the quickest way to
+        # draw exactly so many.
+        out = self.model.generate(
+            **options, **(how if sample else {"do_sample": False}), max_new_tokens=tokens,
+            min_new_tokens=None, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        return out[:, self.inputs["input_ids"].shape[1] :].numpy()
+
+    def _plain(self, tokens: int, sample: bool = True, **options) -> np.ndarray:
+        if not sample:  # greedy captions of one image are all the same: beams alone repeat there
+            return self._drawn(tokens, sample, **self.inputs, **options)
+        return self._drawn(
+            tokens, sample, **self.inputs, num_return_sequences=self._group, **options
+        )
+
+    def _from_one_prompt(self, tokens: int, sample: bool = True) -> np.ndarray:
+        """Reads all but the prompt's last token once an image; generate() goes on from there."""
+        ids, g = self.inputs["input_ids"], self._group
+        texts = ("input_ids", "attention_mask", "mm_token_type_ids")
+        before = {k: a[:, :-1] if k in texts else a for k, a in self.inputs.items()}
+        with torch.inference_mode():
+            cache = self.model(**before, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(g)
+            inner = self.model.model
+            inner.rope_deltas = inner.rope_deltas.repeat_interleave(g, dim=0)
+            ids = ids.repeat_interleave(g, dim=0)
+            return self._drawn(
+                tokens, sample, input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache
+            )
+
+    def greedy(self, tokens: int) -> np.ndarray:
+        """int [b, tokens]."""
+        return self._plain(tokens, sample=False)
+
+    def first_logits(self) -> np.ndarray:
+        """What follows the prompt: float32 [b, vocab]."""
+        with torch.inference_mode():
+            return self.model(**self.inputs, logits_to_keep=1).logits[:, 0].numpy()
+
+
+def checks(work: Work, ours: Ours, theirs: Theirs) -> list[Checked]:
+    """In what both sides must agree before they are timed."""
+    config, prompt = work.config, work.prompt
+    ids = theirs.inputs["input_ids"].numpy()
+    features = ids == work.filler.image_token
+    found = [
+        Checked("parameters", parameters(ours.params), torch_models.weights(theirs.model)),
+        Checked("prompt tokens", int(prompt.mask.sum()), ids.size),
+        Checked("prompt tokens with padding", prompt.mask.size, ids.size),
+        Checked("image features", int((prompt.feature >= 0).sum()), int(features.sum())),
+        Checked("patches", int(work.images.mask.sum()), len(theirs.inputs["pixel_values"])),
+        Checked("patches with padding", work.images.mask.size, len(theirs.inputs["pixel_values"])),
+    ]
+    if all(c.same for c in found):
+        found += [Checked("prompt ids that differ", int((prompt.tokens != ids).sum()), 0)]
+    peers.require_same(found)
+    a, b = ours.first_logits(), theirs.first_logits()
+    scale = np.abs(b).max()
+    greedy = np.asarray(ours(_GREEDY, 0.0).tokens)[:, 0]
+    agree = int((greedy == theirs.greedy(_GREEDY)).sum())
+    t = config.sampling.max_tokens
+    drawn = ours(t)
+    found += [
+        peers.difference("logits after the prompt, relative", a / scale, b / scale, 1e-3),
+        Checked(f"greedy tokens that agree, of {greedy.size}", agree, greedy.size),
+        Checked("captions", int(np.prod(drawn.length.shape)), work.captions),
+        Checked("tokens drawn", int(drawn.length.sum()), work.captions * t),
+    ]
+    peers.require_same(found)
+    return found
+
+
+def parameters(params: Any) -> int:
+    """How many."""
+    return sum(a.size for a in jax.tree.leaves(params))
+
+
+@dataclasses.dataclass
+class Took:
+    """Seconds of one of their ways: the first time, when warm, and of one token."""
+
+    first: float
+    whole: float
+    one: float
+
+    def __str__(self) -> str:
+        """For the table."""
+        return f"{self.whole:.2f} s, decode {self.whole - self.one:.2f}; first {self.first:.1f}"
+
+
+def try_ways(theirs: Theirs, work: Work) -> dict[str, Took | str]:
+    """What each of their ways takes to draw the batch's captions, or how it fails.
+
+    Raises:
+      WorkDiffers: a way draws other than the asked number of tokens.
+    """
+    t, found = work.config.sampling.max_tokens, {}
+    for name, way in theirs.ways.items():
+        drawn = []
+
+        def run(tokens, way=way, drawn=drawn):
+            return peers.seconds(lambda: drawn.append(way(tokens).shape))
+
+        try:
+            first, whole, _, one = run(t), run(t), run(1), run(1)
+        except Exception as e:  # of the compiler, say, where there is none
+            found[name] = f"fails here: {type(e).__name__}: {str(e).splitlines()[0][:80]}"
+            continue
+        peers.require_same([Checked(f"{name}: tokens", (work.captions, t), drawn[1])])
+        found[name] = Took(first, whole, one)
+    return found
+
+
+def compare(work: Work, repeats: int) -> Comparison:
+    """Checks, then times in turns: their plainest way, their quickest, and the best at decoding.
+
+    Raises:
+      WorkDiffers: the two sides don't do the same.
+    """
+    peers.keep_memory()
+    ours, theirs = Ours(work), Theirs(work)
+    checked, tried = checks(work, ours, theirs), try_ways(theirs, work)
+    fine = {name: took for name, took in tried.items() if isinstance(took, Took)}
+    chosen = (
+        next(iter(theirs.ways)),
+        min(fine, key=lambda n: fine[n].whole),
+        min(fine, key=lambda n: fine[n].whole - fine[n].one),
+    )
+    pairs = {}
+    for name in dict.fromkeys(chosen):
+        whole, one = _in_turns(ours, theirs.ways[name], work.config.sampling.max_tokens, repeats)
+        pairs |= {
+            f"{name}: all": whole, f"{name}: of it decode": whole.minus(one),
+            f"{name}: vision and prefill": one,
+        }  # fmt: skip
+    told = {name: str(took) for name, took in tried.items()}
+    return Comparison(facts(work), checked, told, pairs)
+
+
+def _in_turns(ours: Ours, theirs: Callable, tokens: int, repeats: int) -> tuple[Pairs, Pairs]:
+    """(pairs with so many tokens, pairs with one)."""
+    found = {tokens: Pairs(), 1: Pairs()}
+    for t in found:
+        jax.block_until_ready(ours(t))
+    for ours_first in peers.in_turns(repeats):
+        for t, pair in found.items():
+            sides = [(pair.ours, ours), (pair.theirs, theirs)]
+            for times, side in sides if ours_first else sides[::-1]:
+                times.append(peers.turn(lambda side=side, t=t: side(t)))
+    return found[tokens], found[1]
+
+
+def facts(work: Work) -> dict[str, Any]:
+    """What was run, and on what."""
+    c, device = work.config, jax.devices()[0]
+    return {
+        "policy, judge": f"{c.policy.path}, {c.judge.path}",
+        "batch": f"{c.data.batch} images, {c.caprl.group} captions each of "
+        f"{c.sampling.max_tokens} tokens, {c.caprl.questions} questions each",
+        "machine": f"{platform.machine()}, JAX on {jax.device_count()} x {device.device_kind}",
+        "JAX, torch, transformers": f"{jax.__version__}, {torch.__version__}, "
+        f"{transformers.__version__}; float32 on both sides",
+        "torch.get_num_threads()": torch.get_num_threads(),
+    }

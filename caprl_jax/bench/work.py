@@ -1,0 +1,149 @@
+"""What both sides of a comparison do: models on disk, pictures, prompt, questions, all the same."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from caprl_jax import judge, programs, random_model, startup
+from caprl_jax.bench.synthetic import grid_for
+from caprl_jax.data.images import ImageProcessor
+from caprl_jax.data.questions import present
+from caprl_jax.data.records import Question
+from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
+from caprl_jax.models import sizes
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.policy import Policy, Prompt
+from caprl_jax.models.vision import Images, batch_images, lay_out
+
+_QUESTION = Question("Which color is the sofa?", ("blue", "red", "green", "white"), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The work of one batch.
+
+    Attributes:
+      config: of the run.
+      policy_path: the policy's directory, which both sides read.
+      judge_path: the judge's.
+      policy: our modules.
+      judge: our judge's decoder.
+      pictures: one an image of the batch.
+      processor: of the policy's directory.
+      filler: the prompt without an image.
+      images: the pictures as our tower takes them, [b, ..].
+      prompt: Prompt [b, p].
+      text: the prompt as the policy's template renders it, with one placeholder of the image.
+      questions: Questions [b, n, ..].
+      instruction: the judge's.
+    """
+
+    config: ml_collections.ConfigDict
+    policy_path: Path
+    judge_path: Path
+    policy: Policy
+    judge: Decoder
+    pictures: list[Image.Image]
+    processor: ImageProcessor
+    filler: PolicyPrompt
+    images: Images
+    prompt: Prompt
+    text: str
+    questions: judge.Questions
+    instruction: judge.Instruction
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the policy's embedding."""
+        return self.policy.decoder.config.vocab
+
+    @property
+    def captions(self) -> int:
+        """Of the batch."""
+        return self.config.data.batch * self.config.caprl.group
+
+
+def directory(path: str, folder: Path) -> str:
+    """path; where it names one of sizes.CONFIGS, a directory of that size in folder.
+
+    It is made with random weights unless it is there.
+    """
+    if Path(path).is_dir() or path not in sizes.CONFIGS:
+        return path
+    if not (folder / path).is_dir():
+        random_model.make(folder / path, sizes.CONFIGS[path], dtype=np.float32)
+    return str(folder / path)
+
+
+def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work:
+    """The work of a config; models that it names by size alone are made in folder.
+
+    Raises:
+      ModelDirectoryError, ConfigError: the models or buckets can't be.
+    """
+    dtype = programs.compute_dtype(config)
+    options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
+    path = directory(config.policy.path, folder)
+    policy, policy_path = startup.read_model(path, config.policy.revision, dtype, **options)
+    path = directory(config.judge.path, folder)
+    judged, judge_path = startup.read_model(path, config.judge.revision, dtype)
+    tokenizer = Tokenizer.from_pretrained(policy_path, policy.decoder.config.vocab)
+    rng, vision = np.random.default_rng(seed), policy.vision.config
+    processor = startup.image_processor(policy_path, vision)
+    side = grid_for(config, vision)[0] * processor.patch_size
+    noise = rng.integers(0, 256, (config.data.batch, side, side, 3), np.uint8)
+    pictures = [Image.fromarray(pixels) for pixels in noise]
+    mrope = policy.decoder.config.mrope_section is not None
+    filler = PolicyPrompt.create(tokenizer, config.policy.prompt, vision, mrope)
+    content = [{"type": "image"}, {"type": "text", "text": config.policy.prompt}]
+    questions, instruction = _asked(config, judge_path, judged.decoder, rng)
+    return Work(
+        config, policy_path, judge_path, policy, judged.decoder, pictures, processor, filler,
+        *laid_out(config, processor, filler, pictures), tokenizer.chat(content), questions,
+        instruction,
+    )  # fmt: skip
+
+
+def laid_out(
+    config: ml_collections.ConfigDict,
+    processor: ImageProcessor,
+    filler: PolicyPrompt,
+    pictures: list[Image.Image],
+) -> tuple[Images, Prompt]:
+    """What a run's readers make of a batch's pictures."""
+    found = [processor(picture) for picture in pictures]
+    windows, length = config.data.max_windows, config.data.max_prompt
+    images = batch_images([lay_out(p, g, filler.vision, windows) for p, g in found])
+    prompts = [filler.fill(grid, length) for _, grid in found]
+    return images, jax.tree.map(lambda *a: np.stack(a), *prompts)
+
+
+def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
+    """What our judge thinks of captions: int [b, g, t] -> probabilities [b, g, n, letters]."""
+    run = jax.jit(functools.partial(judge.letter_logits, work.judge))
+    captions = captions.astype(np.int32)
+    mask = np.ones(captions.shape, bool)
+    logits = np.asarray(run(params, work.instruction, captions, mask, work.questions), np.float64)
+    options = np.arange(logits.shape[-1]) < work.questions.letters[:, None, :, None]
+    cold = np.where(options, logits / work.config.judge.temperature, -np.inf)
+    p = np.exp(cold - cold.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def _asked(
+    config: ml_collections.ConfigDict, path: Path, decoder: Decoder, rng: Any
+) -> tuple[judge.Questions, judge.Instruction]:
+    """One question of which the options are shuffled anew each time: all are equally long."""
+    prompt = startup.judge_prompt(config, Tokenizer.from_pretrained(path, decoder.config.vocab))
+    count, length = config.caprl.questions, config.data.max_question
+    rows = [
+        prompt.arrays([present(_QUESTION, rng) for _ in range(count)], count, length)
+        for _ in range(config.data.batch)
+    ]
+    return jax.tree.map(lambda *a: np.stack(a), *rows), prompt.instruction()

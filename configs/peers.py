@@ -1,0 +1,31 @@
+"""Comparisons with transformers and TRL: Qwen2.5-VL's architecture at sizes that a CPU runs.
+
+The weights are random and the sizes of no published model: what counts is that both sides have the
+same. Images fill their bucket (32 x 32 patches, 256 features), prompts and questions theirs.
+
+Argument:  50m (default) or 500m, about the parameters of the policy, and of the judge
+Command:   python -m caprl_jax.bench --config=configs/peers.py --peer=transformers
+           python -m caprl_jax.bench --config=configs/peers.py:500m --peer=trl
+Hardware:  any CPU; 500m with trl takes about 20 GB of memory
+Measured:  not here: a ratio is told by the command, on the machine at hand.
+"""
+
+from caprl_jax.config import default
+from caprl_jax.recipes import choose
+
+
+def get_config(argument=""):
+    [size] = choose(argument, ("50m", "500m"))
+    c = default()
+    c.policy.path, c.judge.path = f"peer-vl-{size}", f"peer-{size}"
+    c.dtype = "float32"
+    c.sampling.max_tokens = 64
+    c.caprl.group = 8
+    c.caprl.questions = 4
+    c.optimizer.schedule, c.optimizer.warmup_steps = "constant", 0
+    c.data.batch = 2
+    c.eval.batch = 2
+    c.data.max_windows = 16
+    c.data.max_prompt = 272
+    c.data.max_question = 38
+    return c
