@@ -96,6 +96,12 @@ def test_the_judges_agree_letter_by_letter(work):
     assert np.ptp(found[0, 0, 0][:4]) > 1e-3
 
 
+def test_what_a_peer_needs_is_named(monkeypatch):
+    monkeypatch.setitem(peers.NEEDS, "trl", ("numpy", "no_such_library"))
+    with pytest.raises(peers.PeerMissing, match=r"needs no_such_library, .*\[peer\]"):
+        peers.require_installed("trl")
+
+
 def test_ratios_are_of_pairs():
     whole, one = Pairs([2.0, 4.0], [6.0, 16.0]), Pairs([1.0, 2.0], [1.0, 2.0])
     assert whole.ratios == [3.0, 4.0]

@@ -6,7 +6,7 @@ python -m caprl_jax.bench --config=configs/peers.py --peer=transformers|trl [--m
     [--repeats=5] [--json=FILE]
 
 The second form compares with another library, on the same weights and work (bench/peers.py).
-Needs JAX, Flax, optax, ml_collections and absl.
+Without --peer it needs JAX, Flax, optax, ml_collections and absl only.
 """
 
 import dataclasses
@@ -20,12 +20,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax.bench import peers, work
+from caprl_jax.bench import peers
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
 from caprl_jax.config import ConfigError, validate
-
-PEERS = ("transformers", "trl")
 
 
 def define_flags() -> None:
@@ -34,7 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
     flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
     flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
-    flags.DEFINE_enum("peer", None, PEERS, "Compare with this library instead.")
+    flags.DEFINE_enum("peer", None, list(peers.NEEDS), "Compare with this library instead.")
     flags.DEFINE_string("models", None, "Where a peer's random models lie; default temporary.")
     flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
 
@@ -67,7 +65,10 @@ def main(argv: list[str]) -> None:
 
 def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
     """Compares with a peer and prints."""
+    peers.require_installed(peer)
     validate(config)
+    from caprl_jax.bench import work  # it reads models and data, which phases do without
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(flags.FLAGS.models or temporary)
         if peer == "trl":

@@ -8,6 +8,7 @@ and both sides lose by that.
 
 import ctypes
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,21 @@ class WorkDiffers(UserError):
     """The two sides don't do the same work, so their times can't be compared."""
 
 
+NEEDS = {"transformers": ("torch",), "trl": ("torch", "trl")}  # beside what this project needs
+
+
 class PeerMissing(UserError):
     """The other library isn't installed."""
 
-    def __init__(self, name: str):
-        """Name is the library's."""
-        super().__init__(f"{name} is not installed: pip install -e '.[peer]' brings it")
+
+def require_installed(peer: str) -> None:
+    """Raises PeerMissing unless what the peer needs is there; imports none of it."""
+    missing = [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PeerMissing(
+            f"--peer={peer} needs {' and '.join(missing)}, which isn't installed: "
+            "pip install -e '.[peer]'"
+        )
 
 
 @dataclasses.dataclass

@@ -4,20 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen2VLImageProcessorPil,
+)
 
-from caprl_jax.bench.peers import PeerMissing
 from caprl_jax.bench.work import Work
-
-try:
-    import torch
-    from transformers import (
-        AutoTokenizer,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2ForCausalLM,
-        Qwen2VLImageProcessorPil,
-    )
-except ImportError as e:  # transformers' own names are there only with torch
-    raise PeerMissing("torch") from e
 
 
 def policy(work: Work) -> Any:

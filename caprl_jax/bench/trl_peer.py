@@ -8,9 +8,11 @@ import tempfile
 import time
 from typing import Any
 
+import datasets
 import jax
 import numpy as np
 import transformers
+import trl
 
 from caprl_jax import mesh, programs, startup, step
 from caprl_jax.bench import peers, torch_models
@@ -18,12 +20,6 @@ from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.generate_peer import facts, parameters
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work, laid_out
-
-try:
-    import datasets
-    import trl
-except ImportError as e:
-    raise peers.PeerMissing("trl") from e
 
 STEP = "a whole step"
 # Captions that TRL learns from at once; of 16 they are the quickest count (2, 4 and 16 were tried),

@@ -1,5 +1,7 @@
 """The sizes that the supported families are published in, as config.json says them.
 
+Beside them two sizes of no published model, for comparisons with peers on a CPU.
+
 For benchmarks and plans without a model at hand; a run reads its own directory's config.json.
 """
 
