@@ -7,7 +7,7 @@ python -m caprl_jax.bench --config=configs/peers.py --peer=transformers|trl [--m
     [--repeats=5] [--json=FILE]
 
 The last form compares with another library, on the same weights and work (bench/peers.py).
-Needs JAX, Flax, optax, ml_collections and absl.
+Without --peer it needs JAX, Flax, optax, ml_collections and absl only.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax.bench import naive, peers, work
+from caprl_jax.bench import naive, peers
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
 from caprl_jax.config import ConfigError, validate
@@ -43,11 +43,11 @@ def main(argv: list[str]) -> None:
     """Measures and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    wanted = tuple(flags.FLAGS.phases)
     if flags.FLAGS.naive:
         with in_one_paragraph():
             print(naive.tell(naive.compare(flags.FLAGS.config)))
         return
-    wanted = tuple(flags.FLAGS.phases)
     if flags.FLAGS.peer:
         with in_one_paragraph():
             compare(flags.FLAGS.config, flags.FLAGS.peer, flags.FLAGS.repeats)
@@ -73,6 +73,8 @@ def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
     """Compares with a peer and prints."""
     peers.require_installed(peer)
     validate(config)
+    from caprl_jax.bench import work  # it reads models and data, which phases do without
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(flags.FLAGS.models or temporary)
         if peer == "trl":
