@@ -48,7 +48,7 @@ def test_decoder_blocks_and_logits_equal_transformers(text_pair, within):
     mask, positions = np.ones(ids.shape, bool), np.broadcast_to(np.arange(500), ids.shape)
     angles = decoder.apply(variables, positions, mask, method="_angles")
     block = jax.jit(lambda p, x: Block(decoder.config).apply(
-        p, x, angles, attention.causal_mask(jnp.asarray(mask)), None, (), (), 0
+        p, x, angles, attention.causal_mask(jnp.asarray(mask)), None, (), (), (), 0
     )[0])  # fmt: skip
     for i, (x, y) in enumerate(layers_seen(theirs.model.layers, lambda: theirs(torch.tensor(ids)))):
         ours = block(layer_params(variables["params"]["layers"], i), x)
