@@ -126,7 +126,7 @@ def test_what_a_cpu_copies_for_each_token():
 
 # Larger than a TPU's VMEM all together, so that what is copied is copied in HBM.
 TPU = Size(DecoderConfig(4096, 2048, 6, 16, 2, 128, 8192, 1e4, 1e-6, True, (16, 24, 24)),
-           jnp.bfloat16, 16, 8, 256, 256)  # fmt: skip
+           jnp.bfloat16, 16, 8, 256, 4096)  # fmt: skip
 OVER_TENSOR = config_lib.default()
 recipes.decode_over_tensor(OVER_TENSOR, 2, heads=False)
 TABLES = {
