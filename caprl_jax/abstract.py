@@ -72,7 +72,8 @@ def _like(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     )
 
 
-def _params(init: Callable, on: Layout, dtype: Any) -> Any:
+def params(init: Callable, on: Layout, dtype: Any = None) -> Any:
+    """Shapes with shardings of what init(key) makes, a boxed tree; dtype None is its own."""
     boxed = jax.eval_shape(init, jax.random.key(0))
     return _like(nn.meta.unbox(boxed), mesh.param_shardings(boxed, on), dtype)
 
@@ -102,11 +103,11 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
         params = policy.init(key)
         return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    state = _params(init, on, None)
+    state = params(init, on)
     frozen = step.Frozen(
-        _params(functools.partial(_judge_init, judge_decoder), on, dtype),
+        params(functools.partial(_judge_init, judge_decoder), on, dtype),
         _instruction(on),
-        _params(policy.init, on, dtype) if config.caprl.kl else None,
+        params(policy.init, on, dtype) if config.caprl.kl else None,
     )
     key = jax.eval_shape(jax.random.key, 0)
     run, _ = programs.one_program(config, parts, state)

@@ -147,6 +147,21 @@ def letter_logits(
     )
 
 
+def among_options(logits: jax.Array, letters: jax.Array, temperature: float) -> jax.Array:
+    """Logits at a temperature, -inf for letters that are no option.
+
+    Args:
+      logits: float32 [*batch, letters].
+      letters: int32 [*batch], how many options there are.
+      temperature: of the letters' softmax.
+
+    Returns:
+      float32 [*batch, letters].
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(index < letters[..., None], logits / temperature, -jnp.inf)
+
+
 def verdicts(
     logits: jax.Array,
     questions: Questions,
@@ -178,8 +193,7 @@ def verdicts(
         a if per_caption else jnp.broadcast_to(a[:, None], logits.shape[:-1])
         for a in (questions.truth, questions.letters, questions.valid)
     )
-    options = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 3) < letters[..., None]
-    masked = jnp.where(options, logits / temperature, -jnp.inf)
+    masked = among_options(logits, letters, temperature)
     p = jax.nn.softmax(masked, axis=-1)
     p_truth = jnp.take_along_axis(p, truth[..., None], axis=-1)[..., 0]
     sampled = mode == "sampled"

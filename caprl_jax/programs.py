@@ -205,7 +205,7 @@ def keep_compiled(folder: Path) -> None:
     One that is set already, by JAX_COMPILATION_CACHE_DIR say, stays; so does that there be none
     (JAX_ENABLE_COMPILATION_CACHE=false).
     """
-    # On several CPU devices JAX 0.10's kept programs hung at their collectives.
+    # On 8 CPU devices a run with kept programs (JAX 0.10) hung.
     hangs = jax.default_backend() == "cpu" and jax.device_count() > 1
     if jax.config.jax_compilation_cache_dir is None and not hangs:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))

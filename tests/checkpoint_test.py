@@ -1,8 +1,6 @@
 """What may change between a run and its continuation."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +8,7 @@ from caprl_jax import checkpoint
 from caprl_jax import config as config_lib
 from caprl_jax.config import ConfigError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from . import shipped
 
 
 def values(config):
@@ -19,10 +17,7 @@ def values(config):
 
 
 def read(name, argument=""):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return values(module.get_config(argument))
+    return values(shipped.module(name).get_config(argument))
 
 
 @pytest.mark.parametrize("hardware", ["v6e_16", "v5p_8", "v5p_64", "h200_8"])

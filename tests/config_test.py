@@ -1,14 +1,11 @@
 """What a config is refused for before anything is read."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax.config import ConfigError, about, validate
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+from . import shipped
 
 
 def changed(**changes):
@@ -35,11 +32,9 @@ def test_a_config_that_can_not_run_is_refused_by_name(change, message):
         validate(changed(**change))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(shipped.CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid_and_say_how_to_run_them(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = shipped.module(path.stem)
     validate(module.get_config())
     assert f"--config=configs/{path.name}" in module.__doc__ and "Measured:" in module.__doc__
 

@@ -12,14 +12,11 @@ import pytest
 from caprl_jax import judge, rollout, step
 from caprl_jax.bench import naive
 
+from .tree_test import relative
+
 SETTINGS = step.Settings(group=3, kl=0.05, updates=2, judge_mode="sampled")
 SAMPLING = rollout.Sampling(max_tokens=6)
 OPTIMIZER = optax.sgd(0.5)
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.max(np.abs(a - b)) / np.max(np.abs(b))
 
 
 def stepped(world, function, **changes):

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +29,7 @@ def decode_text(devices, tables):
     """The compiled text of a rollout whose weights are all larger than its activations."""
     on = mesh.layout(mesh.make_mesh({"fsdp": -1, "tensor": 2}, devices), *tables)
     policy = Policy(Decoder(TEXT, jnp.bfloat16), VisionTower(VISION, jnp.bfloat16))
-    boxed = jax.eval_shape(policy.init, jax.random.key(0))
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        nn.meta.unbox(boxed), mesh.param_shardings(boxed, on),
-    )  # fmt: skip
+    params = abstract.params(policy.init, on)
     b, m, p = 8, 16, 8
 
     def of(dtype, *shape):

@@ -7,16 +7,12 @@ Where a change is meant to alter the figures, `python -m caprl_jax.bench --confi
 import collections
 import dataclasses
 import functools
-import importlib.util
-from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-from caprl_jax import abstract, chips, hlo_costs, hlo_work, mesh, plan, recipes, rollout
-from caprl_jax import config as config_lib
+from caprl_jax import abstract, chips, hlo_costs, hlo_work, mesh, plan, rollout
 from caprl_jax.bench import naive
 from caprl_jax.models import families
 from caprl_jax.models.attention import KV
@@ -24,7 +20,8 @@ from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.policy import Policy, Trunk
 from caprl_jax.models.vision import VisionConfig, VisionTower
 
-from .plan_test import tpu
+from . import shipped
+from .plan_test import TABLES, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +53,7 @@ def decode_text(size, on):
     """The compiled text of a group's decoding after a trunk that is there."""
     c, vision = size.decoder, VisionConfig(12, 16, 2, 4, 24, size.decoder.width, 4, 2, (1,))
     policy = Policy(Decoder(c, size.dtype), VisionTower(vision, size.dtype))
-    boxed = jax.eval_shape(policy.init, jax.random.key(0))
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        nn.meta.unbox(boxed), mesh.param_shardings(boxed, on),
-    )  # fmt: skip
+    params = abstract.params(policy.init, on)
 
     def of(dtype, *shape, before=()):
         spec = jax.sharding.PartitionSpec(*before, on.rules["images"])
@@ -127,12 +120,6 @@ def test_what_a_cpu_copies_for_each_token():
 # Larger than a TPU's VMEM all together, so that what is copied is copied in HBM.
 TPU = Size(DecoderConfig(4096, 2048, 6, 16, 2, 128, 8192, 1e4, 1e-6, True, (16, 24, 24)),
            jnp.bfloat16, 16, 8, 256, 4096)  # fmt: skip
-OVER_TENSOR = config_lib.default()
-recipes.decode_over_tensor(OVER_TENSOR, 2, heads=False)
-TABLES = {
-    "gathered": (mesh.RULES, mesh.DECODE_RULES),
-    "over tensor": (OVER_TENSOR.mesh.rules, OVER_TENSOR.mesh.decode_rules),
-}
 
 
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
@@ -166,11 +153,7 @@ PINNED_GB = {
 @pytest.fixture(scope="module")
 def tiny():
     """configs/tiny.py."""
-    path = Path(__file__).parents[1] / "configs" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return shipped.module("tiny").get_config()
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,8 @@ class Ours:
         self._on = programs.layout(config)
         dtype = programs.compute_dtype(config)
         self.params = startup.load_frozen(work.policy, work.policy_path, self._on, dtype)
-        placed = mesh.put_whole((work.images, work.prompt), self._on)
-        self._key, self._draws, (self._images, self._prompt) = (
-            jax.random.key(config.seed),
-            0,
-            placed,
-        )
+        self._images, self._prompt = mesh.put_whole((work.images, work.prompt), self._on)
+        self._key, self._draws = jax.random.key(config.seed), 0
         self._jitted = functools.lru_cache(self._jit)
 
     def _jit(self, tokens: int, temperature: float) -> Callable:

@@ -70,10 +70,12 @@ def judged(
     """As step.judged, of captions [b, g, t], with nothing shared."""
     b, g, t = captions.tokens.shape
     if questions.truth.ndim == 2:
-        questions = jax.tree.map(lambda a: repeat(a[:, None], g, 1), questions)
+        questions = jax.tree.map(lambda a: jnp.repeat(a[:, None], g, axis=1), questions)
     n = questions.truth.shape[-1]
     rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), questions)
-    tokens, mask = (repeat(a.reshape(b * g, t), n) for a in (captions.tokens, captions.mask))
+    tokens, mask = (
+        jnp.repeat(a.reshape(b * g, t), n, axis=0) for a in (captions.tokens, captions.mask)
+    )
     with logical.using(layout), jax.named_scope("score"):
         logits = logical.in_pieces(
             lambda piece: letter_logits(decoder, frozen.judge, frozen.instruction, *piece),
@@ -82,11 +84,6 @@ def judged(
         logits = logits.reshape(b, g, n, -1)
         mode, temperature = settings.judge_mode, settings.judge_temperature
         return judge.verdicts(logits, questions, key, mode, temperature)
-
-
-def repeat(a: jax.Array, times: int, axis: int = 0) -> jax.Array:
-    """Every row `times` times in a row: [b, ..] -> [b * times, ..]."""
-    return jnp.repeat(a, times, axis=axis)
 
 
 def caprl_step(
@@ -110,7 +107,7 @@ def caprl_step(
     """
     b, g = batch.valid.shape[0], settings.group
     alone = dataclasses.replace(settings, group=1)
-    copies = jax.tree.map(lambda a: repeat(a, g), batch.replace(questions=None))
+    copies = jax.tree.map(lambda a: jnp.repeat(a, g, axis=0), batch.replace(questions=None))
     sample_key, judge_key = jax.random.split(key)
     rows = step.roll_out(policy, alone, sampling, stop, state.params, copies, sample_key, layout)
     captions = jax.tree.map(lambda a: a.reshape(b, g, *a.shape[2:]), rows)

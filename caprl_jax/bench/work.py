@@ -1,11 +1,11 @@
 """What both sides of a comparison do: models on disk, pictures, prompt, questions, all the same."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -126,14 +126,17 @@ def laid_out(
 
 def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
     """What our judge thinks of captions: int [b, g, t] -> probabilities [b, g, n, letters]."""
-    run = jax.jit(functools.partial(judge.letter_logits, work.judge))
-    captions = captions.astype(np.int32)
-    mask = np.ones(captions.shape, bool)
-    logits = np.asarray(run(params, work.instruction, captions, mask, work.questions), np.float64)
-    options = np.arange(logits.shape[-1]) < work.questions.letters[:, None, :, None]
-    cold = np.where(options, logits / work.config.judge.temperature, -np.inf)
-    p = np.exp(cold - cold.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
+    captions, questions = captions.astype(np.int32), work.questions
+
+    def probabilities(params):
+        mask = jnp.ones(captions.shape, bool)
+        logits = judge.letter_logits(
+            work.judge, params, work.instruction, captions, mask, questions
+        )
+        count = jnp.broadcast_to(questions.letters[:, None], logits.shape[:-1])
+        return jax.nn.softmax(judge.among_options(logits, count, work.config.judge.temperature))
+
+    return np.asarray(jax.jit(probabilities)(params))
 
 
 def _asked(
