@@ -2,6 +2,8 @@
 
 python -m caprl_jax.bench --config=configs/3b.py:h200_8 [--phases=prefill,decode,score,update,step]
     [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
+python -m caprl_jax.bench --config=FILE --scaling=group,caption,questions,image [--repeats=5]
+    [--json=FILE]    (how the cost grows with captions, their tokens, questions, image tokens)
 python -m caprl_jax.bench --config=configs/3b.py --naive    (runs nothing: what the tree saves)
 python -m caprl_jax.bench --config=configs/peers.py --peer=transformers|trl [--models=DIR]
     [--repeats=5] [--json=FILE]
@@ -11,17 +13,19 @@ Without --peer it needs JAX, Flax, optax, ml_collections and absl only.
 """
 
 import dataclasses
+import functools
 import json
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax.bench import naive, peers
+from caprl_jax.bench import naive, peers, scaling
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
 from caprl_jax.config import ConfigError, validate
@@ -33,6 +37,9 @@ def define_flags() -> None:
     flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
     flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
     flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
+    flags.DEFINE_list(
+        "scaling", [], f"Time at several sizes of these: {', '.join(scaling.SWEEPS)}."
+    )
     flags.DEFINE_bool("naive", False, "Compare the step's work with a step that shares nothing.")
     flags.DEFINE_enum("peer", None, list(peers.NEEDS), "Compare with this library instead.")
     flags.DEFINE_string("models", None, "Where a peer's random models lie; default temporary.")
@@ -43,30 +50,53 @@ def main(argv: list[str]) -> None:
     """Measures and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
-    wanted = tuple(flags.FLAGS.phases)
-    if flags.FLAGS.naive:
-        with in_one_paragraph():
-            print(naive.tell(naive.compare(flags.FLAGS.config)))
-        return
-    if flags.FLAGS.peer:
-        with in_one_paragraph():
-            compare(flags.FLAGS.config, flags.FLAGS.peer, flags.FLAGS.repeats)
-        return
+    config = flags.FLAGS.config
     with in_one_paragraph():
-        unknown = set(wanted) - set(PHASES)
-        if unknown:
-            raise ConfigError(f"--phases: {', '.join(unknown)} is none of {', '.join(PHASES)}")
-        natural = flags.FLAGS.lengths == "natural"
-        timings = measure(flags.FLAGS.config, wanted, flags.FLAGS.repeats, natural)
+        if flags.FLAGS.naive:
+            print(naive.tell(naive.compare(config)))
+        elif flags.FLAGS.peer:
+            compare(config, flags.FLAGS.peer, flags.FLAGS.repeats)
+        elif flags.FLAGS.scaling:
+            scale(config, tuple(flags.FLAGS.scaling), flags.FLAGS.repeats)
+        else:
+            time_phases(config, tuple(flags.FLAGS.phases), flags.FLAGS.repeats)
+
+
+def require_known(flag: str, wanted: Collection[str], known: Collection[str]) -> None:
+    """Raises ConfigError if what a flag asks for isn't there."""
+    if unknown := set(wanted) - set(known):
+        raise ConfigError(f"--{flag}: {', '.join(unknown)} is none of {', '.join(known)}")
+
+
+def write(found: Any) -> None:
+    """Writes --json, if it is asked for."""
+    if flags.FLAGS.json:
+        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2, default=str))
+
+
+def time_phases(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:
+    """Times phases and prints."""
+    require_known("phases", wanted, PHASES)
+    timings = measure(config, wanted, repeats, flags.FLAGS.lengths == "natural")
     device = jax.devices()[0]
     print(f"{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}")
     print(tell(timings))
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
-    if flags.FLAGS.json:
-        found = {name: dataclasses.asdict(t) | {"median": t.median} for name, t in timings.items()}
-        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2, default=np.ndarray.tolist))
+    write({name: dataclasses.asdict(t) | {"median": t.median} for name, t in timings.items()})
+
+
+def scale(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:
+    """Times the step at several sizes and prints; what is measured so far is always written."""
+    require_known("scaling", wanted, scaling.SWEEPS)
+    found = {}
+    for name in wanted:
+        found[name] = scaling.measure(
+            config, name, repeats, told=functools.partial(print, flush=True)
+        )
+        print(scaling.tell(found[name]), flush=True)
+        write(scaling.as_json(found))
 
 
 def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
@@ -83,8 +113,7 @@ def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
             from caprl_jax.bench import generate_peer as other
         found = other.compare(work.make(config, folder), repeats)
     print(peers.tell(found))
-    if flags.FLAGS.json:
-        Path(flags.FLAGS.json).write_text(json.dumps(found.as_json(), indent=2, default=str))
+    write(found.as_json())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Prompt, mrope_positions
 from caprl_jax.models.vision import VisionConfig, feature_order, lay_out, windows_of
 
-_WORDS = 16  # of a prompt, around its image
+WORDS = 16  # of a prompt, around its image
 
 
 def state(built: AbstractStep, seed: int = 0) -> step.State:
@@ -61,7 +61,7 @@ def _shardings(shapes: Any) -> Any:
 
 def grid_for(config: ml_collections.ConfigDict, vision: VisionConfig) -> tuple[int, int]:
     """(rows, columns) in patches of the largest square image that the config's buckets take."""
-    side = math.isqrt(max(config.data.max_prompt - _WORDS, 1))
+    side = math.isqrt(max(config.data.max_prompt - WORDS, 1))
     while side > 1 and windows_of((side * vision.merge,) * 2, vision) > config.data.max_windows:
         side -= 1
     return side * vision.merge, side * vision.merge

@@ -1,0 +1,141 @@
+"""How a step's cost grows: its phases timed at several sizes of one thing, the others as they are.
+
+What should be seen: all but prefill in proportion to the captions of an image and, but for
+attention's square, to their tokens; the image in prefill and update only; and of the questions
+nothing but the judge's reading of them, since it reads a caption once however many are asked.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from caprl_jax import abstract
+from caprl_jax.bench import phases, synthetic
+from caprl_jax.bench.phases import PHASES, Timing
+from caprl_jax.models import families
+from caprl_jax.models.vision import windows_of
+
+
+def _set(name: str) -> Callable[[ml_collections.ConfigDict, int], None]:
+    return lambda config, size: config.update_from_flattened_dict({name: size})
+
+
+def set_image(config: ml_collections.ConfigDict, tokens: int) -> None:
+    """Makes room for square images of so many tokens, a square number, and for no larger ones."""
+    vision = families.build(abstract.model_config(config.policy.path)).vision.config
+    side = math.isqrt(tokens) * vision.merge
+    config.data.max_prompt = tokens + synthetic.WORDS
+    config.data.max_windows = windows_of((side, side), vision)
+
+
+# name: (for people, how a config is changed, sizes)
+SWEEPS = {
+    "group": ("captions an image, G", _set("caprl.group"), (2, 4, 8, 16)),
+    "caption": ("tokens a caption", _set("sampling.max_tokens"), (128, 256, 512, 1024)),
+    "questions": ("questions a caption, N", _set("caprl.questions"), (1, 2, 4, 8, 16)),
+    "image": ("tokens an image", set_image, (64, 256, 576, 1024)),
+}
+
+
+@dataclasses.dataclass
+class Sweep:
+    """A step at several sizes of one thing.
+
+    Attributes:
+      what: it is, for people.
+      sizes: of it.
+      timings: of each size, by phase.
+    """
+
+    what: str
+    sizes: list[int]
+    timings: list[dict[str, Timing]]
+
+    def seconds(self, phase: str) -> list[float]:
+        """Of a phase, by size."""
+        return [t[phase].median for t in self.timings]
+
+    def flops(self, phase: str) -> list[float]:
+        """Likewise its FLOPs."""
+        return [t[phase].floor.flops for t in self.timings]
+
+
+def changed(config: ml_collections.ConfigDict, name: str, size: int) -> ml_collections.ConfigDict:
+    """A copy of the config with one size set."""
+    copy = config.copy_and_resolve_references()
+    SWEEPS[name][1](copy, size)
+    return copy
+
+
+def measure(
+    config: ml_collections.ConfigDict,
+    name: str,
+    repeats: int,
+    sizes: Sequence[int] | None = None,
+    told: Callable[[str], None] = print,
+) -> Sweep:
+    """Times every phase, and the step, at each size; captions fill their bucket.
+
+    Args:
+      config: of everything else.
+      name: one of SWEEPS.
+      repeats: of each phase.
+      sizes: None is the sweep's own.
+      told: takes a line about each size when it is done, for a sweep takes long.
+
+    Raises:
+      ConfigError: a size is none that the config can have.
+    """
+    what, _, usual = SWEEPS[name]
+    found = Sweep(what, list(sizes or usual), [])
+    for size in found.sizes:
+        found.timings.append(phases.measure(changed(config, name, size), PHASES, repeats, False))
+        told(f"{what} {size}: a step takes {found.seconds('step')[-1]:.3g} s")
+    return found
+
+
+def line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """(value at size 0, growth a unit) of the line nearest to values."""
+    slope, start = np.polyfit(sizes, values, 1)
+    return float(start), float(slope)
+
+
+def tell(sweep: Sweep) -> str:
+    """A Markdown table: milliseconds of each phase, and by how much the step grew."""
+    rows = [
+        f"| {sweep.what} | "
+        + " | ".join(f"{p}, ms" for p in PHASES)
+        + " | TFLOP | size x | time x |",
+        "|---" * (len(PHASES) + 4) + "|",
+    ]
+    step, flops = sweep.seconds("step"), sweep.flops("step")
+    for i, size in enumerate(sweep.sizes):
+        times = " | ".join(f"{1e3 * sweep.seconds(p)[i]:,.0f}" for p in PHASES)
+        grown = f"{size / sweep.sizes[0]:.1f} | {step[i] / step[0]:.1f}"
+        rows.append(f"| {size:,} | {times} | {flops[i] / 1e12:.3g} | {grown} |")
+    if len(sweep.sizes) > 1:
+        rows.append("")
+        for phase in PHASES:
+            (start, slope), (none, each) = (
+                line(sweep.sizes, f(phase)) for f in (sweep.seconds, sweep.flops)
+            )
+            rows.append(
+                f"{phase}: {1e3 * start:,.0f} ms + {1e3 * slope:,.3g} ms a unit "
+                f"({none / 1e12:.6f} + {each / 1e12:.6f} TFLOP)"
+            )
+    return "\n".join(rows)
+
+
+def as_json(sweeps: Mapping[str, Sweep]) -> dict[str, Any]:
+    """What a picture is drawn from: {name: what, sizes, seconds and FLOPs by phase}."""
+    return {
+        name: {
+            "what": s.what, "sizes": s.sizes,
+            "seconds": {p: s.seconds(p) for p in PHASES},
+            "flops": {p: s.flops(p) for p in PHASES},
+        } for name, s in sweeps.items()
+    }  # fmt: skip
