@@ -1,5 +1,7 @@
 """Token log-probabilities with the vocabulary in chunks: logits for all tokens never exist."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ def token_logprobs(
     """log softmax(hidden @ head.T)[target], and the entropy of the softmax.
 
     One pass over chunks of the vocabulary keeps a running maximum, sum of exponentials and sum of
-    exponential-weighted logits; each chunk is recomputed in the backward pass.
+    exponential-weighted logits. The backward pass computes each chunk's logits once more and needs
+    nothing of the first pass but the normaliser: the gradient of a logit is
+    (1 if it is the target's else 0) - softmax.
 
     Args:
       hidden: [*batch, e].
@@ -31,27 +35,63 @@ def token_logprobs(
     size = -(-vocab // chunks)
     # Chunk i holds rows i, i + chunks, ..: contiguous rows stay on their device when sharded.
     rows = jnp.pad(head, ((0, size * chunks - vocab), (0, 0))).reshape(size, chunks, e)
+    logp, entropy = _logprobs(hidden.reshape(-1, e), rows, targets.reshape(-1), vocab)
+    return logp.reshape(targets.shape), entropy.reshape(targets.shape)
 
-    @jax.checkpoint
+
+def _chunk(hidden, rows, targets, vocab, i) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of chunk i: (its rows [c, e], logits float32 [n, c], where the targets are bool [n, c])."""
+    part = jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
+    z = jnp.einsum("ne,ce->nc", hidden, part, preferred_element_type=jnp.float32)
+    row = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) * rows.shape[1] + i
+    return part, jnp.where(row < vocab, z, _NEVER), row == targets[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(
+    hidden: jax.Array, rows: jax.Array, targets: jax.Array, vocab: int
+) -> tuple[jax.Array, jax.Array]:
+    """As token_logprobs, of hidden [n, e], rows [size, chunks, e] and targets [n]."""
+    return _forward(hidden, rows, targets, vocab)[0]
+
+
+def _forward(hidden, rows, targets, vocab):
     def body(carry, i):
         top, total, weighted, logit = carry
-        part = jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
-        z = jnp.einsum("...e,ce->...c", hidden, part, preferred_element_type=jnp.float32)
-        row = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) * chunks + i
-        z = jnp.where(row < vocab, z, _NEVER)
+        _, z, here = _chunk(hidden, rows, targets, vocab, i)
         # Picked from the logits at hand: looking the target's row up would gather a sharded head.
-        logit = logit + jnp.sum(jnp.where(row == targets[..., None], z, 0), axis=-1)
-        new_top = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(z, axis=-1)))
-        p, scale = jnp.exp(z - new_top[..., None]), jnp.exp(top - new_top)
+        logit = logit + jnp.sum(jnp.where(here, z, 0), axis=-1)
+        new_top = jnp.maximum(top, jnp.max(z, axis=-1))
+        p, scale = jnp.exp(z - new_top[:, None]), jnp.exp(top - new_top)
         # The entropy's sum runs over z - top, which stays small where p does not vanish.
-        shifted = jnp.sum(p * (z - new_top[..., None]), axis=-1)
+        shifted = jnp.sum(p * (z - new_top[:, None]), axis=-1)
         weighted = scale * (weighted + (top - new_top) * total) + shifted
-        total = scale * total + jnp.sum(p, axis=-1)
-        return (new_top, total, jax.lax.stop_gradient(weighted), logit), None
+        return (new_top, scale * total + jnp.sum(p, axis=-1), weighted, logit), None
 
     start = jnp.full(targets.shape, _NEVER, jnp.float32)
     zeros = jnp.zeros(targets.shape, jnp.float32)
     carry = start, zeros, zeros, zeros
-    (top, total, weighted, logit), _ = jax.lax.scan(body, carry, jnp.arange(chunks))
-    entropy = jnp.log(total) - weighted / total
-    return logit - top - jnp.log(total), jax.lax.stop_gradient(entropy)
+    (top, total, weighted, logit), _ = jax.lax.scan(body, carry, jnp.arange(rows.shape[1]))
+    # Not logit - (top + log total): far logits would round the small logarithm away.
+    out = logit - top - jnp.log(total), jnp.log(total) - weighted / total
+    return out, (hidden, rows, targets, top, jnp.log(total))
+
+
+def _backward(vocab, kept, cotangents):
+    hidden, rows, targets, top, log_total = kept
+    of_logp, _ = cotangents  # entropies have no gradient
+
+    def body(total, i):
+        part, z, here = _chunk(hidden, rows, targets, vocab, i)
+        p = jnp.exp(z - top[:, None] - log_total[:, None])
+        of_z = (of_logp[:, None] * (here - p)).astype(hidden.dtype)
+        more = jnp.einsum("nc,ce->ne", of_z, part, preferred_element_type=jnp.float32)
+        of_part = jnp.einsum("nc,ne->ce", of_z, hidden, preferred_element_type=jnp.float32)
+        return total + more, of_part.astype(rows.dtype)
+
+    start = jnp.zeros(hidden.shape, jnp.float32)
+    of_hidden, of_rows = jax.lax.scan(body, start, jnp.arange(rows.shape[1]))
+    return of_hidden.astype(hidden.dtype), jnp.swapaxes(of_rows, 0, 1), None
+
+
+_logprobs.defvjp(_forward, _backward)

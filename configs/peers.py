@@ -18,6 +18,7 @@ def get_config(argument=""):
     [size] = choose(argument, ("50m", "500m"))
     c = default()
     c.policy.path, c.judge.path = f"peer-vl-{size}", f"peer-{size}"
+    c.policy.remat = True  # quicker here; TRL's step, quicker without, keeps its activations
     c.dtype = "float32"
     c.sampling.max_tokens = 64
     c.caprl.group = 8

@@ -176,7 +176,7 @@ def settings(work: Work, folder: str, steps: int) -> Any:
         per_device_train_batch_size=piece, gradient_accumulation_steps=work.captions // piece,
         num_generations=c.caprl.group,
         max_completion_length=c.sampling.max_tokens, shuffle_dataset=False,
-        gradient_checkpointing=c.policy.remat, temperature=c.sampling.temperature,
+        gradient_checkpointing=False, temperature=c.sampling.temperature,
         generation_kwargs={"suppress_tokens": special}, cache_implementation="static",
         beta=0.0, loss_type="grpo", epsilon=c.caprl.clip, num_iterations=c.caprl.updates,
         learning_rate=o.learning_rate, lr_scheduler_type="constant", adam_beta1=o.b1,

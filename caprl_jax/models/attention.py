@@ -6,6 +6,7 @@ folding the remaining axes into the query axis of one matrix product, so nothing
 memory. Segments are merged by their softmax statistics, which is exact.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -68,14 +69,6 @@ def align_right(a: jax.Array, ndim: int) -> jax.Array:
     return jnp.expand_dims(a, tuple(range(ndim - a.ndim)))
 
 
-def _scores(q: jax.Array, segment: Segment) -> jax.Array:
-    """q [*a, x, k, r, d], segment with batch axes a -> float32 [*a, k, r, x, s], scaled."""
-    scores = jnp.einsum("...xkrd,...skd->...krxs", q, segment.k, preferred_element_type=jnp.float32)
-    # Scaled here and not in q: in bfloat16 that would round every query once more.
-    scores = scores * (1 / math.sqrt(q.shape[-1]))
-    return jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
-
-
 def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Unnormalised attention of one segment.
 
@@ -88,30 +81,38 @@ def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.
     """
     shared = segment.k.ndim - 3
     folded = q.reshape(*q.shape[:shared], -1, *q.shape[-3:])
-    if segment.mask.shape[-2] not in (1, folded.shape[-4]):
+    x, k, r, d = folded.shape[-4:]
+    if segment.mask.shape[-2] not in (1, x):
         raise ValueError(f"segment mask {segment.mask.shape} does not fit queries {q.shape}")
-    scores = _scores(folded, segment)
+    # Queries move to where their scores will stand, r and x on one axis: moving the scores, here or
+    # for the gradient, would cost far more.
+    rows = jnp.moveaxis(folded, -4, -2).reshape(*q.shape[:shared], k, r * x, d)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("...kqd,...skd->...kqs", rows, segment.k)
+    # Scaled here and not in q: in bfloat16 that would round every query once more.
+    scores = scores.reshape(*q.shape[:shared], k, r, x, -1) * (1 / math.sqrt(d))
+    scores = jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
     # The maximum cancels in the merged softmax, so no gradient need pass through it.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
-    values = jnp.einsum(
-        "...krxs,...skd->...xkrd",
-        weights.astype(segment.v.dtype),
-        segment.v,
-        preferred_element_type=jnp.float32,
-    )
+    flat = weights.astype(segment.v.dtype).reshape(*q.shape[:shared], k, r * x, -1)
+    values = product("...kqs,...skd->...kqd", flat, segment.v)
+    values = jnp.moveaxis(values.reshape(*q.shape[:shared], k, r, x, d), -2, -4)
     statistics = (jnp.moveaxis(a, -1, -3) for a in (top[..., 0], jnp.sum(weights, axis=-1)))
     top, total = (a.reshape(q.shape[:-1]) for a in statistics)
     return values.reshape(q.shape), top, total
 
 
-def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+def attend(q: jax.Array, segments: Sequence[Segment], recompute: bool = True) -> jax.Array:
     """Softmax attention of q over the concatenation of all segments, without concatenating them.
 
     Args:
       q: [*batch, t, heads, head_dim].
       segments: each with batch axes that are a prefix of q's, and kv_heads that divide heads.
         Query head i reads key-value head i // (heads / kv_heads).
+      recompute: whether the gradient computes the scores again, as flash attention does (arXiv
+        2205.14135, section 3.1), instead of keeping them; for a layer that is recomputed as a whole
+        that would be once more.
 
     Returns:
       [*batch, t, heads, head_dim] in q's dtype. The softmax is float32.
@@ -123,7 +124,7 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
-        return _attend(q, segments)
+        return (jax.checkpoint(_attend, prevent_cse=False) if recompute else _attend)(q, segments)
     whole = -(-t // size) * size
     q = _lengthen(q, whole, -3)
     segments = [

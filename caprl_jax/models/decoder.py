@@ -67,9 +67,15 @@ class DecoderConfig:
 
 
 class Block(nn.Module):
-    """One pre-norm layer: grouped-query attention over the tree, then SwiGLU."""
+    """One pre-norm layer: grouped-query attention over the tree, then SwiGLU.
+
+    Attributes:
+      config: sizes.
+      recompute: as attention.attend's.
+    """
 
     config: DecoderConfig
+    recompute: bool = True
 
     @nn.compact
     def __call__(self, x, angles, mask, deep, caches, past_masks, past, layer):
@@ -93,7 +99,7 @@ class Block(nn.Module):
             k, v = (constrain(a, *names, None, "kv_heads", None) for a in (k, v))
         segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
         segments += [cache.layer(layer) for cache in caches]
-        y = attention.attend(q, [*segments, Segment(k, v, mask)])
+        y = attention.attend(q, [*segments, Segment(k, v, mask)], self.recompute)
         for names in (cached, batch):
             y = constrain(y, *names, None, "heads", None)
         o = Linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
@@ -135,7 +141,7 @@ class Decoder(nn.Module):
             in_axes=(*[nn.broadcast] * 5, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        )(c, recompute=not self.remat)
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
             init = init_normal(1 / np.sqrt(c.width), ("vocab", "embed"))

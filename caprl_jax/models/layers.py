@@ -66,7 +66,10 @@ class Linear(nn.Module):
         contracted = x.shape[x.ndim - self.inputs :]
         init = init_normal(1 / np.sqrt(np.prod(contracted)), self.names)
         kernel = self.param("kernel", init, (*contracted, *self.outputs))
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.inputs)
+        # Rows on one axis: where the gradient sums over several, XLA on a CPU moves x about first.
+        batch, rows = x.shape[: x.ndim - self.inputs], x.reshape(-1, *contracted)
+        y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=self.inputs)
+        y = y.reshape(*batch, *self.outputs)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
             bias = self.param("bias", zeros, self.outputs).astype(x.dtype)

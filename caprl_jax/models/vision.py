@@ -160,9 +160,15 @@ def lay_out(
 
 
 class VisionBlock(nn.Module):
-    """One pre-norm layer; attends within windows or over the whole image."""
+    """One pre-norm layer; attends within windows or over the whole image.
+
+    Attributes:
+      config: sizes.
+      recompute: as attention.attend's.
+    """
 
     config: VisionConfig
+    recompute: bool = True
 
     @nn.compact
     def __call__(self, x, angles, mask, full):
@@ -181,7 +187,7 @@ class VisionBlock(nn.Module):
                 return a.reshape(a.shape[0], -1, size, *a.shape[2:])
 
             keys = Segment(split(k), split(v), split(mask)[..., None, :])
-            return attention.attend(split(q), [keys]).reshape(q.shape)
+            return attention.attend(split(q), [keys], self.recompute).reshape(q.shape)
 
         if len(c.full_layers) == c.layers:
             y = attend_within(x.shape[1])
@@ -313,7 +319,8 @@ class VisionTower(nn.Module):
         layer = np.arange(c.layers)
         kept = jnp.zeros((len(c.deep_layers), *x.shape), x.dtype)
         carry = x, kept
-        (x, kept), _ = layers(block(c, name="blocks"), carry, np.isin(layer, c.full_layers), layer)
+        block = block(c, recompute=not self.remat, name="blocks")
+        (x, kept), _ = layers(block, carry, np.isin(layer, c.full_layers), layer)
         return x, kept
 
 

@@ -38,3 +38,36 @@ def test_pieces_give_the_same_values_and_gradients(monkeypatch, t, bound):
     np.testing.assert_allclose(pieces, whole, atol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_recomputed_scores_are_not_kept_for_the_gradient(recompute):
+    q, kvs, masks = problem(64)
+
+    def run(q, kvs):
+        (root, own), (real, causal) = kvs, masks
+        return attend(q, [Segment(*root, real), Segment(*own, causal)], recompute)
+
+    out, back = jax.vjp(run, q, kvs)
+    largest = max(a.size for a in jax.tree.leaves(back) if a.dtype == jnp.float32)
+    scores = q.size // q.shape[-1] * 64
+    assert (largest < scores) == recompute
+    _, kept = jax.vjp(lambda q, kvs: attend_plainly(q, kvs, masks), q, kvs)
+    for a, b in zip(jax.tree.leaves(back(out)), jax.tree.leaves(kept(out)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def attend_plainly(q, kvs, masks):
+    """As attend, one segment after the other repeated and joined."""
+    (root, own), (real, causal) = kvs, masks
+    g = q.shape[1]
+    repeat = q.shape[3] // own[0].shape[3]
+    k, v = (
+        jnp.repeat(jnp.concatenate([jnp.repeat(r[:, None], g, axis=1), o], axis=2), repeat, axis=3)
+        for r, o in zip(root, own, strict=True)
+    )
+    real = jnp.broadcast_to(real[:, None], (*causal.shape[:-1], real.shape[-1]))
+    seen = jnp.concatenate([real, causal], axis=-1)[:, :, None]
+    scores = jnp.einsum("bgthd,bgshd->bghts", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    return jnp.einsum("bghts,bgshd->bgthd", weights, v)
