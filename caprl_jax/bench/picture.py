@@ -1,0 +1,130 @@
+"""Pictures of what the bench has written: where a step's time goes, and how its cost grows.
+
+python -m caprl_jax.bench.picture [--phases=FILE] [--scaling=FILE] --out=DIR
+
+FILE is what `python -m caprl_jax.bench .. --json=FILE` wrote, with --scaling for the second. Writes
+DIR/budget.svg and DIR/scaling.svg. Needs matplotlib: pip install -e '.[plot]'.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from caprl_jax.commands import in_one_paragraph
+from caprl_jax.errors import UserError
+
+COLORS = {"prefill": "#6b7280", "decode": "#2457c5", "score": "#0f8a5f", "update": "#c2570c"}
+_SAME_EVERY_TIME = {"Date": None, "Creator": "caprl_jax.bench.picture"}
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    flags.DEFINE_string("phases", None, "The bench's JSON of phases.")
+    flags.DEFINE_string("scaling", None, "The bench's JSON with --scaling.")
+    flags.DEFINE_string("out", None, "Directory of the pictures.", required=True)
+
+
+def read(path: str, holds: str) -> dict[str, Any]:
+    """The bench's JSON.
+
+    Raises:
+      UserError: it isn't there, or holds something else.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        if not all(holds in value for value in found.values()):
+            raise KeyError(holds)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is not what the bench writes: {type(e).__name__}: {e}") from e
+    return found
+
+
+def budget(phases: Mapping[str, Any]) -> Figure:
+    """Stacked bars: each phase's time, and what its FLOPs and its memory traffic would take alone.
+
+    Args:
+      phases: the bench's JSON: of each phase, "median" and "floor", whose "seconds" are at the
+        ceilings that the bench measured.
+    """
+    rows = {
+        "measured": {p: f["median"] for p, f in phases.items()},
+        "its FLOPs alone": {p: f["floor"]["seconds"]["compute"] for p, f in phases.items()},
+        "its memory traffic alone": {p: f["floor"]["seconds"]["memory"] for p, f in phases.items()},
+    }
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    axes = figure.subplots()
+    for y, values in enumerate(rows.values()):
+        left = 0.0
+        for phase, color in COLORS.items():
+            width = values.get(phase, 0.0)
+            axes.barh(y, width, left=left, color=color, label=None if y else phase)
+            left += width
+        axes.text(left, y, f" {left:.3g} s", va="center")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds of a step")
+    axes.legend(ncols=len(COLORS), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    return _bare(figure)
+
+
+def scaling(sweeps: Mapping[str, Any]) -> Figure:
+    """A panel for each sweep: seconds of the step and its phases, by size, both logarithmic.
+
+    Args:
+      sweeps: the bench's JSON with --scaling: of each sweep "what", "sizes", "seconds" by phase.
+    """
+    figure = Figure(figsize=(2.6 * len(sweeps), 3), layout="constrained")
+    panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
+    for axes, sweep in zip(panels, sweeps.values(), strict=True):
+        sizes, step = sweep["sizes"], sweep["seconds"]["step"]
+        in_proportion = [step[0] * s / sizes[0] for s in sizes]
+        axes.plot(sizes, in_proportion, ":", color="#9ca3af", label="in proportion")
+        axes.plot(sizes, step, "o-", color="black", label="step")
+        for phase, color in COLORS.items():
+            axes.plot(sizes, sweep["seconds"][phase], "o-", markersize=3, color=color, label=phase)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, [f"{s:,}" for s in sizes])
+        axes.set_xlabel(sweep["what"])
+    panels[0].set_ylabel("seconds")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), loc="outside upper center", frameon=False)
+    return _bare(figure)
+
+
+def _bare(figure: Figure) -> Figure:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As SVG, the same bytes for the same figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path, metadata=_SAME_EVERY_TIME)
+
+
+def main(argv: list[str]) -> None:
+    """Draws what there is."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    wanted, out = flags.FLAGS, Path(flags.FLAGS.out)
+    with in_one_paragraph():
+        if not (wanted.phases or wanted.scaling):
+            raise UserError("nothing to draw: give --phases=FILE, --scaling=FILE or both")
+        if wanted.phases:
+            save(budget(read(wanted.phases, "floor")), out / "budget.svg")
+        if wanted.scaling:
+            save(scaling(read(wanted.scaling, "sizes")), out / "scaling.svg")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
