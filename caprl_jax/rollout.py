@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax import mesh
+from caprl_jax import decoding
 from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
@@ -117,29 +117,6 @@ def draw(
     return token, at(logp, token), drawn
 
 
-def decode_weights(policy: Policy, params: Params, layout: Layout | None) -> Params:
-    """The decoder's weights as decoding reads them, cast and moved once, before its loop.
-
-    Args:
-      policy: modules.
-      params: the policy's, in any dtype.
-      layout: where to; None leaves them.
-
-    Returns:
-      {"decoder": ..}: matrices in the compute dtype, norms as they were, under layout.decoding.
-    """
-    decoder = jax.tree_util.tree_map_with_path(
-        lambda path, a: a if path[-1].key == "scale" else a.astype(policy.decoder.dtype),
-        params["decoder"],
-    )
-    if layout is not None:
-        boxed = jax.eval_shape(policy.init, jax.random.key(0))["decoder"]
-        shardings = mesh.param_shardings(boxed, layout.decoding)
-        decoder = jax.lax.with_sharding_constraint(decoder, shardings)
-    # Without the barrier the compiler may put the cast, or the gathering, into the loop.
-    return {"decoder": jax.lax.optimization_barrier(decoder)}
-
-
 def prefill(policy: Policy, params: Params, images: Images, prompt: Prompt, pieces: int) -> Trunk:
     """Encodes images and prompts piece by piece; Images [b, ..], Prompt [b, p] -> Trunk."""
 
@@ -193,7 +170,7 @@ def sample(
     with logical.using(layout), jax.named_scope("prefill"):
         trunk = prefill(policy, params, images, prompt, pieces)
     with logical.using(layout and layout.decoding), jax.named_scope("decode"):
-        weights = decode_weights(policy, params, layout)
+        weights = decoding.weights(policy, params, layout)
         out = decode(policy, weights, trunk, key, group, stop, sampling, valid)
     with logical.using(layout):
         return jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
@@ -209,12 +186,13 @@ def decode(
     sampling: Sampling,
     valid: jax.Array,
 ) -> Rollout:
-    """Draws captions after a trunk; params as decode_weights gives them, the rest as for sample."""
+    """Draws captions after a trunk; params as decoding.weights gives them, the rest as sample."""
     b, t, c = trunk.last.shape[0], sampling.max_tokens, policy.decoder.config
     variables = {"params": params["decoder"]}
     start = jnp.broadcast_to(trunk.next_position[:, None], (b, group))
     stop_ids = jnp.asarray(stop, jnp.int32)
-    kv = trunk.kv.replace(k=_cached(trunk.kv.k, 1), v=_cached(trunk.kv.v, 1))
+    way = decoding.way(policy, params)
+    prompt = way.prompt(trunk.kv)
 
     def step(carry, i, read):
         done, hidden, out, cache = carry
@@ -224,23 +202,14 @@ def decode(
         out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, a[:, :, i], x)), out, new)
         done = done | jnp.isin(token, stop_ids)
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
-        one = jnp.ones((b, group, 1), bool)
         positions = policy.positions(start + i, 1)
-        filled = cache.replace(mask=cache.mask[..., :read])
-        hidden, new = policy.decoder.apply(variables, x, positions, one, (kv,), caches=(filled,))
-        cache = KV(
-            _cached(jax.lax.dynamic_update_slice_in_dim(cache.k, new.k, i, axis=3), 2),
-            _cached(jax.lax.dynamic_update_slice_in_dim(cache.v, new.v, i, axis=3), 2),
-            cache.mask.at[:, :, i].set(True),
-        )
+        hidden, cache = way.token(params, x, positions, prompt, cache, i, read)
         return done, hidden[..., 0, :], out, cache
 
-    empty = jnp.zeros((c.layers, b, group, t, c.kv_heads, c.head_dim), kv.k.dtype)
-    cache = KV(_cached(empty, 2), _cached(empty, 2), jnp.zeros((b, group, t), bool))
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
     hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
-    carry = jnp.broadcast_to(~valid[:, None], (b, group)), hidden, out, cache
+    carry = jnp.broadcast_to(~valid[:, None], (b, group)), hidden, out, way.empty(prompt, group, t)
     for first, end in stages(t):
         carry = _while_any_is_open(functools.partial(step, read=end), carry, first, end)
     done, _, out, _ = carry
@@ -286,8 +255,3 @@ def _while_any_is_open(step: Callable, carry: tuple, first: int, end: int) -> tu
         return i + 1, step(carry, first + i)
 
     return jax.lax.while_loop(is_open, one, (0, carry))[1]
-
-
-def _cached(a: jax.Array, batch: int) -> jax.Array:
-    """[layers, *batch, length, kv_heads, head_dim] of that many batch axes, where caches lie."""
-    return constrain(a, None, *logical.CACHED[:batch], None, "kv_heads", None)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import hlo_costs
+from caprl_jax import decoding, hlo_costs
 from caprl_jax import rollout as rollout_lib
 from caprl_jax.rollout import Sampling, draw, filter_logits, sample, wasted
 
@@ -86,9 +86,10 @@ def test_without_a_stop_token_the_bucket_truncates(world):
     assert not np.array_equal(found.tokens, rollout(world, (99,), key=1).tokens)
 
 
-def decoding(world, monkeypatch, stage):
-    """(captions of 8 tokens, FLOPs of their decoding) with stages of so many tokens."""
+def decoded(world, monkeypatch, stage, platform):
+    """(captions of 8 tokens, FLOPs of their decoding), stages so long, layers as on a platform."""
     monkeypatch.setattr(rollout_lib, "STAGE", stage)
+    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
     compiled = jax.jit(lambda params, batch: sample(
         world.policy, params, batch.images, batch.prompt, jax.random.key(0), 2, (5,), Sampling(8)
     )).lower(world.params, world.batch).compile()  # fmt: skip
@@ -96,16 +97,48 @@ def decoding(world, monkeypatch, stage):
     return jax.device_get(compiled(world.params, world.batch)), found.flops
 
 
-def test_in_stages_less_of_the_cache_is_read_and_captions_are_the_same(world, monkeypatch):
-    assert rollout_lib.stages(1000) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
-    (whole, more), (staged, less) = (decoding(world, monkeypatch, stage) for stage in (8, 2))
+def assert_same_captions(found, expected):
     for name in ("tokens", "mask", "length", "truncated"):
-        np.testing.assert_array_equal(getattr(staged, name), getattr(whole, name))
-    np.testing.assert_allclose(staged.logp, whole.logp, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_allclose(found.logp, expected.logp, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
+def test_in_stages_less_of_the_cache_is_read_and_captions_are_the_same(
+    world, monkeypatch, platform
+):
+    assert rollout_lib.stages(1000) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    (whole, more), (staged, less) = (
+        decoded(world, monkeypatch, stage, platform) for stage in (8, 2)
+    )
+    assert_same_captions(staged, whole)
     # Of 8 tokens 2, 4, 6, 8 instead of 8, 8, 8, 8 are scored and summed, twice 2 FLOPs a channel.
     c, captions, steps = world.policy.decoder.config, 4 * 2, 2
     saved = 2 * 2 * c.layers * captions * c.heads * c.head_dim * steps * (6 + 4 + 2)
     assert more - less == saved
+
+
+def test_layers_give_the_same_captions_however_they_lie(world, monkeypatch):
+    stacked, apart, flipped = (
+        decoded(world, monkeypatch, 8, platform)[0] for platform in ("tpu", "gpu", "cpu")
+    )
+    assert_same_captions(apart, stacked)
+    assert_same_captions(flipped, stacked)
+
+
+def test_layers_lie_as_suits_the_platform(world, monkeypatch):
+    def lie(platform, apart=None):
+        monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+        found = decoding.weights(world.policy, world.params, None, apart)
+        layers = found["decoder"]["layers"]
+        kernel = (layers[0] if isinstance(layers, tuple) else layers)["gate"]["kernel"]
+        return type(decoding.way(world.policy, found)), kernel.shape
+
+    c = world.policy.decoder.config
+    assert lie("tpu") == (decoding.Stacked, (c.layers, c.width, c.feed_forward))
+    assert lie("gpu") == (decoding.Apart, (c.width, c.feed_forward))
+    assert lie("cpu") == (decoding.Apart, (c.feed_forward, c.width))
+    assert lie("tpu", apart=True) == lie("gpu") and lie("cpu", apart=False) == lie("tpu")
 
 
 def test_wasted_slots_are_those_that_wait_for_the_longest_of_their_piece():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, step
+from caprl_jax import abstract, chips, decoding, floors, hlo_costs, programs, rollout, step
 from caprl_jax.bench import synthetic
 from caprl_jax.chips import Chip
 from caprl_jax.config import validate
@@ -103,7 +103,7 @@ def phases(
 
     def decode(params, trunk, key):
         with logical.using(on.decoding), jax.named_scope("decode"):
-            weights = rollout.decode_weights(p.policy, params, on)
+            weights = decoding.weights(p.policy, params, on)
             valid = jnp.ones(b, bool)
             return rollout.decode(p.policy, weights, trunk, key, g, stop, sampling, valid)
 

@@ -4,6 +4,7 @@ One decoder serves all families; where they differ is a field of DecoderConfig.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -72,21 +73,29 @@ class Block(nn.Module):
     Attributes:
       config: sizes.
       recompute: as attention.attend's.
+      flipped: as Linear's.
     """
 
     config: DecoderConfig
     recompute: bool = True
+    flipped: bool = False
 
     @nn.compact
-    def __call__(self, x, angles, mask, deep, caches, past_masks, past, layer):
-        """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens)."""
+    def __call__(self, x, angles, mask, deep, caches, past_masks, past, layer, own=None):
+        """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens).
+
+        With own, (k, v, at) whose arrays are [*batch, kv_heads, length, head_dim], the tokens' keys
+        and values are put there at `at` first; what then stands there is attended to as far as the
+        mask [*batch, t, read] reaches, and returned instead.
+        """
         c = self.config
         batch, cached = BATCH[: x.ndim - 2], CACHED[: x.ndim - 2]
         x = constrain(x, *batch, None, None)
+        linear = functools.partial(Linear, flipped=self.flipped)
 
         def heads(name, count):
             names = ("embed", "heads" if name == "q" else "kv_heads", None)
-            return Linear((count, c.head_dim), names, bias=c.qkv_bias, name=name)(y)
+            return linear((count, c.head_dim), names, bias=c.qkv_bias, name=name)(y)
 
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
         q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
@@ -99,19 +108,30 @@ class Block(nn.Module):
             k, v = (constrain(a, *names, None, "kv_heads", None) for a in (k, v))
         segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
         segments += [cache.layer(layer) for cache in caches]
-        y = attention.attend(q, [*segments, Segment(k, v, mask)], self.recompute)
+        these, kept = (k, v), (k, v)
+        if own is not None:
+            *held, at = own
+            kept = tuple(put_heads_first(a, new, at) for a, new in zip(held, (k, v), strict=True))
+            these = (jnp.swapaxes(a, -3, -2)[..., : mask.shape[-1], :, :] for a in kept)
+        y = attention.attend(q, [*segments, Segment(*these, mask)], self.recompute)
         for names in (cached, batch):
             y = constrain(y, *names, None, "heads", None)
-        o = Linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
+        o = linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
         x = x + o(y)
         y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        gate = Linear((c.feed_forward,), ("embed", "mlp"), name="gate")(y)
-        up = Linear((c.feed_forward,), ("embed", "mlp"), name="up")(y)
-        x = x + Linear((c.width,), ("mlp", "embed"), name="down")(nn.silu(gate) * up)
+        gate = linear((c.feed_forward,), ("embed", "mlp"), name="gate")(y)
+        up = linear((c.feed_forward,), ("embed", "mlp"), name="up")(y)
+        x = x + linear((c.width,), ("mlp", "embed"), name="down")(nn.silu(gate) * up)
         if deep is not None:
-            own = jax.lax.dynamic_index_in_dim(deep, layer, keepdims=False)  # clamped at the end
-            x = jnp.where(layer < deep.shape[0], x + own, x)
-        return x, (k, v)
+            added = jax.lax.dynamic_index_in_dim(deep, layer, keepdims=False)  # clamped at the end
+            x = jnp.where(layer < deep.shape[0], x + added, x)
+        return x, kept
+
+
+def put_heads_first(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """held [*batch, kv_heads, length, d] with new [*batch, t, kv_heads, d] from `at` on."""
+    new = jnp.swapaxes(new, -3, -2)
+    return jax.lax.dynamic_update_slice_in_dim(held, new, at, axis=held.ndim - 2)
 
 
 class Decoder(nn.Module):
@@ -174,7 +194,7 @@ class Decoder(nn.Module):
         x = x.astype(self.dtype)
         x, (k, v) = self.layers(
             x,
-            self._angles(positions, mask),
+            self.angles(positions, mask),
             attention.causal_mask(mask),
             None if deep is None else deep.astype(self.dtype),
             caches,
@@ -204,7 +224,12 @@ class Decoder(nn.Module):
         positions = jnp.zeros((t, *axes), jnp.int32)
         return self.logits(self(self.embed(tokens), positions, jnp.ones(t, bool))[0])
 
-    def _angles(self, positions: jax.Array, mask: jax.Array) -> jax.Array:
+    def normed(self, x: jax.Array) -> jax.Array:
+        """What the blocks give, after the final norm; [..., e] -> [..., e]."""
+        return self.norm(x)
+
+    def angles(self, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """RoPE's angles, float32 [*batch, t, head_dim / 2], of positions as __call__ takes them."""
         c = self.config
         if c.mrope_section is None:
             chex.assert_equal_shape([positions, mask])

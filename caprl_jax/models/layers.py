@@ -1,5 +1,7 @@
 """What decoder and vision tower are made of: norms and linear maps that name their axes."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,24 +56,37 @@ class Linear(nn.Module):
       names: logical names of the kernel's axes, inputs first.
       bias: whether to add a bias of shape outputs.
       inputs: how many trailing axes of x are contracted.
+      flipped: the kernel is [outputs, inputs], either on one axis, and the product is taken as
+        kernel @ x^T: on a CPU that is the quicker way for the few rows of a decoded token.
     """
 
     outputs: tuple[int, ...]
     names: tuple[str | None, ...]
     bias: bool = False
     inputs: int = 1
+    flipped: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        contracted = x.shape[x.ndim - self.inputs :]
-        init = init_normal(1 / np.sqrt(np.prod(contracted)), self.names)
-        kernel = self.param("kernel", init, (*contracted, *self.outputs))
-        # Rows on one axis: where the gradient sums over several, XLA on a CPU moves x about first.
-        batch, rows = x.shape[: x.ndim - self.inputs], x.reshape(-1, *contracted)
-        y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=self.inputs)
+        batch, contracted = x.shape[: x.ndim - self.inputs], x.shape[x.ndim - self.inputs :]
+        if self.flipped:
+            y = self._flipped(x.reshape(-1, math.prod(contracted)))
+        else:
+            init = init_normal(1 / np.sqrt(np.prod(contracted)), self.names)
+            kernel = self.param("kernel", init, (*contracted, *self.outputs))
+            # Rows on one axis: where the gradient sums over several, XLA on a CPU moves x first.
+            rows = x.reshape(-1, *contracted)
+            y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=self.inputs)
         y = y.reshape(*batch, *self.outputs)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
             bias = self.param("bias", zeros, self.outputs).astype(x.dtype)
             y = y + attention.align_right(bias, y.ndim)
         return y
+
+    def _flipped(self, rows: jax.Array) -> jax.Array:
+        """[n, inputs] -> [n, outputs]; its kernel is not made here, but by decoding.weights."""
+        shape = math.prod(self.outputs), rows.shape[-1]
+        kernel = self.param("kernel", nn.initializers.zeros, shape).astype(rows.dtype)
+        # The barrier keeps the compiler from turning the product back.
+        return jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", kernel, rows)).T

@@ -46,7 +46,7 @@ def test_decoder_blocks_and_logits_equal_transformers(text_pair, within):
     variables = {"params": text_pair.params["decoder"]}
     decoder, theirs = text_pair.ours.decoder, text_pair.theirs
     mask, positions = np.ones(ids.shape, bool), np.broadcast_to(np.arange(500), ids.shape)
-    angles = decoder.apply(variables, positions, mask, method="_angles")
+    angles = decoder.apply(variables, positions, mask, method=Decoder.angles)
     block = jax.jit(lambda p, x: Block(decoder.config).apply(
         p, x, angles, attention.causal_mask(jnp.asarray(mask)), None, (), (), (), 0
     )[0])  # fmt: skip

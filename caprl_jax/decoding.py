@@ -1,0 +1,200 @@
+"""One token of every caption through the decoder, in the two ways that layers can lie.
+
+Stacked, the layers are one loop in the program, and a layer's weights and caches are cut out of
+arrays that hold all layers. A TPU reads what is cut out where it lies; on a CPU XLA copies it
+first, and on a GPU it may, where products come from libraries that take whole arrays. Apart, each
+layer has arrays of its own and the layers follow one another in the program, which takes longer to
+compile. Which it is, the weights say; `weights` takes what suits the devices.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from caprl_jax import mesh
+from caprl_jax.models import logical
+from caprl_jax.models.attention import KV
+from caprl_jax.models.decoder import Block, Decoder
+from caprl_jax.models.logical import Layout, constrain
+from caprl_jax.models.policy import Params, Policy
+
+
+def weights(
+    policy: Policy, params: Params, layout: Layout | None, apart: bool | None = None
+) -> Params:
+    """The decoder's weights as decoding reads them, cast and moved once, before its loop.
+
+    Args:
+      policy: modules.
+      params: the policy's, in any dtype.
+      layout: where to; None leaves them.
+      apart: whether each layer's lie by themselves; None is yes except on TPUs.
+
+    Returns:
+      {"decoder": ..}: matrices in the compute dtype, norms as they were, under layout.decoding.
+    """
+    decoder = jax.tree_util.tree_map_with_path(
+        lambda path, a: a if path[-1].key == "scale" else a.astype(policy.decoder.dtype),
+        params["decoder"],
+    )
+    if layout is not None:
+        boxed = jax.eval_shape(policy.init, jax.random.key(0))["decoder"]
+        shardings = mesh.param_shardings(boxed, layout.decoding)
+        decoder = jax.lax.with_sharding_constraint(decoder, shardings)
+    platform = _platform(layout)
+    if apart or (apart is None and platform != "tpu"):
+        layers = _taken_apart(decoder["layers"], policy.decoder.config.layers)
+        if platform == "cpu":
+            layers = jax.tree_util.tree_map_with_path(_flipped, layers)
+        decoder = decoder | {"layers": layers}
+    # Without the barrier the compiler may put the cast, or the gathering, into the loop.
+    return {"decoder": jax.lax.optimization_barrier(decoder)}
+
+
+def _platform(layout: Layout | None) -> str:
+    return layout.mesh.devices.flat[0].platform if layout is not None else jax.default_backend()
+
+
+def _taken_apart(stacked: Any, layers: int) -> tuple[Any, ...]:
+    return tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(layers))
+
+
+def _flipped(path: tuple, a: jax.Array) -> jax.Array:
+    """A kernel as Linear's `flipped` wants it: [*inputs, *outputs] -> [outputs, inputs]."""
+    if path[-1].key != "kernel":
+        return a
+    inputs = math.prod(a.shape[: 2 if path[-2].key == "o" else 1])
+    return a.reshape(inputs, -1).T
+
+
+def way(policy: Policy, params: Params) -> "Stacked | Apart":
+    """How weights lie that `weights` has made."""
+    apart = isinstance(params["decoder"]["layers"], tuple)
+    return (Apart if apart else Stacked)(policy.decoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Layers as one loop; caches [layers, b, g, t, kv_heads, head_dim]."""
+
+    decoder: Decoder
+
+    def prompt(self, kv: KV) -> KV:
+        """What is read of the prompts for every token."""
+        return kv.replace(k=_cached(kv.k, 1), v=_cached(kv.v, 1))
+
+    def empty(self, prompt: KV, group: int, tokens: int) -> KV:
+        """Caches of captions that have not begun."""
+        layers, b, _, kv_heads, head_dim = prompt.k.shape
+        zeros = jnp.zeros((layers, b, group, tokens, kv_heads, head_dim), prompt.k.dtype)
+        return KV(_cached(zeros, 2), _cached(zeros, 2), jnp.zeros((b, group, tokens), bool))
+
+    def token(
+        self,
+        params: Params,
+        x: jax.Array,
+        positions: jax.Array,
+        prompt: KV,
+        cache: KV,
+        i: jax.Array,
+        read: int,
+    ) -> tuple[jax.Array, KV]:
+        """Token i of every caption.
+
+        Args:
+          params: {"decoder": ..}, as `weights` gives them.
+          x: [b, g, 1, e] embeddings.
+          positions: int [b, g, 1] or [b, g, 1, 3].
+          prompt: as `prompt` gives it.
+          cache: of the captions up to here.
+          i: int [], where the tokens go.
+          read: no more of the cache is looked at; more than i.
+
+        Returns:
+          (hidden [b, g, 1, e], cache with these tokens).
+        """
+        filled = cache.replace(mask=cache.mask[..., :read])
+        hidden, new = self.decoder.apply(
+            {"params": params["decoder"]}, x, positions, jnp.ones(x.shape[:-1], bool), (prompt,),
+            caches=(filled,),
+        )  # fmt: skip
+        return hidden, KV(
+            _cached(jax.lax.dynamic_update_slice_in_dim(cache.k, new.k, i, axis=3), 2),
+            _cached(jax.lax.dynamic_update_slice_in_dim(cache.v, new.v, i, axis=3), 2),
+            cache.mask.at[:, :, i].set(True),
+        )
+
+
+@flax.struct.dataclass
+class Layers:
+    """Keys and values of every layer by themselves, heads before tokens as attention reads them.
+
+    Attributes:
+      kv: (k, v) of each layer, [*batch, kv_heads, length, head_dim].
+      mask: bool [*batch, length].
+    """
+
+    kv: tuple[tuple[jax.Array, jax.Array], ...]
+    mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """Layers one after the other, each with caches of its own; methods as Stacked's."""
+
+    decoder: Decoder
+
+    def prompt(self, kv: KV) -> Layers:
+        """What is read of the prompts for every token."""
+
+        def layer(a, i):
+            return constrain(jnp.swapaxes(a[i], 1, 2), "caches", "kv_heads", None, None)
+
+        layers = range(self.decoder.config.layers)
+        kvs = tuple((layer(kv.k, i), layer(kv.v, i)) for i in layers)
+        return Layers(jax.lax.optimization_barrier(kvs), kv.mask)
+
+    def empty(self, prompt: Layers, group: int, tokens: int) -> Layers:
+        """Caches of captions that have not begun."""
+        b, kv_heads, _, head_dim = prompt.kv[0][0].shape
+        zeros = jnp.zeros((b, group, kv_heads, tokens, head_dim), prompt.kv[0][0].dtype)
+        zeros = constrain(zeros, *logical.CACHED[:2], "kv_heads", None, None)
+        return Layers(((zeros, zeros),) * len(prompt.kv), jnp.zeros((b, group, tokens), bool))
+
+    def token(
+        self,
+        params: Params,
+        x: jax.Array,
+        positions: jax.Array,
+        prompt: Layers,
+        cache: Layers,
+        i: jax.Array,
+        read: int,
+    ) -> tuple[jax.Array, Layers]:
+        """Token i of every caption, which is written before it is read."""
+        layers = params["decoder"]["layers"]
+        rest = {"params": {k: a for k, a in params["decoder"].items() if k != "layers"}}
+        block = Block(
+            self.decoder.config, recompute=False, flipped=layers[0]["q"]["kernel"].ndim == 2
+        )
+        angles = self.decoder.apply(
+            rest, positions, jnp.ones(x.shape[:-1], bool), method=Decoder.angles
+        )
+        mask, new = cache.mask.at[:, :, i].set(True), []
+        for own, kv, written in zip(layers, prompt.kv, cache.kv, strict=True):
+            past = tuple(jnp.swapaxes(a, -3, -2) for a in kv)
+            x, written = block.apply(
+                {"params": own}, x, angles, mask[..., None, :read], None, (), (prompt.mask,),
+                (past,), 0, (*written, i),
+            )  # fmt: skip
+            new.append(written)
+        return self.decoder.apply(rest, x, method=Decoder.normed), Layers(tuple(new), mask)
+
+
+def _cached(a: jax.Array, batch: int) -> jax.Array:
+    """[layers, *batch, length, kv_heads, head_dim] of that many batch axes, where caches lie."""
+    return constrain(a, None, *logical.CACHED[:batch], None, "kv_heads", None)
