@@ -32,6 +32,7 @@ def imports(modules, blocked):
     [
         (CORE, DATA_STACK | {"ml_collections", "PIL", "tqdm", "jinja2"}),
         (("caprl_jax.plan", "caprl_jax.programs"), NOT_CORE),
+        (("caprl_jax.bench.__main__",), NOT_CORE | {"torch", "trl", "matplotlib"}),
         (("caprl_jax.objectives", "caprl_jax.checkpoint"), DATA_STACK - {"tensorboardX"}),
     ],
 )

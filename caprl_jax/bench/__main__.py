@@ -1,6 +1,6 @@
 """Times a config's step, phase by phase, with random weights of the real shapes on this device.
 
-python -m caprl_jax.bench --config=configs/3b.py:h200_8 [--phases=prefill,decode,score,update,step]
+python -m caprl_jax.bench --config=configs/3b.py:h200 [--phases=prefill,decode,score,update,step]
     [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
 python -m caprl_jax.bench --config=FILE --scaling=group,caption,questions,image [--repeats=5]
     [--json=FILE]    (how the cost grows with captions, their tokens, questions, image tokens)
