@@ -4,12 +4,13 @@ python -m caprl_jax.bench --config=configs/3b.py:h200 [--phases=prefill,decode,s
     [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
 python -m caprl_jax.bench --config=FILE --scaling=group,caption,questions,image [--repeats=5]
     [--json=FILE]    (how the cost grows with captions, their tokens, questions, image tokens)
+python -m caprl_jax.bench --config=FILE --images [--repeats=5]    (the data pipeline alone)
 python -m caprl_jax.bench --config=configs/3b.py --naive    (runs nothing: what the tree saves)
 python -m caprl_jax.bench --config=configs/peers.py --peer=transformers|trl [--models=DIR]
     [--repeats=5] [--json=FILE]
 
 The last form compares with another library, on the same weights and work (bench/peers.py).
-Without --peer it needs JAX, Flax, optax, ml_collections and absl only.
+Without --peer and --images it needs JAX, Flax, optax, ml_collections and absl only.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ def define_flags() -> None:
         "scaling", [], f"Time at several sizes of these: {', '.join(scaling.SWEEPS)}."
     )
     flags.DEFINE_bool("naive", False, "Compare the step's work with a step that shares nothing.")
+    flags.DEFINE_bool("images", False, "Time the data pipeline alone.")
     flags.DEFINE_enum("peer", None, list(peers.NEEDS), "Compare with this library instead.")
     flags.DEFINE_string("models", None, "Where a peer's random models lie; default temporary.")
     flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
@@ -54,6 +56,12 @@ def main(argv: list[str]) -> None:
     with in_one_paragraph():
         if flags.FLAGS.naive:
             print(naive.tell(naive.compare(config)))
+        elif flags.FLAGS.images:
+            from caprl_jax.bench import images  # it reads models and data, which phases do without
+
+            pace = images.measure(config, flags.FLAGS.repeats)
+            print(images.tell(pace))
+            write(dataclasses.asdict(pace) | {"images_a_second": pace.images_a_second})
         elif flags.FLAGS.peer:
             compare(config, flags.FLAGS.peer, flags.FLAGS.repeats)
         elif flags.FLAGS.scaling:

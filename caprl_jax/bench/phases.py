@@ -32,7 +32,7 @@ class Timing:
     """One phase.
 
     Attributes:
-      seconds: of each repetition.
+      seconds: of each repetition, that a step spends on it.
       compile_seconds: once.
       tokens: that it reads or writes.
       floor: its work, and the seconds that the measured ceilings allow it.
@@ -84,8 +84,12 @@ def ceilings(dtype: Any, repeats: int = 5) -> Chip:
 
 def phases(
     config: ml_collections.ConfigDict, built: abstract.AbstractStep, stop: tuple[int, ...]
-) -> Iterator[tuple[str, Callable, tuple, float]]:
-    """(name, function to jit, arguments, tokens) of each phase, fed by those before it."""
+) -> Iterator[tuple[str, Callable, tuple, float, int]]:
+    """(name, function to jit, arguments, tokens, runs a step) of each phase, fed by those before.
+
+    A batch that is captioned in pieces is prefilled and decoded in such pieces here too; one is
+    timed, and stands for the others.
+    """
     p, constants = built.parts, programs.settings(config)
     on, sampling = p.layout, rollout.Sampling(**config.sampling)
     batch = synthetic.batch(config, built)
@@ -94,17 +98,24 @@ def phases(
     key = jax.random.key(0)
     b, g, t = config.data.batch, config.caprl.group, config.sampling.max_tokens
     asked = config.caprl.questions * config.data.max_question
+    pieces = constants.rollout_batches
+    first = batch
+    if pieces > 1:
+        first = jax.jit(lambda whole: jax.tree.map(lambda a: a[0], logical.split(whole, pieces)))(
+            batch
+        )
 
     def prefill(params, batch):
         with logical.using(on), jax.named_scope("prefill"):
             return rollout.prefill(
-                p.policy, params, batch.images, batch.prompt, constants.prefill_batches
-            )
+                p.policy, params, batch.images, batch.prompt,
+                max(constants.prefill_batches // pieces, 1),
+            )  # fmt: skip
 
     def decode(params, trunk, key):
         with logical.using(on.decoding), jax.named_scope("decode"):
             weights = decoding.weights(p.policy, params, on)
-            valid = jnp.ones(b, bool)
+            valid = jnp.ones(b // pieces, bool)
             return rollout.decode(p.policy, weights, trunk, key, g, stop, sampling, valid)
 
     def score(frozen, captions, questions, key):
@@ -117,18 +128,20 @@ def phases(
             p.policy, p.optimizer, constants, state, frozen, batch, captions, verdicts, on
         )
 
-    yield "prefill", prefill, (state.params, batch), b * config.data.max_prompt
-    trunk = jax.jit(prefill)(state.params, batch)
-    yield "decode", decode, (state.params, trunk, key), b * g * t
+    yield "prefill", prefill, (state.params, first), b * config.data.max_prompt, pieces
+    trunk = jax.jit(prefill)(state.params, first)
+    yield "decode", decode, (state.params, trunk, key), b * g * t, pieces
     captions = jax.jit(decode)(state.params, trunk, key)
-    del trunk
+    del trunk, first
+    if pieces > 1:
+        captions = jax.tree.map(lambda a: jnp.concatenate([a] * pieces), captions)
     written = float(jnp.sum(captions.length))
-    yield "score", score, (frozen, captions, batch.questions, key), written + b * g * asked
+    yield "score", score, (frozen, captions, batch.questions, key), written + b * g * asked, 1
     verdicts = jax.jit(score)(frozen, captions, batch.questions, key)
     learned = b * config.data.max_prompt + written
-    yield "update", update, (state, frozen, batch, captions, verdicts), learned
+    yield "update", update, (state, frozen, batch, captions, verdicts), learned, 1
     whole = b * g * config.data.max_prompt + written  # as EasyR1 counts: each with its prompt
-    yield "step", _step(config, built, stop), (state, frozen, batch, key), whole
+    yield "step", _step(config, built, stop), (state, frozen, batch, key), whole, 1
 
 
 def _step(config, built: abstract.AbstractStep, stop) -> Callable:
@@ -158,7 +171,7 @@ def measure(
     stop = tuple(range(count)) if natural else (vocab,)
     top = ceilings(programs.compute_dtype(config))
     out = {}
-    for name, function, args, tokens in phases(config, built, stop):
+    for name, function, args, tokens, runs in phases(config, built, stop):
         if name not in wanted:
             continue
         began = time.perf_counter()
@@ -166,9 +179,11 @@ def measure(
         took = time.perf_counter() - began
         text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
         found = floors.phases(text, top, config.sampling.max_tokens, vision)
+        seconds = seconds_of(functools.partial(compiled, *args), repeats)
         out[name] = Timing(
-            seconds_of(functools.partial(compiled, *args), repeats), took, tokens,
-            floors.together(found.values()), compiled.memory_analysis().temp_size_in_bytes,
+            [runs * s for s in seconds], took, tokens,
+            floors.together([*found.values()] * runs),
+            compiled.memory_analysis().temp_size_in_bytes,
         )  # fmt: skip
     return out
 

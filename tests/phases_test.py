@@ -1,0 +1,37 @@
+"""The bench's phases are the step's."""
+
+import jax
+import pytest
+
+from caprl_jax.bench import phases
+
+from . import shipped
+
+
+def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch):
+    one_device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one_device)
+    found = {}
+    for pieces in (1, 2):
+        config = shipped.module("tiny").get_config()
+        config.update_from_flattened_dict({
+            "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
+            "caprl.rollout_batches": pieces,
+        })  # fmt: skip
+        found[pieces] = phases.measure(config, ("prefill", "decode", "score"), 1, False)
+    for name, whole in found[1].items():
+        assert found[2][name].floor.flops == whole.floor.flops
+        assert found[2][name].tokens == whole.tokens
+    assert all(name in phases.tell(found[2]) for name in found[2])
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_natural_captions_end_about_halfway(monkeypatch, natural):
+    one_device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one_device)
+    config = shipped.module("tiny").get_config()
+    config.update_from_flattened_dict({"data.batch": 2, "sampling.max_tokens": 32})
+    found = phases.measure(config, ("score",), 1, natural)["score"]
+    asked = 2 * config.caprl.group * config.caprl.questions * config.data.max_question
+    length = (found.tokens - asked) / (2 * config.caprl.group)
+    assert (4 < length < 28) if natural else length == 32
