@@ -35,7 +35,9 @@ def weights(
       apart: whether each layer's lie by themselves; None is yes except on TPUs.
 
     Returns:
-      {"decoder": ..}: matrices in the compute dtype, norms as they were, under layout.decoding.
+      {"decoder": ..}: matrices in the compute dtype, norms as they were, under layout.decoding. Of
+      layers apart "layers" is a tuple, and on a CPU their kernels are [outputs, inputs]: a second
+      copy of the layers, also where params have the compute dtype already.
     """
     decoder = jax.tree_util.tree_map_with_path(
         lambda path, a: a if path[-1].key == "scale" else a.astype(policy.decoder.dtype),
@@ -93,6 +95,10 @@ class Stacked:
         zeros = jnp.zeros((layers, b, group, tokens, kv_heads, head_dim), prompt.k.dtype)
         return KV(_cached(zeros, 2), _cached(zeros, 2), jnp.zeros((b, group, tokens), bool))
 
+    def opened(self, cache: KV, prompt: KV, group: int, stage: tuple[int, int]) -> KV:
+        """The cache with room for the tokens of a stage, which it has from the start."""
+        return cache
+
     def token(
         self,
         params: Params,
@@ -101,7 +107,7 @@ class Stacked:
         prompt: KV,
         cache: KV,
         i: jax.Array,
-        read: int,
+        stage: tuple[int, int],
     ) -> tuple[jax.Array, KV]:
         """Token i of every caption.
 
@@ -111,13 +117,13 @@ class Stacked:
           positions: int [b, g, 1] or [b, g, 1, 3].
           prompt: as `prompt` gives it.
           cache: of the captions up to here.
-          i: int [], where the tokens go.
-          read: no more of the cache is looked at; more than i.
+          i: int [], which token of the captions this is.
+          stage: (first, end) of the tokens that i is one of; no cache is read beyond.
 
         Returns:
           (hidden [b, g, 1, e], cache with these tokens).
         """
-        filled = cache.replace(mask=cache.mask[..., :read])
+        filled = cache.replace(mask=cache.mask[..., : stage[1]])
         hidden, new = self.decoder.apply(
             {"params": params["decoder"]}, x, positions, jnp.ones(x.shape[:-1], bool), (prompt,),
             caches=(filled,),
@@ -129,17 +135,23 @@ class Stacked:
         )
 
 
+LayerKV = tuple[tuple[jax.Array, jax.Array], ...]  # (k, v) of each layer
+
+
 @flax.struct.dataclass
-class Layers:
+class LayerCaches:
     """Keys and values of every layer by themselves, heads before tokens as attention reads them.
 
+    A cache grows by an array a stage: what is read of it is always whole, for what is cut out of
+    the middle of an array would be copied.
+
     Attributes:
-      kv: (k, v) of each layer, [*batch, kv_heads, length, head_dim].
-      mask: bool [*batch, length].
+      kv: of each stage, the (k, v) of each layer, [*batch, kv_heads, length, head_dim].
+      masks: of each stage, bool [*batch, length].
     """
 
-    kv: tuple[tuple[jax.Array, jax.Array], ...]
-    mask: jax.Array
+    kv: tuple[LayerKV, ...]
+    masks: tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +160,7 @@ class Apart:
 
     decoder: Decoder
 
-    def prompt(self, kv: KV) -> Layers:
+    def prompt(self, kv: KV) -> LayerCaches:
         """What is read of the prompts for every token."""
 
         def layer(a, i):
@@ -156,43 +168,54 @@ class Apart:
 
         layers = range(self.decoder.config.layers)
         kvs = tuple((layer(kv.k, i), layer(kv.v, i)) for i in layers)
-        return Layers(jax.lax.optimization_barrier(kvs), kv.mask)
+        return LayerCaches((jax.lax.optimization_barrier(kvs),), (kv.mask,))
 
-    def empty(self, prompt: Layers, group: int, tokens: int) -> Layers:
-        """Caches of captions that have not begun."""
-        b, kv_heads, _, head_dim = prompt.kv[0][0].shape
-        zeros = jnp.zeros((b, group, kv_heads, tokens, head_dim), prompt.kv[0][0].dtype)
+    def empty(self, prompt: LayerCaches, group: int, tokens: int) -> LayerCaches:
+        """Caches of captions that have not begun: no stage yet."""
+        return LayerCaches((), ())
+
+    def opened(
+        self, cache: LayerCaches, prompt: LayerCaches, group: int, stage: tuple[int, int]
+    ) -> LayerCaches:
+        """The cache with room for the tokens of a stage."""
+        k, _ = prompt.kv[0][0]
+        b, kv_heads, _, head_dim = k.shape
+        length = stage[1] - stage[0]
+        zeros = jnp.zeros((b, group, kv_heads, length, head_dim), k.dtype)
         zeros = constrain(zeros, *logical.CACHED[:2], "kv_heads", None, None)
-        return Layers(((zeros, zeros),) * len(prompt.kv), jnp.zeros((b, group, tokens), bool))
+        layers, mask = ((zeros, zeros),) * len(prompt.kv[0]), jnp.zeros((b, group, length), bool)
+        return LayerCaches((*cache.kv, layers), (*cache.masks, mask))
 
     def token(
         self,
         params: Params,
         x: jax.Array,
         positions: jax.Array,
-        prompt: Layers,
-        cache: Layers,
+        prompt: LayerCaches,
+        cache: LayerCaches,
         i: jax.Array,
-        read: int,
-    ) -> tuple[jax.Array, Layers]:
+        stage: tuple[int, int],
+    ) -> tuple[jax.Array, LayerCaches]:
         """Token i of every caption, which is written before it is read."""
-        layers = params["decoder"]["layers"]
+        layers, at = params["decoder"]["layers"], i - stage[0]
         rest = {"params": {k: a for k, a in params["decoder"].items() if k != "layers"}}
-        block = Block(
-            self.decoder.config, recompute=False, flipped=layers[0]["q"]["kernel"].ndim == 2
-        )
-        angles = self.decoder.apply(
-            rest, positions, jnp.ones(x.shape[:-1], bool), method=Decoder.angles
-        )
-        mask, new = cache.mask.at[:, :, i].set(True), []
-        for own, kv, written in zip(layers, prompt.kv, cache.kv, strict=True):
-            past = tuple(jnp.swapaxes(a, -3, -2) for a in kv)
-            x, written = block.apply(
-                {"params": own}, x, angles, mask[..., None, :read], None, (), (prompt.mask,),
-                (past,), 0, (*written, i),
+        flipped = layers[0]["q"]["kernel"].ndim == 2
+        block = Block(self.decoder.config, recompute=False, flipped=flipped)
+        one = jnp.ones(x.shape[:-1], bool)
+        angles = self.decoder.apply(rest, positions, one, method=Decoder.angles)
+        mask, written = cache.masks[-1].at[:, :, at].set(True), []
+        seen = (*prompt.masks, *cache.masks[:-1])
+        for n, layer in enumerate(layers):
+            past = tuple(
+                tuple(jnp.swapaxes(a, -3, -2) for a in kv[n]) for kv in (*prompt.kv, *cache.kv[:-1])
+            )
+            x, new = block.apply(
+                {"params": layer}, x, angles, mask[..., None, :], deep=None, caches=(),
+                past_masks=seen, past=past, layer=n, own=(*cache.kv[-1][n], at),
             )  # fmt: skip
-            new.append(written)
-        return self.decoder.apply(rest, x, method=Decoder.normed), Layers(tuple(new), mask)
+            written.append(new)
+        hidden = self.decoder.apply(rest, x, method=Decoder.normed)
+        return hidden, LayerCaches((*cache.kv[:-1], tuple(written)), (*cache.masks[:-1], mask))
 
 
 def _cached(a: jax.Array, batch: int) -> jax.Array:

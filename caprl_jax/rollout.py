@@ -194,7 +194,7 @@ def decode(
     way = decoding.way(policy, params)
     prompt = way.prompt(trunk.kv)
 
-    def step(carry, i, read):
+    def step(carry, i, stage):
         done, hidden, out, cache = carry
         logits = constrain(policy.logits(params, hidden), *logical.BATCH[:2], "vocab")
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
@@ -203,16 +203,18 @@ def decode(
         done = done | jnp.isin(token, stop_ids)
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
         positions = policy.positions(start + i, 1)
-        hidden, cache = way.token(params, x, positions, prompt, cache, i, read)
+        hidden, cache = way.token(params, x, positions, prompt, cache, i, stage)
         return done, hidden[..., 0, :], out, cache
 
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
     hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
-    carry = jnp.broadcast_to(~valid[:, None], (b, group)), hidden, out, way.empty(prompt, group, t)
-    for first, end in stages(t):
-        carry = _while_any_is_open(functools.partial(step, read=end), carry, first, end)
-    done, _, out, _ = carry
+    done, cache = jnp.broadcast_to(~valid[:, None], (b, group)), way.empty(prompt, group, t)
+    for stage in stages(t):
+        carry = done, hidden, out, way.opened(cache, prompt, group, stage)
+        done, hidden, out, cache = _while_any_is_open(
+            functools.partial(step, stage=stage), carry, *stage
+        )
     return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done)
 
 

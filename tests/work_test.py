@@ -103,10 +103,11 @@ CPU = Size(DecoderConfig(256, 256, 3, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4))
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_a_cpu_copies_neither_weights_nor_caches_of_layers_that_lie_apart(apart):
+def test_a_cpu_copies_neither_weights_nor_caches_of_layers_that_lie_apart(apart, monkeypatch):
     """Out of a stack of layers it copies each layer's for every token, which is why they don't."""
     on = mesh.layout(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]), mesh.RULES, mesh.DECODE_RULES)
     weights = collections.Counter(4 * n for n in CPU.weights().values())
+    monkeypatch.setattr(rollout, "STAGE", 16)
     text = decode_text(CPU, on, apart)
     by_layer, beside, moved = copies(text, min(weights), CPU.decoder.layers)
     assert not beside

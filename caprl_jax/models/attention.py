@@ -84,20 +84,23 @@ def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.
     x, k, r, d = folded.shape[-4:]
     if segment.mask.shape[-2] not in (1, x):
         raise ValueError(f"segment mask {segment.mask.shape} does not fit queries {q.shape}")
-    # Queries move to where their scores will stand, r and x on one axis: moving the scores, here or
-    # for the gradient, would cost far more.
-    rows = jnp.moveaxis(folded, -4, -2).reshape(*q.shape[:shared], k, r * x, d)
+    # Queries move to where their scores will stand: moving the scores would cost far more. An axis
+    # of size 1 is left out, for which XLA on a CPU moves them too. r and x stay apart, for either
+    # may be cut over devices.
+    batch = q.shape[:shared]
+    axes, lead = ("k", (k,)) if r == 1 else ("kr", (k, r))
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("...kqd,...skd->...kqs", rows, segment.k)
+    rows = jnp.moveaxis(folded, -4, -2).reshape(*batch, *lead, x, d)
+    scores = product(f"...{axes}xd,...skd->...{axes}xs", rows, segment.k)
     # Scaled here and not in q: in bfloat16 that would round every query once more.
-    scores = scores.reshape(*q.shape[:shared], k, r, x, -1) * (1 / math.sqrt(d))
+    scores = scores.reshape(*batch, k, r, x, -1) * (1 / math.sqrt(d))
     scores = jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
     # The maximum cancels in the merged softmax, so no gradient need pass through it.
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
-    flat = weights.astype(segment.v.dtype).reshape(*q.shape[:shared], k, r * x, -1)
-    values = product("...kqs,...skd->...kqd", flat, segment.v)
-    values = jnp.moveaxis(values.reshape(*q.shape[:shared], k, r, x, d), -2, -4)
+    flat = weights.astype(segment.v.dtype).reshape(*batch, *lead, x, -1)
+    values = product(f"...{axes}xs,...skd->...{axes}xd", flat, segment.v)
+    values = jnp.moveaxis(values.reshape(*batch, k, r, x, d), -2, -4)
     statistics = (jnp.moveaxis(a, -1, -3) for a in (top[..., 0], jnp.sum(weights, axis=-1)))
     top, total = (a.reshape(q.shape[:-1]) for a in statistics)
     return values.reshape(q.shape), top, total
@@ -112,7 +115,8 @@ def attend(q: jax.Array, segments: Sequence[Segment], recompute: bool = True) ->
         Query head i reads key-value head i // (heads / kv_heads).
       recompute: whether the gradient computes the scores again, as flash attention does (arXiv
         2205.14135, section 3.1), instead of keeping them; for a layer that is recomputed as a whole
-        that would be once more.
+        that would be once more. Of queries in pieces they always are. Call it in a scan over
+        layers, as the models do: elsewhere the compiler may merge both computations.
 
     Returns:
       [*batch, t, heads, head_dim] in q's dtype. The softmax is float32.

@@ -85,8 +85,8 @@ class Block(nn.Module):
         """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens).
 
         With own, (k, v, at) whose arrays are [*batch, kv_heads, length, head_dim], the tokens' keys
-        and values are put there at `at` first; what then stands there is attended to as far as the
-        mask [*batch, t, read] reaches, and returned instead.
+        and values are put there at `at` first; what then stands there is attended to where the mask
+        [*batch, t, length] says so, and returned instead.
         """
         c = self.config
         batch, cached = BATCH[: x.ndim - 2], CACHED[: x.ndim - 2]
@@ -112,7 +112,8 @@ class Block(nn.Module):
         if own is not None:
             *held, at = own
             kept = tuple(put_heads_first(a, new, at) for a, new in zip(held, (k, v), strict=True))
-            these = (jnp.swapaxes(a, -3, -2)[..., : mask.shape[-1], :, :] for a in kept)
+            kept = tuple(constrain(a, *cached, "kv_heads", None, None) for a in kept)
+            these = (jnp.swapaxes(a, -3, -2) for a in kept)
         y = attention.attend(q, [*segments, Segment(*these, mask)], self.recompute)
         for names in (cached, batch):
             y = constrain(y, *names, None, "heads", None)
