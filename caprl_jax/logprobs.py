@@ -17,7 +17,8 @@ def token_logprobs(
     One pass over chunks of the vocabulary keeps a running maximum, sum of exponentials and sum of
     exponential-weighted logits. The backward pass computes each chunk's logits once more and needs
     nothing of the first pass but the normaliser: the gradient of a logit is
-    (1 if it is the target's else 0) - softmax.
+    (1 if it is the target's else 0) - softmax. It is rounded to hidden's dtype before its products
+    with head and hidden, which are summed in float32.
 
     Args:
       hidden: [*batch, e].
@@ -30,6 +31,7 @@ def token_logprobs(
     """
     chex.assert_equal_shape_prefix([hidden, targets], targets.ndim)
     chex.assert_rank(head, 2)
+    chex.assert_equal(hidden.dtype, head.dtype)
     vocab, e = head.shape
     chunks = -(-vocab // chunk)
     size = -(-vocab // chunks)

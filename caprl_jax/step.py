@@ -105,6 +105,11 @@ class Settings:
     length_full: int = 2048
     length_none: int = 3072
 
+    @property
+    def prefills(self) -> int:
+        """Pieces in which images and prompts of one piece of the rollout are read."""
+        return max(self.prefill_batches // self.rollout_batches, 1)
+
 
 @flax.struct.dataclass
 class _Learn:
@@ -310,12 +315,12 @@ def roll_out(
 ) -> rollout.Rollout:
     """The first part of a step: settings.group captions of each image."""
     count = settings.rollout_batches
-    prefills = max(settings.prefill_batches // count, 1)
 
     def one(piece, key):
         images, prompt, valid = piece
         return rollout.sample(
-            policy, params, images, prompt, key, settings.group, stop, sampling, prefills, layout,
+            policy, params, images, prompt, key, settings.group, stop, sampling,
+            settings.prefills, layout,
             valid,
         )  # fmt: skip
 

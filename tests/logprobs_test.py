@@ -45,6 +45,26 @@ def test_gradients_equal_log_softmax(arrays):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(arrays):
+    hidden, head, targets = arrays
+    low = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+
+    def gradients(function, hidden, head):
+        return jax.grad(lambda *a: jnp.sum(function(*a, targets)[0]), (0, 1))(hidden, head)
+
+    found = gradients(lambda *a: token_logprobs(*a, chunk=8), *low)
+    expected = gradients(plain, *(a.astype(jnp.float32) for a in low))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-7 * float(jnp.abs(b).max()))
+
+
+def test_entropies_have_no_gradient(arrays):
+    hidden, head, targets = arrays
+    found = jax.grad(lambda h: jnp.sum(token_logprobs(h, head, targets)[1]))(hidden)
+    np.testing.assert_array_equal(found, 0)
+
+
 def test_far_logits_neither_overflow_nor_vanish():
     """Logits of +-1e4, all in other chunks than the target's."""
     head = jnp.asarray([[1e4], [0.0], [-1e4], [9999.0]])

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax import mesh, recipes, rollout, step
+from caprl_jax import decoding, hlo_costs, judge, mesh, recipes, rollout, step
+from caprl_jax.models import logical
 
 from .conftest import make_world
 from .step_test import assert_close, moved, same_metrics
@@ -22,15 +23,15 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 STOP = (5, 7)
 SHIPPED = config_lib.default()
 recipes.decode_over_tensor(SHIPPED, 2, heads=False)
-MESHES = {
-    "data=8": ({"data": 8}, ({}, {})),
-    "fsdp=8": ({"fsdp": 8}, ({}, {})),
-    "fsdp=4, tensor=2": ({"fsdp": 4, "tensor": 2}, ({}, {})),
-    "data=2, tensor=4": ({"data": 2, "tensor": 4}, ({}, {})),
-    "decoding over tensor": (
-        {"fsdp": 4, "tensor": 2},
-        (SHIPPED.mesh.rules, SHIPPED.mesh.decode_rules),
-    ),
+OVER_TENSOR = SHIPPED.mesh.rules, SHIPPED.mesh.decode_rules
+MESHES = {  # name: (mesh, tables, whose way of decoding)
+    "data=8": ({"data": 8}, ({}, {}), "cpu"),
+    "fsdp=8": ({"fsdp": 8}, ({}, {}), "gpu"),
+    "fsdp=4, tensor=2": ({"fsdp": 4, "tensor": 2}, ({}, {}), "cpu"),
+    "fsdp=4, tensor=2, a TPU's way": ({"fsdp": 4, "tensor": 2}, ({}, {}), "tpu"),
+    "data=2, tensor=4": ({"data": 2, "tensor": 4}, ({}, {}), "gpu"),
+    "decoding over tensor": ({"fsdp": 4, "tensor": 2}, OVER_TENSOR, "cpu"),
+    "decoding over tensor, a TPU's way": ({"fsdp": 4, "tensor": 2}, OVER_TENSOR, "tpu"),
 }
 
 
@@ -86,8 +87,11 @@ def single(eight):
     return run(eight, *start(eight), None)
 
 
-@pytest.mark.parametrize(("shape", "tables"), MESHES.values(), ids=MESHES)
-def test_five_steps_on_any_mesh_are_those_on_one_device(eight, single, shape, tables):
+@pytest.mark.parametrize(("shape", "tables", "platform"), MESHES.values(), ids=MESHES)
+def test_five_steps_on_any_mesh_are_those_on_one_device(
+    eight, single, shape, tables, platform, monkeypatch
+):
+    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
     on = mesh.layout(mesh.make_mesh(shape), *tables)
     state, frozen, batch = start(eight, on)
     kernel = state.params["decoder"]["layers"]["gate"]["kernel"]
@@ -102,6 +106,36 @@ def test_five_steps_on_any_mesh_are_those_on_one_device(eight, single, shape, ta
         jax.tree.map(np.testing.assert_array_equal, own, expected)
     before, after = (tokens for tokens, _ in single[2])
     assert np.any(before != after)  # or the second comparison would say nothing
+
+
+def test_devices_share_the_judges_reading_and_none_reads_for_another(eight):
+    """Each may read the instruction, which all share; captions and questions are read by one."""
+
+    def flops(on):
+        _, frozen, batch = start(eight, on)
+        tokens = jnp.zeros((8, 4, 6), jnp.int32)
+        captions = tokens, jnp.ones(tokens.shape, bool)
+        if on is not None:
+            captions = mesh.put_batch(captions, on)
+
+        def score(params, captions, questions):
+            with logical.using(on), jax.named_scope("score"):
+                return judge.letter_logits(
+                    eight.judge, params, eight.frozen.instruction, *captions, questions
+                )
+
+        run = jax.jit(score).lower(frozen.judge, captions, batch.questions).compile()
+        return hlo_costs.costs(hlo_costs.parse(hlo_costs.hlo_text(run)), ("score",))["score"].flops
+
+    on = mesh.layout(mesh.make_mesh({"data": 8}))
+    whole, part = flops(None), flops(on)
+    s = eight.frozen.instruction.tokens.shape[0]
+    c = eight.judge.config
+    heads = c.heads * c.head_dim
+    linear = c.width * (2 * heads + 2 * c.kv_heads * c.head_dim + 3 * c.feed_forward)
+    instruction = 2 * c.layers * s * (linear + 2 * heads * s)
+    assert whole > 4 * instruction  # or all could read all and none would notice
+    assert part <= instruction + (whole - instruction) / 8
 
 
 def test_parameters_are_boxed_with_names(eight):

@@ -11,6 +11,7 @@ from . import shipped
 def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch):
     one_device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one_device)
+    monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
     for pieces in (1, 2):
         config = shipped.module("tiny").get_config()
@@ -22,6 +23,9 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch):
     for name, whole in found[1].items():
         assert found[2][name].floor.flops == whole.floor.flops
         assert found[2][name].tokens == whole.tokens
+        assert whole.seconds == [1.0]
+    spent = {name: timing.seconds for name, timing in found[2].items()}
+    assert spent == {"prefill": [2.0], "decode": [2.0], "score": [1.0]}
     assert all(name in phases.tell(found[2]) for name in found[2])
 
 

@@ -44,7 +44,7 @@ def test_a_picture_is_the_same_every_time(tmp_path):
     assert first == second and b"<svg" in first
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", json.dumps({"step": 3}), json.dumps(SWEEPS)])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", json.dumps({"step": 3}), json.dumps(SWEEPS)])
 def test_what_the_bench_does_not_write_is_named(tmp_path, text):
     file = tmp_path / "found.json"
     file.write_text(text)

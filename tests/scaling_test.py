@@ -5,6 +5,7 @@ import pytest
 
 from caprl_jax import abstract
 from caprl_jax.bench import scaling, synthetic
+from caprl_jax.config import ConfigError
 from caprl_jax.models import families
 
 from . import shipped
@@ -24,15 +25,17 @@ def small():
 def test_captions_are_read_once_however_many_questions_there_are(small, monkeypatch):
     one_device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one_device)
-    told = []
-    found = scaling.measure(small, "questions", 1, sizes=(1, 3), told=told.append)
+    seen = []
+    found = scaling.measure(
+        small, "questions", 1, sizes=(1, 3), done=lambda sweep: seen.append(list(sweep.sizes))
+    )
     c = families.build(abstract.model_config(small.judge.path)).decoder.config
     s, t, g = abstract.INSTRUCTION, small.sampling.max_tokens, small.caprl.group
     captions = judge_flops(c, s, 0) + g * judge_flops(c, t, s)
     assert scaling.line(found.sizes, found.flops("score"))[0] == pytest.approx(captions)
     for phase in ("prefill", "decode", "update"):
         assert len(set(found.flops(phase))) == 1
-    assert [line.split(":")[0] for line in told] == [f"{found.what} {n}" for n in (1, 3)]
+    assert seen == [[1], [1, 3]]
     assert all(f"| {n} |" in scaling.tell(found) for n in (1, 3))
     [drawn] = scaling.as_json({"questions": found}).values()
     assert drawn["seconds"]["step"] == found.seconds("step")
@@ -45,6 +48,11 @@ def test_an_images_tokens_are_as_many_as_asked_for(small, tokens):
     rows, columns = synthetic.grid_for(config, vision)
     assert rows * columns == tokens * vision.merge**2
     assert small.data.max_prompt != config.data.max_prompt  # a copy was changed
+
+
+def test_an_image_that_is_no_square_is_refused(small):
+    with pytest.raises(ConfigError, match="200 tokens is no square"):
+        scaling.changed(small, "image", 200)
 
 
 @pytest.mark.parametrize("name", scaling.SWEEPS)

@@ -14,7 +14,6 @@ Without --peer and --images it needs JAX, Flax, optax, ml_collections and absl o
 """
 
 import dataclasses
-import functools
 import json
 import tempfile
 from collections.abc import Collection
@@ -96,15 +95,18 @@ def time_phases(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repe
 
 
 def scale(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:
-    """Times the step at several sizes and prints; what is measured so far is always written."""
+    """Times the step at several sizes and prints; what is measured is written size by size."""
     require_known("scaling", wanted, scaling.SWEEPS)
     found = {}
     for name in wanted:
-        found[name] = scaling.measure(
-            config, name, repeats, told=functools.partial(print, flush=True)
-        )
-        print(scaling.tell(found[name]), flush=True)
-        write(scaling.as_json(found))
+
+        def done(sweep, name=name):
+            found[name] = sweep
+            took = sweep.seconds("step")[-1]
+            print(f"{sweep.what} {sweep.sizes[-1]}: a step takes {took:.3g} s", flush=True)
+            write(scaling.as_json(found))
+
+        print(scaling.tell(scaling.measure(config, name, repeats, done=done)), flush=True)
 
 
 def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:

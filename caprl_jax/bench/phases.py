@@ -3,8 +3,8 @@
 Every phase is compiled alone, and the step whole. Beside each time stands the floor of its work:
 its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
 product and a large copy reach on this device in the same run. What stays in a cache beats that
-floor: tiny configs do. HFU is the product's share: FLOP/s, recomputation counted, of the large
-matrix product's.
+floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
+counted. With natural lengths the work is still that of captions as long as their bucket.
 """
 
 import dataclasses
@@ -107,10 +107,7 @@ def phases(
 
     def prefill(params, batch):
         with logical.using(on), jax.named_scope("prefill"):
-            return rollout.prefill(
-                p.policy, params, batch.images, batch.prompt,
-                max(constants.prefill_batches // pieces, 1),
-            )  # fmt: skip
+            return rollout.prefill(p.policy, params, batch.images, batch.prompt, constants.prefills)
 
     def decode(params, trunk, key):
         with logical.using(on.decoding), jax.named_scope("decode"):
@@ -203,4 +200,6 @@ def tell(timings: dict[str, Timing]) -> str:
             f"{1e3 * t.floor.floor:10.1f}{t.floor.floor / t.median:9.0%}  {t.floor.bound:9}"
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )
+        if t.floor.uncounted:
+            lines.append(f"  without the work of {', '.join(sorted(set(t.floor.uncounted)))}")
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def read(path: str, holds: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(Path(path).read_text())
-        if not all(holds in value for value in found.values()):
+        if not found or not all(holds in value for value in found.values()):
             raise KeyError(holds)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not what the bench writes: {type(e).__name__}: {e}") from e

@@ -1,8 +1,10 @@
 """How a step's cost grows: its phases timed at several sizes of one thing, the others as they are.
 
-What should be seen: all but prefill in proportion to the captions of an image and, but for
-attention's square, to their tokens; the image in prefill and update only; and of the questions
-nothing but the judge's reading of them, since it reads a caption once however many are asked.
+What should be seen: prefill doesn't depend on the captions; of decode, score and update a part is
+spent once (weights, instruction, images and prompts) and the rest grows with the captions and, but
+for attention's square, with their tokens. More image tokens cost prefill and update, and decoding
+reads them for every token. Questions cost nothing but the judge's reading of them, since it reads a
+caption once however many are asked.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ import numpy as np
 from caprl_jax import abstract
 from caprl_jax.bench import phases, synthetic
 from caprl_jax.bench.phases import PHASES, Timing
+from caprl_jax.config import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.vision import windows_of
 
@@ -25,7 +28,13 @@ def _set(name: str) -> Callable[[ml_collections.ConfigDict, int], None]:
 
 
 def set_image(config: ml_collections.ConfigDict, tokens: int) -> None:
-    """Makes room for square images of so many tokens, a square number, and for no larger ones."""
+    """Makes room for square images of so many tokens and for no larger ones.
+
+    Raises:
+      ConfigError: no square has so many.
+    """
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ConfigError(f"an image of {tokens} tokens is no square")
     vision = families.build(abstract.model_config(config.policy.path)).vision.config
     side = math.isqrt(tokens) * vision.merge
     config.data.max_prompt = tokens + synthetic.WORDS
@@ -76,7 +85,7 @@ def measure(
     name: str,
     repeats: int,
     sizes: Sequence[int] | None = None,
-    told: Callable[[str], None] = print,
+    done: Callable[["Sweep"], None] = lambda sweep: None,
 ) -> Sweep:
     """Times every phase, and the step, at each size; captions fill their bucket.
 
@@ -85,16 +94,18 @@ def measure(
       name: one of SWEEPS.
       repeats: of each phase.
       sizes: None is the sweep's own.
-      told: takes a line about each size when it is done, for a sweep takes long.
+      done: takes the sweep so far after each size, for a sweep takes long.
 
     Raises:
       ConfigError: a size is none that the config can have.
     """
     what, _, usual = SWEEPS[name]
-    found = Sweep(what, list(sizes or usual), [])
-    for size in found.sizes:
-        found.timings.append(phases.measure(changed(config, name, size), PHASES, repeats, False))
-        told(f"{what} {size}: a step takes {found.seconds('step')[-1]:.3g} s")
+    found = Sweep(what, [], [])
+    for size in sizes or usual:
+        timings = phases.measure(changed(config, name, size), PHASES, repeats, False)
+        found.sizes.append(size)
+        found.timings.append(timings)
+        done(found)
     return found
 
 
