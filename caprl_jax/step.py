@@ -320,8 +320,7 @@ def roll_out(
         images, prompt, valid = piece
         return rollout.sample(
             policy, params, images, prompt, key, settings.group, stop, sampling,
-            settings.prefills, layout,
-            valid,
+            settings.prefills, layout, valid,
         )  # fmt: skip
 
     whole = batch.images, batch.prompt, batch.valid
