@@ -136,7 +136,7 @@ def tell(sweep: Sweep) -> str:
             )
             rows.append(
                 f"{phase}: {1e3 * start:,.0f} ms + {1e3 * slope:,.3g} ms a unit "
-                f"({none / 1e12:.6f} + {each / 1e12:.6f} TFLOP)"
+                f"({round(none / 1e12, 6) + 0:.6f} + {round(each / 1e12, 6) + 0:.6f} TFLOP)"
             )
     return "\n".join(rows)
 
