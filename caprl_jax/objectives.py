@@ -79,11 +79,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     through_text = _through_text(tokenizer, judge_tokenizer)
     judge_prompt = startup.judge_prompt(config, judge_tokenizer)
     inputs = startup.image_prompt(config, policy, directory, tokenizer)
-    make = pipeline.CaprlExamples(
-        inputs, judge_prompt, config.caprl.questions, config.data.replacement,
-        config.data.shuffle_options, config.caprl.group if config.data.per_caption else 0,
-        config.data.max_question,
-    )  # fmt: skip
+    make = startup.examples(config, inputs, judge_prompt)
     dataset = startup.dataset(config, set_aside)
     source = records.source(dataset, "train")
     startup.check_data(config, source, make)

@@ -13,7 +13,7 @@ from caprl_jax import checkpoint, distributed, mesh, step
 from caprl_jax.config import ConfigError, about
 from caprl_jax.data import digits, files, pipeline, records
 from caprl_jax.data.images import ImageProcessor
-from caprl_jax.data.pipeline import ImagePrompt
+from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
@@ -71,6 +71,15 @@ def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Jud
     """The judge's prompt; a template without its fields is a ConfigError."""
     with about("judge.prompt"):
         return JudgePrompt.create(tokenizer, config.judge.prompt)
+
+
+def examples(config, inputs: ImagePrompt, judge: JudgePrompt) -> CaprlExamples:
+    """What makes a batch's rows of records, as the config says."""
+    return CaprlExamples(
+        inputs, judge, config.caprl.questions, config.data.replacement,
+        config.data.shuffle_options, config.caprl.group if config.data.per_caption else 0,
+        config.data.max_question,
+    )  # fmt: skip
 
 
 SOURCES = {"digits": digits.prepare, "files": files.prepare}

@@ -99,3 +99,10 @@ def make_world(images: int = 4, seed: int = 0) -> World:
 def world() -> World:
     """make_world() of 4 images."""
     return make_world()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As if there were no others."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)

@@ -15,6 +15,7 @@ from caprl_jax.models import logical
 
 from .conftest import make_world
 from .step_test import assert_close, moved, same_metrics
+from .work_test import judge_flops
 
 STEPS = 5
 SETTINGS = step.Settings(group=4, kl=0.05)
@@ -130,10 +131,7 @@ def test_devices_share_the_judges_reading_and_none_reads_for_another(eight):
     on = mesh.layout(mesh.make_mesh({"data": 8}))
     whole, part = flops(None), flops(on)
     s = eight.frozen.instruction.tokens.shape[0]
-    c = eight.judge.config
-    heads = c.heads * c.head_dim
-    linear = c.width * (2 * heads + 2 * c.kv_heads * c.head_dim + 3 * c.feed_forward)
-    instruction = 2 * c.layers * s * (linear + 2 * heads * s)
+    instruction = judge_flops(eight.judge.config, s, 0)
     assert whole > 4 * instruction  # or all could read all and none would notice
     assert part <= instruction + (whole - instruction) / 8
 

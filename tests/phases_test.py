@@ -1,6 +1,5 @@
 """The bench's phases are the step's."""
 
-import jax
 import pytest
 
 from caprl_jax.bench import phases
@@ -8,9 +7,7 @@ from caprl_jax.bench import phases
 from . import shipped
 
 
-def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch):
-    one_device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: one_device)
+def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
     for pieces in (1, 2):
@@ -30,9 +27,7 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch):
 
 
 @pytest.mark.parametrize("natural", [True, False])
-def test_natural_captions_end_about_halfway(monkeypatch, natural):
-    one_device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: one_device)
+def test_natural_captions_end_about_halfway(natural, one_device):
     config = shipped.module("tiny").get_config()
     config.update_from_flattened_dict({"data.batch": 2, "sampling.max_tokens": 32})
     found = phases.measure(config, ("score",), 1, natural)["score"]

@@ -1,6 +1,5 @@
 """How cost grows, as the bench tells it."""
 
-import jax
 import pytest
 
 from caprl_jax import abstract
@@ -22,9 +21,7 @@ def small():
     return config
 
 
-def test_captions_are_read_once_however_many_questions_there_are(small, monkeypatch):
-    one_device = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: one_device)
+def test_captions_are_read_once_however_many_questions_there_are(small, one_device):
     seen = []
     found = scaling.measure(
         small, "questions", 1, sizes=(1, 3), done=lambda sweep: seen.append(list(sweep.sizes))

@@ -107,13 +107,17 @@ def test_a_cpu_copies_neither_weights_nor_caches_of_layers_that_lie_apart(apart,
     """Out of a stack of layers it copies each layer's for every token, which is why they don't."""
     on = mesh.layout(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]), mesh.RULES, mesh.DECODE_RULES)
     weights = collections.Counter(4 * n for n in CPU.weights().values())
-    monkeypatch.setattr(rollout, "STAGE", 16)
+    if apart:  # in three stages; stacked in one, so that caches are of no weight's size
+        monkeypatch.setattr(rollout, "STAGE", 16)
     text = decode_text(CPU, on, apart)
     by_layer, beside, moved = copies(text, min(weights), CPU.decoder.layers)
     assert not beside
     assert bool(by_layer) != apart
     for found in by_layer:
-        assert all(found[size] >= count for size, count in weights.items())
+        assert all(found[size] == count for size, count in weights.items())
+        caches = found - weights
+        assert sum(caches.values()) <= 4  # keys and values, of prompts and captions
+        assert max(caches) <= 4 * CPU.cache(captions=True)
     assert moved >= CPU.decoder.layers * sum(4 * n for n in CPU.weights().values())
 
 

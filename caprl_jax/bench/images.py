@@ -97,12 +97,8 @@ def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[pipeline.
         Tokenizer.from_pretrained(sources.fetch(f"asset:tiny/{name}"), model.decoder.config.vocab)
         for name, model in (("policy", policy), ("judge", judge))
     )
-    make = pipeline.CaprlExamples(
-        startup.image_prompt(config, policy, folder, tokenizer),
-        startup.judge_prompt(config, judges), config.caprl.questions, config.data.replacement,
-        config.data.shuffle_options, config.caprl.group if config.data.per_caption else 0,
-        config.data.max_question,
-    )  # fmt: skip
+    inputs = startup.image_prompt(config, policy, folder, tokenizer)
+    make = startup.examples(config, inputs, startup.judge_prompt(config, judges))
     vision = policy.vision.config
     return make, grid_for(config, vision)[0] * make.inputs.processor.patch_size
 
