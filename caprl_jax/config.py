@@ -10,6 +10,7 @@ import ml_collections
 from caprl_jax import mesh
 from caprl_jax.errors import UserError
 from caprl_jax.judge import MODES
+from caprl_jax.models.layers import REMAT
 from caprl_jax.policy_gradient import ADVANTAGES
 from caprl_jax.rollout import Sampling
 
@@ -45,7 +46,9 @@ def default() -> ml_collections.ConfigDict:
     c.policy.init = "pretrained"  # or "random": only config.json, tokenizer and processor are read
     c.policy.prompt = "Describe the image in detail."
     c.policy.freeze_vision = False
-    c.policy.remat = False
+    # What the gradient of each layer computes again: "none"; but for products with weights all,
+    # "products"; or all that is inside a layer, "full".
+    c.policy.remat = "none"
 
     c.judge = ml_collections.ConfigDict()
     c.judge.path = "asset:tiny/judge"
@@ -150,6 +153,7 @@ _ONE_OF = {
     "objective": ("caprl", "sft"),
     "dtype": ("auto", "float32", "bfloat16"),
     "policy.init": ("pretrained", "random"),
+    "policy.remat": tuple(REMAT),
     "judge.mode": MODES,
     "caprl.advantage": tuple(ADVANTAGES),
     "optimizer.schedule": ("cosine", "constant"),

@@ -9,6 +9,7 @@ import ml_collections
 
 from caprl_jax import mesh, programs
 from caprl_jax.config import PIECES, ConfigError, pieces
+from caprl_jax.models.layers import REMAT
 
 
 def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str, Any]]:
@@ -18,8 +19,9 @@ def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str
       config: that didn't fit.
       spread: devices that images are cut over, of which a piece needs one each.
     """
-    if not config.policy.remat:
-        yield {"policy.remat": True}
+    kinds = list(REMAT)
+    for remat in kinds[kinds.index(config.policy.remat) + 1 :]:
+        yield {"policy.remat": remat}
     even = programs.even_pieces(config.data.batch, spread)
     reading = [name for name in PIECES if name != "rollout_batches"]
     for count in even:

@@ -61,7 +61,7 @@ def released(policy: str, judge: str, side: int, windows: int) -> ml_collections
       windows: data.max_windows for them.
     """
     c = default()
-    c.policy.path, c.policy.remat = policy, True
+    c.policy.path, c.policy.remat = policy, "full"
     c.judge.path, c.judge.mode = judge, "sampled"
     c.steps = 1800  # where the shipped checkpoint was taken; a pass over the data is about 588
     c.sampling.max_tokens = 1024

@@ -185,6 +185,9 @@ def _gradients(
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, new), None
 
     one = jax.tree.map(lambda a: a[0], pieces)
+    if jax.tree.leaves(pieces)[0].shape[0] == 1:  # no sums to hold beside it
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, one)
+        return like_params(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), metrics
     first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
     zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
     (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), pieces)

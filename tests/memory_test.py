@@ -12,7 +12,7 @@ SHORT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 81604378624 
 
 def test_what_to_change_is_what_lies_evenly():
     c = config_lib.default()
-    c.policy.remat, c.data.batch, c.caprl.micro_batches = True, 32, 2
+    c.policy.remat, c.data.batch, c.caprl.micro_batches = "full", 32, 2
     found = list(memory.changes(c, 4))
     pieces = [d["caprl.micro_batches"] for d in found if "caprl.micro_batches" in d]
     assert pieces == [4, 8]  # of 32 images on 4 devices
@@ -23,7 +23,7 @@ def test_running_out_of_memory_says_what_to_change():
     c = config_lib.default()
     with pytest.raises(ConfigError, match="81604378624 bytes") as told, memory.advised(c):
         raise jax.errors.JaxRuntimeError(f"Error: {SHORT}\nBufferAssignment ..")
-    assert "--config.policy.remat=true; then --config.caprl.micro_batches=2" in str(told.value)
+    assert "--config.policy.remat=full; then --config.caprl.micro_batches=2" in str(told.value)
     assert "caprl_jax.plan" in str(told.value) and "BufferAssignment" not in str(told.value)
 
 

@@ -210,7 +210,7 @@ def test_what_can_not_fit_is_refused_with_the_compilers_figure():
     tpu("v5e:2x2")
     c = config_lib.default()
     c.policy.path, c.judge.path = "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct"
-    c.data.batch, c.data.max_windows, c.policy.remat = 8, 16, True
+    c.data.batch, c.data.max_windows, c.policy.remat = 8, 16, "full"
     c.eval.batch = 8
     found = plan.make(c, "v5e:2x2")
     assert not found.fits and "hbm" in found.refusal.lower()

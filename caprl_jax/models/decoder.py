@@ -15,7 +15,7 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import KV, Segment
-from caprl_jax.models.layers import Linear, RMSNorm, init_normal
+from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialised
 from caprl_jax.models.logical import BATCH, CACHED, constrain
 
 
@@ -141,12 +141,12 @@ class Decoder(nn.Module):
     Attributes:
       config: sizes.
       dtype: of the computation; parameters keep their own.
-      remat: recompute each layer's activations in the backward pass.
+      remat: what the backward pass of each layer computes again, a name in layers.REMAT.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         c = self.config
@@ -154,15 +154,14 @@ class Decoder(nn.Module):
         # As large as what the blocks add: embeddings of scale 0.02 drown in it and learn nothing.
         init = init_normal(0.02 if c.tied else 1.0, ("vocab", "embed"))
         self.embedding = self.param("embedding", init, rows)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         self.layers = nn.scan(
-            block,
+            rematerialised(Block, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(*[nn.broadcast] * 5, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, recompute=not self.remat)
+        )(c, recompute=self.remat == "none")
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
             init = init_normal(1 / np.sqrt(c.width), ("vocab", "embed"))

@@ -271,7 +271,7 @@ def _third_tower(v: _Fields, where: Any) -> VisionConfig:
 def build(
     config: Mapping[str, Any],
     dtype: Any = np.float32,
-    remat: bool = False,
+    remat: str = "none",
     freeze_vision: bool = False,
     where: Any = "config.json",
 ) -> Policy:

@@ -9,6 +9,24 @@ import numpy as np
 
 from caprl_jax.models import attention
 
+# What the backward pass of a layer finds kept of the forward pass: None is all that it needs.
+REMAT = {
+    "none": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A layer to scan over that keeps what REMAT[remat] says, and computes the rest again.
+
+    "products" keeps the results of matrix products with weights; scores of attention, norms and
+    activations are computed again. "full" keeps the layer's inputs alone (arXiv 1604.06174).
+    """
+    if remat == "none":
+        return layer
+    return nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
+
 
 def init_normal(stddev: float, names: tuple[str | None, ...]):
     """A normal initialiser that carries the logical names of the axes, for mesh.py's rules."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment
-from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal
+from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal, rematerialised
 from caprl_jax.models.logical import constrain
 
 
@@ -264,12 +264,12 @@ class VisionTower(nn.Module):
     Attributes:
       config: sizes.
       dtype: of the computation; parameters keep their own.
-      remat: recompute each layer's activations in the backward pass.
+      remat: what the backward pass of each layer computes again, a name in layers.REMAT.
     """
 
     config: VisionConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, images: Images) -> tuple[jax.Array, jax.Array | None]:
@@ -300,7 +300,7 @@ class VisionTower(nn.Module):
     def _run_blocks(self, x, angles, mask):
         """x [b, m, e] -> (x after all blocks, its values after each of deep_layers)."""
         c = self.config
-        block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
+        block = rematerialised(VisionBlock, self.remat)
 
         # Outputs are picked outside of the rematerialised block, which so need not keep them.
         def body(block, carry, full, layer):
@@ -319,7 +319,7 @@ class VisionTower(nn.Module):
         layer = np.arange(c.layers)
         kept = jnp.zeros((len(c.deep_layers), *x.shape), x.dtype)
         carry = x, kept
-        block = block(c, recompute=not self.remat, name="blocks")
+        block = block(c, recompute=self.remat == "none", name="blocks")
         (x, kept), _ = layers(block, carry, np.isin(layer, c.full_layers), layer)
         return x, kept
 
