@@ -123,8 +123,8 @@ class LoadedPolicy:
           group: captions per image; they share one reading of it.
           max_tokens: longer captions are cut.
           temperature: of the softmax; 0 is greedy.
-          top_k: see rollout.Sampling.
-          top_p: see rollout.Sampling.
+          top_k: see sampling.Sampling.
+          top_p: see sampling.Sampling.
           seed: of the draws.
         """
         sampling = rollout.Sampling(max_tokens, temperature, top_k, top_p)

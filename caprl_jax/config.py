@@ -12,7 +12,7 @@ from caprl_jax.errors import UserError
 from caprl_jax.judge import MODES
 from caprl_jax.models.layers import REMAT
 from caprl_jax.policy_gradient import ADVANTAGES
-from caprl_jax.rollout import Sampling
+from caprl_jax.sampling import Sampling
 
 
 class ConfigError(UserError):

@@ -20,7 +20,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
-from caprl_jax.rollout import Sampling
+from caprl_jax.sampling import Sampling
 from caprl_jax.splicing import Splicing
 from caprl_jax.text_step import Retokeniser
 

@@ -19,7 +19,7 @@ from caprl_jax.config import PIECES, ConfigError, about, pieces
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
-from caprl_jax.rollout import Sampling
+from caprl_jax.sampling import Sampling
 
 # Products are not cut up to overlap with the gathering of their weights step by step: the next
 # layer's are gathered meanwhile anyway, and the pieces of all layers made the program ten times as

@@ -1,10 +1,8 @@
 """Sampling captions: one prefill per image, then a group decodes against that one prompt."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -16,32 +14,9 @@ from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout, constrain
 from caprl_jax.models.policy import Params, Policy, Prompt, Trunk
 from caprl_jax.models.vision import Images
+from caprl_jax.sampling import Sampling, draw
 
 STAGE = 128  # tokens of a caption's cache, at least, that are read before some are left out
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How captions are drawn.
-
-    Attributes:
-      max_tokens: length t of the caption's bucket; longer captions are truncated.
-      temperature: of the softmax; 0 is greedy.
-      top_k: only the k most likely tokens compete; 0 is off.
-      top_p: only the smallest set of tokens with this much probability competes; 1 is off.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"{self}: max_tokens is at least 1, temperature and top_k at least 0, "
-                "top_p in (0, 1]"
-            )
 
 
 @flax.struct.dataclass
@@ -63,58 +38,6 @@ class Rollout:
     sample_logp: jax.Array
     length: jax.Array
     truncated: jax.Array
-
-
-def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Sets what top-k and then top-p exclude to -inf; [..., vocab] -> [..., vocab]."""
-    vocab = logits.shape[-1]
-    if 0 < top_k < vocab:
-        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(p, axis=-1) - p
-        least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
-
-
-def draw(
-    key: jax.Array, logits: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws a token each.
-
-    Args:
-      key: for the draw.
-      logits: float32 [*batch, vocab].
-      sampling: temperature and filters.
-
-    Returns:
-      [*batch] each: (token int32, log-probability at temperature 1, log-probability as drawn).
-    """
-    chex.assert_type(logits, jnp.float32)
-
-    def at(values, token):
-        # A masked sum stays on the devices that hold its part of the vocabulary.
-        here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-        return jnp.sum(jnp.where(here == token[..., None], values, 0), axis=-1)
-
-    def largest(values):
-        # jnp.argmax, in two sums that a vocabulary cut over devices need not be moved for.
-        here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-        top = jnp.max(values, axis=-1, keepdims=True)
-        return jnp.min(jnp.where(values == top, here, values.shape[-1] - 1), axis=-1)
-
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    if sampling.temperature == 0:
-        token = largest(logits)
-        return token, at(logp, token), jnp.zeros_like(logits[..., 0])
-    filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    # What jax.random.categorical does.
-    token = largest(filtered + jax.random.gumbel(key, filtered.shape, filtered.dtype))
-    drawn = at(jax.nn.log_softmax(filtered, axis=-1), token)
-    return token, at(logp, token), drawn
 
 
 def prefill(policy: Policy, params: Params, images: Images, prompt: Prompt, pieces: int) -> Trunk:

@@ -1,4 +1,4 @@
-"""Drawing tokens: the distribution that is sampled from, and the one that is trained on."""
+"""Captions of a rollout: where they end, who waits for whom, what each way of decoding gives."""
 
 import jax
 import jax.numpy as jnp
@@ -7,52 +7,8 @@ import pytest
 
 from caprl_jax import decoding, hlo_costs
 from caprl_jax import rollout as rollout_lib
-from caprl_jax.rollout import Sampling, draw, filter_logits, sample, wasted
-
-LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.25, 0.2], jnp.float32))
-
-
-def kept(top_k=0, top_p=1.0):
-    return np.flatnonzero(np.isfinite(filter_logits(LOGITS, top_k, top_p))).tolist()
-
-
-def test_filters_keep_the_likeliest():
-    assert kept() == [0, 1, 2, 3, 4]
-    assert kept(top_k=2) == [1, 3]
-    assert kept(top_k=9) == [0, 1, 2, 3, 4]
-    assert kept(top_p=0.39) == [1]  # the smallest set with this much probability
-    assert kept(top_p=0.41) == [1, 3]
-    assert kept(top_p=0.86) == [0, 1, 3, 4]
-    assert kept(top_k=3, top_p=0.45) == [1]  # top-p of what top-k left: 0.4 / 0.85 is enough
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(1), Sampling(1, temperature=0.5), Sampling(1, top_k=3), Sampling(1, top_p=0.6)],
-)
-def test_draws_follow_the_distribution_and_report_both_log_probabilities(sampling):
-    n = 20000
-    many = jnp.broadcast_to(LOGITS, (n, 5))
-    token, logp, drawn = draw(jax.random.key(0), many, sampling)
-    filtered = filter_logits(LOGITS / sampling.temperature, sampling.top_k, sampling.top_p)
-    p = np.asarray(jax.nn.softmax(filtered))
-    np.testing.assert_allclose(np.bincount(token, minlength=5) / n, p, atol=0.015)
-    np.testing.assert_allclose(np.exp(drawn), p[token], rtol=1e-4)
-    np.testing.assert_allclose(logp, np.asarray(LOGITS)[token], rtol=1e-4)
-
-
-def test_greedy_draws_the_likeliest_with_certainty():
-    token, logp, drawn = draw(jax.random.key(0), LOGITS[None], Sampling(1, temperature=0.0))
-    assert int(token[0]) == 1 and float(drawn[0]) == 0
-    assert float(logp[0]) == pytest.approx(np.log(0.4), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}]
-)
-def test_impossible_sampling_is_refused(wrong):
-    with pytest.raises(ValueError, match="max_tokens is at least 1"):
-        Sampling(**{"max_tokens": 4} | wrong)
+from caprl_jax.rollout import sample, wasted
+from caprl_jax.sampling import Sampling
 
 
 def rollout(world, stop, key=0):

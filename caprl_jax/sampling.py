@@ -1,0 +1,129 @@
+"""Drawing tokens from logits: what competes, and one draw among it."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from caprl_jax.models import logical
+from caprl_jax.models.logical import constrain
+
+_DEVICES = 8  # that a vocabulary may be cut over, if it divides, without cutting a run of draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How captions are drawn.
+
+    Attributes:
+      max_tokens: length t of the caption's bucket; longer captions are truncated.
+      temperature: of the softmax; 0 is greedy.
+      top_k: only the k most likely tokens compete; 0 is off.
+      top_p: only the smallest set of tokens with this much probability competes; 1 is off.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"{self}: max_tokens is at least 1, temperature and top_k at least 0, "
+                "top_p in (0, 1]"
+            )
+
+
+def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Sets what top-k and then top-p exclude to -inf; [..., vocab] -> [..., vocab]."""
+    vocab = logits.shape[-1]
+    if 0 < top_k < vocab:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def draw(
+    key: jax.Array, logits: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draws a token each.
+
+    By inversion: the vocabulary lies in runs of neighbours; one uniform number picks a run by its
+    probability, another a token in it. Two numbers a row are far cheaper than one a logit, which
+    the Gumbel-max trick of jax.random.categorical takes.
+
+    Args:
+      key: for the draw.
+      logits: float32 [*batch, vocab]; the batch axes are the tree's.
+      sampling: temperature and filters.
+
+    Returns:
+      [*batch] each: (token int32, log-probability at temperature 1, log-probability as drawn).
+    """
+    chex.assert_type(logits, jnp.float32)
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    if sampling.temperature == 0:
+        token = _largest(logits)
+        return token, _at(logp, token), jnp.zeros_like(logits[..., 0])
+    filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    weights = jnp.exp(filtered - jnp.max(filtered, axis=-1, keepdims=True))
+    runs = weights.reshape(*weights.shape[:-1], -1, _run(weights.shape[-1]))
+    # Of all devices of the vocabulary: a running sum would otherwise pass from one to the next.
+    batch = logical.BATCH[: logits.ndim - 1]
+    sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
+    which, within = jax.random.uniform(key, (2, *sums.shape[:-1]))
+    run = pick(which, sums)
+    chosen = jnp.take_along_axis(runs, run[..., None, None], axis=-2)[..., 0, :]
+    token = run * runs.shape[-1] + pick(within, constrain(chosen, *batch, None))
+    return token, _at(logp, token), _at(jax.nn.log_softmax(filtered, axis=-1), token)
+
+
+def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
+    """Inverse transform sampling: index i with probability weights[i] / sum(weights).
+
+    Args:
+      uniform: float32 [*batch], in [0, 1).
+      weights: float32 [*batch, n], not negative, one at least positive.
+
+    Returns:
+      int32 [*batch], the first index whose running sum is beyond that part of the whole; never one
+      of weight 0.
+    """
+    below = jnp.cumsum(weights, axis=-1)
+    # A running sum in floating point may grow at a weight of 0, or nowhere beyond the part sought.
+    beyond = (below > uniform[..., None] * below[..., -1:]) & (weights > 0)
+    found = jnp.any(beyond, axis=-1)
+    return jnp.where(found, jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1))
+
+
+def _run(vocab: int) -> int:
+    """Neighbours that are drawn together: about as many as there are runs, no run on two devices.
+
+    A power of 2, at most 256, for which vocab is so many runs on each of _DEVICES devices.
+    """
+    size = 256
+    while size > 1 and vocab % (size * _DEVICES):
+        size //= 2
+    return size
+
+
+def _at(values: jax.Array, token: jax.Array) -> jax.Array:
+    """values [*batch, vocab] at token [*batch]."""
+    # A masked sum stays on the devices that hold its part of the vocabulary.
+    here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    return jnp.sum(jnp.where(here == token[..., None], values, 0), axis=-1)
+
+
+def _largest(values: jax.Array) -> jax.Array:
+    """jnp.argmax, in two sums that a vocabulary cut over devices need not be moved for."""
+    here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    top = jnp.max(values, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(values == top, here, values.shape[-1] - 1), axis=-1)
