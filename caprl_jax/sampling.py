@@ -56,10 +56,6 @@ def draw(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws a token each.
 
-    By inversion: the vocabulary lies in runs of neighbours; one uniform number picks a run by its
-    probability, another a token in it. Two numbers a row are far cheaper than one a logit, which
-    the Gumbel-max trick of jax.random.categorical takes.
-
     Args:
       key: for the draw.
       logits: float32 [*batch, vocab]; the batch axes are the tree's.
@@ -74,16 +70,31 @@ def draw(
         token = _largest(logits)
         return token, _at(logp, token), jnp.zeros_like(logits[..., 0])
     filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    weights = jnp.exp(filtered - jnp.max(filtered, axis=-1, keepdims=True))
+    # Random numbers for the whole vocabulary cost a TPU little, runs of it copies of the logits.
+    token = jax.lax.platform_dependent(key, filtered, tpu=by_noise, default=by_inversion)
+    return token, _at(logp, token), _at(jax.nn.log_softmax(filtered, axis=-1), token)
+
+
+def by_noise(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """The Gumbel-max trick, as jax.random.categorical does it; [*batch, vocab] -> [*batch]."""
+    return _largest(logits + jax.random.gumbel(key, logits.shape, logits.dtype))
+
+
+def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Inverse transform sampling in two steps; [*batch, vocab] -> int32 [*batch].
+
+    The vocabulary lies in runs of neighbours: one uniform number picks a run by its probability,
+    another a token in it. These are two random numbers a row, where noise is one a logit.
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     runs = weights.reshape(*weights.shape[:-1], -1, _run(weights.shape[-1]))
-    # Of all devices of the vocabulary: a running sum would otherwise pass from one to the next.
+    # On every device of the vocabulary: a running sum would be passed from one to the next.
     batch = logical.BATCH[: logits.ndim - 1]
     sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
     which, within = jax.random.uniform(key, (2, *sums.shape[:-1]))
     run = pick(which, sums)
     chosen = jnp.take_along_axis(runs, run[..., None, None], axis=-2)[..., 0, :]
-    token = run * runs.shape[-1] + pick(within, constrain(chosen, *batch, None))
-    return token, _at(logp, token), _at(jax.nn.log_softmax(filtered, axis=-1), token)
+    return run * runs.shape[-1] + pick(within, constrain(chosen, *batch, None))
 
 
 def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
@@ -101,7 +112,8 @@ def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     # A running sum in floating point may grow at a weight of 0, or nowhere beyond the part sought.
     beyond = (below > uniform[..., None] * below[..., -1:]) & (weights > 0)
     found = jnp.any(beyond, axis=-1)
-    return jnp.where(found, jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1))
+    index = jnp.where(found, jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1))
+    return index.astype(jnp.int32)
 
 
 def _run(vocab: int) -> int:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.sampling import Sampling, draw, filter_logits, pick
+from caprl_jax.sampling import Sampling, by_inversion, by_noise, draw, filter_logits, pick
 
 LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.25, 0.2], jnp.float32))
 
@@ -53,15 +53,18 @@ def test_impossible_sampling_is_refused(wrong):
         Sampling(**{"max_tokens": 4} | wrong)
 
 
-@pytest.mark.parametrize("vocab", [1187, 2048, 2374 * 8])
-def test_draws_from_a_vocabulary_in_runs_follow_the_distribution(vocab):
+@pytest.mark.parametrize(
+    ("way", "vocab"),
+    [(by_noise, 2048), (by_inversion, 1187), (by_inversion, 2048), (by_inversion, 2374 * 8)],
+)
+def test_either_way_of_drawing_follows_the_distribution(way, vocab):
     """Likely tokens as often as they should be, and of the rest, between them, no fewer."""
     n = 40000
     logits = 3 * jax.random.normal(jax.random.key(1), (vocab,))
     p = np.asarray(jax.nn.softmax(logits), np.float64)
     likely = np.argsort(-p)[:20]
     many = jax.jit(lambda key: jax.lax.map(
-        lambda k: draw(k, jnp.broadcast_to(logits, (100, vocab)), Sampling(1))[0],
+        lambda k: way(k, jnp.broadcast_to(logits, (100, vocab))),
         jax.random.split(key, n // 100),
     ))(jax.random.key(0))  # fmt: skip
     found = np.bincount(many.reshape(-1), minlength=vocab) / n
@@ -97,3 +100,13 @@ def test_rounding_of_the_running_sum_picks_nothing_of_weight_0():
     edges = jnp.concatenate([below + 0, jnp.nextafter(below, 0.0)]) / below[-1]
     picked = pick(jnp.minimum(edges, 1 - 2**-24), jnp.broadcast_to(weights, (2 * n, n)))
     assert np.all(np.asarray(weights)[picked] > 0)
+
+
+def test_a_tpu_draws_by_noise():
+    """There runs of the vocabulary would be copied; everywhere else they are cheaper."""
+    drawn = jax.jit(draw, static_argnums=2).trace(
+        jax.random.key(0), jnp.zeros((4, 2048)), Sampling(1)
+    )
+    noise = "4x2048xui32"  # bits of a random number for each logit
+    assert noise in drawn.lower(lowering_platforms=("tpu",)).as_text()
+    assert noise not in drawn.lower(lowering_platforms=("cpu",)).as_text()
