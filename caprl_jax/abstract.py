@@ -104,9 +104,10 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
         return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     state = params(init, on)
+    judge_params = params(functools.partial(_judge_init, judge_decoder), on, dtype)
     frozen = step.Frozen(
-        params(functools.partial(_judge_init, judge_decoder), on, dtype),
-        _instruction(on),
+        judge_params,
+        _instruction(judge_decoder, judge_params, on),
         params(policy.init, on, dtype) if config.caprl.kl else None,
     )
     key = jax.eval_shape(jax.random.key, 0)
@@ -122,14 +123,15 @@ def _judge_init(decoder: Decoder, key: jax.Array) -> Any:
     return decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
 
 
-def _instruction(on: Layout) -> judge.Instruction:
+def _instruction(decoder: Decoder, params: Any, on: Layout) -> judge.Instruction:
     sharding = mesh.replicated(on)
-    return judge.Instruction(
-        *(
-            jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding)
-            for n in (INSTRUCTION, LETTERS, SPECIAL)
-        )
+    tokens, letters, special = (
+        jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding)
+        for n in (INSTRUCTION, LETTERS, SPECIAL)
     )
+    kv = jax.eval_shape(functools.partial(judge.instruction_kv, decoder), params, tokens)
+    kv = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), kv)
+    return judge.Instruction(tokens, letters, special, kv)
 
 
 def batch(config: ml_collections.ConfigDict, policy: Policy, on: Layout) -> step.Batch:

@@ -222,6 +222,12 @@ class LoadedJudge:
     layout: Layout
     directory: Path
 
+    @functools.cached_property
+    def instruction(self) -> judge_lib.Instruction:
+        """The prompt's fixed part, read once."""
+        prompt = jax.device_put(self.prompt.instruction(), mesh_lib.replicated(self.layout))
+        return judge_lib.read(self.modules.decoder, self.params["decoder"], prompt, self.layout)
+
     def score(
         self,
         captions: Sequence[Sequence[str]] | Sequence[str],
@@ -260,7 +266,7 @@ class LoadedJudge:
         arrays = _put((tokens, mask, asked), self.layout)
         found = _score(
             self.modules.decoder, mode, temperature, self.layout, self.params["decoder"],
-            self.prompt.instruction(), *arrays, jax.random.key(seed),
+            self.instruction, *arrays, jax.random.key(seed),
         )  # fmt: skip
         return jax.tree.map(lambda a: a[: len(groups)], jax.device_get(found))
 

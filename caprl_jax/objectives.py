@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax import heldout, mesh, programs, startup, step
+from caprl_jax import heldout, judge, mesh, programs, startup, step
 from caprl_jax.config import ConfigError
 from caprl_jax.data import digits_sft, pipeline, records
 from caprl_jax.data.pipeline import HeldOut
@@ -87,9 +87,11 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
 
     optimizer = programs.optimizer(config, config.caprl.updates)
     state = startup.initial_state(config, policy, directory, optimizer, on)
+    judge_params = startup.load_frozen(judge_model, judge_directory, on, dtype)["decoder"]
+    instruction = jax.device_put(judge_prompt.instruction(), mesh.replicated(on))
     frozen = step.Frozen(
-        startup.load_frozen(judge_model, judge_directory, on, dtype)["decoder"],
-        jax.device_put(judge_prompt.instruction(), mesh.replicated(on)),
+        judge_params,
+        judge.read(judge_model.decoder, judge_params, instruction, on),
         startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None,
     )
     parts = programs.Parts(policy, judge_model.decoder, optimizer, on, tokenizer.stop)
@@ -131,9 +133,9 @@ def _programs(config, parts: programs.Parts, state: step.State, tokenizers):
     return programs.two_programs(config, parts, state, Retokeniser(*tokenizers, longest))
 
 
-def _through_text(policy: Tokenizer, judge: Tokenizer) -> bool:
+def _through_text(policy: Tokenizer, judging: Tokenizer) -> bool:
     """Whether captions must pass from policy to judge as text, which is told."""
-    difference = vocabulary_difference(policy, judge)
+    difference = vocabulary_difference(policy, judging)
     if difference is not None:
         logging.warning(
             "policy and judge tokenizers differ (%s): captions pass through text on the host, and "

@@ -74,9 +74,11 @@ def start(world, on=None):
     init = functools.partial(world.judge.init, method=type(world.judge).everything)
     boxed = jax.eval_shape(init, key, jnp.zeros(1, jnp.int32))["params"]
     params = jax.device_put(state.params, shardings)
+    judge_params = jax.device_put(frozen.judge, mesh.param_shardings(boxed, on))
+    instruction = jax.device_put(frozen.instruction, mesh.replicated(on))
     frozen = step.Frozen(
-        jax.device_put(frozen.judge, mesh.param_shardings(boxed, on)),
-        jax.device_put(frozen.instruction, mesh.replicated(on)),
+        judge_params,
+        judge.read(world.judge, judge_params, instruction, on),  # once; on one device by each step
         jax.device_put(frozen.reference, shardings),
     )
     zero = jax.device_put(state.step, mesh.replicated(on))

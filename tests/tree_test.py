@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import judge, rollout, step
+from caprl_jax import hlo_costs, judge, rollout, step
 from caprl_jax.models.decoder import Decoder
+
+from .work_test import judge_flops
 
 GROUP, STOP = 3, (5, 7)
 SAMPLING = rollout.Sampling(max_tokens=9)
@@ -145,6 +147,26 @@ def test_letter_logits_equal_naive(world, captions):
         found.reshape(-1, found.shape[-1]), expected.reshape(-1, found.shape[-1]), strict=True
     ):
         assert relative(got, want) <= 1e-5
+
+
+def test_an_instruction_read_before_is_not_read_again(world, captions):
+    args = captions.tokens, captions.mask, world.batch.questions
+
+    @jax.jit
+    def logits(params, instruction):
+        with jax.named_scope("score"):
+            return judge.letter_logits(world.judge, params, instruction, *args)
+
+    def flops(instruction):
+        text = hlo_costs.hlo_text(logits.lower(world.frozen.judge, instruction).compile())
+        return hlo_costs.costs(hlo_costs.parse(text), ("score",))["score"].flops
+
+    here = world.frozen.instruction
+    before = judge.read(world.judge, world.frozen.judge, here)
+    found, expected = (logits(world.frozen.judge, i) for i in (before, here))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    own = judge_flops(world.judge.config, here.tokens.shape[0], 0)
+    assert flops(here) - flops(before) == own > 0
 
 
 def test_questions_of_their_own_equal_shared_ones(world, captions):

@@ -46,7 +46,7 @@ def letter_logits(
     """
 
     def one(root, tokens, mask, question):
-        own = instruction.replace(tokens=root)
+        own = instruction.replace(tokens=root, kv=None)
         return judge.letter_logits(
             decoder, params, own, tokens[None, None], mask[None, None],
             jax.tree.map(lambda a: a[None, None], question),

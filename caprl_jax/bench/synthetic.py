@@ -52,7 +52,7 @@ def frozen(built: AbstractStep, params: Any, seed: int = 1) -> step.Frozen:
         )
         reference = cast(params)
     placed = jax.device_put(instruction, mesh.replicated(built.parts.layout))
-    return step.Frozen(made, placed, reference)
+    return step.Frozen(made, judge.read(decoder, made, placed, built.parts.layout), reference)
 
 
 def _shardings(shapes: Any) -> Any:
