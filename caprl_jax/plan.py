@@ -155,7 +155,7 @@ def _memory(built: abstract.AbstractStep, found: Any, cached: int) -> dict[str, 
     parts = {
         "parameters": _on_one(built.state.params),
         "optimizer": _on_one(built.state.opt_state),
-        "judge": _on_one(built.frozen.judge),
+        "judge": _on_one((built.frozen.judge, built.frozen.instruction)),
         "reference": _on_one(built.frozen.reference),
         "batch": _on_one(built.batch),
     }

@@ -71,7 +71,10 @@ def draw(
         return token, _at(logp, token), jnp.zeros_like(logits[..., 0])
     filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     # Random numbers for the whole vocabulary cost a TPU little, runs of it copies of the logits.
-    token = jax.lax.platform_dependent(key, filtered, tpu=by_noise, default=by_inversion)
+    # Functions of this call's own: JAX keeps what known ones traced to, under another mesh too.
+    token = jax.lax.platform_dependent(
+        key, filtered, tpu=lambda *a: by_noise(*a), default=lambda *a: by_inversion(*a)
+    )
     return token, _at(logp, token), _at(jax.nn.log_softmax(filtered, axis=-1), token)
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from caprl_jax import mesh
+from caprl_jax.models import logical
 from caprl_jax.sampling import Sampling, by_inversion, by_noise, draw, filter_logits, pick
 
 LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.25, 0.2], jnp.float32))
@@ -110,3 +112,19 @@ def test_a_tpu_draws_by_noise():
     noise = "4x2048xui32"  # bits of a random number for each logit
     assert noise in drawn.lower(lowering_platforms=("tpu",)).as_text()
     assert noise not in drawn.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_draws_lie_on_the_mesh_that_they_are_traced_for():
+    """What JAX traced before must not decide: there the sums lie on other devices."""
+    first, second = jax.devices()[:4], jax.devices()[4:]
+    found = []
+    for devices in (first, second):
+        on = mesh.layout(mesh.make_mesh({"tensor": 4, "fsdp": 1}, devices))
+        logits = jax.device_put(jnp.zeros((8, 2048)), on.sharding(None, "vocab"))
+
+        def drawn(logits, on=on):
+            with logical.using(on):
+                return draw(jax.random.key(0), logits, Sampling(1))[0]
+
+        found.append(jax.jit(drawn)(logits))
+    np.testing.assert_array_equal(*found)
