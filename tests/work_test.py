@@ -147,10 +147,10 @@ PINNED_TFLOP = {
     "update": (0.002889, 0.006931),
 }
 PINNED_GB = {
-    "prefill": (0.01729, 0.06765),
-    "decode": (0.2230, 0.2326),
-    "score": (0.5572, 2.9036),
-    "update": (0.7726, 1.4256),
+    "prefill": (0.01727, 0.06754),
+    "decode": (0.1908, 0.2003),
+    "score": (0.4839, 2.9036),
+    "update": (0.7809, 1.4372),
 }
 
 
@@ -195,8 +195,11 @@ def test_what_is_repeated_is_counted(tiny, compared):
     whole = one(s, 0) + one(t, s) + one(q, s + t) + 2 * abstract.LETTERS * c.width
     assert both["score"][0].flops == tree and both["score"][1].flops == g * n * whole
     assert 2 < both["update"][1].flops / both["update"][0].flops < g
+    # A vocabulary of one chunk: the compiler finds its logits, for the gradient, computed already.
+    policy = families.build(abstract.model_config(tiny.policy.path)).decoder.config
+    again = tiny.caprl.updates * 2 * g * t * policy.vocab * policy.width
     for work in (compared.tree, compared.naive):
-        assert work.whole.flops == pytest.approx(work.traced_flops, rel=0.01)
+        assert work.traced_flops - work.whole.flops == again
     told = naive.tell(compared)
     assert all(phase in told for phase in both if phase != "other") and f"{g:.2f}" in told
 
