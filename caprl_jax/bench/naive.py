@@ -20,7 +20,7 @@ from caprl_jax import abstract, floors, flops, hlo_costs, judge, policy_gradient
 from caprl_jax.config import PIECES, pieces, validate
 from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.rollout import Rollout, Sampling
+from caprl_jax.rollout import Rollout, Sampling, stages
 
 
 def letter_logits(
@@ -183,7 +183,8 @@ def compare(config: ml_collections.ConfigDict) -> Comparison:
 def _work(run: Callable, built: abstract.AbstractStep, tokens: int) -> Work:
     traced = run.trace(built.state, built.frozen, built.batch, built.key)
     text, vision = hlo_costs.hlo_text(traced.lower().compile()), built.parts.policy.vision.config
-    counted = flops.jaxpr_flops(traced.jaxpr, tokens, floors.tower_branches(vision))
+    turns = tokens // len(stages(tokens))  # of each of the loops that decode
+    counted = flops.jaxpr_flops(traced.jaxpr, turns, floors.tower_branches(vision))
     return Work(floors.phases(text, None, tokens, vision), counted)
 
 
