@@ -16,7 +16,7 @@ from caprl_jax.config import ConfigError
 from caprl_jax.models import families, sizes
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
-from caprl_jax.models.policy import Policy, Prompt
+from caprl_jax.models.policy import Policy, Prompt, root_kv
 from caprl_jax.models.vision import Images
 
 # Of the judge's prompt, which only its tokenizer could tell: an upper bound of the own template's.
@@ -129,7 +129,7 @@ def _instruction(decoder: Decoder, params: Any, on: Layout) -> judge.Instruction
         jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding)
         for n in (INSTRUCTION, LETTERS, SPECIAL)
     )
-    kv = jax.eval_shape(functools.partial(judge.instruction_kv, decoder), params, tokens)
+    kv = jax.eval_shape(functools.partial(root_kv, decoder), params, tokens)
     kv = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), kv)
     return judge.Instruction(tokens, letters, special, kv)
 

@@ -35,6 +35,7 @@ from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy, Prompt
 from caprl_jax.models.vision import Images, batch_images, lay_out, windows_of
+from caprl_jax.sampling import Sampling
 
 PROMPT = "Describe the image in detail."
 Picture = Image.Image | np.ndarray | bytes | str | Path
@@ -127,7 +128,7 @@ class LoadedPolicy:
           top_p: see sampling.Sampling.
           seed: of the draws.
         """
-        sampling = rollout.Sampling(max_tokens, temperature, top_k, top_p)
+        sampling = Sampling(max_tokens, temperature, top_k, top_p)
         found = self.sample(*self.inputs(images, prompt), jax.random.key(seed), group, sampling)
         tokens, mask = jax.device_get((found.tokens, found.mask))
         return [
@@ -141,7 +142,7 @@ class LoadedPolicy:
         prompt: Prompt,
         key: jax.Array,
         group: int,
-        sampling: rollout.Sampling,
+        sampling: Sampling,
     ) -> rollout.Rollout:
         """rollout.sample on arrays as `inputs` makes them; Rollout [b, group, t], first b rows."""
         count = prompt.tokens.shape[0]
@@ -226,7 +227,9 @@ class LoadedJudge:
     def instruction(self) -> judge_lib.Instruction:
         """The prompt's fixed part, read once."""
         prompt = jax.device_put(self.prompt.instruction(), mesh_lib.replicated(self.layout))
-        return judge_lib.read(self.modules.decoder, self.params["decoder"], prompt, self.layout)
+        return programs.read_instruction(
+            self.modules.decoder, self.params["decoder"], prompt, self.layout
+        )
 
     def score(
         self,

@@ -46,8 +46,8 @@ def default() -> ml_collections.ConfigDict:
     c.policy.init = "pretrained"  # or "random": only config.json, tokenizer and processor are read
     c.policy.prompt = "Describe the image in detail."
     c.policy.freeze_vision = False
-    # What the gradient of each layer computes again: "none"; but for products with weights all,
-    # "products"; or all that is inside a layer, "full".
+    # What the gradient of each layer computes again: "none" but attention's scores; all but
+    # products with weights, "products"; or all that is inside a layer, "full".
     c.policy.remat = "none"
 
     c.judge = ml_collections.ConfigDict()

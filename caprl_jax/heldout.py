@@ -19,6 +19,7 @@ from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Policy
+from caprl_jax.sampling import Sampling
 from caprl_jax.step import Frozen
 
 _BUCKET = 32  # lengths are rounded up to it, so that few programs are compiled
@@ -73,7 +74,7 @@ class Writer:
         data: HeldOut,
         tokenizer: Tokenizer,
         on: Layout,
-        sampling: rollout.Sampling,
+        sampling: Sampling,
         group: int,
         seed: int,
         pieces: int = 1,

@@ -5,7 +5,6 @@ tokens at the last position and nothing is decoded. The forward pass runs over t
 instruction -> caption -> question; each node is computed once (CapRL, arXiv 2509.22647, eq. 1).
 """
 
-import functools
 from typing import Literal
 
 import chex
@@ -16,8 +15,7 @@ import jax.numpy as jnp
 from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.logical import Layout
-from caprl_jax.models.policy import text_positions
+from caprl_jax.models.policy import root_kv, text_positions
 
 Mode = Literal["expected", "sampled", "greedy"]
 MODES = ("expected", "sampled", "greedy")
@@ -31,14 +29,19 @@ class Instruction:
       tokens: int32 [s], the judge's prompt up to the caption.
       letters: int32 [letters], token ids of " A", " B", ... in order.
       special: int32 [specials], ids that a caption is stripped of, as decoding to text would.
-      kv: the tokens' keys and values, as `read` gives them once a run; None has every call read the
-        tokens itself, as for a judge that is being trained.
+      kv: the tokens' keys and values under the judge's parameters, as programs.read_instruction
+        gives them once a run; None has every call read the tokens itself, as for a judge that is
+        being trained.
     """
 
     tokens: jax.Array
     letters: jax.Array
     special: jax.Array
     kv: KV | None = None
+
+    def with_tokens(self, tokens: jax.Array) -> "Instruction":
+        """Another prompt, int32 [s], which nobody has read."""
+        return self.replace(tokens=tokens, kv=None)
 
 
 @flax.struct.dataclass
@@ -80,26 +83,6 @@ class Verdicts:
     valid: jax.Array
 
 
-def read(
-    decoder: Decoder, params: dict, instruction: Instruction, layout: Layout | None = None
-) -> Instruction:
-    """The instruction with its keys and values, on every device of the layout."""
-    with logical.using(layout):
-        run = jax.jit(
-            functools.partial(instruction_kv, decoder),
-            out_shardings=None if layout is None else layout.sharding(),
-        )
-        return instruction.replace(kv=run(params, instruction.tokens))
-
-
-def instruction_kv(decoder: Decoder, params: dict, tokens: jax.Array) -> KV:
-    """Keys and values of the judge's prompt up to the caption, int32 [s]; params are its own."""
-    s = tokens.shape[0]
-    x = decoder.apply({"params": params}, tokens, method=Decoder.embed)
-    positions = text_positions(jnp.zeros((), jnp.int32), s, False)
-    return decoder.apply({"params": params}, x, positions, jnp.ones(s, bool))[1]
-
-
 def caption_kv(
     decoder: Decoder, params: dict, instruction: Instruction, tokens: jax.Array, mask: jax.Array
 ) -> tuple[tuple[KV, KV], jax.Array]:
@@ -119,7 +102,7 @@ def caption_kv(
     s = instruction.tokens.shape[0]
     root = instruction.kv
     if root is None:
-        root = instruction_kv(decoder, params, instruction.tokens)
+        root = root_kv(decoder, params, instruction.tokens)
     chex.assert_shape(root.mask, (s,))
     x = decoder.apply(variables, tokens, method=Decoder.embed)
     positions = s - 1 + jnp.cumsum(mask, axis=-1)  # holes take no position

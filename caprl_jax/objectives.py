@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax import heldout, judge, mesh, programs, startup, step
+from caprl_jax import heldout, mesh, programs, startup, step
+from caprl_jax import sft as supervised
 from caprl_jax.config import ConfigError
 from caprl_jax.data import digits_sft, pipeline, records
 from caprl_jax.data.pipeline import HeldOut
+from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.models.logical import Layout
@@ -87,13 +89,8 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
 
     optimizer = programs.optimizer(config, config.caprl.updates)
     state = startup.initial_state(config, policy, directory, optimizer, on)
-    judge_params = startup.load_frozen(judge_model, judge_directory, on, dtype)["decoder"]
-    instruction = jax.device_put(judge_prompt.instruction(), mesh.replicated(on))
-    frozen = step.Frozen(
-        judge_params,
-        judge.read(judge_model.decoder, judge_params, instruction, on),
-        startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None,
-    )
+    reference = startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None
+    frozen = _frozen(judge_model, judge_directory, judge_prompt, reference, on, dtype)
     parts = programs.Parts(policy, judge_model.decoder, optimizer, on, tokenizer.stop)
     tokenizers = (tokenizer, judge_tokenizer) if through_text else None
     run_step, traces = _programs(config, parts, state, tokenizers)
@@ -125,6 +122,14 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     )
 
 
+def _frozen(judge: Policy, directory: Path, prompt: JudgePrompt, reference, on, dtype):
+    """The judge with its instruction read, beside the reference policy's parameters or None."""
+    params = startup.load_frozen(judge, directory, on, dtype)["decoder"]
+    instruction = jax.device_put(prompt.instruction(), mesh.replicated(on))
+    read = programs.read_instruction(judge.decoder, params, instruction, on)
+    return step.Frozen(params, read, reference)
+
+
 def _programs(config, parts: programs.Parts, state: step.State, tokenizers):
     """One program, or two where captions pass from one tokenizer to another."""
     if tokenizers is None:
@@ -133,9 +138,9 @@ def _programs(config, parts: programs.Parts, state: step.State, tokenizers):
     return programs.two_programs(config, parts, state, Retokeniser(*tokenizers, longest))
 
 
-def _through_text(policy: Tokenizer, judging: Tokenizer) -> bool:
+def _through_text(policy: Tokenizer, judge: Tokenizer) -> bool:
     """Whether captions must pass from policy to judge as text, which is told."""
-    difference = vocabulary_difference(policy, judging)
+    difference = vocabulary_difference(policy, judge)
     if difference is not None:
         logging.warning(
             "policy and judge tokenizers differ (%s): captions pass through text on the host, and "
@@ -178,7 +183,7 @@ def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     optimizer = programs.optimizer(config, 1)
     state = startup.initial_state(config, policy, directory, optimizer, on)
     one, traces = programs.counted(
-        lambda state, batch: step.sft_step(policy, optimizer, state, batch, on)
+        lambda state, batch: supervised.update(policy, optimizer, state, batch, on)
     )
     run_step = programs.jit_step(one, state, on)
     build = _sft_judge if config.data.task == "judge" else _sft_policy

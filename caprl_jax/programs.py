@@ -16,9 +16,11 @@ import optax
 
 from caprl_jax import mesh, optimizers, step
 from caprl_jax.config import PIECES, ConfigError, about, pieces
+from caprl_jax.judge import Instruction
+from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
-from caprl_jax.models.policy import Policy
+from caprl_jax.models.policy import Policy, root_kv
 from caprl_jax.sampling import Sampling
 
 # Products are not cut up to overlap with the gathering of their weights step by step: the next
@@ -209,6 +211,26 @@ def keep_compiled(folder: Path) -> None:
     hangs = jax.default_backend() == "cpu" and jax.device_count() > 1
     if jax.config.jax_compilation_cache_dir is None and not hangs:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+
+
+def read_instruction(
+    decoder: Decoder, params: Any, instruction: Instruction, on: Layout
+) -> Instruction:
+    """The judge's instruction with its keys and values, once a run, on every device.
+
+    Args:
+      decoder: the judge.
+      params: its parameters, on the mesh.
+      instruction: the prompt's fixed part, on the mesh.
+      on: the mesh and its rules.
+    """
+
+    def read(params, tokens):
+        with logical.using(on):
+            return root_kv(decoder, params, tokens)
+
+    run = jit(read, on, out_shardings=mesh.replicated(on))
+    return instruction.replace(kv=run(params, instruction.tokens))
 
 
 def jit(function: Callable, on: Layout, **options) -> Callable:

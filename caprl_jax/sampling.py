@@ -1,6 +1,7 @@
 """Drawing tokens from logits: what competes, and one draw among it."""
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 from caprl_jax.models import logical
 from caprl_jax.models.logical import constrain
 
-_DEVICES = 8  # that a vocabulary may be cut over, if it divides, without cutting a run of draw
+_RUN = 128  # neighbours in the vocabulary that are drawn together
+_DEVICES = 8  # that a vocabulary may be cut over, a power of 2, without cutting such a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,25 +81,30 @@ def draw(
 
 
 def by_noise(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """The Gumbel-max trick, as jax.random.categorical does it; [*batch, vocab] -> [*batch]."""
+    """The Gumbel-max trick (arXiv 1411.0030), as jax.random.categorical does it.
+
+    Logits float32 [*batch, vocab] -> int32 [*batch].
+    """
     return _largest(logits + jax.random.gumbel(key, logits.shape, logits.dtype))
 
 
 def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Inverse transform sampling in two steps; [*batch, vocab] -> int32 [*batch].
+    """Inverse transform sampling (Devroye 1986, chapter 3) in two steps.
 
+    Logits float32 [*batch, vocab] -> int32 [*batch]; the batch axes are the tree's.
     The vocabulary lies in runs of neighbours: one uniform number picks a run by its probability,
     another a token in it. These are two random numbers a row, where noise is one a logit.
     """
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    runs = weights.reshape(*weights.shape[:-1], -1, _run(weights.shape[-1]))
+    runs, count, part = _runs(weights)
     # On every device of the vocabulary: a running sum would be passed from one to the next.
     batch = logical.BATCH[: logits.ndim - 1]
     sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
     which, within = jax.random.uniform(key, (2, *sums.shape[:-1]))
     run = pick(which, sums)
     chosen = jnp.take_along_axis(runs, run[..., None, None], axis=-2)[..., 0, :]
-    return run * runs.shape[-1] + pick(within, constrain(chosen, *batch, None))
+    at = (run % count) * _RUN + pick(within, constrain(chosen, *batch, None))
+    return run // count * part + at
 
 
 def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
@@ -119,15 +126,21 @@ def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     return index.astype(jnp.int32)
 
 
-def _run(vocab: int) -> int:
-    """Neighbours that are drawn together: about as many as there are runs, no run on two devices.
+def _runs(weights: jax.Array) -> tuple[jax.Array, int, int]:
+    """Neighbours together, none of which lie on two devices.
 
-    A power of 2, at most 256, for which vocab is so many runs on each of _DEVICES devices.
+    Args:
+      weights: [*batch, vocab].
+
+    Returns:
+      ([*batch, runs, _RUN], filled up with zeros; runs of a part of the vocabulary; tokens of one).
     """
-    size = 256
-    while size > 1 and vocab % (size * _DEVICES):
-        size //= 2
-    return size
+    batch, vocab = weights.shape[:-1], weights.shape[-1]
+    parts = math.gcd(vocab, _DEVICES)
+    part = weights.reshape(*batch, parts, -1)
+    count = -(-part.shape[-1] // _RUN)
+    fill = [(0, 0)] * (part.ndim - 1) + [(0, count * _RUN - part.shape[-1])]
+    return jnp.pad(part, fill).reshape(*batch, parts * count, _RUN), count, part.shape[-1]
 
 
 def _at(values: jax.Array, token: jax.Array) -> jax.Array:

@@ -8,11 +8,13 @@ read once.
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
-from caprl_jax import logprobs
+from caprl_jax import logprobs, step
+from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
-from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.policy import Params, Policy, Prompt, text_positions
+from caprl_jax.models.logical import Layout
+from caprl_jax.models.policy import Params, Policy, Prompt, root_kv
 from caprl_jax.models.vision import Images
 
 
@@ -44,11 +46,7 @@ class Examples:
 def _shared(policy: Policy, params: Params, prefix: jax.Array) -> tuple[KV, ...]:
     if not prefix.shape[0]:
         return ()
-    variables, s = {"params": params["decoder"]}, prefix.shape[0]
-    x = policy.decoder.apply(variables, prefix, method=Decoder.embed)
-    mrope = policy.decoder.config.mrope_section is not None
-    positions = text_positions(jnp.zeros((), jnp.int32), s, mrope)
-    return (policy.decoder.apply(variables, x, positions, jnp.ones(s, bool))[1],)
+    return (root_kv(policy.decoder, params["decoder"], prefix),)
 
 
 def losses(
@@ -83,3 +81,23 @@ def losses(
 def total_weight(examples: Examples) -> jax.Array:
     """float32 []: what to divide the summed loss by."""
     return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight)
+
+
+def update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    state: step.State,
+    examples: Examples,
+    layout: Layout | None = None,
+) -> tuple[step.State, step.Metrics]:
+    """One supervised update: weighted mean negative log-likelihood over the tree."""
+
+    def loss(params):
+        with logical.using(layout):
+            return losses(policy, params, examples)
+
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    total = jnp.maximum(total_weight(examples), 1e-6)
+    grads = jax.tree.map(lambda g: g / total, grads)
+    params, opt_state, more = step.apply(optimizer, state.params, state.opt_state, grads)
+    return step.State(state.step + 1, params, opt_state), metrics | more

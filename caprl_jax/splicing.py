@@ -42,7 +42,7 @@ class Splicing:
         def letters(frozen, first, questions):
             # The tree with nothing above the question but one token: a plain sequence.
             nothing = questions.tokens[:, :, :1], questions.mask[:, :, :1] & False
-            instruction = frozen.instruction.replace(tokens=first, kv=None)
+            instruction = frozen.instruction.with_tokens(first)
             with logical.using(on):
                 return judge.score(
                     decoder, frozen.judge, instruction, *nothing, questions, jax.random.key(0),

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax import judge, logprobs, mesh, policy_gradient, rewards, rollout, sft
+from caprl_jax import judge, logprobs, mesh, policy_gradient, rewards, rollout
 from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Params, Policy, Prompt
 from caprl_jax.models.vision import Images
+from caprl_jax.sampling import Sampling
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
@@ -187,16 +188,17 @@ def _gradients(
     one = jax.tree.map(lambda a: a[0], pieces)
     if jax.tree.leaves(pieces)[0].shape[0] == 1:  # no sums to hold beside it
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, one)
-        return like_params(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), metrics
+        return jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
     first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
     zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
     (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), pieces)
     return grads, metrics
 
 
-def _apply(
+def apply(
     optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
 ) -> tuple[Params, Any, Metrics]:
+    """(params, opt_state, metrics) after one update of the optimizer."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     one = jnp.ones((), jnp.float32)
     metrics = {"grad_norm": (optax.tree.norm(grads), one)}
@@ -228,7 +230,7 @@ def update(
         params, opt_state = carry
         grads, metrics = _gradients(loss, params, pieces, like_params)
         grads = jax.tree.map(lambda g: g / captions, grads)
-        params, opt_state, more = _apply(optimizer, params, opt_state, grads)
+        params, opt_state, more = apply(optimizer, params, opt_state, grads)
         return (params, opt_state), metrics | more
 
     carry = state.params, state.opt_state
@@ -271,7 +273,7 @@ def caprl_step(
     judge_decoder: Decoder,
     optimizer: optax.GradientTransformation,
     settings: Settings,
-    sampling: rollout.Sampling,
+    sampling: Sampling,
     stop: tuple[int, ...],
     state: State,
     frozen: Frozen,
@@ -309,7 +311,7 @@ def caprl_step(
 def roll_out(
     policy: Policy,
     settings: Settings,
-    sampling: rollout.Sampling,
+    sampling: Sampling,
     stop: tuple[int, ...],
     params: Params,
     batch: Batch,
@@ -390,23 +392,3 @@ def improve(
             )  # fmt: skip
         examples = _Learn(batch, captions, advantages, reference_logp)
         return update(policy, optimizer, settings, state, examples, layout)
-
-
-def sft_step(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    state: State,
-    examples: sft.Examples,
-    layout: Layout | None = None,
-) -> tuple[State, Metrics]:
-    """One supervised update: weighted mean negative log-likelihood over the tree."""
-
-    def loss(params):
-        with logical.using(layout):
-            return sft.losses(policy, params, examples)
-
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    total = jnp.maximum(sft.total_weight(examples), 1e-6)
-    grads = jax.tree.map(lambda g: g / total, grads)
-    params, opt_state, more = _apply(optimizer, state.params, state.opt_state, grads)
-    return State(state.step + 1, params, opt_state), metrics | more

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax import decoding, hlo_costs, judge, mesh, recipes, rollout, step
+from caprl_jax import decoding, hlo_costs, judge, mesh, programs, recipes, rollout, step
 from caprl_jax.models import logical
+from caprl_jax.sampling import Sampling
 
 from .conftest import make_world
 from .step_test import assert_close, moved, same_metrics
@@ -19,7 +20,7 @@ from .work_test import judge_flops
 
 STEPS = 5
 SETTINGS = step.Settings(group=4, kl=0.05)
-SAMPLING = rollout.Sampling(max_tokens=6)
+SAMPLING = Sampling(max_tokens=6)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 STOP = (5, 7)
 SHIPPED = config_lib.default()
@@ -78,7 +79,9 @@ def start(world, on=None):
     instruction = jax.device_put(frozen.instruction, mesh.replicated(on))
     frozen = step.Frozen(
         judge_params,
-        judge.read(world.judge, judge_params, instruction, on),  # once; on one device by each step
+        programs.read_instruction(
+            world.judge, judge_params, instruction, on
+        ),  # once; on one device by each step
         jax.device_put(frozen.reference, shardings),
     )
     zero = jax.device_put(state.step, mesh.replicated(on))

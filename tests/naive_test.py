@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from caprl_jax import judge, rollout, step
+from caprl_jax import judge, step
 from caprl_jax.bench import naive
+from caprl_jax.sampling import Sampling
 
 from .tree_test import relative
 
 SETTINGS = step.Settings(group=3, kl=0.05, updates=2, judge_mode="sampled")
-SAMPLING = rollout.Sampling(max_tokens=6)
+SAMPLING = Sampling(max_tokens=6)
 OPTIMIZER = optax.sgd(0.5)
 
 

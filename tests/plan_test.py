@@ -17,6 +17,7 @@ from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.policy import Policy, Prompt
 from caprl_jax.models.vision import Images, VisionConfig, VisionTower
+from caprl_jax.sampling import Sampling
 
 TEXT = DecoderConfig(512, 256, 2, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4))
 VISION = VisionConfig(12, 64, 2, 4, 64, 256, 4, 2, (1,))
@@ -38,7 +39,7 @@ def decode_text(devices, tables):
     images = Images(of(np.float32, m, 12), of(np.int32, m, 2), of(bool, m))
     prompt = Prompt(of(np.int32, p), of(bool, p), of(np.int32, p, 3), of(np.int32, p), of(np.int32))
     run = functools.partial(
-        rollout.sample, policy, group=4, stop=(5,), sampling=rollout.Sampling(max_tokens=6),
+        rollout.sample, policy, group=4, stop=(5,), sampling=Sampling(max_tokens=6),
         layout=on,
     )  # fmt: skip
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(on))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from caprl_jax import judge, step
+from caprl_jax.sampling import Sampling
 
 # exp: softmax and ratios; rsqrt: norms; cos, sin: RoPE; log: log-probabilities and entropies.
 EXACT = ("exp", "rsqrt", "cos", "sin", "log", "log1p", "exp2")
@@ -87,7 +88,7 @@ def test_update_and_its_gradient(half):
 def test_rollout(half):
     def draw(params, key):
         b = half.batch
-        how = step.rollout.Sampling(max_tokens=4)
+        how = Sampling(max_tokens=4)
         return step.rollout.sample(half.policy, params, b.images, b.prompt, key, 2, (5,), how)
 
     found = computed_in(draw, half.params, jax.random.key(0))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import mesh
+from caprl_jax import hlo_costs, mesh
 from caprl_jax.models import logical
 from caprl_jax.sampling import Sampling, by_inversion, by_noise, draw, filter_logits, pick
 
@@ -58,6 +58,7 @@ def test_impossible_sampling_is_refused(wrong):
 @pytest.mark.parametrize(
     ("way", "vocab"),
     [(by_noise, 2048), (by_inversion, 1187), (by_inversion, 2048), (by_inversion, 2374 * 8)],
+    ids=str,
 )
 def test_either_way_of_drawing_follows_the_distribution(way, vocab):
     """Likely tokens as often as they should be, and of the rest, between them, no fewer."""
@@ -114,17 +115,31 @@ def test_a_tpu_draws_by_noise():
     assert noise not in drawn.lower(lowering_platforms=("cpu",)).as_text()
 
 
-def test_draws_lie_on_the_mesh_that_they_are_traced_for():
-    """What JAX traced before must not decide: there the sums lie on other devices."""
-    first, second = jax.devices()[:4], jax.devices()[4:]
-    found = []
-    for devices in (first, second):
+@pytest.mark.parametrize("way", [by_noise, by_inversion])
+def test_each_row_is_drawn_from_its_own_logits(way):
+    """Of 1187 tokens each row has one that is near certain, in runs and parts of all kinds."""
+    certain = jax.random.randint(jax.random.key(2), (4, 8), 0, 1187).at[0, :2].set([0, 1186])
+    logits = 60 * jax.nn.one_hot(certain, 1187)
+    np.testing.assert_array_equal(way(jax.random.key(0), logits), certain)
+
+
+@pytest.mark.parametrize("vocab", [2048, 1184, 8 * 1187])  # the last two are no whole runs
+def test_draws_lie_on_the_mesh_that_they_are_traced_for(vocab):
+    """What JAX traced before must not decide; and of the vocabulary only sums are passed on."""
+    logits = 3 * jax.random.normal(jax.random.key(1), (8, vocab))
+    found = [draw(jax.random.key(0), logits, Sampling(1))[0]]
+    for devices in (jax.devices()[:4], jax.devices()[4:]):
         on = mesh.layout(mesh.make_mesh({"tensor": 4, "fsdp": 1}, devices))
-        logits = jax.device_put(jnp.zeros((8, 2048)), on.sharding(None, "vocab"))
 
         def drawn(logits, on=on):
             with logical.using(on):
                 return draw(jax.random.key(0), logits, Sampling(1))[0]
 
-        found.append(jax.jit(drawn)(logits))
-    np.testing.assert_array_equal(*found)
+        put = jax.device_put(logits, on.sharding(None, "vocab"))
+        compiled = jax.jit(drawn).lower(put).compile()
+        program = hlo_costs.parse(hlo_costs.hlo_text(compiled))
+        moved = [c.bytes for c in hlo_costs.collectives(program, unknown_trips=1)]
+        assert 0 < 8 * max(moved) < logits.nbytes
+        found.append(compiled(put))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])

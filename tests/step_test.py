@@ -11,11 +11,12 @@ import pytest
 
 from caprl_jax import rollout, step
 from caprl_jax.programs import counted
+from caprl_jax.sampling import Sampling
 
 from .conftest import make_world
 
 SETTINGS = step.Settings(group=4, kl=0.05, updates=2)
-SAMPLING = rollout.Sampling(max_tokens=6)
+SAMPLING = Sampling(max_tokens=6)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
 
 
@@ -141,3 +142,23 @@ def test_no_gradient_without_advantage(eight):
     )
     assert float(metrics["zero_variance_groups"][0]) == 8
     assert not any(np.any(d) for d in jax.tree.leaves(moved(eight, found)))
+
+
+def test_metrics_are_alike_of_one_piece_and_of_more(world):
+    """Sums and counts in float32, from whichever."""
+    frozen = world.frozen.replace(reference=world.params)
+    captions = step.roll_out(
+        world.policy, SETTINGS, SAMPLING, (5,), world.params, world.batch, jax.random.key(0)
+    )
+    advantages = jnp.ones(captions.length.shape).at[:, 0].set(-1.0)
+
+    def metrics(pieces):
+        settings = dataclasses.replace(SETTINGS, micro_batches=pieces)
+        run = functools.partial(step.improve, world.policy, OPTIMIZER, settings)
+        return jax.jit(run)(start(world)[0], frozen, world.batch, captions, advantages)[1]
+
+    one, two = metrics(1), metrics(2)
+    for name in two:
+        for a, b in zip(one[name], two[name], strict=True):
+            assert a.dtype == b.dtype == np.float32
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import hlo_costs, judge, rollout, step
+from caprl_jax import hlo_costs, judge, mesh, programs, rollout, step
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.sampling import Sampling
 
 from .work_test import judge_flops
 
 GROUP, STOP = 3, (5, 7)
-SAMPLING = rollout.Sampling(max_tokens=9)
+SAMPLING = Sampling(max_tokens=9)
 
 
 def relative(a, b):
@@ -162,11 +163,13 @@ def test_an_instruction_read_before_is_not_read_again(world, captions):
         return hlo_costs.costs(hlo_costs.parse(text), ("score",))["score"].flops
 
     here = world.frozen.instruction
-    before = judge.read(world.judge, world.frozen.judge, here)
+    on = mesh.layout(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]))
+    before = programs.read_instruction(world.judge, world.frozen.judge, here, on)
     found, expected = (logits(world.frozen.judge, i) for i in (before, here))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     own = judge_flops(world.judge.config, here.tokens.shape[0], 0)
     assert flops(here) - flops(before) == own > 0
+    assert before.with_tokens(here.tokens).kv is None  # of another prompt nothing has been read
 
 
 def test_questions_of_their_own_equal_shared_ones(world, captions):

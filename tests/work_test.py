@@ -19,6 +19,7 @@ from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.policy import Policy, Trunk
 from caprl_jax.models.vision import VisionConfig, VisionTower
+from caprl_jax.sampling import Sampling
 
 from . import shipped
 from .plan_test import TABLES, tpu
@@ -70,7 +71,7 @@ def decode_text(size, on, apart=None):
         with jax.named_scope("decode"):
             weights = decoding.weights(policy, params, on, apart)
             valid = jnp.ones(size.b, bool)
-            sampling = rollout.Sampling(size.t)
+            sampling = Sampling(size.t)
             return rollout.decode(policy, weights, trunk, key, size.g, (5,), sampling, valid)
 
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(on))

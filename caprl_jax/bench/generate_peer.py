@@ -16,6 +16,7 @@ from caprl_jax import mesh, programs, rollout, startup
 from caprl_jax.bench import peers, torch_models
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work
+from caprl_jax.sampling import Sampling
 
 _GREEDY = 8  # tokens compared
 
@@ -35,7 +36,7 @@ class Ours:
 
     def _jit(self, tokens: int, temperature: float) -> Callable:
         w, group = self._work, self._work.config.caprl.group
-        sampling = rollout.Sampling(tokens, temperature)
+        sampling = Sampling(tokens, temperature)
         # No token ends a caption: as many are drawn as are asked for.
         return programs.jit(
             lambda params, images, prompt, key: rollout.sample(

@@ -46,7 +46,7 @@ def letter_logits(
     """
 
     def one(root, tokens, mask, question):
-        own = instruction.replace(tokens=root, kv=None)
+        own = instruction.with_tokens(root)
         return judge.letter_logits(
             decoder, params, own, tokens[None, None], mask[None, None],
             jax.tree.map(lambda a: a[None, None], question),

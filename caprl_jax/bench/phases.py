@@ -23,6 +23,7 @@ from caprl_jax.bench import synthetic
 from caprl_jax.chips import Chip
 from caprl_jax.config import validate
 from caprl_jax.models import logical
+from caprl_jax.sampling import Sampling
 
 PHASES = ("prefill", "decode", "score", "update", "step")
 
@@ -91,7 +92,7 @@ def phases(
     timed, and stands for the others.
     """
     p, constants = built.parts, programs.settings(config)
-    on, sampling = p.layout, rollout.Sampling(**config.sampling)
+    on, sampling = p.layout, Sampling(**config.sampling)
     batch = synthetic.batch(config, built)
     state = synthetic.state(built)
     frozen = synthetic.frozen(built, state.params)
@@ -145,7 +146,7 @@ def _step(config, built: abstract.AbstractStep, stop) -> Callable:
     p = built.parts
     return functools.partial(
         step.caprl_step, p.policy, p.judge, p.optimizer, programs.settings(config),
-        rollout.Sampling(**config.sampling), stop, layout=p.layout,
+        Sampling(**config.sampling), stop, layout=p.layout,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from caprl_jax import abstract, judge, mesh, step
+from caprl_jax import abstract, judge, mesh, programs, step
 from caprl_jax.abstract import AbstractStep
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.policy import Prompt, mrope_positions
@@ -52,7 +52,8 @@ def frozen(built: AbstractStep, params: Any, seed: int = 1) -> step.Frozen:
         )
         reference = cast(params)
     placed = jax.device_put(instruction, mesh.replicated(built.parts.layout))
-    return step.Frozen(made, judge.read(decoder, made, placed, built.parts.layout), reference)
+    read = programs.read_instruction(decoder, made, placed, built.parts.layout)
+    return step.Frozen(made, read, reference)
 
 
 def _shardings(shapes: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import transformers
 import trl
 
-from caprl_jax import judge, mesh, programs, startup, step
+from caprl_jax import mesh, programs, startup, step
 from caprl_jax.bench import peers, torch_models
 from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.generate_peer import facts, parameters
@@ -43,7 +43,7 @@ class Ours:
             model, work.judge_path, self._on, programs.compute_dtype(config)
         )
         put = jax.device_put(work.instruction, mesh.replicated(self._on))
-        read = judge.read(work.judge, params["decoder"], put, self._on)
+        read = programs.read_instruction(work.judge, params["decoder"], put, self._on)
         self.frozen = step.Frozen(params["decoder"], read)
         # No token ends a caption: TRL's are as long as they may be too.
         parts = programs.Parts(work.policy, work.judge, optimizer, self._on, (work.vocab,))

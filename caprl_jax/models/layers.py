@@ -9,7 +9,8 @@ import numpy as np
 
 from caprl_jax.models import attention
 
-# What the backward pass of a layer finds kept of the forward pass: None is all that it needs.
+# What the backward pass of a layer finds kept of the forward pass, from most to least memory. None
+# is all that it needs but scores, which attention computes again by itself (attention.attend).
 REMAT = {
     "none": None,
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -155,6 +155,14 @@ def text_positions(start: jax.Array, length: int, mrope: bool) -> jax.Array:
     return jnp.repeat(positions[..., None], 3, axis=-1) if mrope else positions
 
 
+def root_kv(decoder: Decoder, params: dict, tokens: jax.Array) -> KV:
+    """Keys and values of text that nothing comes before, int32 [s]; params are the decoder's."""
+    s, mrope = tokens.shape[0], decoder.config.mrope_section is not None
+    x = decoder.apply({"params": params}, tokens, method=Decoder.embed)
+    positions = text_positions(jnp.zeros((), jnp.int32), s, mrope)
+    return decoder.apply({"params": params}, x, positions, jnp.ones(s, bool))[1]
+
+
 def mrope_positions(
     tokens: np.ndarray, image_token: int, grid: tuple[int, int], merge: int
 ) -> tuple[np.ndarray, int]:

@@ -13,6 +13,7 @@ from caprl_jax import rollout
 from caprl_jax.models import attention
 from caprl_jax.models.decoder import Block, Decoder
 from caprl_jax.models.vision import VisionBlock, feature_order
+from caprl_jax.sampling import Sampling
 
 from .conftest import GRIDS, STOP, make_inputs
 
@@ -151,7 +152,7 @@ def test_greedy_captions_equal_generate(vision_pair, within):
     """Decoding against the tree gives transformers' tokens, one image at a time."""
     policy, length = vision_pair.ours, 24
     inputs = make_inputs(policy.vision.config, 40, 100)
-    greedy = rollout.Sampling(max_tokens=length, temperature=0.0)
+    greedy = Sampling(max_tokens=length, temperature=0.0)
     ours = jax.jit(lambda params: rollout.sample(
         policy, params, inputs.images, inputs.prompt, jax.random.key(0), 2, (STOP,), greedy
     ))(vision_pair.params)  # fmt: skip

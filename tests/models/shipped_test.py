@@ -18,6 +18,7 @@ from caprl_jax.data import digits
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models import families, hf, sources
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.sampling import Sampling
 
 from ..serving import served
 
@@ -75,7 +76,7 @@ def test_policy_logits_equal_transformers(ours, theirs):
 def test_greedy_captions_equal_generate(ours, theirs):
     policy, params, batch, tokenizer = ours
     model, inputs = theirs
-    greedy = rollout.Sampling(max_tokens=24, temperature=0.0)
+    greedy = Sampling(max_tokens=24, temperature=0.0)
     found = jax.jit(lambda params: rollout.sample(
         policy, params, batch["images"], batch["prompt"], jax.random.key(0), 1, tokenizer.stop,
         greedy,
