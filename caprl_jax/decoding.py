@@ -202,7 +202,9 @@ class Apart:
         flipped = layers[0]["q"]["kernel"].ndim == 2
         block = Block(self.decoder.config, recompute=False, flipped=flipped)
         one = jnp.ones(x.shape[:-1], bool)
-        angles = self.decoder.apply(rest, positions, one, method=Decoder.angles)
+        turns = self.decoder.apply(rest, positions, one, method=Decoder.turns)
+        # The barrier keeps the compiler from taking cosines and sines again in every layer.
+        turns = jax.lax.optimization_barrier(turns)
         mask, written = cache.masks[-1].at[:, :, at].set(True), []
         seen = (*prompt.masks, *cache.masks[:-1])
         for n, layer in enumerate(layers):
@@ -210,7 +212,7 @@ class Apart:
                 tuple(jnp.swapaxes(a, -3, -2) for a in kv[n]) for kv in (*prompt.kv, *cache.kv[:-1])
             )
             x, new = block.apply(
-                {"params": layer}, x, angles, mask[..., None, :], deep=None, caches=(),
+                {"params": layer}, x, turns, mask[..., None, :], deep=None, caches=(),
                 past_masks=seen, past=past, layer=n, own=(*cache.kv[-1][n], at),
             )  # fmt: skip
             written.append(new)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SCORE_BYTES = 2**28  # of one image's scores that are held at once; longer queries go in pieces
+Turns = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
@@ -200,17 +201,22 @@ def rope_frequencies(theta: float, dim: int) -> np.ndarray:
     )
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates channel i with channel i + d/2 by angles; float32 inside.
+def turns(angles: jax.Array) -> Turns:
+    """What `rotate` wants of angles, once for all layers; float32 of any shape."""
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, by: Turns) -> jax.Array:
+    """Rotates channel i with channel i + d/2; float32 inside.
 
     Args:
       x: [*batch, t, heads, d].
-      angles: float32 [*batch, t, d / 2].
+      by: cosine and sine of the angles, float32 [*batch, t, d / 2] each.
 
     Returns:
       [*batch, t, heads, d] in x's dtype.
     """
-    cos, sin = (f(angles)[..., None, :] for f in (jnp.cos, jnp.sin))
+    cos, sin = (a[..., None, :] for a in by)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

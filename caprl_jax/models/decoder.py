@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.models import attention
-from caprl_jax.models.attention import KV, Segment
+from caprl_jax.models.attention import KV, Segment, Turns
 from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialised
 from caprl_jax.models.logical import BATCH, CACHED, constrain
 
@@ -81,7 +81,7 @@ class Block(nn.Module):
     flipped: bool = False
 
     @nn.compact
-    def __call__(self, x, angles, mask, deep, caches, past_masks, past, layer, own=None):
+    def __call__(self, x, turns, mask, deep, caches, past_masks, past, layer, own=None):
         """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens).
 
         With own, (k, v, at) whose arrays are [*batch, kv_heads, length, head_dim], the tokens' keys
@@ -101,7 +101,7 @@ class Block(nn.Module):
         q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
         if c.qk_norm:
             q, k = (RMSNorm(c.norm_eps, name=f"{n}_norm")(a) for n, a in (("q", q), ("k", k)))
-        q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+        q, k = attention.rotate(q, turns), attention.rotate(k, turns)
         # A caption's queries go to where its cache lies, and what they find comes back.
         for names in (batch, cached):
             q = constrain(q, *names, None, "heads", None)
@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         x = x.astype(self.dtype)
         x, (k, v) = self.layers(
             x,
-            self.angles(positions, mask),
+            self.turns(positions, mask),
             attention.causal_mask(mask),
             None if deep is None else deep.astype(self.dtype),
             caches,
@@ -228,13 +228,13 @@ class Decoder(nn.Module):
         """What the blocks give, after the final norm; [..., e] -> [..., e]."""
         return self.norm(x)
 
-    def angles(self, positions: jax.Array, mask: jax.Array) -> jax.Array:
-        """RoPE's angles, float32 [*batch, t, head_dim / 2], of positions as __call__ takes them."""
+    def turns(self, positions: jax.Array, mask: jax.Array) -> Turns:
+        """RoPE's turns, [*batch, t, head_dim / 2] each, of positions as __call__ takes them."""
         c = self.config
         if c.mrope_section is None:
             chex.assert_equal_shape([positions, mask])
-            return attention.rope_angles(positions, c.rope_theta, c.head_dim)
+            return attention.turns(attention.rope_angles(positions, c.rope_theta, c.head_dim))
         chex.assert_shape(positions, (*mask.shape, 3))
         frequencies = attention.rope_frequencies(c.rope_theta, c.head_dim)
         followed = jnp.take(positions, c.mrope_axes(), axis=-1).astype(jnp.float32)
-        return followed * attention.align_right(frequencies, followed.ndim)
+        return attention.turns(followed * attention.align_right(frequencies, followed.ndim))

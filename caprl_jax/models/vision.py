@@ -171,15 +171,15 @@ class VisionBlock(nn.Module):
     recompute: bool = True
 
     @nn.compact
-    def __call__(self, x, angles, mask, full):
-        """x [b, m, e], angles [b, m, d/2], mask bool [b, m], full bool [] -> [b, m, e]."""
+    def __call__(self, x, turns, mask, full):
+        """x [b, m, e], turns [b, m, d/2] each, mask bool [b, m], full bool [] -> [b, m, e]."""
         c = self.config
         head_dim = c.width // c.heads
         x = constrain(x, "images", None, None)
         y = c.norm("attention_norm")(x)
         qkv = Linear((3, c.heads, head_dim), ("embed", None, "heads", None), bias=True, name="qkv")
         q, k, v = jnp.moveaxis(qkv(y), -3, 0)
-        q, k = attention.rotate(q, angles), attention.rotate(k, angles)
+        q, k = attention.rotate(q, turns), attention.rotate(k, turns)
         q, k, v = (constrain(a, "images", None, "heads", None) for a in (q, k, v))
 
         def attend_within(size):
@@ -289,15 +289,15 @@ class VisionTower(nn.Module):
             x = x + stretched(table, images.positions, images.mask).astype(self.dtype)
         # Half of the rotated channels follow the row, half the column.
         angles = attention.rope_angles(images.positions, 10_000.0, c.width // c.heads // 2)
-        angles = angles.reshape(*angles.shape[:-2], -1)
-        x, kept = self._run_blocks(x, angles, images.mask)
+        turns = attention.turns(angles.reshape(*angles.shape[:-2], -1))
+        x, kept = self._run_blocks(x, turns, images.mask)
         features = Merger(c, name="merger")(x)
         if not c.deep_layers:
             return features, None
         deep = [Merger(c, True, name=f"deep_{i}")(kept[i]) for i in range(len(c.deep_layers))]
         return features, jnp.stack(deep)
 
-    def _run_blocks(self, x, angles, mask):
+    def _run_blocks(self, x, turns, mask):
         """x [b, m, e] -> (x after all blocks, its values after each of deep_layers)."""
         c = self.config
         block = rematerialised(VisionBlock, self.remat)
@@ -305,7 +305,7 @@ class VisionTower(nn.Module):
         # Outputs are picked outside of the rematerialised block, which so need not keep them.
         def body(block, carry, full, layer):
             x, kept = carry
-            x = block(x, angles, mask, full)
+            x = block(x, turns, mask, full)
             picked = layer == jnp.asarray(c.deep_layers, jnp.int32)
             return (x, jnp.where(picked[:, None, None, None], x[None], kept)), None
 

@@ -47,9 +47,9 @@ def test_decoder_blocks_and_logits_equal_transformers(text_pair, within):
     variables = {"params": text_pair.params["decoder"]}
     decoder, theirs = text_pair.ours.decoder, text_pair.theirs
     mask, positions = np.ones(ids.shape, bool), np.broadcast_to(np.arange(500), ids.shape)
-    angles = decoder.apply(variables, positions, mask, method=Decoder.angles)
+    turns = decoder.apply(variables, positions, mask, method=Decoder.turns)
     block = jax.jit(lambda p, x: Block(decoder.config).apply(
-        p, x, angles, attention.causal_mask(jnp.asarray(mask)), None, (), (), (), 0
+        p, x, turns, attention.causal_mask(jnp.asarray(mask)), None, (), (), (), 0
     )[0])  # fmt: skip
     for i, (x, y) in enumerate(layers_seen(theirs.model.layers, lambda: theirs(torch.tensor(ids)))):
         ours = block(layer_params(variables["params"]["layers"], i), x)
@@ -73,8 +73,8 @@ def test_vision_blocks_equal_transformers(vision_pair, inputs, within):
     seen = layers_seen(visual.blocks, lambda: visual(pixels, grid_thw=grid))
     mask = inputs.images.mask
     angles = attention.rope_angles(inputs.images.positions, 1e4, c.width // c.heads // 2)
-    angles = angles.reshape(*mask.shape, -1)
-    run = jax.jit(lambda p, x, full: VisionBlock(c).apply(p, x, angles, mask, full))
+    turns = attention.turns(angles.reshape(*mask.shape, -1))
+    run = jax.jit(lambda p, x, full: VisionBlock(c).apply(p, x, turns, mask, full))
     for i, (x, y) in enumerate(seen):
         laid = np.zeros((*mask.shape, c.width), np.float32)
         laid[mask] = x
