@@ -77,6 +77,9 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.rollout_batches = 1  # for captioning, where caches for all don't fit,
     c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
     c.caprl.score_batches = 0  # and for the judge; 0: as many
+    # The update goes on from the images and prompts that captioning has read; for one update of a
+    # batch in one piece. What their gradient needs is held until then.
+    c.caprl.reuse_prefill = False
     c.caprl.accuracy_weight = 1.0
     c.caprl.length_weight = 0.0
     c.caprl.length_full = 2048  # tokens up to which the length reward is 1
@@ -213,6 +216,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 f"config.data.batch={config.data.batch} is not a multiple of "
                 f"config.caprl.{name}={pieces(config, name)}"
+            )
+    for name in ("updates", "micro_batches", "rollout_batches", "prefill_batches"):
+        if config.caprl.reuse_prefill and get(config, f"caprl.{name}") > 1:
+            raise ConfigError(
+                f"config.caprl.{name}={config.caprl[name]}: config.caprl.reuse_prefill is for one "
+                "update of a batch in one piece; set it to false"
             )
     with about("sampling"):
         Sampling(**config.sampling)

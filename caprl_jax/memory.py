@@ -19,6 +19,8 @@ def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str
       config: that didn't fit.
       spread: devices that images are cut over, of which a piece needs one each.
     """
+    if config.caprl.reuse_prefill:
+        yield {"caprl.reuse_prefill": False}
     kinds = list(REMAT)
     for remat in kinds[kinds.index(config.policy.remat) + 1 :]:
         yield {"policy.remat": remat}

@@ -134,6 +134,11 @@ def _programs(config, parts: programs.Parts, state: step.State, tokenizers):
     """One program, or two where captions pass from one tokenizer to another."""
     if tokenizers is None:
         return programs.one_program(config, parts, state)
+    if config.caprl.reuse_prefill:
+        raise ConfigError(
+            "config.caprl.reuse_prefill: captions pass to this judge as text, between two programs "
+            "that share no readings; set it to false"
+        )
     longest = config.judge.max_caption or 2 * config.sampling.max_tokens
     return programs.two_programs(config, parts, state, Retokeniser(*tokenizers, longest))
 

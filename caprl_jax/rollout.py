@@ -40,16 +40,43 @@ class Rollout:
     truncated: jax.Array
 
 
+@flax.struct.dataclass
+class Reading:
+    """Images and prompts that have been read with their gradient in mind.
+
+    Attributes:
+      trunk: what captions need of them.
+      pull: gradients of (trunk.last, trunk.kv.k, trunk.kv.v) -> (gradients of the parameters,).
+    """
+
+    trunk: Trunk
+    pull: Callable
+
+
 def prefill(policy: Policy, params: Params, images: Images, prompt: Prompt, pieces: int) -> Trunk:
     """Encodes images and prompts piece by piece; Images [b, ..], Prompt [b, p] -> Trunk."""
 
     def one(piece):
-        trunk = policy.trunk(params, *piece)
+        last, *kv = _read(policy, params, *piece)
         # Layers come first in the result again; pieces are joined along the first axis.
-        return trunk.last, *(jnp.moveaxis(a, 1, 0) for a in (trunk.kv.k, trunk.kv.v))
+        return last, *(jnp.moveaxis(a, 1, 0) for a in kv)
 
     last, *kv = logical.in_pieces(one, (images, prompt), pieces)
-    k, v = (jnp.moveaxis(a, 0, 1) for a in kv)
+    return _trunk(last, *(jnp.moveaxis(a, 0, 1) for a in kv), prompt)
+
+
+def read(policy: Policy, params: Params, images: Images, prompt: Prompt) -> Reading:
+    """As prefill in one piece, keeping what the backward pass needs."""
+    found, pull = jax.vjp(lambda params: _read(policy, params, images, prompt), params)
+    return Reading(_trunk(*found, prompt), pull)
+
+
+def _read(policy, params, images, prompt) -> tuple[jax.Array, jax.Array, jax.Array]:
+    trunk = policy.trunk(params, images, prompt)
+    return trunk.last, trunk.kv.k, trunk.kv.v
+
+
+def _trunk(last, k, v, prompt: Prompt) -> Trunk:
     return Trunk(None, last, KV(k, v, prompt.mask), prompt.next_position)
 
 
@@ -92,6 +119,21 @@ def sample(
         valid = jnp.ones(prompt.tokens.shape[0], bool)
     with logical.using(layout), jax.named_scope("prefill"):
         trunk = prefill(policy, params, images, prompt, pieces)
+    return sample_after(trunk, policy, params, key, group, stop, sampling, layout, valid)
+
+
+def sample_after(
+    trunk: Trunk,
+    policy: Policy,
+    params: Params,
+    key: jax.Array,
+    group: int,
+    stop: tuple[int, ...],
+    sampling: Sampling,
+    layout: Layout | None,
+    valid: jax.Array,
+) -> Rollout:
+    """As sample, of images and prompts that have been read."""
     with logical.using(layout and layout.decoding), jax.named_scope("decode"):
         weights = decoding.weights(policy, params, layout)
         out = decode(policy, weights, trunk, key, group, stop, sampling, valid)

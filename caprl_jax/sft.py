@@ -16,6 +16,7 @@ from caprl_jax.models.attention import KV
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Params, Policy, Prompt, root_kv
 from caprl_jax.models.vision import Images
+from caprl_jax.update import apply
 
 
 @flax.struct.dataclass
@@ -99,5 +100,5 @@ def update(
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     total = jnp.maximum(total_weight(examples), 1e-6)
     grads = jax.tree.map(lambda g: g / total, grads)
-    params, opt_state, more = step.apply(optimizer, state.params, state.opt_state, grads)
+    params, opt_state, more = apply(optimizer, state.params, state.opt_state, grads)
     return step.State(state.step + 1, params, opt_state), metrics | more

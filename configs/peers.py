@@ -19,6 +19,7 @@ def get_config(argument=""):
     c = default()
     c.policy.path, c.judge.path = f"peer-vl-{size}", f"peer-{size}"
     c.policy.remat = "products"  # the quickest here; TRL's step is quickest with all kept
+    c.caprl.reuse_prefill = True
     c.dtype = "float32"
     c.sampling.max_tokens = 64
     c.caprl.group = 8

@@ -24,6 +24,14 @@ def changed(**changes):
         ({"sampling.max_tokens": 0}, "config.sampling.max_tokens=0 must be positive"),
         ({"sampling.top_p": 1.5}, "config.sampling: .*top_p in"),
         ({"caprl.micro_batches": 3}, "not a multiple"),
+        (
+            {"caprl.reuse_prefill": True, "caprl.updates": 2},
+            "config.caprl.updates=2: .* one update",
+        ),
+        (
+            {"caprl.reuse_prefill": True, "data.batch": 8, "caprl.rollout_batches": 2},
+            "in one piece",
+        ),
         ({"caprl.length_full": 4000}, "length_none must be larger"),
     ],
 )

@@ -28,6 +28,12 @@ def test_running_out_of_memory_says_what_to_change():
     assert "caprl_jax.plan" in str(told.value) and "BufferAssignment" not in str(told.value)
 
 
+def test_what_a_step_holds_for_speed_is_given_up_first():
+    c = config_lib.default()
+    c.caprl.reuse_prefill = True
+    assert next(memory.changes(c, 1)) == {"caprl.reuse_prefill": False}
+
+
 def test_any_other_error_is_left_alone():
     for error in (jax.errors.JaxRuntimeError("INTERNAL: a bug"), ValueError(SHORT)):
         with pytest.raises(type(error)) as told, memory.advised(config_lib.default()):

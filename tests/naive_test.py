@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from caprl_jax import judge, step
+from caprl_jax import judge, step, update
 from caprl_jax.bench import naive
 from caprl_jax.sampling import Sampling
 
@@ -57,7 +57,7 @@ def test_captions_and_their_log_probabilities_equal_the_trees(world):
     rows = jax.jit(lambda: step.roll_out(world.policy, alone, *args[1:], copies, key))()
     np.testing.assert_array_equal(found.tokens.reshape(rows.tokens.shape), rows.tokens)
     assert relative(found.logp.reshape(rows.logp.shape), rows.logp) <= 1e-5
-    again = jax.jit(lambda b, c: step.caption_logps(world.policy, world.params, b, c)[0])
+    again = jax.jit(lambda b, c: update.caption_logps(world.policy, world.params, b, c)[0])
     tree, plain = again(world.batch, found), again(copies, rows)
     assert relative(tree.reshape(plain.shape), plain) <= 1e-5
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import judge, step
+from caprl_jax import judge, step, update
 from caprl_jax.sampling import Sampling
 
 # exp: softmax and ratios; rsqrt: norms; cos, sin: RoPE; log: log-probabilities and entropies.
@@ -62,9 +62,9 @@ def losses(world):
     rollout = step.rollout.Rollout(
         tokens, mask, jnp.zeros(tokens.shape), jnp.zeros(tokens.shape), length, length > 9
     )
-    learn = step._Learn(world.batch, rollout, jnp.ones((4, 3)), jnp.zeros(tokens.shape))
+    learn = update.Learn(world.batch, rollout, jnp.ones((4, 3)), jnp.zeros(tokens.shape))
     settings = step.Settings(kl=0.1)
-    return lambda params: step.caption_losses(world.policy, settings, params, learn)[0]
+    return lambda params: update.caption_losses(world.policy, settings, params, learn)[0]
 
 
 def assert_exact(found, names=EXACT):

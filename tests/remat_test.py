@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from caprl_jax import flops, rollout, step
+from caprl_jax import flops, rollout, update
 from caprl_jax.models.layers import REMAT
 
 from .step_test import assert_close
@@ -27,7 +27,7 @@ def learned(world):
         )
 
         def loss(params, policy=policy):
-            return jnp.sum(step.caption_logps(policy, params, world.batch, captions)[0])
+            return jnp.sum(update.caption_logps(policy, params, world.batch, captions)[0])
 
         grad = jax.jit(jax.grad(loss))
         traced = grad.trace(world.params).jaxpr

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from caprl_jax import rollout, step
+from caprl_jax.flops import jaxpr_flops
 from caprl_jax.programs import counted
 from caprl_jax.sampling import Sampling
 
@@ -80,6 +81,29 @@ def test_micro_batches_equal_the_whole(eight, single):
     found, metrics = jax.jit(bound(eight, settings))(state, frozen, eight.batch, jax.random.key(2))
     same_metrics(jax.device_get(metrics), single[1])
     assert_close(moved(eight, found), moved(eight, single[0]))
+
+
+def test_a_prefill_that_is_used_again_learns_the_same_for_less(eight):
+    """The update's own reading of images and prompts is the work that is saved, and no other."""
+    state, frozen = start(eight)
+    args = state, frozen, eight.batch, jax.random.key(2)
+    once = dataclasses.replace(SETTINGS, updates=1)
+    own, again = (
+        jax.jit(bound(eight, dataclasses.replace(once, reuse_prefill=reuse)))
+        for reuse in (False, True)
+    )
+    (expected, measured), (found, metrics) = own(*args), again(*args)
+    same_metrics(jax.device_get(metrics), jax.device_get(measured))
+    assert_close(moved(eight, found), moved(eight, expected), 1e-5)
+
+    def read(params):
+        trunk = eight.policy.trunk(params, eight.batch.images, eight.batch.prompt)
+        return trunk.last, trunk.kv.k, trunk.kv.v
+
+    flops = [jaxpr_flops(run.trace(*args).jaxpr, 6) for run in (own, again)]
+    saved = jaxpr_flops(jax.jit(read).trace(state.params).jaxpr, 1)
+    # The layers' own scores are computed again for their gradient either way.
+    assert flops[0] - flops[1] == saved > 0
 
 
 def test_a_rollout_in_pieces_is_each_piece_by_itself(eight):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import hlo_costs, judge, mesh, programs, rollout, step
+from caprl_jax import hlo_costs, judge, mesh, programs, rollout, update
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.sampling import Sampling
 
@@ -79,7 +79,7 @@ def naive_logps(world, params, captions):
 
 
 def tree_logps(world, params, captions):
-    return step.caption_logps(world.policy, params, world.batch, captions)[0]
+    return update.caption_logps(world.policy, params, world.batch, captions)[0]
 
 
 def test_rollout_and_update_logps_equal_naive(world, captions):
@@ -222,7 +222,7 @@ def test_padding_shifts_nothing(world, captions):
         tokens=jnp.pad(captions.tokens, ((0, 0), (0, 0), (0, 4)), constant_values=33),
         mask=jnp.pad(captions.mask, ((0, 0), (0, 0), (0, 4))),
     )
-    logps = jax.jit(lambda batch, c: step.caption_logps(world.policy, world.params, batch, c)[0])
+    logps = jax.jit(lambda batch, c: update.caption_logps(world.policy, world.params, batch, c)[0])
     plain = logps(world.batch, captions)
     found = logps(world.batch.replace(prompt=padded), longer)
     np.testing.assert_allclose(found[..., :9], plain, rtol=1e-5, atol=1e-6)

@@ -107,8 +107,11 @@ def phases(
         )
 
     def prefill(params, batch):
+        of = p.policy, params, batch.images, batch.prompt
         with logical.using(on), jax.named_scope("prefill"):
-            return rollout.prefill(p.policy, params, batch.images, batch.prompt, constants.prefills)
+            if constants.reuse_prefill:
+                return rollout.read(*of)
+            return rollout.Reading(rollout.prefill(*of, constants.prefills), None)
 
     def decode(params, trunk, key):
         with logical.using(on.decoding), jax.named_scope("decode"):
@@ -121,23 +124,25 @@ def phases(
             p.judge, constants, frozen, captions.tokens, captions.mask, questions, key, on
         )
 
-    def update(state, frozen, batch, captions, verdicts):
+    def update(state, frozen, batch, captions, verdicts, reading):
         return step.learn(
-            p.policy, p.optimizer, constants, state, frozen, batch, captions, verdicts, on
+            p.policy, p.optimizer, constants, state, frozen, batch, captions, verdicts, on, reading
         )
 
     yield "prefill", prefill, (state.params, first), b * config.data.max_prompt, pieces
-    trunk = jax.jit(prefill)(state.params, first)
-    yield "decode", decode, (state.params, trunk, key), b * g * t, pieces
-    captions = jax.jit(decode)(state.params, trunk, key)
-    del trunk, first
+    reading = jax.jit(prefill)(state.params, first)
+    yield "decode", decode, (state.params, reading.trunk, key), b * g * t, pieces
+    captions = jax.jit(decode)(state.params, reading.trunk, key)
+    del first
+    reading = reading if constants.reuse_prefill else None
     if pieces > 1:
         captions = jax.tree.map(lambda a: jnp.concatenate([a] * pieces), captions)
     written = float(jnp.sum(captions.length))
     yield "score", score, (frozen, captions, batch.questions, key), written + b * g * asked, 1
     verdicts = jax.jit(score)(frozen, captions, batch.questions, key)
     learned = b * config.data.max_prompt + written
-    yield "update", update, (state, frozen, batch, captions, verdicts), learned, 1
+    yield "update", update, (state, frozen, batch, captions, verdicts, reading), learned, 1
+    del reading
     whole = b * g * config.data.max_prompt + written  # as EasyR1 counts: each with its prompt
     yield "step", _step(config, built, stop), (state, frozen, batch, key), whole, 1
 

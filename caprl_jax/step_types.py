@@ -1,0 +1,109 @@
+"""What a CapRL step reads and changes, and the constants that it is made for."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+
+from caprl_jax import judge
+from caprl_jax.models.policy import Params, Prompt
+from caprl_jax.models.vision import Images
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+
+
+@flax.struct.dataclass
+class State:
+    """What a step changes.
+
+    Attributes:
+      step: int32 [], steps done.
+      params: the policy's.
+      opt_state: optax's.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class Batch:
+    """Images with their prompts and questions.
+
+    Attributes:
+      images: Images [b, ..].
+      prompt: Prompt [b, p].
+      questions: judge.Questions [b, n, ..] or [b, g, n, ..].
+      valid: bool [b], False for images that only fill up an uneven batch.
+    """
+
+    images: Images
+    prompt: Prompt
+    questions: judge.Questions
+    valid: jax.Array
+
+
+@flax.struct.dataclass
+class Frozen:
+    """Parameters that a step reads only.
+
+    Attributes:
+      judge: the judge decoder's.
+      instruction: the judge's prompt.
+      reference: the reference policy's; None without a KL term.
+    """
+
+    judge: Params
+    instruction: judge.Instruction
+    reference: Params | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The constants of a CapRL step; a config's `caprl` section has the same names.
+
+    Attributes:
+      group: g, captions per image.
+      judge_mode: how a verdict scores, see judge.verdicts.
+      judge_temperature: of the letters' softmax.
+      advantage: a name in policy_gradient.ADVANTAGES.
+      clip: of the probability ratio.
+      kl: coefficient of the k3 KL to the reference; 0 holds no reference.
+      updates: optimizer updates per rollout.
+      micro_batches: pieces that a batch's images are cut into for each update's gradients.
+      rollout_batches: pieces of the batch that are captioned one after the other, each with caches
+        of its own; the draws differ with it.
+      prefill_batches: pieces of the batch in which images and prompts are read before decoding.
+      score_batches: pieces in which the judge reads captions.
+      reuse_prefill: the update goes on from the images and prompts that the rollout has read, where
+        it would read them again; what their gradient needs is held through decoding and scoring.
+        For one update of a batch in one piece.
+      accuracy_weight: of the judge's accuracy in the reward.
+      length_weight: of the length reward.
+      length_full: tokens up to which the length reward is 1.
+      length_none: tokens from which it is 0.
+    """
+
+    group: int = 8
+    judge_mode: judge.Mode = "expected"
+    judge_temperature: float = 0.6
+    advantage: str = "grpo"
+    clip: float = 0.2
+    kl: float = 0.0
+    updates: int = 1
+    micro_batches: int = 1
+    rollout_batches: int = 1
+    prefill_batches: int = 1
+    score_batches: int = 1
+    reuse_prefill: bool = False
+    accuracy_weight: float = 1.0
+    length_weight: float = 0.0
+    length_full: int = 2048
+    length_none: int = 3072
+
+    @property
+    def prefills(self) -> int:
+        """Pieces in which images and prompts of one piece of the rollout are read."""
+        return max(self.prefill_batches // self.rollout_batches, 1)

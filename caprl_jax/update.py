@@ -1,0 +1,163 @@
+"""The update: captions and their advantages -> gradients -> new parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from caprl_jax import logprobs, mesh, policy_gradient, rollout
+from caprl_jax.models import logical
+from caprl_jax.models.logical import Layout
+from caprl_jax.models.policy import Params, Policy, Trunk
+from caprl_jax.step_types import Batch, Metrics, Settings, State
+
+
+@flax.struct.dataclass
+class Learn:
+    """What the update learns from, images first on every axis."""
+
+    batch: Batch
+    rollout: rollout.Rollout
+    advantages: jax.Array
+    reference_logp: jax.Array | None
+
+
+def caption_logps(
+    policy: Policy,
+    params: Params,
+    batch: Batch,
+    captions: rollout.Rollout,
+    trunk: Trunk | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities at temperature 1 and entropies of given captions, float32 [b, g, t].
+
+    A trunk is what these parameters make of the batch's images and prompts; None reads them.
+    """
+    if trunk is None:
+        trunk = policy.trunk(params, batch.images, batch.prompt)
+    hidden = policy.branches(params, trunk, captions.tokens, captions.mask)
+    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens)
+    return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
+
+
+def caption_losses(
+    policy: Policy, settings: Settings, params: Params, learn: Learn, trunk: Trunk | None = None
+) -> tuple[jax.Array, Metrics]:
+    """Loss summed over captions (mean over each caption's tokens), and metrics as (sum, count)."""
+    captions, mask = learn.rollout, learn.rollout.mask
+    logp, entropy = caption_logps(policy, params, learn.batch, captions, trunk)
+    adv = jnp.broadcast_to(learn.advantages[..., None], logp.shape)
+    loss = policy_gradient.clipped_loss(logp, captions.logp, adv, settings.clip)
+    real = jnp.broadcast_to(learn.batch.valid[:, None], mask.shape[:2])
+    tokens = mask & real[..., None]
+    count = jnp.sum(tokens)
+
+    def per_token(values):
+        return jnp.sum(jnp.where(tokens, values, 0)), count
+
+    gap = jax.lax.stop_gradient(jnp.abs(logp - captions.logp))
+    clipped = policy_gradient.clipped(logp, captions.logp, adv, settings.clip)
+    metrics = {
+        "entropy": per_token(entropy),
+        "clip_fraction": per_token(clipped),
+        "logp_gap": per_token(gap),
+    }
+    if learn.reference_logp is not None:
+        kl = policy_gradient.k3(logp, learn.reference_logp)
+        loss = loss + settings.kl * kl
+        metrics["kl"] = per_token(jax.lax.stop_gradient(kl))
+    total = jnp.sum(jnp.where(real, policy_gradient.caption_mean(loss, mask), 0))
+    metrics["loss"] = jax.lax.stop_gradient(total), jnp.sum(real)
+    return total, metrics
+
+
+def _gradients(
+    loss, params: Params, pieces: Any, like_params: Callable[[Params], Params]
+) -> tuple[Params, Metrics]:
+    """Sums float32 gradients and metrics of loss(params, piece) over pieces [p, ..]."""
+
+    def add(total, piece):
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, piece)
+        new = like_params(grads), metrics
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, new), None
+
+    one = jax.tree.map(lambda a: a[0], pieces)
+    if jax.tree.leaves(pieces)[0].shape[0] == 1:  # no sums to hold beside it
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, one)
+        return jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
+    first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
+    zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
+    (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), pieces)
+    return grads, metrics
+
+
+def _gradients_after(
+    reading: rollout.Reading, loss: Callable, params: Params, like_params: Callable
+) -> tuple[Params, Metrics]:
+    """Float32 gradients and metrics of loss(params, trunk) where the trunk has been read."""
+    trunk = reading.trunk
+
+    def of(params, last, k, v):
+        return loss(params, trunk.replace(last=last, kv=trunk.kv.replace(k=k, v=v)))
+
+    run = jax.value_and_grad(of, argnums=(0, 1, 2, 3), has_aux=True)
+    (_, metrics), (of_captions, *of_trunk) = run(params, trunk.last, trunk.kv.k, trunk.kv.v)
+    [of_prompts] = reading.pull(tuple(of_trunk))
+    grads = jax.tree.map(jnp.add, of_captions, of_prompts)
+    return jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
+
+
+def apply(
+    optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
+) -> tuple[Params, Any, Metrics]:
+    """(params, opt_state, metrics) after one update of the optimizer."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    one = jnp.ones((), jnp.float32)
+    metrics = {"grad_norm": (optax.tree.norm(grads), one)}
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    state: State,
+    learn: Learn,
+    layout: Layout | None = None,
+    reading: rollout.Reading | None = None,
+) -> tuple[State, Metrics]:
+    """settings.updates optimizer updates on one rollout; a reading is for the first, and whole."""
+    captions = jnp.maximum(jnp.sum(learn.batch.valid) * settings.group, 1)
+    pieces = logical.split(learn, settings.micro_batches)
+
+    def like_params(grads):
+        if layout is None:
+            return grads
+        boxed = jax.eval_shape(policy.init, jax.random.key(0))
+        return jax.lax.with_sharding_constraint(grads, mesh.param_shardings(boxed, layout))
+
+    def loss(params, piece):
+        return caption_losses(policy, settings, params, piece)
+
+    def of_captions(params, trunk):
+        return caption_losses(policy, settings, params, learn, trunk)
+
+    def one(carry, _):
+        params, opt_state = carry
+        if reading is None:
+            grads, metrics = _gradients(loss, params, pieces, like_params)
+        else:
+            grads, metrics = _gradients_after(reading, of_captions, params, like_params)
+        grads = jax.tree.map(lambda g: g / captions, grads)
+        params, opt_state, more = apply(optimizer, params, opt_state, grads)
+        return (params, opt_state), metrics | more
+
+    carry = state.params, state.opt_state
+    (params, opt_state), metrics = jax.lax.scan(one, carry, length=settings.updates)
+    # Before the first update rollout and update have the same parameters: the gap is numerics.
+    gap = jax.tree.map(lambda a: a[0], metrics.pop("logp_gap"))
+    metrics = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics) | {"logp_gap": gap}
+    return State(state.step + 1, params, opt_state), metrics
