@@ -200,7 +200,7 @@ class Apart:
         layers, at = params["decoder"]["layers"], i - stage[0]
         rest = {"params": {k: a for k, a in params["decoder"].items() if k != "layers"}}
         flipped = layers[0]["q"]["kernel"].ndim == 2
-        block = Block(self.decoder.config, recompute=False, flipped=flipped)
+        block = Block(self.decoder.config, flipped=flipped)
         one = jnp.ones(x.shape[:-1], bool)
         turns = self.decoder.apply(rest, positions, one, method=Decoder.turns)
         # The barrier keeps the compiler from taking cosines and sines again in every layer.

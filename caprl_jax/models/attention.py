@@ -6,18 +6,19 @@ folding the remaining axes into the query axis of one matrix product, so nothing
 memory. Segments are merged by their softmax statistics, which is exact.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 SCORE_BYTES = 2**28  # of one image's scores that are held at once; longer queries go in pieces
 Turns = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
+KEPT = "attention"  # name of what the gradient of attention keeps beside its inputs
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
@@ -70,66 +71,30 @@ def align_right(a: jax.Array, ndim: int) -> jax.Array:
     return jnp.expand_dims(a, tuple(range(ndim - a.ndim)))
 
 
-def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unnormalised attention of one segment.
-
-    Args:
-      q: [*batch, t, k, r, d].
-      segment: its batch axes are a prefix of q's.
-
-    Returns:
-      float32 (weighted values [*batch, t, k, r, d], maximum and sum of weights [*batch, t, k, r]).
-    """
-    shared = segment.k.ndim - 3
-    folded = q.reshape(*q.shape[:shared], -1, *q.shape[-3:])
-    x, k, r, d = folded.shape[-4:]
-    if segment.mask.shape[-2] not in (1, x):
-        raise ValueError(f"segment mask {segment.mask.shape} does not fit queries {q.shape}")
-    # Queries move to where their scores will stand: moving the scores would cost far more. An axis
-    # of size 1 is left out, for which XLA on a CPU moves them too. r and x stay apart, for either
-    # may be cut over devices.
-    batch = q.shape[:shared]
-    axes, lead = ("k", (k,)) if r == 1 else ("kr", (k, r))
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    rows = jnp.moveaxis(folded, -4, -2).reshape(*batch, *lead, x, d)
-    scores = product(f"...{axes}xd,...skd->...{axes}xs", rows, segment.k)
-    # Scaled here and not in q: in bfloat16 that would round every query once more.
-    scores = scores.reshape(*batch, k, r, x, -1) * (1 / math.sqrt(d))
-    scores = jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
-    # The maximum cancels in the merged softmax, so no gradient need pass through it.
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    flat = weights.astype(segment.v.dtype).reshape(*batch, *lead, x, -1)
-    values = product(f"...{axes}xs,...skd->...{axes}xd", flat, segment.v)
-    values = jnp.moveaxis(values.reshape(*batch, k, r, x, d), -2, -4)
-    statistics = (jnp.moveaxis(a, -1, -3) for a in (top[..., 0], jnp.sum(weights, axis=-1)))
-    top, total = (a.reshape(q.shape[:-1]) for a in statistics)
-    return values.reshape(q.shape), top, total
-
-
-def attend(q: jax.Array, segments: Sequence[Segment], recompute: bool = True) -> jax.Array:
+def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """Softmax attention of q over the concatenation of all segments, without concatenating them.
+
+    Its gradient computes the scores again and keeps of the forward pass what flash attention does:
+    the result and its queries' log-sum-exp (arXiv 2205.14135, algorithm 4), named KEPT.
 
     Args:
       q: [*batch, t, heads, head_dim].
       segments: each with batch axes that are a prefix of q's, and kv_heads that divide heads.
         Query head i reads key-value head i // (heads / kv_heads).
-      recompute: whether the gradient computes the scores again, as flash attention does (arXiv
-        2205.14135, section 3.1), instead of keeping them; for a layer that is recomputed as a whole
-        that would be once more. Of queries in pieces they always are. Call it in a scan over
-        layers, as the models do: elsewhere the compiler may merge both computations.
 
     Returns:
       [*batch, t, heads, head_dim] in q's dtype. The softmax is float32.
 
     Raises:
       AssertionError: a segment's batch axes are not a prefix of q's.
+      ValueError: a segment's mask is for another number of queries.
     """
+    segments = tuple(segments)
     for segment in segments:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
-        return (jax.checkpoint(_attend, prevent_cse=False) if recompute else _attend)(q, segments)
+        return _attend(q, segments)
     whole = -(-t // size) * size
     q = _lengthen(q, whole, -3)
     segments = [
@@ -137,16 +102,15 @@ def attend(q: jax.Array, segments: Sequence[Segment], recompute: bool = True) ->
         for s in segments
     ]
 
-    # Recomputed in the backward pass, so that no more than one piece's scores are ever held.
-    @jax.checkpoint
+    # One piece's scores are all that is ever held.
     def piece(at):
         def cut(a, axis):
             return jax.lax.dynamic_slice_in_dim(a, at, size, axis % a.ndim)
 
-        own = [
+        own = tuple(
             Segment(s.k, s.v, s.mask if s.mask.shape[-2] == 1 else cut(s.mask, -2))
             for s in segments
-        ]
+        )
         return _attend(cut(q, -3), own)
 
     out = jax.lax.map(piece, jnp.arange(0, whole, size))
@@ -168,15 +132,128 @@ def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
     return -(-q.shape[-3] // pieces)
 
 
-def _attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
-    kv_heads, head_dim = segments[0].k.shape[-2:]
-    grouped = q.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, head_dim)
+@jax.custom_vjp
+def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> jax.Array:
+    return _forward(q, segments)[0]
+
+
+def _forward(q, segments):
+    """(attention of q, (what the gradient needs))."""
+    grouped = _grouped(q, segments)
     parts = [_partial(grouped, segment) for segment in segments]
     top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
     scales = [jnp.exp(part_top - top) for _, part_top, _ in parts]
     values = sum(value * s[..., None] for (value, _, _), s in zip(parts, scales, strict=True))
     total = sum(total * s for (_, _, total), s in zip(parts, scales, strict=True))
-    return (values / total[..., None]).astype(q.dtype).reshape(q.shape)
+    out = (values / total[..., None]).astype(q.dtype).reshape(q.shape)
+    # Of a query that has nothing to attend to, every weight is 0 to the gradient.
+    log_total = jnp.where(top > _MASKED / 2, top + jnp.log(total), 0)
+    out, log_total = checkpoint_name((out, log_total), KEPT)
+    return out, (q, segments, out, log_total)
+
+
+def _backward(kept, of_out):
+    q, segments, out, log_total = kept
+    grouped, of_out = _grouped(q, segments), _grouped(of_out, segments)
+    product = of_out.astype(jnp.float32) * _grouped(out, segments).astype(jnp.float32)
+    of_total = jnp.sum(product, axis=-1)
+    parts = [_partial_backward(grouped, s, of_out, of_total, log_total) for s in segments]
+    of_q = sum(part for part, _, _ in parts).astype(q.dtype).reshape(q.shape)
+    return of_q, tuple(Segment(of_k, of_v, None) for _, of_k, of_v in parts)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _grouped(a: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """[*batch, t, heads, d] -> [*batch, t, k, r, d]: r query heads read each key-value head."""
+    kv_heads = segments[0].k.shape[-2]
+    return a.reshape(*a.shape[:-2], kv_heads, -1, a.shape[-1])
+
+
+def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unnormalised attention of one segment.
+
+    Args:
+      q: [*batch, t, k, r, d].
+      segment: its batch axes are a prefix of q's.
+
+    Returns:
+      float32 (weighted values [*batch, t, k, r, d], maximum and sum of weights [*batch, t, k, r]).
+    """
+    fold, unfold = _folding(q, segment)
+    scores = _scores(fold(q), segment)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    values = _product("krxs,skd->krxd", weights.astype(segment.v.dtype), segment.v)
+    return unfold(values), unfold(top[..., 0]), unfold(jnp.sum(weights, axis=-1))
+
+
+def _partial_backward(
+    q: jax.Array, segment: Segment, of_out: jax.Array, of_total: jax.Array, log_total: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What one segment adds to the gradient of q, float32, and its own of (k, v)."""
+    fold, unfold = _folding(q, segment)
+    rows, of_rows = fold(q), fold(of_out)
+    weights = jnp.exp(_scores(rows, segment) - fold(log_total)[..., None])
+    of_weights = _product("krxd,skd->krxs", of_rows, segment.v)
+    of_scores = weights * (of_weights - fold(of_total)[..., None]) * (1 / math.sqrt(q.shape[-1]))
+    of_scores = of_scores.astype(q.dtype)
+    of_q = _product("krxs,skd->krxd", of_scores, segment.k)
+    of_k = _product("krxs,krxd->skd", of_scores, rows)
+    of_v = _product("krxs,krxd->skd", weights.astype(segment.v.dtype), of_rows)
+    return unfold(of_q), of_k.astype(segment.k.dtype), of_v.astype(segment.v.dtype)
+
+
+def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
+    """(fold, unfold) between [*batch, t, k, r, ..] and [*shared, k, r, x, ..].
+
+    The segment's batch axes are shared; x is the other ones and t together. Queries so move to
+    where their scores will stand: moving the scores would cost far more.
+    """
+    batch, shared = q.ndim - 4, segment.k.ndim - 3
+    inner = q.shape[shared : batch + 1]
+    if segment.mask.shape[-2] not in (1, math.prod(inner)):
+        raise ValueError(f"segment mask {segment.mask.shape} does not fit queries {q.shape}")
+
+    def fold(a):
+        a = a.reshape(*a.shape[:shared], math.prod(inner), *a.shape[batch + 1 :])
+        return jnp.moveaxis(a, shared, shared + 2)
+
+    def unfold(a):
+        a = jnp.moveaxis(a, shared + 2, shared)
+        return a.reshape(*a.shape[:shared], *inner, *a.shape[shared + 1 :])
+
+    return fold, unfold
+
+
+def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
+    """[*shared, k, r, x, d] -> masked float32 [*shared, k, r, x, s]."""
+    # Scaled here and not in the queries: in bfloat16 that would round each of them once more.
+    scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
+    return jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum of the last axes, summed in float32.
+
+    An axis r of size 1 is left out, for which XLA on a CPU would move what it multiplies. r and x
+    stay apart, for either may be cut over devices.
+    """
+    names, out = spec.split("->")
+    names, operands = names.split(","), [a, b]
+    at = [name.find("r") - len(name) for name in names]
+    alone = a.shape[at[0]] == 1
+    if alone:
+        spec = spec.replace("r", "")
+        operands = [
+            jnp.squeeze(o, i) if "r" in n else o
+            for o, n, i in zip(operands, names, at, strict=True)
+        ]
+    names, short = spec.split("->")
+    spec = ",".join(f"...{name}" for name in names.split(",")) + f"->...{short}"
+    found = jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
+    return jnp.expand_dims(found, out.index("r") - len(out)) if alone and "r" in out else found
 
 
 def rope_angles(positions: jax.Array, theta: float, dim: int) -> jax.Array:

@@ -72,12 +72,10 @@ class Block(nn.Module):
 
     Attributes:
       config: sizes.
-      recompute: as attention.attend's.
       flipped: as Linear's.
     """
 
     config: DecoderConfig
-    recompute: bool = True
     flipped: bool = False
 
     @nn.compact
@@ -114,7 +112,7 @@ class Block(nn.Module):
             kept = tuple(put_heads_first(a, new, at) for a, new in zip(held, (k, v), strict=True))
             kept = tuple(constrain(a, *cached, "kv_heads", None, None) for a in kept)
             these = (jnp.swapaxes(a, -3, -2) for a in kept)
-        y = attention.attend(q, [*segments, Segment(*these, mask)], self.recompute)
+        y = attention.attend(q, [*segments, Segment(*these, mask)])
         for names in (cached, batch):
             y = constrain(y, *names, None, "heads", None)
         o = linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
@@ -161,7 +159,7 @@ class Decoder(nn.Module):
             in_axes=(*[nn.broadcast] * 5, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, recompute=self.remat == "none")
+        )(c)
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
             init = init_normal(1 / np.sqrt(c.width), ("vocab", "embed"))

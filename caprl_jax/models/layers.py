@@ -10,10 +10,13 @@ import numpy as np
 from caprl_jax.models import attention
 
 # What the backward pass of a layer finds kept of the forward pass, from most to least memory. None
-# is all that it needs but scores, which attention computes again by itself (attention.attend).
+# is all that it needs; in all of them attention computes its scores again (attention.attend).
 REMAT = {
     "none": None,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -21,7 +24,7 @@ REMAT = {
 def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
     """A layer to scan over that keeps what REMAT[remat] says, and computes the rest again.
 
-    "products" keeps the results of matrix products with weights; scores of attention, norms and
+    "products" keeps the results of matrix products with weights, and attention's; norms and
     activations are computed again. "full" keeps the layer's inputs alone (arXiv 1604.06174).
     """
     if remat == "none":

@@ -164,11 +164,9 @@ class VisionBlock(nn.Module):
 
     Attributes:
       config: sizes.
-      recompute: as attention.attend's.
     """
 
     config: VisionConfig
-    recompute: bool = True
 
     @nn.compact
     def __call__(self, x, turns, mask, full):
@@ -187,7 +185,7 @@ class VisionBlock(nn.Module):
                 return a.reshape(a.shape[0], -1, size, *a.shape[2:])
 
             keys = Segment(split(k), split(v), split(mask)[..., None, :])
-            return attention.attend(split(q), [keys], self.recompute).reshape(q.shape)
+            return attention.attend(split(q), [keys]).reshape(q.shape)
 
         if len(c.full_layers) == c.layers:
             y = attend_within(x.shape[1])
@@ -319,7 +317,7 @@ class VisionTower(nn.Module):
         layer = np.arange(c.layers)
         kept = jnp.zeros((len(c.deep_layers), *x.shape), x.dtype)
         carry = x, kept
-        block = block(c, recompute=self.remat == "none", name="blocks")
+        block = block(c, name="blocks")
         (x, kept), _ = layers(block, carry, np.isin(layer, c.full_layers), layer)
         return x, kept
 
