@@ -1,4 +1,4 @@
-"""Token log-probabilities with the vocabulary in chunks: logits for all tokens never exist."""
+"""Token log-probabilities with the vocabulary in chunks: only few tokens' logits exist at once."""
 
 import functools
 
@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+KEPT_BYTES = 2**28  # of logits, up to which the gradient keeps them
 _NEVER = -1e30
 
 
@@ -15,10 +16,10 @@ def token_logprobs(
     """log softmax(hidden @ head.T)[target], and the entropy of the softmax.
 
     One pass over chunks of the vocabulary keeps a running maximum, sum of exponentials and sum of
-    exponential-weighted logits. The backward pass computes each chunk's logits once more and needs
-    nothing of the first pass but the normaliser: the gradient of a logit is
-    (1 if it is the target's else 0) - softmax. It is rounded to hidden's dtype before its products
-    with head and hidden, which are summed in float32.
+    exponential-weighted logits. The backward pass computes each chunk's logits once more, unless
+    all of them take KEPT_BYTES at most, and needs nothing else of the first pass but the
+    normaliser: the gradient of a logit is (1 if it is the target's else 0) - softmax. It is rounded
+    to hidden's dtype before its products with head and hidden, which are summed in float32.
 
     Args:
       hidden: [*batch, e].
@@ -41,12 +42,16 @@ def token_logprobs(
     return logp.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
-def _chunk(hidden, rows, targets, vocab, i) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of chunk i: (its rows [c, e], logits float32 [n, c], where the targets are bool [n, c])."""
+def _rows(rows, i) -> tuple[jax.Array, jax.Array]:
+    """(rows [c, e] of chunk i, which of the vocabulary they are int32 [1, c])."""
     part = jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
+    return part, (jnp.arange(rows.shape[0]) * rows.shape[1] + i)[None]
+
+
+def _logits(hidden, part, row, vocab) -> jax.Array:
+    """float32 [n, c]."""
     z = jnp.einsum("ne,ce->nc", hidden, part, preferred_element_type=jnp.float32)
-    row = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1) * rows.shape[1] + i
-    return part, jnp.where(row < vocab, z, _NEVER), row == targets[:, None]
+    return jnp.where(row < vocab, z, _NEVER)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -58,33 +63,41 @@ def _logprobs(
 
 
 def _forward(hidden, rows, targets, vocab):
+    keep = 4 * targets.size * vocab <= KEPT_BYTES
+
     def body(carry, i):
         top, total, weighted, logit = carry
-        _, z, here = _chunk(hidden, rows, targets, vocab, i)
+        part, row = _rows(rows, i)
+        z = _logits(hidden, part, row, vocab)
         # Picked from the logits at hand: looking the target's row up would gather a sharded head.
-        logit = logit + jnp.sum(jnp.where(here, z, 0), axis=-1)
+        logit = logit + jnp.sum(jnp.where(row == targets[:, None], z, 0), axis=-1)
         new_top = jnp.maximum(top, jnp.max(z, axis=-1))
         p, scale = jnp.exp(z - new_top[:, None]), jnp.exp(top - new_top)
         # The entropy's sum runs over z - top, which stays small where p does not vanish.
         shifted = jnp.sum(p * (z - new_top[:, None]), axis=-1)
         weighted = scale * (weighted + (top - new_top) * total) + shifted
-        return (new_top, scale * total + jnp.sum(p, axis=-1), weighted, logit), None
+        total = scale * total + jnp.sum(p, axis=-1)
+        return (new_top, total, weighted, logit), z if keep else None
 
     start = jnp.full(targets.shape, _NEVER, jnp.float32)
     zeros = jnp.zeros(targets.shape, jnp.float32)
     carry = start, zeros, zeros, zeros
-    (top, total, weighted, logit), _ = jax.lax.scan(body, carry, jnp.arange(rows.shape[1]))
+    (top, total, weighted, logit), kept = jax.lax.scan(body, carry, jnp.arange(rows.shape[1]))
     # Not logit - (top + log total): far logits would round the small logarithm away.
     out = logit - top - jnp.log(total), jnp.log(total) - weighted / total
-    return out, (hidden, rows, targets, top, jnp.log(total))
+    return out, (hidden, rows, targets, top, jnp.log(total), kept)
 
 
-def _backward(vocab, kept, cotangents):
-    hidden, rows, targets, top, log_total = kept
+def _backward(vocab, residuals, cotangents):
+    hidden, rows, targets, top, log_total, kept = residuals
     of_logp, _ = cotangents  # entropies have no gradient
 
-    def body(total, i):
-        part, z, here = _chunk(hidden, rows, targets, vocab, i)
+    def body(total, chunk):
+        i, z = chunk
+        part, row = _rows(rows, i)
+        if z is None:
+            z = _logits(hidden, part, row, vocab)
+        here = row == targets[:, None]
         p = jnp.exp(z - top[:, None] - log_total[:, None])
         of_z = (of_logp[:, None] * (here - p)).astype(hidden.dtype)
         more = jnp.einsum("nc,ce->ne", of_z, part, preferred_element_type=jnp.float32)
@@ -92,7 +105,7 @@ def _backward(vocab, kept, cotangents):
         return total + more, of_part.astype(rows.dtype)
 
     start = jnp.zeros(hidden.shape, jnp.float32)
-    of_hidden, of_rows = jax.lax.scan(body, start, jnp.arange(rows.shape[1]))
+    of_hidden, of_rows = jax.lax.scan(body, start, (jnp.arange(rows.shape[1]), kept))
     return of_hidden.astype(hidden.dtype), jnp.swapaxes(of_rows, 0, 1), None
 
 

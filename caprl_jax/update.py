@@ -139,11 +139,14 @@ def update(
         boxed = jax.eval_shape(policy.init, jax.random.key(0))
         return jax.lax.with_sharding_constraint(grads, mesh.param_shardings(boxed, layout))
 
+    def mean(total, metrics):
+        return total / captions, metrics
+
     def loss(params, piece):
-        return caption_losses(policy, settings, params, piece)
+        return mean(*caption_losses(policy, settings, params, piece))
 
     def of_captions(params, trunk):
-        return caption_losses(policy, settings, params, learn, trunk)
+        return mean(*caption_losses(policy, settings, params, learn, trunk))
 
     def one(carry, _):
         params, opt_state = carry
@@ -151,7 +154,6 @@ def update(
             grads, metrics = _gradients(loss, params, pieces, like_params)
         else:
             grads, metrics = _gradients_after(reading, of_captions, params, like_params)
-        grads = jax.tree.map(lambda g: g / captions, grads)
         params, opt_state, more = apply(optimizer, params, opt_state, grads)
         return (params, opt_state), metrics | more
 

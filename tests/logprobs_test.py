@@ -1,4 +1,4 @@
-"""Chunked log-probabilities equal log_softmax, with gradients, and full logits never exist."""
+"""Chunked log-probabilities equal log_softmax, with gradients; full logits exist of few tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from caprl_jax import logprobs
 from caprl_jax.logprobs import token_logprobs
 
 B, T, E, V = 2, 7, 16, 53  # a vocabulary that no chunk divides
@@ -33,7 +34,9 @@ def test_equal_log_softmax(arrays, chunk):
     np.testing.assert_allclose(entropy, expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_equal_log_softmax(arrays):
+@pytest.mark.parametrize("kept", [0, 4 * B * T * V])
+def test_gradients_equal_log_softmax(arrays, monkeypatch, kept):
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", kept)
     hidden, head, targets = arrays
     weight = jax.random.normal(jax.random.key(9), (B, T))
 
@@ -45,7 +48,9 @@ def test_gradients_equal_log_softmax(arrays):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(arrays):
+@pytest.mark.parametrize("kept", [0, 4 * B * T * V])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(arrays, monkeypatch, kept):
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", kept)
     hidden, head, targets = arrays
     low = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
 
@@ -83,9 +88,10 @@ def largest(jaxpr) -> int:
     return max(sizes + [largest(x) for x in inner], default=0)
 
 
-def test_no_array_holds_the_logits_of_all_tokens():
-    """Forward and backward: nothing as large as [tokens, vocabulary]."""
+def test_no_array_holds_the_logits_of_many_tokens(monkeypatch):
+    """Forward and backward: nothing as large as [tokens, vocabulary], unless that is little."""
     tokens, vocab, e = 64, 4096, 8
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 4 * tokens * vocab - 1)
     hidden, head = jnp.zeros((tokens, e)), jnp.zeros((vocab, e))
 
     def size(chunk):
@@ -96,3 +102,5 @@ def test_no_array_holds_the_logits_of_all_tokens():
 
     assert size(256) <= vocab * e
     assert size(vocab) >= tokens * vocab  # and the measure does see them
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 4 * tokens * vocab)
+    assert size(256) == tokens * vocab
