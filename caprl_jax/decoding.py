@@ -95,6 +95,10 @@ class Stacked:
         zeros = jnp.zeros((layers, b, group, tokens, kv_heads, head_dim), prompt.k.dtype)
         return KV(_cached(zeros, 2), _cached(zeros, 2), jnp.zeros((b, group, tokens), bool))
 
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """[b, g, e] -> float32 [b, g, vocab]."""
+        return self.decoder.apply({"params": params["decoder"]}, hidden, method=Decoder.logits)
+
     def opened(self, cache: KV, prompt: KV, group: int, stage: tuple[int, int]) -> KV:
         """The cache with room for the tokens of a stage, which it has from the start."""
         return cache
@@ -174,6 +178,11 @@ class Apart:
         """Caches of captions that have not begun: no stage yet."""
         return LayerCaches((), ())
 
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """[b, g, e] -> float32 [b, g, vocab]."""
+        layers, rest = _layers(params)
+        return self.decoder.apply(rest, hidden, _flipped_kernels(layers), method=Decoder.logits)
+
     def opened(
         self, cache: LayerCaches, prompt: LayerCaches, group: int, stage: tuple[int, int]
     ) -> LayerCaches:
@@ -197,10 +206,8 @@ class Apart:
         stage: tuple[int, int],
     ) -> tuple[jax.Array, LayerCaches]:
         """Token i of every caption, which is written before it is read."""
-        layers, at = params["decoder"]["layers"], i - stage[0]
-        rest = {"params": {k: a for k, a in params["decoder"].items() if k != "layers"}}
-        flipped = layers[0]["q"]["kernel"].ndim == 2
-        block = Block(self.decoder.config, flipped=flipped)
+        (layers, rest), at = _layers(params), i - stage[0]
+        block = Block(self.decoder.config, flipped=_flipped_kernels(layers))
         one = jnp.ones(x.shape[:-1], bool)
         turns = self.decoder.apply(rest, positions, one, method=Decoder.turns)
         # The barrier keeps the compiler from taking cosines and sines again in every layer.
@@ -218,6 +225,16 @@ class Apart:
             written.append(new)
         hidden = self.decoder.apply(rest, x, method=Decoder.normed)
         return hidden, LayerCaches((*cache.kv[:-1], tuple(written)), (*cache.masks[:-1], mask))
+
+
+def _layers(params: Params) -> tuple[tuple, dict]:
+    """(each layer's parameters, variables of what is beside the layers)."""
+    rest = {k: a for k, a in params["decoder"].items() if k != "layers"}
+    return params["decoder"]["layers"], {"params": rest}
+
+
+def _flipped_kernels(layers: tuple) -> bool:
+    return layers[0]["q"]["kernel"].ndim == 2
 
 
 def _cached(a: jax.Array, batch: int) -> jax.Array:

@@ -161,7 +161,7 @@ def decode(
 
     def step(carry, i, stage):
         done, hidden, out, cache = carry
-        logits = constrain(policy.logits(params, hidden), *logical.BATCH[:2], "vocab")
+        logits = constrain(way.logits(params, hidden), *logical.BATCH[:2], "vocab")
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
         new = Rollout(token, ~done, logp, drawn, None, None)
         out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, a[:, :, i], x)), out, new)

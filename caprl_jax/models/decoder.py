@@ -210,10 +210,15 @@ class Decoder(nn.Module):
         """[vocab, e]: the rows whose products with a hidden state are the logits."""
         return self.embedding if self.config.tied else self.untied_head
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., e] -> float32 [..., vocab]."""
+    def logits(self, hidden: jax.Array, flipped: bool = False) -> jax.Array:
+        """[..., e] -> float32 [..., vocab]; flipped takes head @ hidden^T, as Linear's does."""
         head = self.head().astype(self.dtype)
-        return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if not flipped:
+            return product("...e,ve->...v", hidden, head)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        found = jax.lax.optimization_barrier(product("ve,ne->vn", head, rows)).T
+        return found.reshape(*hidden.shape[:-1], -1)
 
     def everything(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; for initialisation. int [t] -> float32 [t, vocab]."""
