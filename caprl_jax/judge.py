@@ -106,7 +106,10 @@ def caption_kv(
     chex.assert_shape(root.mask, (s,))
     x = decoder.apply(variables, tokens, method=Decoder.embed)
     positions = s - 1 + jnp.cumsum(mask, axis=-1)  # holes take no position
-    _, captions = decoder.apply(variables, x, positions, mask, (root,))
+    nowhere = jnp.zeros((*mask.shape[:-1], 0), jnp.int32)
+    _, captions = decoder.apply(
+        variables, x, positions, mask, (root,), nowhere, method=Decoder.ends
+    )
     return (root, captions), s + jnp.sum(mask, axis=-1)
 
 
@@ -147,9 +150,9 @@ def letter_logits(
     n, q = q_tokens.shape[-2:]
     positions = text_positions(jnp.broadcast_to(after[..., None], (b, g, n)), q, False)
     x = decoder.apply(variables, q_tokens, method=Decoder.embed)
-    hidden, _ = decoder.apply(variables, x, positions, q_mask, past)
-    last = jnp.maximum(jnp.sum(q_mask, axis=-1) - 1, 0)[..., None, None]
-    last = jnp.take_along_axis(hidden, last, axis=-2)[..., 0, :]
+    end = jnp.maximum(jnp.sum(q_mask, axis=-1) - 1, 0)[..., None]
+    hidden, _ = decoder.apply(variables, x, positions, q_mask, past, end, method=Decoder.ends)
+    last = hidden[..., 0, :]
     head = decoder.apply(variables, method=Decoder.head)[instruction.letters]
     return jnp.einsum(
         "bgne,le->bgnl", last, head.astype(last.dtype), preferred_element_type=jnp.float32

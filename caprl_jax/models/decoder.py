@@ -79,8 +79,10 @@ class Block(nn.Module):
     flipped: bool = False
 
     @nn.compact
-    def __call__(self, x, turns, mask, deep, caches, past_masks, past, layer, own=None):
+    def __call__(self, x, turns, mask, deep, caches, past_masks, past, layer, own=None, ends=None):
         """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens).
+
+        With ends, int [*batch, n], x is given of these tokens alone; n may be 0.
 
         With own, (k, v, at) whose arrays are [*batch, kv_heads, length, head_dim], the tokens' keys
         and values are put there at `at` first; what then stands there is attended to where the mask
@@ -91,19 +93,25 @@ class Block(nn.Module):
         x = constrain(x, *batch, None, None)
         linear = functools.partial(Linear, flipped=self.flipped)
 
-        def heads(name, count):
-            names = ("embed", "heads" if name == "q" else "kv_heads", None)
-            return linear((count, c.head_dim), names, bias=c.qkv_bias, name=name)(y)
+        def heads(name, count, turns=None):
+            kind = "heads" if name == "q" else "kv_heads"
+            names = ("embed", kind, None)
+            a = linear((count, c.head_dim), names, bias=c.qkv_bias, name=name)(y)
+            if c.qk_norm and turns is not None:
+                a = RMSNorm(c.norm_eps, name=f"{name}_norm")(a)
+            a = a if turns is None else attention.rotate(a, turns)
+            # A caption's queries go to where its cache lies, and what they find comes back.
+            for names in (batch, cached):
+                a = constrain(a, *names, None, kind, None)
+            return a
 
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
-        if c.qk_norm:
-            q, k = (RMSNorm(c.norm_eps, name=f"{n}_norm")(a) for n, a in (("q", q), ("k", k)))
-        q, k = attention.rotate(q, turns), attention.rotate(k, turns)
-        # A caption's queries go to where its cache lies, and what they find comes back.
-        for names in (batch, cached):
-            q = constrain(q, *names, None, "heads", None)
-            k, v = (constrain(a, *names, None, "kv_heads", None) for a in (k, v))
+        k, v = heads("k", c.kv_heads, turns), heads("v", c.kv_heads)
+        if ends is not None:
+            x, y, mask, *turns = (_at(a, ends) for a in (x, y, mask, *turns))
+            if not ends.shape[-1]:
+                return x, (k, v)
+        q = heads("q", c.heads, turns)
         segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
         segments += [cache.layer(layer) for cache in caches]
         these, kept = (k, v), (k, v)
@@ -127,10 +135,21 @@ class Block(nn.Module):
         return x, kept
 
 
+def _at(a: jax.Array, where: jax.Array) -> jax.Array:
+    """a [*batch, t, d] at int [*batch, n] -> [*batch, n, d]."""
+    return jnp.take_along_axis(a, where[..., None], axis=-2)
+
+
 def put_heads_first(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
     """held [*batch, kv_heads, length, d] with new [*batch, t, kv_heads, d] from `at` on."""
     new = jnp.swapaxes(new, -3, -2)
     return jax.lax.dynamic_update_slice_in_dim(held, new, at, axis=held.ndim - 2)
+
+
+def _put(stacks: tuple, ones: tuple, i: jax.Array | int) -> tuple:
+    """Each of ones at place i of its stack."""
+    pairs = zip(stacks, ones, strict=True)
+    return tuple(jax.lax.dynamic_update_index_in_dim(a, one, i, 0) for a, one in pairs)
 
 
 class Decoder(nn.Module):
@@ -201,6 +220,41 @@ class Decoder(nn.Module):
             jnp.arange(self.config.layers),
         )
         return self.norm(x), KV(k, v, mask)
+
+    def ends(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        past: tuple[KV, ...],
+        where: jax.Array,
+    ) -> tuple[jax.Array, KV]:
+        """As __call__, of the hidden states at `where`, int [*batch, n], alone; n may be 0.
+
+        The last layer computes nothing but keys and values of the other tokens. For forward passes:
+        each layer's gradient would be added to that of all.
+        """
+        block, stacked = Block(self.config, parent=None), self.variables["params"]["layers"]
+        turns, causal = self.turns(positions, mask), attention.causal_mask(mask)
+        masks, pasts = tuple(kv.mask for kv in past), tuple((kv.k, kv.v) for kv in past)
+
+        def layer(x, i, ends=None):
+            own, past = jax.tree.map(lambda a: a[i], (stacked, pasts))
+            return block.apply(
+                {"params": own}, x, turns, causal, deep=None, caches=(), past_masks=masks,
+                past=past, layer=i, ends=ends,
+            )  # fmt: skip
+
+        def one(carry, i):
+            x, kept = carry
+            x, kv = layer(x, i)
+            return (x, _put(kept, kv, i)), None
+
+        c, last = self.config, self.config.layers - 1
+        zeros = jnp.zeros((c.layers, *mask.shape, c.kv_heads, c.head_dim), self.dtype)
+        (x, kept), _ = jax.lax.scan(one, (x.astype(self.dtype), (zeros, zeros)), jnp.arange(last))
+        x, kv = layer(x, last, where)
+        return self.norm(x), KV(*_put(kept, kv, last), mask)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [*batch, t] -> [*batch, t, e]."""
