@@ -110,5 +110,7 @@ class Linear(nn.Module):
         """[n, inputs] -> [n, outputs]; its kernel is not made here, but by decoding.weights."""
         shape = math.prod(self.outputs), rows.shape[-1]
         kernel = self.param("kernel", nn.initializers.zeros, shape).astype(rows.dtype)
-        # The barrier keeps the compiler from turning the product back.
-        return jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", kernel, rows)).T
+        # One barrier keeps the compiler from turning the product back, the other from turning its
+        # result once more for each of its uses.
+        product = jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", kernel, rows))
+        return jax.lax.optimization_barrier(product.T)
