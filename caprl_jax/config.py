@@ -13,6 +13,7 @@ from caprl_jax.judge import MODES
 from caprl_jax.models.layers import REMAT
 from caprl_jax.policy_gradient import ADVANTAGES
 from caprl_jax.sampling import Sampling
+from caprl_jax.step_types import Settings
 
 
 class ConfigError(UserError):
@@ -217,12 +218,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.data.batch={config.data.batch} is not a multiple of "
                 f"config.caprl.{name}={pieces(config, name)}"
             )
-    for name in ("updates", "micro_batches", "rollout_batches", "prefill_batches"):
-        if config.caprl.reuse_prefill and get(config, f"caprl.{name}") > 1:
-            raise ConfigError(
-                f"config.caprl.{name}={config.caprl[name]}: config.caprl.reuse_prefill is for one "
-                "update of a batch in one piece; set it to false"
-            )
+    with about("caprl"):
+        asked = {name: pieces(config, name) for name in PIECES}
+        Settings(updates=config.caprl.updates, reuse_prefill=config.caprl.reuse_prefill, **asked)
     with about("sampling"):
         Sampling(**config.sampling)
     if config.caprl.length_none <= config.caprl.length_full:

@@ -30,8 +30,7 @@ class Instruction:
       letters: int32 [letters], token ids of " A", " B", ... in order.
       special: int32 [specials], ids that a caption is stripped of, as decoding to text would.
       kv: the tokens' keys and values under the judge's parameters, as programs.read_instruction
-        gives them once a run; None has every call read the tokens itself, as for a judge that is
-        being trained.
+        gives them once a run; None has every call read the tokens itself.
     """
 
     tokens: jax.Array

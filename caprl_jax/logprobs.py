@@ -1,4 +1,4 @@
-"""Token log-probabilities with the vocabulary in chunks: only few tokens' logits exist at once."""
+"""Token log-probabilities with the vocabulary in chunks: of many tokens no whole logits exist."""
 
 import functools
 
@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-KEPT_BYTES = 2**28  # of logits, up to which the gradient keeps them
+KEPT_BYTES = 2**28  # of all logits, on all devices together, up to which the gradient keeps them
 _NEVER = -1e30
 
 

@@ -119,13 +119,13 @@ def sample(
         valid = jnp.ones(prompt.tokens.shape[0], bool)
     with logical.using(layout), jax.named_scope("prefill"):
         trunk = prefill(policy, params, images, prompt, pieces)
-    return sample_after(trunk, policy, params, key, group, stop, sampling, layout, valid)
+    return sample_after(policy, params, trunk, key, group, stop, sampling, layout, valid)
 
 
 def sample_after(
-    trunk: Trunk,
     policy: Policy,
     params: Params,
+    trunk: Trunk,
     key: jax.Array,
     group: int,
     stop: tuple[int, ...],

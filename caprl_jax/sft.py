@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax import logprobs, step
+from caprl_jax import logprobs
+from caprl_jax import update as update_lib
 from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Params, Policy, Prompt, root_kv
 from caprl_jax.models.vision import Images
-from caprl_jax.update import apply
+from caprl_jax.step_types import Metrics, State
 
 
 @flax.struct.dataclass
@@ -87,10 +88,10 @@ def total_weight(examples: Examples) -> jax.Array:
 def update(
     policy: Policy,
     optimizer: optax.GradientTransformation,
-    state: step.State,
+    state: State,
     examples: Examples,
     layout: Layout | None = None,
-) -> tuple[step.State, step.Metrics]:
+) -> tuple[State, Metrics]:
     """One supervised update: weighted mean negative log-likelihood over the tree."""
 
     def loss(params):
@@ -100,5 +101,5 @@ def update(
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     total = jnp.maximum(total_weight(examples), 1e-6)
     grads = jax.tree.map(lambda g: g / total, grads)
-    params, opt_state, more = apply(optimizer, state.params, state.opt_state, grads)
-    return step.State(state.step + 1, params, opt_state), metrics | more
+    params, opt_state, more = update_lib.apply(optimizer, state.params, state.opt_state, grads)
+    return State(state.step + 1, params, opt_state), metrics | more

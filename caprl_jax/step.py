@@ -112,10 +112,9 @@ def roll_out(
     reading: rollout.Reading | None = None,
 ) -> rollout.Rollout:
     """The first part of a step: settings.group captions of each image; of a reading if given."""
-    count = settings.rollout_batches
     if reading is not None:
         return rollout.sample_after(
-            reading.trunk, policy, params, key, settings.group, stop, sampling, layout, batch.valid
+            policy, params, reading.trunk, key, settings.group, stop, sampling, layout, batch.valid
         )
 
     def one(piece, key):
@@ -125,7 +124,7 @@ def roll_out(
             settings.prefills, layout, valid,
         )  # fmt: skip
 
-    whole = batch.images, batch.prompt, batch.valid
+    count, whole = settings.rollout_batches, (batch.images, batch.prompt, batch.valid)
     return one(whole, key) if count == 1 else logical.in_pieces(one, whole, count, key)
 
 

@@ -103,6 +103,15 @@ class Settings:
     length_full: int = 2048
     length_none: int = 3072
 
+    def __post_init__(self):
+        pieces = "updates", "micro_batches", "rollout_batches", "prefill_batches"
+        many = [name for name in pieces if getattr(self, name) > 1]
+        if self.reuse_prefill and many:
+            raise ValueError(
+                "reuse_prefill is for one update of a batch in one piece: set it to false, or "
+                f"{', '.join(many)} to 1"
+            )
+
     @property
     def prefills(self) -> int:
         """Pieces in which images and prompts of one piece of the rollout are read."""

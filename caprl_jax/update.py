@@ -1,5 +1,6 @@
 """The update: captions and their advantages -> gradients -> new parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,14 @@ from caprl_jax.step_types import Batch, Metrics, Settings, State
 
 @flax.struct.dataclass
 class Learn:
-    """What the update learns from, images first on every axis."""
+    """What the update learns from.
+
+    Attributes:
+      batch: images [b].
+      rollout: their captions [b, g, t].
+      advantages: float32 [b, g].
+      reference_logp: float32 [b, g, t], of the reference policy; None without a KL term.
+    """
 
     batch: Batch
     rollout: rollout.Rollout
@@ -106,8 +114,9 @@ def _gradients_after(
     run = jax.value_and_grad(of, argnums=(0, 1, 2, 3), has_aux=True)
     (_, metrics), (of_captions, *of_trunk) = run(params, trunk.last, trunk.kv.k, trunk.kv.v)
     [of_prompts] = reading.pull(tuple(of_trunk))
-    grads = jax.tree.map(jnp.add, of_captions, of_prompts)
-    return jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
+    single = functools.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
+    grads = jax.tree.map(jnp.add, single(of_captions), single(of_prompts))
+    return like_params(grads), single(metrics)
 
 
 def apply(

@@ -26,11 +26,11 @@ def changed(**changes):
         ({"caprl.micro_batches": 3}, "not a multiple"),
         (
             {"caprl.reuse_prefill": True, "caprl.updates": 2},
-            "config.caprl.updates=2: .* one update",
+            "config.caprl: reuse_prefill is for one update .* updates to 1",
         ),
         (
             {"caprl.reuse_prefill": True, "data.batch": 8, "caprl.rollout_batches": 2},
-            "in one piece",
+            "rollout_batches to 1",
         ),
         ({"caprl.length_full": 4000}, "length_none must be larger"),
     ],

@@ -18,7 +18,8 @@ DATA_STACK = {"grain", "tensorflow_datasets", "transformers", "orbax", "tensorbo
 NOT_CORE = DATA_STACK | {"PIL", "tqdm", "jinja2", "safetensors", "huggingface_hub", "fsspec"}
 CORE = (
     "caprl_jax.step", "caprl_jax.rollout", "caprl_jax.judge", "caprl_jax.policy_gradient",
-    "caprl_jax.rewards", "caprl_jax.logprobs", "caprl_jax.mesh", "caprl_jax.models.hf",
+    "caprl_jax.rewards", "caprl_jax.step_types", "caprl_jax.update",
+    "caprl_jax.logprobs", "caprl_jax.mesh", "caprl_jax.models.hf",
 )  # fmt: skip
 
 

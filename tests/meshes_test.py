@@ -1,5 +1,6 @@
 """On any mesh, under any rules, five steps are the same five steps, and write the same captions."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -42,10 +43,10 @@ def eight():
     return make_world(8)
 
 
-def run(world, state, frozen, batch, layout):
+def run(world, state, frozen, batch, layout, settings=SETTINGS):
     """(last state, [metrics], captions before and after) of STEPS steps."""
     bound = functools.partial(
-        step.caprl_step, world.policy, world.judge, OPTIMIZER, SETTINGS, SAMPLING, STOP,
+        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, STOP,
         layout=layout,
     )  # fmt: skip
     caption = functools.partial(
@@ -136,9 +137,22 @@ def test_devices_share_the_judges_reading_and_none_reads_for_another(eight):
     on = mesh.layout(mesh.make_mesh({"data": 8}))
     whole, part = flops(None), flops(on)
     s = eight.frozen.instruction.tokens.shape[0]
-    instruction = judge_flops(eight.judge.config, s, 0)
+    instruction = judge_flops(eight.judge.config, s, 0, ends=s)
     assert whole > 4 * instruction  # or all could read all and none would notice
     assert part <= instruction + (whole - instruction) / 8
+
+
+@pytest.mark.parametrize("name", ["fsdp=4, tensor=2", "decoding over tensor, a TPU's way"])
+def test_a_prefill_is_used_again_on_a_mesh_too(eight, single, name, monkeypatch):
+    """What its gradient needs crosses the rollout's other layout of weights and caches."""
+    shape, tables, platform = MESHES[name]
+    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+    on = mesh.layout(mesh.make_mesh(shape), *tables)
+    settings = dataclasses.replace(SETTINGS, reuse_prefill=True)
+    found, metrics, _ = run(eight, *start(eight, on), on, settings)
+    for own, expected in zip(metrics, single[1], strict=True):
+        same_metrics(own, expected)
+    assert_close(moved(eight, found), moved(eight, single[0]), 2e-3)
 
 
 def test_parameters_are_boxed_with_names(eight):

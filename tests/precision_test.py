@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from caprl_jax import judge, step, update
+from caprl_jax.models.attention import Segment, attend, causal_mask
 from caprl_jax.sampling import Sampling
 
 # exp: softmax and ratios; rsqrt: norms; cos, sin: RoPE; log: log-probabilities and entropies.
@@ -65,6 +66,17 @@ def losses(world):
     learn = update.Learn(world.batch, rollout, jnp.ones((4, 3)), jnp.zeros(tokens.shape))
     settings = step.Settings(kl=0.1)
     return lambda params: update.caption_losses(world.policy, settings, params, learn)[0]
+
+
+def test_the_gradient_of_attention_has_its_softmax_in_float32():
+    q, k, v = (jnp.ones((2, 5, heads, 4), jnp.bfloat16) for heads in (4, 2, 2))
+    own = causal_mask(jnp.ones((2, 5), bool))
+
+    def loss(*qkv):
+        return jnp.sum(attend(qkv[0], [Segment(*qkv[1:], own)]).astype(jnp.float32))
+
+    found = computed_in(jax.grad(loss, (0, 1, 2)), q, k, v)
+    assert found["exp"] == found["log"] == {jnp.dtype("float32")}
 
 
 def assert_exact(found, names=EXACT):

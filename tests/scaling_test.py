@@ -28,7 +28,7 @@ def test_captions_are_read_once_however_many_questions_there_are(small, one_devi
     )
     c = families.build(abstract.model_config(small.judge.path)).decoder.config
     s, t, g = abstract.INSTRUCTION, small.sampling.max_tokens, small.caprl.group
-    captions = g * judge_flops(c, t, s)
+    captions = g * judge_flops(c, t, s, ends=0)
     assert scaling.line(found.sizes, found.flops("score"))[0] == pytest.approx(captions)
     for phase in ("prefill", "decode", "update"):
         assert len(set(found.flops(phase))) == 1

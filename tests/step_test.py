@@ -83,8 +83,14 @@ def test_micro_batches_equal_the_whole(eight, single):
     assert_close(moved(eight, found), moved(eight, single[0]))
 
 
-def test_a_prefill_that_is_used_again_learns_the_same_for_less(eight):
+@pytest.mark.parametrize("remat", ["none", "products", "full"])
+def test_a_prefill_that_is_used_again_learns_the_same_for_less(eight, remat):
     """The update's own reading of images and prompts is the work that is saved, and no other."""
+    policy = eight.policy
+    policy = dataclasses.replace(
+        policy, decoder=policy.decoder.clone(remat=remat), vision=policy.vision.clone(remat=remat)
+    )
+    eight = dataclasses.replace(eight, policy=policy)
     state, frozen = start(eight)
     args = state, frozen, eight.batch, jax.random.key(2)
     once = dataclasses.replace(SETTINGS, updates=1)
@@ -102,8 +108,12 @@ def test_a_prefill_that_is_used_again_learns_the_same_for_less(eight):
 
     flops = [jaxpr_flops(run.trace(*args).jaxpr, 6) for run in (own, again)]
     saved = jaxpr_flops(jax.jit(read).trace(state.params).jaxpr, 1)
-    # The layers' own scores are computed again for their gradient either way.
     assert flops[0] - flops[1] == saved > 0
+
+
+def test_a_prefill_is_not_used_again_for_more_than_it_is_good_for():
+    with pytest.raises(ValueError, match="or updates, rollout_batches to 1"):
+        step.Settings(reuse_prefill=True, updates=2, rollout_batches=2)
 
 
 def test_a_rollout_in_pieces_is_each_piece_by_itself(eight):

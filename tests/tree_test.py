@@ -167,7 +167,8 @@ def test_an_instruction_read_before_is_not_read_again(world, captions):
     before = programs.read_instruction(world.judge, world.frozen.judge, here, on)
     found, expected = (logits(world.frozen.judge, i) for i in (before, here))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    own = judge_flops(world.judge.config, here.tokens.shape[0], 0)
+    s = here.tokens.shape[0]
+    own = judge_flops(world.judge.config, s, 0, ends=s)
     assert flops(here) - flops(before) == own > 0
     assert before.with_tokens(here.tokens).kv is None  # of another prompt nothing has been read
 

@@ -109,9 +109,10 @@ def phases(
     def prefill(params, batch):
         of = p.policy, params, batch.images, batch.prompt
         with logical.using(on), jax.named_scope("prefill"):
-            if constants.reuse_prefill:
-                return rollout.read(*of)
-            return rollout.Reading(rollout.prefill(*of, constants.prefills), None)
+            if not constants.reuse_prefill:
+                return rollout.prefill(*of, constants.prefills), None
+            reading = rollout.read(*of)
+            return reading.trunk, reading
 
     def decode(params, trunk, key):
         with logical.using(on.decoding), jax.named_scope("decode"):
@@ -130,11 +131,10 @@ def phases(
         )
 
     yield "prefill", prefill, (state.params, first), b * config.data.max_prompt, pieces
-    reading = jax.jit(prefill)(state.params, first)
-    yield "decode", decode, (state.params, reading.trunk, key), b * g * t, pieces
-    captions = jax.jit(decode)(state.params, reading.trunk, key)
-    del first
-    reading = reading if constants.reuse_prefill else None
+    trunk, reading = jax.jit(prefill)(state.params, first)
+    yield "decode", decode, (state.params, trunk, key), b * g * t, pieces
+    captions = jax.jit(decode)(state.params, trunk, key)
+    del trunk, first
     if pieces > 1:
         captions = jax.tree.map(lambda a: jnp.concatenate([a] * pieces), captions)
     written = float(jnp.sum(captions.length))

@@ -75,7 +75,8 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """Softmax attention of q over the concatenation of all segments, without concatenating them.
 
     Its gradient computes the scores again and keeps of the forward pass what flash attention does:
-    the result and its queries' log-sum-exp (arXiv 2205.14135, algorithm 4), named KEPT.
+    the result and its queries' log-sum-exp (arXiv 2205.14135, algorithm 4), named KEPT. Call it in
+    a scan over layers, as the models do: elsewhere the compiler may merge both computations.
 
     Args:
       q: [*batch, t, heads, head_dim].

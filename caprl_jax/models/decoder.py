@@ -15,7 +15,7 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import KV, Segment, Turns
-from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialised
+from caprl_jax.models.layers import Linear, RMSNorm, flipped_product, init_normal, rematerialised
 from caprl_jax.models.logical import BATCH, CACHED, constrain
 
 
@@ -82,7 +82,8 @@ class Block(nn.Module):
     def __call__(self, x, turns, mask, deep, caches, past_masks, past, layer, own=None, ends=None):
         """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens).
 
-        With ends, int [*batch, n], x is given of these tokens alone; n may be 0.
+        With ends, int [*batch, n], x is given of these tokens alone, without deep and own; n may
+        be 0.
 
         With own, (k, v, at) whose arrays are [*batch, kv_heads, length, head_dim], the tokens' keys
         and values are put there at `at` first; what then stands there is attended to where the mask
@@ -93,13 +94,12 @@ class Block(nn.Module):
         x = constrain(x, *batch, None, None)
         linear = functools.partial(Linear, flipped=self.flipped)
 
-        def heads(name, count, turns=None):
+        def heads(name, count, by=None):
             kind = "heads" if name == "q" else "kv_heads"
-            names = ("embed", kind, None)
-            a = linear((count, c.head_dim), names, bias=c.qkv_bias, name=name)(y)
-            if c.qk_norm and turns is not None:
+            a = linear((count, c.head_dim), ("embed", kind, None), bias=c.qkv_bias, name=name)(y)
+            if c.qk_norm and by is not None:
                 a = RMSNorm(c.norm_eps, name=f"{name}_norm")(a)
-            a = a if turns is None else attention.rotate(a, turns)
+            a = a if by is None else attention.rotate(a, by)
             # A caption's queries go to where its cache lies, and what they find comes back.
             for names in (batch, cached):
                 a = constrain(a, *names, None, kind, None)
@@ -108,6 +108,7 @@ class Block(nn.Module):
         y = RMSNorm(c.norm_eps, name="attention_norm")(x)
         k, v = heads("k", c.kv_heads, turns), heads("v", c.kv_heads)
         if ends is not None:
+            chex.assert_equal((deep is None, own is None), (True, True))
             x, y, mask, *turns = (_at(a, ends) for a in (x, y, mask, *turns))
             if not ends.shape[-1]:
                 return x, (k, v)
@@ -229,10 +230,20 @@ class Decoder(nn.Module):
         past: tuple[KV, ...],
         where: jax.Array,
     ) -> tuple[jax.Array, KV]:
-        """As __call__, of the hidden states at `where`, int [*batch, n], alone; n may be 0.
+        """As __call__, of some hidden states alone.
 
-        The last layer computes nothing but keys and values of the other tokens. For forward passes:
-        each layer's gradient would be added to that of all.
+        The last layer computes nothing but keys and values of the other tokens. Not for gradients:
+        each layer's would be added into an array of all layers', and remat is not followed.
+
+        Args:
+          x: as __call__'s, as are positions, mask and past.
+          positions: of all tokens.
+          mask: likewise.
+          past: likewise.
+          where: int [*batch, n], the tokens whose hidden states are wanted; n may be 0.
+
+        Returns:
+          (hidden [*batch, n, e] after the final norm, KV of all tokens).
         """
         block, stacked = Block(self.config, parent=None), self.variables["params"]["layers"]
         turns, causal = self.turns(positions, mask), attention.causal_mask(mask)
@@ -245,6 +256,7 @@ class Decoder(nn.Module):
                 past=past, layer=i, ends=ends,
             )  # fmt: skip
 
+        # Carried, and not what scan gives out: the last layer's would be joined by a copy of all.
         def one(carry, i):
             x, kept = carry
             x, kv = layer(x, i)
@@ -265,14 +277,12 @@ class Decoder(nn.Module):
         return self.embedding if self.config.tied else self.untied_head
 
     def logits(self, hidden: jax.Array, flipped: bool = False) -> jax.Array:
-        """[..., e] -> float32 [..., vocab]; flipped takes head @ hidden^T, as Linear's does."""
+        """[..., e] -> float32 [..., vocab]; flipped as Linear's."""
         head = self.head().astype(self.dtype)
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if not flipped:
-            return product("...e,ve->...v", hidden, head)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        found = jax.lax.optimization_barrier(product("ve,ne->vn", head, rows)).T
-        return found.reshape(*hidden.shape[:-1], -1)
+        if flipped:
+            found = flipped_product(head, hidden.reshape(-1, hidden.shape[-1]), jnp.float32)
+            return found.reshape(*hidden.shape[:-1], -1)
+        return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
 
     def everything(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter; for initialisation. int [t] -> float32 [t, vocab]."""

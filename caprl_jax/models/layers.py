@@ -1,6 +1,7 @@
 """What decoder and vision tower are made of: norms and linear maps that name their axes."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 
 from caprl_jax.models import attention
 
-# What the backward pass of a layer finds kept of the forward pass, from most to least memory. None
-# is all that it needs; in all of them attention computes its scores again (attention.attend).
+# What the backward pass of a layer finds kept of the forward pass, from most to least memory; None
+# keeps all that the gradient needs. Whatever is kept, attention's gradient computes the scores once
+# more (attention.attend); with "full" that is beside their second computation with the layer.
 REMAT = {
     "none": None,
     "products": jax.checkpoint_policies.save_from_both_policies(
@@ -110,7 +112,12 @@ class Linear(nn.Module):
         """[n, inputs] -> [n, outputs]; its kernel is not made here, but by decoding.weights."""
         shape = math.prod(self.outputs), rows.shape[-1]
         kernel = self.param("kernel", nn.initializers.zeros, shape).astype(rows.dtype)
-        # One barrier keeps the compiler from turning the product back, the other from turning its
-        # result once more for each of its uses.
-        product = jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", kernel, rows))
-        return jax.lax.optimization_barrier(product.T)
+        return flipped_product(kernel, rows)
+
+
+def flipped_product(kernel: jax.Array, rows: jax.Array, dtype: Any = None) -> jax.Array:
+    """kernel [outputs, inputs], rows [n, inputs] -> [n, outputs], as (kernel @ rows^T)^T."""
+    product = jnp.einsum("oi,ni->on", kernel, rows, preferred_element_type=dtype)
+    # One barrier keeps the compiler from turning the product back, the other from turning its
+    # result once more for each of its uses.
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(product).T)

@@ -9,11 +9,12 @@ from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment, attend, causal_mask
 
 
-def problem(t):
+def problem(t, kv_heads=2):
     """q [b, g, t, heads, d] and two segments: of an ancestor, and its own, causal."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 3, t, h, 4)).astype(np.float32) for h in (4, 2, 2))
-    root = [rng.normal(size=(2, 5, 2, 4)).astype(np.float32) for _ in range(2)]
+    heads = 4, kv_heads, kv_heads
+    q, k, v = (rng.normal(size=(2, 3, t, h, 4)).astype(np.float32) for h in heads)
+    root = [rng.normal(size=(2, 5, kv_heads, 4)).astype(np.float32) for _ in range(2)]
     real = rng.random((2, 1, 5)) < 0.7
     own = causal_mask(jnp.asarray(np.arange(t) < np.asarray([t, t - 1, t - 3])[None, :, None]))
     own = jnp.broadcast_to(own, (2, 3, t, t))
@@ -40,8 +41,9 @@ def test_pieces_give_the_same_values_and_gradients(monkeypatch, t, bound):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_the_gradient_is_right_and_keeps_no_scores():
-    q, kvs, masks = problem(64)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_gradient_is_right_and_keeps_no_scores(kv_heads):
+    q, kvs, masks = problem(64, kv_heads)
 
     def run(q, kvs):
         (root, own), (real, causal) = kvs, masks
@@ -54,6 +56,24 @@ def test_the_gradient_is_right_and_keeps_no_scores():
     _, kept = jax.vjp(lambda q, kvs: attend_plainly(q, kvs, masks), q, kvs)
     for a, b in zip(jax.tree.leaves(back(out)), jax.tree.leaves(kept(out)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding():
+    q, kvs, masks = problem(16)
+    low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (q, kvs))
+
+    def gradients(attend, q, kvs):
+        return jax.grad(lambda *a: jnp.sum(attend(*a).astype(jnp.float32) ** 2), (0, 1))(q, kvs)
+
+    def ours(q, kvs):
+        (root, own), (real, causal) = kvs, masks
+        return attend(q, [Segment(*root, real), Segment(*own, causal)])
+
+    full = jax.tree.map(lambda a: a.astype(jnp.float32), low)
+    expected = gradients(lambda *a: attend_plainly(*a, masks), *full)
+    for a, b in zip(*map(jax.tree.leaves, (gradients(ours, *low), expected)), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-6 * float(jnp.abs(b).max()))
 
 
 def test_a_query_that_sees_nothing_is_finite_and_teaches_nothing():
