@@ -195,7 +195,9 @@ def test_what_is_repeated_is_counted(tiny, compared):
     asked = one(q, s + t, ends=1) + 2 * abstract.LETTERS * c.width
     tree = g * one(t, s, ends=0) + g * n * asked
     whole = one(s, 0, ends=s) + one(t, s, ends=0) + asked
-    assert both["score"][0].flops == tree and both["score"][1].flops == g * n * whole
+    # Of products with one row, the last layer's attention, the compiler forgets whose they are.
+    score = [sum(both[phase][i].flops for phase in ("score", "other")) for i in range(2)]
+    assert score == [tree, g * n * whole]
     assert 2 < both["update"][1].flops / both["update"][0].flops < g
     for work in (compared.tree, compared.naive):
         assert work.traced_flops == work.whole.flops
