@@ -11,7 +11,7 @@ Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
 Measured:   not at full size on an accelerator yet. On 2 CPU cores the same config runs with random
             weights of the real layout and tiny sizes (tests/real_data_test.py).
 Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer), GiB a chip:
-            v5e_16 (v5e:4x4) 12.0 of 16, 23.1 s a step; v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s;
+            v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s a step; v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s;
             v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64 (v5p:4x4x4) 11.9 of 95, 2.9 s.
             h200 and h200_8 are not planned: the compiler for GPUs needs one. h200 captions its
             batch in pieces, whose draws differ: a run begun on other chips doesn't go on there.
