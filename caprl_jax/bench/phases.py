@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import abstract, chips, decoding, floors, hlo_costs, programs, rollout, step
+from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, step
 from caprl_jax.bench import synthetic
 from caprl_jax.chips import Chip
 from caprl_jax.config import validate
@@ -115,10 +115,8 @@ def phases(
             return reading.trunk, reading
 
     def decode(params, trunk, key):
-        with logical.using(on.decoding), jax.named_scope("decode"):
-            weights = decoding.weights(p.policy, params, on)
-            valid = jnp.ones(b // pieces, bool)
-            return rollout.decode(p.policy, weights, trunk, key, g, stop, sampling, valid)
+        valid = jnp.ones(b // pieces, bool)
+        return rollout.sample_after(p.policy, params, trunk, key, g, stop, sampling, on, valid)
 
     def score(frozen, captions, questions, key):
         return step.judged(
