@@ -78,7 +78,7 @@ def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
     )
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
     judge_tokenizer = Tokenizer.from_pretrained(judge_directory, judge_model.decoder.config.vocab)
-    through_text = _through_text(tokenizer, judge_tokenizer)
+    through_text = _through_text(config, tokenizer, judge_tokenizer)
     judge_prompt = startup.judge_prompt(config, judge_tokenizer)
     inputs = startup.image_prompt(config, policy, directory, tokenizer)
     make = startup.examples(config, inputs, judge_prompt)
@@ -134,18 +134,22 @@ def _programs(config, parts: programs.Parts, state: step.State, tokenizers):
     """One program, or two where captions pass from one tokenizer to another."""
     if tokenizers is None:
         return programs.one_program(config, parts, state)
-    if config.caprl.reuse_prefill:
-        raise ConfigError(
-            "config.caprl.reuse_prefill: captions pass to this judge as text, between two programs "
-            "that share no readings; set it to false"
-        )
     longest = config.judge.max_caption or 2 * config.sampling.max_tokens
     return programs.two_programs(config, parts, state, Retokeniser(*tokenizers, longest))
 
 
-def _through_text(policy: Tokenizer, judge: Tokenizer) -> bool:
-    """Whether captions must pass from policy to judge as text, which is told."""
+def _through_text(config, policy: Tokenizer, judge: Tokenizer) -> bool:
+    """Whether captions must pass from policy to judge as text, which is told.
+
+    Raises:
+      ConfigError: they must, and the update is to go on from what captioning has read.
+    """
     difference = vocabulary_difference(policy, judge)
+    if difference is not None and config.caprl.reuse_prefill:
+        raise ConfigError(
+            f"policy and judge tokenizers differ ({difference}): a step is two programs, which "
+            "share no reading of images; set config.caprl.reuse_prefill to false"
+        )
     if difference is not None:
         logging.warning(
             "policy and judge tokenizers differ (%s): captions pass through text on the host, and "

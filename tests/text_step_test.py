@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from caprl_jax import objectives
+from caprl_jax.config import ConfigError
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models import sources
@@ -54,6 +55,14 @@ def test_retokenising_gives_the_judges_ids_and_says_what_it_cut(renumbered):
     assert found[0, 0][real[0, 0]].tolist() == expected[0] != policy.encode(texts[0])
     assert found[0, 1].tolist() == expected[1][:8]
     assert cut.tolist() == [[False, True]]
+
+
+def test_two_programs_share_no_reading(tmp_path, renumbered):
+    c = tiny(tmp_path, **{
+        "judge.path": str(renumbered), "caprl.updates": 1, "caprl.reuse_prefill": True,
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match=r"tokenizers differ (?s:.*)reuse_prefill to false"):
+        objectives.caprl(c, SetAside())
 
 
 @pytest.mark.slow
