@@ -13,7 +13,7 @@ from caprl_jax.config import ConfigError
 # but for rounding where the mesh or the pieces change. Anything else would make it another run.
 _FREE = {
     "steps", "log_every", "export", "eval", "checkpoint", "mesh", "data.threads", "policy.remat",
-    "caprl.micro_batches", "caprl.prefill_batches", "caprl.score_batches", "caprl.reuse_prefill",
+    "caprl.micro_batches", "caprl.prefill_batches", "caprl.score_batches", "caprl.reuse",
 }  # fmt: skip
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax import mesh
+from caprl_jax import mesh, optimizers
 from caprl_jax.errors import UserError
 from caprl_jax.judge import MODES
 from caprl_jax.models.layers import REMAT
 from caprl_jax.policy_gradient import ADVANTAGES
 from caprl_jax.sampling import Sampling
-from caprl_jax.step_types import Settings
+from caprl_jax.step_types import REUSE, Settings
 
 
 class ConfigError(UserError):
@@ -78,15 +78,17 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.rollout_batches = 1  # for captioning, where caches for all don't fit,
     c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
     c.caprl.score_batches = 0  # and for the judge; 0: as many
-    # The update goes on from the images and prompts that captioning has read; for one update of a
-    # batch in one piece. What their gradient needs is held until then.
-    c.caprl.reuse_prefill = False
+    # What the update doesn't compute again, for captioning has; for one update of a batch in one
+    # piece: none, "prefill" (of images and prompts) or "rollout" (of captions too). What its
+    # gradient needs is held until then.
+    c.caprl.reuse = "none"
     c.caprl.accuracy_weight = 1.0
     c.caprl.length_weight = 0.0
     c.caprl.length_full = 2048  # tokens up to which the length reward is 1
     c.caprl.length_none = 3072  # tokens from which it is 0
 
     c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.name = "adamw"  # or "sgd", which holds no moments
     c.optimizer.learning_rate = 1e-6
     c.optimizer.schedule = "cosine"  # or "constant"; both after the warm-up
     c.optimizer.warmup_steps = 20
@@ -160,6 +162,8 @@ _ONE_OF = {
     "policy.remat": tuple(REMAT),
     "judge.mode": MODES,
     "caprl.advantage": tuple(ADVANTAGES),
+    "caprl.reuse": REUSE,
+    "optimizer.name": optimizers.NAMES,
     "optimizer.schedule": ("cosine", "constant"),
     "export.when": ("end", "checkpoints", "never"),
     "export.dtype": ("float32", "bfloat16"),
@@ -220,7 +224,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             )
     with about("caprl"):
         asked = {name: pieces(config, name) for name in PIECES}
-        Settings(updates=config.caprl.updates, reuse_prefill=config.caprl.reuse_prefill, **asked)
+        Settings(updates=config.caprl.updates, reuse=config.caprl.reuse, **asked)
     with about("sampling"):
         Sampling(**config.sampling)
     if config.caprl.length_none <= config.caprl.length_full:

@@ -19,8 +19,9 @@ from caprl_jax import mesh
 from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Block, Decoder
+from caprl_jax.models.layers import KNOWN
 from caprl_jax.models.logical import Layout, constrain
-from caprl_jax.models.policy import Params, Policy
+from caprl_jax.models.policy import Params, Policy, Trunk
 
 
 def weights(
@@ -73,17 +74,53 @@ def _flipped(path: tuple, a: jax.Array) -> jax.Array:
     return a.reshape(inputs, -1).T
 
 
-def way(policy: Policy, params: Params) -> "Stacked | Apart":
-    """How weights lie that `weights` has made."""
+def way(policy: Policy, params: Params, tells: bool = False) -> "Stacked | Apart":
+    """How weights lie that `weights` has made; whether each token tells what it has computed."""
     apart = isinstance(params["decoder"]["layers"], tuple)
-    return (Apart if apart else Stacked)(policy.decoder)
+    return (Apart if apart else Stacked)(policy.decoder, tells)
+
+
+Told = tuple[tuple[int, Any], ...]  # (the first layer, what it and those after it have computed)
+
+
+def room(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int) -> Any:
+    """Where `keep` puts what is told of so many tokens: zeros [layers, b, g, tokens, ..]."""
+
+    def told(params, trunk):
+        start = jnp.broadcast_to(trunk.next_position[:, None], (*trunk.next_position.shape, group))
+        x = jnp.zeros((*start.shape, tokens, policy.decoder.config.width), policy.decoder.dtype)
+        return policy.decoder.apply(
+            {"params": params["decoder"]}, x, policy.positions(start, tokens),
+            jnp.ones(x.shape[:-1], bool), (trunk.kv,), mutable=[KNOWN],
+        )[1][KNOWN]  # fmt: skip
+
+    shapes = jax.eval_shape(told, params, trunk)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+def keep(kept: Any, told: Told, i: jax.Array) -> Any:
+    """Puts what was computed of token i of every caption in its place."""
+    for first, layers in told:
+
+        def put(a, new, first=first):
+            at = (first, 0, 0, i, *[0] * (a.ndim - 4))
+            return jax.lax.dynamic_update_slice(a, new, at)
+
+        kept = jax.tree.map(put, kept, {"layers": layers})
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Layers as one loop; caches [layers, b, g, t, kv_heads, head_dim]."""
+    """Layers as one loop; caches [layers, b, g, t, kv_heads, head_dim].
+
+    Attributes:
+      decoder: the policy's.
+      tells: whether `token` gives out what each layer has computed.
+    """
 
     decoder: Decoder
+    tells: bool = False
 
     def prompt(self, kv: KV) -> KV:
         """What is read of the prompts for every token."""
@@ -112,7 +149,7 @@ class Stacked:
         cache: KV,
         i: jax.Array,
         stage: tuple[int, int],
-    ) -> tuple[jax.Array, KV]:
+    ) -> tuple[jax.Array, KV, Told]:
         """Token i of every caption.
 
         Args:
@@ -125,18 +162,19 @@ class Stacked:
           stage: (first, end) of the tokens that i is one of; no cache is read beyond.
 
         Returns:
-          (hidden [b, g, 1, e], cache with these tokens).
+          (hidden [b, g, 1, e], cache with these tokens, what is told for `keep`).
         """
         filled = cache.replace(mask=cache.mask[..., : stage[1]])
-        hidden, new = self.decoder.apply(
+        (hidden, new), told = self.decoder.apply(
             {"params": params["decoder"]}, x, positions, jnp.ones(x.shape[:-1], bool), (prompt,),
-            caches=(filled,),
+            caches=(filled,), mutable=[KNOWN] if self.tells else [],
         )  # fmt: skip
-        return hidden, KV(
+        cache = KV(
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.k, new.k, i, axis=3), 2),
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.v, new.v, i, axis=3), 2),
             cache.mask.at[:, :, i].set(True),
         )
+        return hidden, cache, ((0, told[KNOWN]["layers"]),) if self.tells else ()
 
 
 LayerKV = tuple[tuple[jax.Array, jax.Array], ...]  # (k, v) of each layer
@@ -160,9 +198,10 @@ class LayerCaches:
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
-    """Layers one after the other, each with caches of its own; methods as Stacked's."""
+    """Layers one after the other, each with caches of its own; all else as Stacked's."""
 
     decoder: Decoder
+    tells: bool = False
 
     def prompt(self, kv: KV) -> LayerCaches:
         """What is read of the prompts for every token."""
@@ -204,7 +243,7 @@ class Apart:
         cache: LayerCaches,
         i: jax.Array,
         stage: tuple[int, int],
-    ) -> tuple[jax.Array, LayerCaches]:
+    ) -> tuple[jax.Array, LayerCaches, Told]:
         """Token i of every caption, which is written before it is read."""
         (layers, rest), at = _layers(params), i - stage[0]
         block = Block(self.decoder.config, flipped=_flipped_kernels(layers))
@@ -212,19 +251,23 @@ class Apart:
         turns = self.decoder.apply(rest, positions, one, method=Decoder.turns)
         # The barrier keeps the compiler from taking cosines and sines again in every layer.
         turns = jax.lax.optimization_barrier(turns)
-        mask, written = cache.masks[-1].at[:, :, at].set(True), []
+        mask, written, told = cache.masks[-1].at[:, :, at].set(True), [], []
         seen = (*prompt.masks, *cache.masks[:-1])
         for n, layer in enumerate(layers):
             past = tuple(
                 tuple(jnp.swapaxes(a, -3, -2) for a in kv[n]) for kv in (*prompt.kv, *cache.kv[:-1])
             )
-            x, new = block.apply(
+            (x, new), more = block.apply(
                 {"params": layer}, x, turns, mask[..., None, :], deep=None, caches=(),
                 past_masks=seen, past=past, layer=n, own=(*cache.kv[-1][n], at),
+                mutable=[KNOWN] if self.tells else [],
             )  # fmt: skip
             written.append(new)
+            if self.tells:
+                told.append((n, jax.tree.map(lambda a: a[None], more[KNOWN])))
         hidden = self.decoder.apply(rest, x, method=Decoder.normed)
-        return hidden, LayerCaches((*cache.kv[:-1], tuple(written)), (*cache.masks[:-1], mask))
+        cache = LayerCaches((*cache.kv[:-1], tuple(written)), (*cache.masks[:-1], mask))
+        return hidden, cache, tuple(told)
 
 
 def _layers(params: Params) -> tuple[tuple, dict]:

@@ -10,6 +10,7 @@ import ml_collections
 from caprl_jax import mesh, programs
 from caprl_jax.config import PIECES, ConfigError, pieces
 from caprl_jax.models.layers import REMAT
+from caprl_jax.step_types import REUSE
 
 
 def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str, Any]]:
@@ -19,8 +20,8 @@ def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str
       config: that didn't fit.
       spread: devices that images are cut over, of which a piece needs one each.
     """
-    if config.caprl.reuse_prefill:
-        yield {"caprl.reuse_prefill": False}
+    for reuse in reversed(REUSE[: REUSE.index(config.caprl.reuse)]):
+        yield {"caprl.reuse": reuse}
     kinds = list(REMAT)
     for remat in kinds[kinds.index(config.policy.remat) + 1 :]:
         yield {"policy.remat": remat}

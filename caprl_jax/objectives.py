@@ -145,10 +145,10 @@ def _through_text(config, policy: Tokenizer, judge: Tokenizer) -> bool:
       ConfigError: they must, and the update is to go on from what captioning has read.
     """
     difference = vocabulary_difference(policy, judge)
-    if difference is not None and config.caprl.reuse_prefill:
+    if difference is not None and config.caprl.reuse != "none":
         raise ConfigError(
             f"policy and judge tokenizers differ ({difference}): a step is two programs, which "
-            "share no reading of images; set config.caprl.reuse_prefill to false"
+            "share no reading of images; set config.caprl.reuse to none"
         )
     if difference is not None:
         logging.warning(

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -42,15 +43,18 @@ class Rollout:
 
 @flax.struct.dataclass
 class Reading:
-    """Images and prompts that have been read with their gradient in mind.
+    """Images and prompts, and captions after them, read with their gradient in mind.
 
     Attributes:
-      trunk: what captions need of them.
+      trunk: what captions need of images and prompts.
       pull: gradients of (trunk.last, trunk.kv.k, trunk.kv.v) -> (gradients of the parameters,).
+      known: what the decoder's layers have computed of the captions (layers.known); None where that
+        isn't kept.
     """
 
     trunk: Trunk
     pull: Callable
+    known: Any = None
 
 
 def prefill(policy: Policy, params: Params, images: Images, prompt: Prompt, pieces: int) -> Trunk:
@@ -119,7 +123,7 @@ def sample(
         valid = jnp.ones(prompt.tokens.shape[0], bool)
     with logical.using(layout), jax.named_scope("prefill"):
         trunk = prefill(policy, params, images, prompt, pieces)
-    return sample_after(policy, params, trunk, key, group, stop, sampling, layout, valid)
+    return sample_after(policy, params, trunk, key, group, stop, sampling, layout, valid)[0]
 
 
 def sample_after(
@@ -132,13 +136,17 @@ def sample_after(
     sampling: Sampling,
     layout: Layout | None,
     valid: jax.Array,
-) -> Rollout:
-    """As sample, of images and prompts that have been read."""
+    keep: bool = False,
+) -> tuple[Rollout, Any]:
+    """As sample, of images and prompts that have been read; with keep, (.., a Reading's known)."""
     with logical.using(layout and layout.decoding), jax.named_scope("decode"):
         weights = decoding.weights(policy, params, layout)
-        out = decode(policy, weights, trunk, key, group, stop, sampling, valid)
+        t = sampling.max_tokens
+        room = decoding.room(policy, params, trunk, group, t) if keep else None
+        out, known = decode(policy, weights, trunk, key, group, stop, sampling, valid, room)
     with logical.using(layout):
-        return jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
+        out = jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
+    return out, known
 
 
 def decode(
@@ -150,17 +158,22 @@ def decode(
     stop: tuple[int, ...],
     sampling: Sampling,
     valid: jax.Array,
-) -> Rollout:
-    """Draws captions after a trunk; params as decoding.weights gives them, the rest as sample."""
+    room: Any = None,
+) -> tuple[Rollout, Any]:
+    """Draws captions after a trunk.
+
+    Params are as decoding.weights gives them, the rest as sample's; (.., the room filled with what
+    the layers have computed, or None).
+    """
     b, t, c = trunk.last.shape[0], sampling.max_tokens, policy.decoder.config
     variables = {"params": params["decoder"]}
     start = jnp.broadcast_to(trunk.next_position[:, None], (b, group))
     stop_ids = jnp.asarray(stop, jnp.int32)
-    way = decoding.way(policy, params)
+    way = decoding.way(policy, params, tells=room is not None)
     prompt = way.prompt(trunk.kv)
 
     def step(carry, i, stage):
-        done, hidden, out, cache = carry
+        done, hidden, out, cache, known = carry
         logits = constrain(way.logits(params, hidden), *logical.BATCH[:2], "vocab")
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
         new = Rollout(token, ~done, logp, drawn, None, None)
@@ -168,19 +181,19 @@ def decode(
         done = done | jnp.isin(token, stop_ids)
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
         positions = policy.positions(start + i, 1)
-        hidden, cache = way.token(params, x, positions, prompt, cache, i, stage)
-        return done, hidden[..., 0, :], out, cache
+        hidden, cache, told = way.token(params, x, positions, prompt, cache, i, stage)
+        return done, hidden[..., 0, :], out, cache, decoding.keep(known, told, i)
 
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
     hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
     done, cache = jnp.broadcast_to(~valid[:, None], (b, group)), way.empty(prompt, group, t)
     for stage in stages(t):
-        carry = done, hidden, out, way.opened(cache, prompt, group, stage)
-        done, hidden, out, cache = _while_any_is_open(
+        carry = done, hidden, out, way.opened(cache, prompt, group, stage), room
+        done, hidden, out, cache, room = _while_any_is_open(
             functools.partial(step, stage=stage), carry, *stage
         )
-    return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done)
+    return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done), room
 
 
 def stages(tokens: int) -> list[tuple[int, int]]:

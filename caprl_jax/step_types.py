@@ -1,7 +1,7 @@
 """What a CapRL step reads and changes, and the constants that it is made for."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -10,6 +10,8 @@ from caprl_jax import judge
 from caprl_jax.models.policy import Params, Prompt
 from caprl_jax.models.vision import Images
 
+Reuse = Literal["none", "prefill", "rollout"]
+REUSE = get_args(Reuse)  # from least to most memory
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 
@@ -77,9 +79,9 @@ class Settings:
         of its own; the draws differ with it.
       prefill_batches: pieces of the batch in which images and prompts are read before decoding.
       score_batches: pieces in which the judge reads captions.
-      reuse_prefill: the update goes on from the images and prompts that the rollout has read, where
-        it would read them again; what their gradient needs is held through decoding and scoring.
-        For one update of a batch in one piece.
+      reuse: what the update doesn't compute again, for the rollout has: "none", "prefill" (images
+        and prompts), or "rollout" (captions too). What its gradient needs is held through decoding
+        and scoring. For one update of a batch in one piece.
       accuracy_weight: of the judge's accuracy in the reward.
       length_weight: of the length reward.
       length_full: tokens up to which the length reward is 1.
@@ -97,7 +99,7 @@ class Settings:
     rollout_batches: int = 1
     prefill_batches: int = 1
     score_batches: int = 1
-    reuse_prefill: bool = False
+    reuse: Reuse = "none"
     accuracy_weight: float = 1.0
     length_weight: float = 0.0
     length_full: int = 2048
@@ -106,9 +108,9 @@ class Settings:
     def __post_init__(self):
         pieces = "updates", "micro_batches", "rollout_batches", "prefill_batches"
         many = [name for name in pieces if getattr(self, name) > 1]
-        if self.reuse_prefill and many:
+        if self.reuse != "none" and many:
             raise ValueError(
-                "reuse_prefill is for one update of a batch in one piece: set it to false, or "
+                f"reuse={self.reuse} is for one update of a batch in one piece: set it to none, or "
                 f"{', '.join(many)} to 1"
             )
 

@@ -39,24 +39,31 @@ def caption_logps(
     batch: Batch,
     captions: rollout.Rollout,
     trunk: Trunk | None = None,
+    known: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities at temperature 1 and entropies of given captions, float32 [b, g, t].
 
-    A trunk is what these parameters make of the batch's images and prompts; None reads them.
+    A trunk is what these parameters make of the batch's images and prompts; None reads them. Known
+    is, as a Reading's, what they make of the captions.
     """
     if trunk is None:
         trunk = policy.trunk(params, batch.images, batch.prompt)
-    hidden = policy.branches(params, trunk, captions.tokens, captions.mask)
+    hidden = policy.branches(params, trunk, captions.tokens, captions.mask, known=known)
     logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens)
     return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
 
 
 def caption_losses(
-    policy: Policy, settings: Settings, params: Params, learn: Learn, trunk: Trunk | None = None
+    policy: Policy,
+    settings: Settings,
+    params: Params,
+    learn: Learn,
+    trunk: Trunk | None = None,
+    known: Any = None,
 ) -> tuple[jax.Array, Metrics]:
     """Loss summed over captions (mean over each caption's tokens), and metrics as (sum, count)."""
     captions, mask = learn.rollout, learn.rollout.mask
-    logp, entropy = caption_logps(policy, params, learn.batch, captions, trunk)
+    logp, entropy = caption_logps(policy, params, learn.batch, captions, trunk, known)
     adv = jnp.broadcast_to(learn.advantages[..., None], logp.shape)
     loss = policy_gradient.clipped_loss(logp, captions.logp, adv, settings.clip)
     real = jnp.broadcast_to(learn.batch.valid[:, None], mask.shape[:2])
@@ -155,7 +162,7 @@ def update(
         return mean(*caption_losses(policy, settings, params, piece))
 
     def of_captions(params, trunk):
-        return mean(*caption_losses(policy, settings, params, learn, trunk))
+        return mean(*caption_losses(policy, settings, params, learn, trunk, reading.known))
 
     def one(carry, _):
         params, opt_state = carry

@@ -25,11 +25,11 @@ def changed(**changes):
         ({"sampling.top_p": 1.5}, "config.sampling: .*top_p in"),
         ({"caprl.micro_batches": 3}, "not a multiple"),
         (
-            {"caprl.reuse_prefill": True, "caprl.updates": 2},
-            "config.caprl: reuse_prefill is for one update .* updates to 1",
+            {"caprl.reuse": "prefill", "caprl.updates": 2},
+            "config.caprl: reuse=prefill is for one update .* updates to 1",
         ),
         (
-            {"caprl.reuse_prefill": True, "data.batch": 8, "caprl.rollout_batches": 2},
+            {"caprl.reuse": "rollout", "data.batch": 8, "caprl.rollout_batches": 2},
             "rollout_batches to 1",
         ),
         ({"caprl.length_full": 4000}, "length_none must be larger"),

@@ -30,8 +30,13 @@ def test_running_out_of_memory_says_what_to_change():
 
 def test_what_a_step_holds_for_speed_is_given_up_first():
     c = config_lib.default()
-    c.caprl.reuse_prefill = True
-    assert next(memory.changes(c, 1)) == {"caprl.reuse_prefill": False}
+    c.caprl.reuse = "rollout"
+    first = list(memory.changes(c, 1))[:3]
+    assert first == [
+        {"caprl.reuse": "prefill"},
+        {"caprl.reuse": "none"},
+        {"policy.remat": "products"},
+    ]
 
 
 def test_any_other_error_is_left_alone():

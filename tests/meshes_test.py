@@ -143,12 +143,13 @@ def test_devices_share_the_judges_reading_and_none_reads_for_another(eight):
 
 
 @pytest.mark.parametrize("name", ["fsdp=4, tensor=2", "decoding over tensor, a TPU's way"])
-def test_a_prefill_is_used_again_on_a_mesh_too(eight, single, name, monkeypatch):
+@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
+def test_a_rollout_is_used_again_on_a_mesh_too(eight, single, name, reuse, monkeypatch):
     """What its gradient needs crosses the rollout's other layout of weights and caches."""
     shape, tables, platform = MESHES[name]
     monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
     on = mesh.layout(mesh.make_mesh(shape), *tables)
-    settings = dataclasses.replace(SETTINGS, reuse_prefill=True)
+    settings = dataclasses.replace(SETTINGS, reuse=reuse)
     found, metrics, _ = run(eight, *start(eight, on), on, settings)
     for own, expected in zip(metrics, single[1], strict=True):
         same_metrics(own, expected)

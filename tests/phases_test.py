@@ -26,13 +26,14 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
     assert all(name in phases.tell(found[2]) for name in found[2])
 
 
-def test_a_prefill_that_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device):
+@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
+def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device, reuse):
     """The phases sum up to the step."""
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     config = shipped.module("tiny").get_config()
     config.update_from_flattened_dict({
         "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
-        "caprl.reuse_prefill": True, "caprl.kl": 0.0,
+        "caprl.reuse": reuse, "caprl.kl": 0.0,
     })  # fmt: skip
     found = {name: t.floor.flops for name, t in phases.measure(config, phases.PHASES, 1, 0).items()}
     assert found.pop("step") == pytest.approx(sum(found.values()), rel=1e-3)

@@ -83,9 +83,10 @@ def test_micro_batches_equal_the_whole(eight, single):
     assert_close(moved(eight, found), moved(eight, single[0]))
 
 
+@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
 @pytest.mark.parametrize("remat", ["none", "products", "full"])
-def test_a_prefill_that_is_used_again_learns_the_same_for_less(eight, remat):
-    """The update's own reading of images and prompts is the work that is saved, and no other."""
+def test_what_is_used_again_teaches_the_same_for_less(eight, remat, reuse):
+    """The update's own reading, of images and prompts or of captions too, is the work saved."""
     policy = eight.policy
     policy = dataclasses.replace(
         policy, decoder=policy.decoder.clone(remat=remat), vision=policy.vision.clone(remat=remat)
@@ -95,12 +96,17 @@ def test_a_prefill_that_is_used_again_learns_the_same_for_less(eight, remat):
     args = state, frozen, eight.batch, jax.random.key(2)
     once = dataclasses.replace(SETTINGS, updates=1)
     own, again = (
-        jax.jit(bound(eight, dataclasses.replace(once, reuse_prefill=reuse)))
-        for reuse in (False, True)
+        jax.jit(bound(eight, dataclasses.replace(once, reuse=word))) for word in ("none", reuse)
     )
     (expected, measured), (found, metrics) = own(*args), again(*args)
     same_metrics(jax.device_get(metrics), jax.device_get(measured))
     assert_close(moved(eight, found), moved(eight, expected), 1e-5)
+
+    def continue_(params):
+        trunk = jax.eval_shape(eight.policy.trunk, params, eight.batch.images, eight.batch.prompt)
+        trunk = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), trunk)
+        tokens = jnp.zeros((8, SETTINGS.group, SAMPLING.max_tokens), jnp.int32)
+        return eight.policy.branches(params, trunk, tokens, tokens == 0)
 
     def read(params):
         trunk = eight.policy.trunk(params, eight.batch.images, eight.batch.prompt)
@@ -108,12 +114,18 @@ def test_a_prefill_that_is_used_again_learns_the_same_for_less(eight, remat):
 
     flops = [jaxpr_flops(run.trace(*args).jaxpr, 6) for run in (own, again)]
     saved = jaxpr_flops(jax.jit(read).trace(state.params).jaxpr, 1)
+    if reuse == "rollout":
+        once = jaxpr_flops(jax.jit(continue_).trace(state.params).jaxpr, 1)
+        saved += once
+        if remat == "full":  # computed again for the gradient, but for what a layer ends with
+            c, tokens = policy.decoder.config, 8 * SETTINGS.group * SAMPLING.max_tokens
+            saved += once - 2 * tokens * c.layers * c.feed_forward * c.width
     assert flops[0] - flops[1] == saved > 0
 
 
-def test_a_prefill_is_not_used_again_for_more_than_it_is_good_for():
+def test_a_rollout_is_not_used_again_for_more_than_it_is_good_for():
     with pytest.raises(ValueError, match="or updates, rollout_batches to 1"):
-        step.Settings(reuse_prefill=True, updates=2, rollout_batches=2)
+        step.Settings(reuse="rollout", updates=2, rollout_batches=2)
 
 
 def test_a_rollout_in_pieces_is_each_piece_by_itself(eight):

@@ -59,9 +59,9 @@ def test_retokenising_gives_the_judges_ids_and_says_what_it_cut(renumbered):
 
 def test_two_programs_share_no_reading(tmp_path, renumbered):
     c = tiny(tmp_path, **{
-        "judge.path": str(renumbered), "caprl.updates": 1, "caprl.reuse_prefill": True,
+        "judge.path": str(renumbered), "caprl.updates": 1, "caprl.reuse": "prefill",
     })  # fmt: skip
-    with pytest.raises(ConfigError, match=r"tokenizers differ (?s:.*)reuse_prefill to false"):
+    with pytest.raises(ConfigError, match=r"tokenizers differ (?s:.*)caprl.reuse to none"):
         objectives.caprl(c, SetAside())
 
 

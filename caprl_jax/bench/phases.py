@@ -109,14 +109,17 @@ def phases(
     def prefill(params, batch):
         of = p.policy, params, batch.images, batch.prompt
         with logical.using(on), jax.named_scope("prefill"):
-            if not constants.reuse_prefill:
+            if constants.reuse == "none":
                 return rollout.prefill(*of, constants.prefills), None
             reading = rollout.read(*of)
             return reading.trunk, reading
 
     def decode(params, trunk, key):
         valid = jnp.ones(b // pieces, bool)
-        return rollout.sample_after(p.policy, params, trunk, key, g, stop, sampling, on, valid)
+        keep = constants.reuse == "rollout"
+        return rollout.sample_after(
+            p.policy, params, trunk, key, g, stop, sampling, on, valid, keep
+        )
 
     def score(frozen, captions, questions, key):
         return step.judged(
@@ -131,8 +134,9 @@ def phases(
     yield "prefill", prefill, (state.params, first), b * config.data.max_prompt, pieces
     trunk, reading = jax.jit(prefill)(state.params, first)
     yield "decode", decode, (state.params, trunk, key), b * g * t, pieces
-    captions = jax.jit(decode)(state.params, trunk, key)
-    del trunk, first
+    captions, known = jax.jit(decode)(state.params, trunk, key)
+    reading = reading and reading.replace(known=known)
+    del trunk, first, known
     if pieces > 1:
         captions = jax.tree.map(lambda a: jnp.concatenate([a] * pieces), captions)
     written = float(jnp.sum(captions.length))

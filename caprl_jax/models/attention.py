@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 SCORE_BYTES = 2**28  # of one image's scores that are held at once; longer queries go in pieces
 Turns = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
+Attended = tuple[jax.Array, jax.Array]  # what queries found, and their log-sum-exp
 KEPT = "attention"  # name of what the gradient of attention keeps beside its inputs
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
@@ -90,14 +91,31 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
       AssertionError: a segment's batch axes are not a prefix of q's.
       ValueError: a segment's mask is for another number of queries.
     """
+    return attend_knowing(q, segments)[0]
+
+
+def attend_knowing(
+    q: jax.Array, segments: Sequence[Segment], known: Attended | None = None
+) -> Attended:
+    """As attend, with the log-sum-exp too; what is known of them is not computed, but its gradient.
+
+    Args:
+      q: as attend's.
+      segments: likewise.
+      known: what this function has returned for the same queries and segments; None computes it.
+
+    Returns:
+      (attention [*batch, t, heads, head_dim], log-sum-exp float32 [*batch, t, kv_heads, heads /
+      kv_heads], 0 of a query that has nothing to attend to, without gradient).
+    """
     segments = tuple(segments)
     for segment in segments:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
-        return _attend(q, segments)
+        return _attend(q, segments) if known is None else _known(q, segments, known)
     whole = -(-t // size) * size
-    q = _lengthen(q, whole, -3)
+    q, known = jax.tree.map(lambda a: _lengthen(a, whole, -3), (q, known))
     segments = [
         s if s.mask.shape[-2] == 1 else s.replace(mask=_lengthen(s.mask, whole, -2))
         for s in segments
@@ -112,10 +130,15 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
             Segment(s.k, s.v, s.mask if s.mask.shape[-2] == 1 else cut(s.mask, -2))
             for s in segments
         )
-        return _attend(cut(q, -3), own)
+        some, found = jax.tree.map(lambda a: cut(a, -3), (q, known))
+        return _attend(some, own) if known is None else _known(some, own, found)
 
-    out = jax.lax.map(piece, jnp.arange(0, whole, size))
-    return jax.lax.slice_in_dim(jnp.moveaxis(out, 0, -4).reshape(q.shape), 0, t, axis=q.ndim - 3)
+    def joined(a):
+        a = jnp.moveaxis(a, 0, -4)
+        a = a.reshape(*a.shape[:-4], whole, *a.shape[-2:])
+        return jax.lax.slice_in_dim(a, 0, t, axis=a.ndim - 3)
+
+    return jax.tree.map(joined, jax.lax.map(piece, jnp.arange(0, whole, size)))
 
 
 def _lengthen(a: jax.Array, size: int, axis: int) -> jax.Array:
@@ -134,12 +157,12 @@ def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
 
 
 @jax.custom_vjp
-def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> jax.Array:
+def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> Attended:
     return _forward(q, segments)[0]
 
 
 def _forward(q, segments):
-    """(attention of q, (what the gradient needs))."""
+    """((attention of q, log-sum-exp), (what the gradient needs))."""
     grouped = _grouped(q, segments)
     parts = [_partial(grouped, segment) for segment in segments]
     top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
@@ -149,12 +172,12 @@ def _forward(q, segments):
     out = (values / total[..., None]).astype(q.dtype).reshape(q.shape)
     # Of a query that has nothing to attend to, every weight is 0 to the gradient.
     log_total = jnp.where(top > _MASKED / 2, top + jnp.log(total), 0)
-    out, log_total = checkpoint_name((out, log_total), KEPT)
-    return out, (q, segments, out, log_total)
+    found = checkpoint_name((out, log_total), KEPT)
+    return found, (q, segments, found)
 
 
-def _backward(kept, of_out):
-    q, segments, out, log_total = kept
+def _backward(kept, of_found):
+    (q, segments, (out, log_total)), (of_out, _) = kept, of_found
     grouped, of_out = _grouped(q, segments), _grouped(of_out, segments)
     product = of_out.astype(jnp.float32) * _grouped(out, segments).astype(jnp.float32)
     of_total = jnp.sum(product, axis=-1)
@@ -164,6 +187,17 @@ def _backward(kept, of_out):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _known(q: jax.Array, segments: tuple[Segment, ...], found: Attended) -> Attended:
+    return found
+
+
+_known.defvjp(
+    lambda q, segments, found: (found, (q, segments, found)),
+    lambda kept, of_found: (*_backward(kept, of_found), None),
+)
 
 
 def _grouped(a: jax.Array, segments: Sequence[Segment]) -> jax.Array:

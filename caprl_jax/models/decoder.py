@@ -15,7 +15,16 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import KV, Segment, Turns
-from caprl_jax.models.layers import Linear, RMSNorm, flipped_product, init_normal, rematerialised
+from caprl_jax.models.layers import (
+    KNOWN,
+    Linear,
+    RMSNorm,
+    flipped_product,
+    init_normal,
+    known,
+    rematerialised,
+    tell,
+)
 from caprl_jax.models.logical import BATCH, CACHED, constrain
 
 
@@ -121,7 +130,9 @@ class Block(nn.Module):
             kept = tuple(put_heads_first(a, new, at) for a, new in zip(held, (k, v), strict=True))
             kept = tuple(constrain(a, *cached, "kv_heads", None, None) for a in kept)
             these = (jnp.swapaxes(a, -3, -2) for a in kept)
-        y = attention.attend(q, [*segments, Segment(*these, mask)])
+        segments = [*segments, Segment(*these, mask)]
+        y, log_total = attention.attend_knowing(q, segments, known(self, "attended"))
+        tell(self, "attended", (y, log_total))
         for names in (cached, batch):
             y = constrain(y, *names, None, "heads", None)
         o = linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
@@ -174,7 +185,7 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", init, rows)
         self.layers = nn.scan(
             rematerialised(Block, self.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, KNOWN: 0},
             split_rngs={"params": True},
             in_axes=(*[nn.broadcast] * 5, 0, 0),
             length=c.layers,

@@ -23,6 +23,25 @@ REMAT = {
 }
 
 
+KNOWN = "known"  # the collection of what `known` reads and `tell` writes
+
+
+def known(module: nn.Module, name: str) -> Any:
+    """What the module is told that it would compute; None where it is told nothing.
+
+    A forward pass that gives out the collection KNOWN (flax's `mutable`) tells another, of the same
+    weights on the same inputs, what it has found: the other then computes nothing but norms and
+    activations, and has the same gradient.
+    """
+    return module.get_variable(KNOWN, name) if module.has_variable(KNOWN, name) else None
+
+
+def tell(module: nn.Module, name: str, found: Any) -> None:
+    """Gives out what `known` takes, where the collection is asked for."""
+    if not module.is_initializing():
+        module.sow(KNOWN, name, found, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
 def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
     """A layer to scan over that keeps what REMAT[remat] says, and computes the rest again.
 
@@ -100,8 +119,9 @@ class Linear(nn.Module):
             kernel = self.param("kernel", init, (*contracted, *self.outputs))
             # Rows on one axis: where the gradient sums over several, XLA on a CPU moves x first.
             rows = x.reshape(-1, *contracted)
-            y = jnp.tensordot(rows, kernel.astype(x.dtype), axes=self.inputs)
+            y = _product(rows, kernel.astype(x.dtype), self.inputs, known(self, "product"))
         y = y.reshape(*batch, *self.outputs)
+        tell(self, "product", y)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
             bias = self.param("bias", zeros, self.outputs).astype(x.dtype)
@@ -113,6 +133,29 @@ class Linear(nn.Module):
         shape = math.prod(self.outputs), rows.shape[-1]
         kernel = self.param("kernel", nn.initializers.zeros, shape).astype(rows.dtype)
         return flipped_product(kernel, rows)
+
+
+def _product(rows: jax.Array, kernel: jax.Array, inputs: int, found: Any) -> jax.Array:
+    """rows [n, *inputs] @ kernel [*inputs, *outputs]; what is found already has its gradient."""
+    if found is None:
+        return jnp.tensordot(rows, kernel, axes=inputs)
+    return _known_product(rows, kernel, found.reshape(-1, *kernel.shape[inputs:]))
+
+
+@jax.custom_vjp
+def _known_product(rows: jax.Array, kernel: jax.Array, found: jax.Array) -> jax.Array:
+    return found
+
+
+def _known_product_backward(kept, of_found):
+    rows, kernel = kept
+    inputs, outputs = rows.ndim - 1, of_found.ndim - 1
+    after = list(range(1, outputs + 1)), list(range(inputs, inputs + outputs))
+    of_rows = jnp.tensordot(of_found, kernel, axes=after)
+    return of_rows, jnp.tensordot(rows, of_found, axes=(0, 0)), None
+
+
+_known_product.defvjp(lambda rows, kernel, found: (found, (rows, kernel)), _known_product_backward)
 
 
 def flipped_product(kernel: jax.Array, rows: jax.Array, dtype: Any = None) -> jax.Array:

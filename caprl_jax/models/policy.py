@@ -5,6 +5,7 @@ A text-only model (the judge in training) is the same with no vision tower and n
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.layers import KNOWN
 from caprl_jax.models.vision import Images, VisionTower
 
 Params = dict  # {"decoder": ..., "vision": ... unless text only}
@@ -116,6 +118,7 @@ class Policy:
         tokens: jax.Array,
         mask: jax.Array,
         past: tuple[KV, ...] = (),
+        known: Any = None,
     ) -> jax.Array:
         """Hidden states that predict every token of every caption.
 
@@ -125,11 +128,12 @@ class Policy:
           tokens: int32 [b, g, t], padded on the right.
           mask: bool [b, g, t].
           past: what stood before the trunk.
+          known: what the decoder's layers would compute, where another pass has (layers.known).
 
         Returns:
           [b, g, t, e]; entry i predicts token i, so entry 0 is the trunk's last hidden state.
         """
-        decoder = {"params": params["decoder"]}
+        decoder = {"params": params["decoder"]} | ({KNOWN: known} if known else {})
         b, g, t = tokens.shape
         # All t tokens, though the last predicts nothing: an even length cuts into even pieces.
         x = self.decoder.apply(decoder, tokens, method=Decoder.embed)

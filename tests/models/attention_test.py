@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from caprl_jax.flops import jaxpr_flops
 from caprl_jax.models import attention
-from caprl_jax.models.attention import Segment, attend, causal_mask
+from caprl_jax.models.attention import Segment, attend, attend_knowing, causal_mask
 
 
 def problem(t, kv_heads=2):
@@ -39,6 +40,28 @@ def test_pieces_give_the_same_values_and_gradients(monkeypatch, t, bound):
     np.testing.assert_allclose(pieces, whole, atol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [2**28, 2 * 48 * 13])
+def test_what_is_known_has_the_same_gradient_for_no_products(monkeypatch, bound):
+    q, kvs, masks = problem(8)
+
+    def run(q, kvs, known=None):
+        (root, own), (real, causal) = kvs, masks
+        return attend_knowing(q, [Segment(*root, real), Segment(*own, causal)], known)
+
+    (out, log_total), back = jax.vjp(run, q, kvs)
+    monkeypatch.setattr(attention, "SCORE_BYTES", bound)
+    known, back_knowing = jax.vjp(lambda q, kvs: run(q, kvs, (out, log_total)), q, kvs)
+    np.testing.assert_array_equal(known[0], out)
+    np.testing.assert_array_equal(known[1], log_total)
+    unused = jnp.ones_like(log_total)  # the log-sum-exp has no gradient
+    for a, b in zip(
+        *map(jax.tree.leaves, (back_knowing((out, unused)), back((out, unused)))), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    forward = jax.make_jaxpr(run)(q, kvs, (out, log_total))
+    assert jaxpr_flops(forward, 1) == 0 < jaxpr_flops(jax.make_jaxpr(run)(q, kvs), 1)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
