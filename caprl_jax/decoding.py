@@ -80,34 +80,35 @@ def way(policy: Policy, params: Params, tells: bool = False) -> "Stacked | Apart
     return (Apart if apart else Stacked)(policy.decoder, tells)
 
 
-Told = tuple[tuple[int, Any], ...]  # (the first layer, what it and those after it have computed)
-
-
 def room(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int) -> Any:
-    """Where `keep` puts what is told of so many tokens: zeros [layers, b, g, tokens, ..]."""
+    """Zeros for what the layers of so many tokens tell: [tokens, layers, b, g, 1, ..] each.
+
+    Tokens come first, so that one of them is written in one piece.
+    """
 
     def told(params, trunk):
         start = jnp.broadcast_to(trunk.next_position[:, None], (*trunk.next_position.shape, group))
-        x = jnp.zeros((*start.shape, tokens, policy.decoder.config.width), policy.decoder.dtype)
+        x = jnp.zeros((*start.shape, 1, policy.decoder.config.width), policy.decoder.dtype)
         return policy.decoder.apply(
-            {"params": params["decoder"]}, x, policy.positions(start, tokens),
+            {"params": params["decoder"]}, x, policy.positions(start, 1),
             jnp.ones(x.shape[:-1], bool), (trunk.kv,), mutable=[KNOWN],
         )[1][KNOWN]  # fmt: skip
 
     shapes = jax.eval_shape(told, params, trunk)
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), shapes)
 
 
-def keep(kept: Any, told: Told, i: jax.Array) -> Any:
-    """Puts what was computed of token i of every caption in its place."""
-    for first, layers in told:
+def filled(room: Any, told: Any, i: jax.Array) -> Any:
+    """The room with what is told of token i."""
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda a, new: put(a, new, i, 0), room, told)
 
-        def put(a, new, first=first):
-            at = (first, 0, 0, i, *[0] * (a.ndim - 4))
-            return jax.lax.dynamic_update_slice(a, new, at)
 
-        kept = jax.tree.map(put, kept, {"layers": layers})
-    return kept
+def known(room: Any) -> Any:
+    """A filled room as layers.known takes it: [layers, b, g, tokens, ..] each."""
+    return jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], -1, *a.shape[5:]), room
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Stacked:
         cache: KV,
         i: jax.Array,
         stage: tuple[int, int],
-    ) -> tuple[jax.Array, KV, Told]:
+    ) -> tuple[jax.Array, KV, Any]:
         """Token i of every caption.
 
         Args:
@@ -162,19 +163,19 @@ class Stacked:
           stage: (first, end) of the tokens that i is one of; no cache is read beyond.
 
         Returns:
-          (hidden [b, g, 1, e], cache with these tokens, what is told for `keep`).
+          (hidden [b, g, 1, e], cache with these tokens, what is told, [layers, b, g, 1, ..] each).
         """
-        filled = cache.replace(mask=cache.mask[..., : stage[1]])
+        seen = cache.replace(mask=cache.mask[..., : stage[1]])
         (hidden, new), told = self.decoder.apply(
             {"params": params["decoder"]}, x, positions, jnp.ones(x.shape[:-1], bool), (prompt,),
-            caches=(filled,), mutable=[KNOWN] if self.tells else [],
+            caches=(seen,), mutable=[KNOWN] if self.tells else [],
         )  # fmt: skip
         cache = KV(
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.k, new.k, i, axis=3), 2),
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.v, new.v, i, axis=3), 2),
             cache.mask.at[:, :, i].set(True),
         )
-        return hidden, cache, ((0, told[KNOWN]["layers"]),) if self.tells else ()
+        return hidden, cache, told.get(KNOWN)
 
 
 LayerKV = tuple[tuple[jax.Array, jax.Array], ...]  # (k, v) of each layer
@@ -243,7 +244,7 @@ class Apart:
         cache: LayerCaches,
         i: jax.Array,
         stage: tuple[int, int],
-    ) -> tuple[jax.Array, LayerCaches, Told]:
+    ) -> tuple[jax.Array, LayerCaches, Any]:
         """Token i of every caption, which is written before it is read."""
         (layers, rest), at = _layers(params), i - stage[0]
         block = Block(self.decoder.config, flipped=_flipped_kernels(layers))
@@ -263,11 +264,15 @@ class Apart:
                 mutable=[KNOWN] if self.tells else [],
             )  # fmt: skip
             written.append(new)
-            if self.tells:
-                told.append((n, jax.tree.map(lambda a: a[None], more[KNOWN])))
+            told.append(more.get(KNOWN))
         hidden = self.decoder.apply(rest, x, method=Decoder.normed)
         cache = LayerCaches((*cache.kv[:-1], tuple(written)), (*cache.masks[:-1], mask))
-        return hidden, cache, tuple(told)
+        return hidden, cache, {"layers": _stacked(told)} if self.tells else None
+
+
+def _stacked(layers: list[Any]) -> Any:
+    """One tree of arrays [layers, ..] of the layers' trees."""
+    return jax.tree.map(lambda *a: jnp.stack(a), *layers)
 
 
 def _layers(params: Params) -> tuple[tuple, dict]:

@@ -143,10 +143,10 @@ def sample_after(
         weights = decoding.weights(policy, params, layout)
         t = sampling.max_tokens
         room = decoding.room(policy, params, trunk, group, t) if keep else None
-        out, known = decode(policy, weights, trunk, key, group, stop, sampling, valid, room)
+        out, room = decode(policy, weights, trunk, key, group, stop, sampling, valid, room)
     with logical.using(layout):
         out = jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
-    return out, known
+    return out, decoding.known(room)
 
 
 def decode(
@@ -173,7 +173,7 @@ def decode(
     prompt = way.prompt(trunk.kv)
 
     def step(carry, i, stage):
-        done, hidden, out, cache, known = carry
+        done, hidden, out, cache, room = carry
         logits = constrain(way.logits(params, hidden), *logical.BATCH[:2], "vocab")
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
         new = Rollout(token, ~done, logp, drawn, None, None)
@@ -182,7 +182,7 @@ def decode(
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
         positions = policy.positions(start + i, 1)
         hidden, cache, told = way.token(params, x, positions, prompt, cache, i, stage)
-        return done, hidden[..., 0, :], out, cache, decoding.keep(known, told, i)
+        return done, hidden[..., 0, :], out, cache, decoding.filled(room, told, i)
 
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
