@@ -21,7 +21,7 @@ from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Block, Decoder
 from caprl_jax.models.layers import KNOWN
 from caprl_jax.models.logical import Layout, constrain
-from caprl_jax.models.policy import Params, Policy, Trunk
+from caprl_jax.models.policy import Params, Policy
 
 
 def weights(
@@ -78,37 +78,6 @@ def way(policy: Policy, params: Params, tells: bool = False) -> "Stacked | Apart
     """How weights lie that `weights` has made; whether each token tells what it has computed."""
     apart = isinstance(params["decoder"]["layers"], tuple)
     return (Apart if apart else Stacked)(policy.decoder, tells)
-
-
-def room(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int) -> Any:
-    """Zeros for what the layers of so many tokens tell: [tokens, layers, b, g, 1, ..] each.
-
-    Tokens come first, so that one of them is written in one piece.
-    """
-
-    def told(params, trunk):
-        start = jnp.broadcast_to(trunk.next_position[:, None], (*trunk.next_position.shape, group))
-        x = jnp.zeros((*start.shape, 1, policy.decoder.config.width), policy.decoder.dtype)
-        return policy.decoder.apply(
-            {"params": params["decoder"]}, x, policy.positions(start, 1),
-            jnp.ones(x.shape[:-1], bool), (trunk.kv,), mutable=[KNOWN],
-        )[1][KNOWN]  # fmt: skip
-
-    shapes = jax.eval_shape(told, params, trunk)
-    return jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), shapes)
-
-
-def filled(room: Any, told: Any, i: jax.Array) -> Any:
-    """The room with what is told of token i."""
-    put = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda a, new: put(a, new, i, 0), room, told)
-
-
-def known(room: Any) -> Any:
-    """A filled room as layers.known takes it: [layers, b, g, tokens, ..] each."""
-    return jax.tree.map(
-        lambda a: jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], -1, *a.shape[5:]), room
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,22 +10,33 @@ KEPT_BYTES = 2**28  # of all logits, on all devices together, up to which the gr
 _NEVER = -1e30
 
 
+def are_kept(tokens: int, vocab: int) -> bool:
+    """Whether all logits of so many tokens are held at once, float32."""
+    return 4 * tokens * vocab <= KEPT_BYTES
+
+
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = 8192
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    chunk: int = 8192,
+    known: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(hidden @ head.T)[target], and the entropy of the softmax.
 
     One pass over chunks of the vocabulary keeps a running maximum, sum of exponentials and sum of
-    exponential-weighted logits. The backward pass computes each chunk's logits once more, unless
-    all of them take KEPT_BYTES at most, and needs nothing else of the first pass but the
-    normaliser: the gradient of a logit is (1 if it is the target's else 0) - softmax. It is rounded
-    to hidden's dtype before its products with head and hidden, which are summed in float32.
+    exponential-weighted logits. The backward pass computes each chunk's logits once more, and needs
+    nothing else of the first pass but the normaliser: the gradient of a logit is (1 if it is the
+    target's else 0) - softmax. It is rounded to hidden's dtype before its products with head and
+    hidden, which are summed in float32. Logits that `are_kept` are one chunk, and kept.
 
     Args:
       hidden: [*batch, e].
       head: [vocab, e], the output rows.
       targets: int [*batch].
       chunk: rows of the head at a time.
+      known: float32 [*batch, vocab], the logits where they have been computed, of tokens whose
+        logits `are_kept`; None computes them.
 
     Returns:
       float32 (log-probabilities [*batch], entropies [*batch] in nats, without gradient).
@@ -34,11 +45,15 @@ def token_logprobs(
     chex.assert_rank(head, 2)
     chex.assert_equal(hidden.dtype, head.dtype)
     vocab, e = head.shape
-    chunks = -(-vocab // chunk)
+    chunks = 1 if are_kept(targets.size, vocab) else -(-vocab // chunk)
+    if known is not None:
+        chex.assert_shape(known, (*targets.shape, vocab))
+        chex.assert_equal(chunks, 1)
+        known = known.reshape(-1, vocab)
     size = -(-vocab // chunks)
     # Chunk i holds rows i, i + chunks, ..: contiguous rows stay on their device when sharded.
     rows = jnp.pad(head, ((0, size * chunks - vocab), (0, 0))).reshape(size, chunks, e)
-    logp, entropy = _logprobs(hidden.reshape(-1, e), rows, targets.reshape(-1), vocab)
+    logp, entropy = _logprobs(hidden.reshape(-1, e), rows, targets.reshape(-1), known, vocab)
     return logp.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
@@ -54,21 +69,21 @@ def _logits(hidden, part, row, vocab) -> jax.Array:
     return jnp.where(row < vocab, z, _NEVER)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _logprobs(
-    hidden: jax.Array, rows: jax.Array, targets: jax.Array, vocab: int
+    hidden: jax.Array, rows: jax.Array, targets: jax.Array, known: jax.Array | None, vocab: int
 ) -> tuple[jax.Array, jax.Array]:
     """As token_logprobs, of hidden [n, e], rows [size, chunks, e] and targets [n]."""
-    return _forward(hidden, rows, targets, vocab)[0]
+    return _forward(hidden, rows, targets, known, vocab)[0]
 
 
-def _forward(hidden, rows, targets, vocab):
-    keep = 4 * targets.size * vocab <= KEPT_BYTES
+def _forward(hidden, rows, targets, known, vocab):
+    keep = are_kept(targets.size, vocab)
 
     def body(carry, i):
         top, total, weighted, logit = carry
         part, row = _rows(rows, i)
-        z = _logits(hidden, part, row, vocab)
+        z = _logits(hidden, part, row, vocab) if known is None else known
         # Picked from the logits at hand: looking the target's row up would gather a sharded head.
         logit = logit + jnp.sum(jnp.where(row == targets[:, None], z, 0), axis=-1)
         new_top = jnp.maximum(top, jnp.max(z, axis=-1))
@@ -106,7 +121,7 @@ def _backward(vocab, residuals, cotangents):
 
     start = jnp.zeros(hidden.shape, jnp.float32)
     of_hidden, of_rows = jax.lax.scan(body, start, (jnp.arange(rows.shape[1]), kept))
-    return of_hidden.astype(hidden.dtype), jnp.swapaxes(of_rows, 0, 1), None
+    return of_hidden.astype(hidden.dtype), jnp.swapaxes(of_rows, 0, 1), None, None
 
 
 _logprobs.defvjp(_forward, _backward)

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from caprl_jax import decoding
+from caprl_jax import known as known_lib
+from caprl_jax.known import Known
 from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
@@ -48,13 +49,12 @@ class Reading:
     Attributes:
       trunk: what captions need of images and prompts.
       pull: gradients of (trunk.last, trunk.kv.k, trunk.kv.v) -> (gradients of the parameters,).
-      known: what the decoder's layers have computed of the captions (layers.known); None where that
-        isn't kept.
+      known: what was computed of the captions; None where that isn't kept.
     """
 
     trunk: Trunk
     pull: Callable
-    known: Any = None
+    known: Known | None = None
 
 
 def prefill(policy: Policy, params: Params, images: Images, prompt: Prompt, pieces: int) -> Trunk:
@@ -137,16 +137,17 @@ def sample_after(
     layout: Layout | None,
     valid: jax.Array,
     keep: bool = False,
-) -> tuple[Rollout, Any]:
-    """As sample, of images and prompts that have been read; with keep, (.., a Reading's known)."""
+) -> tuple[Rollout, Known | None]:
+    """As sample, of images and prompts that have been read; Known to keep, else None."""
     with logical.using(layout and layout.decoding), jax.named_scope("decode"):
         weights = decoding.weights(policy, params, layout)
-        t = sampling.max_tokens
-        room = decoding.room(policy, params, trunk, group, t) if keep else None
-        out, room = decode(policy, weights, trunk, key, group, stop, sampling, valid, room)
+        known = None
+        if keep:
+            known = known_lib.empty(policy, params, trunk, group, sampling.max_tokens)
+        out, known = decode(policy, weights, trunk, key, group, stop, sampling, valid, known)
     with logical.using(layout):
         out = jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
-    return out, decoding.known(room)
+    return out, known and known_lib.in_order(known)
 
 
 def decode(
@@ -158,22 +159,21 @@ def decode(
     stop: tuple[int, ...],
     sampling: Sampling,
     valid: jax.Array,
-    room: Any = None,
-) -> tuple[Rollout, Any]:
-    """Draws captions after a trunk.
+    known: Known | None = None,
+) -> tuple[Rollout, Known | None]:
+    """Draws captions after a trunk, and fills what is to be known of them.
 
-    Params are as decoding.weights gives them, the rest as sample's; (.., the room filled with what
-    the layers have computed, or None).
+    Params are as decoding.weights gives them, the rest as sample's.
     """
     b, t, c = trunk.last.shape[0], sampling.max_tokens, policy.decoder.config
     variables = {"params": params["decoder"]}
     start = jnp.broadcast_to(trunk.next_position[:, None], (b, group))
     stop_ids = jnp.asarray(stop, jnp.int32)
-    way = decoding.way(policy, params, tells=room is not None)
+    way = decoding.way(policy, params, tells=known is not None)
     prompt = way.prompt(trunk.kv)
 
     def step(carry, i, stage):
-        done, hidden, out, cache, room = carry
+        done, hidden, out, cache, known = carry
         logits = constrain(way.logits(params, hidden), *logical.BATCH[:2], "vocab")
         token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
         new = Rollout(token, ~done, logp, drawn, None, None)
@@ -182,18 +182,19 @@ def decode(
         x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
         positions = policy.positions(start + i, 1)
         hidden, cache, told = way.token(params, x, positions, prompt, cache, i, stage)
-        return done, hidden[..., 0, :], out, cache, decoding.filled(room, told, i)
+        known = known_lib.filled(known, told, logits, i)
+        return done, hidden[..., 0, :], out, cache, known
 
     zeros = jnp.zeros((b, group, t), jnp.float32)
     out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
     hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
     done, cache = jnp.broadcast_to(~valid[:, None], (b, group)), way.empty(prompt, group, t)
     for stage in stages(t):
-        carry = done, hidden, out, way.opened(cache, prompt, group, stage), room
-        done, hidden, out, cache, room = _while_any_is_open(
+        carry = done, hidden, out, way.opened(cache, prompt, group, stage), known
+        done, hidden, out, cache, known = _while_any_is_open(
             functools.partial(step, stage=stage), carry, *stage
         )
-    return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done), room
+    return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done), known
 
 
 def stages(tokens: int) -> list[tuple[int, int]]:

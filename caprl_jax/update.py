@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from caprl_jax import logprobs, mesh, policy_gradient, rollout
+from caprl_jax.known import Known
 from caprl_jax.models import logical
 from caprl_jax.models.logical import Layout
 from caprl_jax.models.policy import Params, Policy, Trunk
@@ -39,17 +40,20 @@ def caption_logps(
     batch: Batch,
     captions: rollout.Rollout,
     trunk: Trunk | None = None,
-    known: Any = None,
+    known: Known | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities at temperature 1 and entropies of given captions, float32 [b, g, t].
 
-    A trunk is what these parameters make of the batch's images and prompts; None reads them. Known
-    is, as a Reading's, what they make of the captions.
+    A trunk is what these parameters make of the batch's images and prompts, Known of the captions;
+    None computes it.
     """
     if trunk is None:
         trunk = policy.trunk(params, batch.images, batch.prompt)
-    hidden = policy.branches(params, trunk, captions.tokens, captions.mask, known=known)
-    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens)
+    of_layers, logits = (known.layers, known.logits) if known else (None, None)
+    hidden = policy.branches(params, trunk, captions.tokens, captions.mask, known=of_layers)
+    logp, entropy = logprobs.token_logprobs(
+        hidden, policy.head(params), captions.tokens, known=logits
+    )
     return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
 
 
@@ -59,7 +63,7 @@ def caption_losses(
     params: Params,
     learn: Learn,
     trunk: Trunk | None = None,
-    known: Any = None,
+    known: Known | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Loss summed over captions (mean over each caption's tokens), and metrics as (sum, count)."""
     captions, mask = learn.rollout, learn.rollout.mask

@@ -1,0 +1,70 @@
+"""What decoding has computed of captions, for an update that then needs nothing but its gradient.
+
+While captions are drawn, tokens are the first axis of every array, so that each token is written in
+one piece; the update reads them in the captions' order.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from caprl_jax import logprobs
+from caprl_jax.models.layers import KNOWN
+from caprl_jax.models.policy import Params, Policy, Trunk
+
+
+@flax.struct.dataclass
+class Known:
+    """Of captions [b, g, t], by parameters that must be the update's.
+
+    Attributes:
+      layers: of each of the decoder's layers, arrays [layers, b, g, t, ..] (layers.known).
+      logits: float32 [b, g, t, vocab]; None where they are too many (logprobs.are_kept).
+    """
+
+    layers: Any
+    logits: jax.Array | None
+
+
+def empty(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int) -> Known:
+    """Nothing yet: zeros, layers [tokens, layers, b, g, 1, ..] and logits [tokens, b, g, vocab]."""
+    c, count = policy.decoder.config, trunk.last.shape[0] * group * tokens
+
+    def told(params, trunk):
+        start = jnp.broadcast_to(trunk.next_position[:, None], (*trunk.next_position.shape, group))
+        x = jnp.zeros((*start.shape, 1, c.width), policy.decoder.dtype)
+        return policy.decoder.apply(
+            {"params": params["decoder"]}, x, policy.positions(start, 1),
+            jnp.ones(x.shape[:-1], bool), (trunk.kv,), mutable=[KNOWN],
+        )[1][KNOWN]  # fmt: skip
+
+    shapes = jax.eval_shape(told, params, trunk)
+    logits = (tokens, trunk.last.shape[0], group, c.vocab)
+    return Known(
+        jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), shapes),
+        jnp.zeros(logits, jnp.float32) if logprobs.are_kept(count, c.vocab) else None,
+    )
+
+
+def filled(known: Known | None, told: Any, logits: jax.Array, i: jax.Array) -> Known | None:
+    """With token i: what the layers have told of it [layers, b, g, 1, ..], its logits [b, g, v]."""
+    if known is None:
+        return None
+    new = Known(told, None if known.logits is None else logits)
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda a, one: put(a, one, i, 0), known, new)
+
+
+def in_order(known: Known) -> Known:
+    """As the update reads it."""
+
+    def of_layers(a):
+        return jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], -1, *a.shape[5:])
+
+    logits = known.logits
+    return Known(
+        jax.tree.map(of_layers, known.layers),
+        None if logits is None else jnp.moveaxis(logits, 0, 2),
+    )
