@@ -4,6 +4,7 @@ While captions are drawn, tokens are the first axis of every array, so that each
 one piece; the update reads them in the captions' order.
 """
 
+import math
 from typing import Any
 
 import flax.struct
@@ -21,40 +22,45 @@ class Known:
 
     Attributes:
       layers: of each of the decoder's layers, arrays [layers, b, g, t, ..] (layers.known).
-      logits: float32 [b, g, t, vocab]; None where they are too many (logprobs.are_kept).
+      logp: float32 [b, g, t, vocab], log-probabilities of the whole vocabulary; None where they are
+        too many (logprobs.are_kept).
+      entropy: float32 [b, g, t], theirs.
     """
 
     layers: Any
-    logits: jax.Array | None
+    logp: jax.Array | None
+    entropy: jax.Array | None
 
 
 def empty(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int) -> Known:
-    """Nothing yet: zeros, layers [tokens, layers, b, g, 1, ..] and logits [tokens, b, g, vocab]."""
-    c, count = policy.decoder.config, trunk.last.shape[0] * group * tokens
+    """Nothing yet: zeros, layers [tokens, layers, b, g, 1, ..] and logp [tokens, b, g, vocab]."""
+    c, shape = policy.decoder.config, (tokens, trunk.last.shape[0], group)
 
     def told(params, trunk):
-        start = jnp.broadcast_to(trunk.next_position[:, None], (*trunk.next_position.shape, group))
+        start = jnp.broadcast_to(trunk.next_position[:, None], shape[1:])
         x = jnp.zeros((*start.shape, 1, c.width), policy.decoder.dtype)
         return policy.decoder.apply(
             {"params": params["decoder"]}, x, policy.positions(start, 1),
             jnp.ones(x.shape[:-1], bool), (trunk.kv,), mutable=[KNOWN],
         )[1][KNOWN]  # fmt: skip
 
-    shapes = jax.eval_shape(told, params, trunk)
-    logits = (tokens, trunk.last.shape[0], group, c.vocab)
-    return Known(
-        jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), shapes),
-        jnp.zeros(logits, jnp.float32) if logprobs.are_kept(count, c.vocab) else None,
-    )
+    layers = jax.eval_shape(told, params, trunk)
+    layers = jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), layers)
+    if not logprobs.are_kept(math.prod(shape), c.vocab):
+        return Known(layers, None, None)
+    return Known(layers, jnp.zeros((*shape, c.vocab)), jnp.zeros(shape))
 
 
 def filled(known: Known | None, told: Any, logits: jax.Array, i: jax.Array) -> Known | None:
     """With token i: what the layers have told of it [layers, b, g, 1, ..], its logits [b, g, v]."""
     if known is None:
         return None
-    new = Known(told, None if known.logits is None else logits)
+    logp = entropy = None
+    if known.logp is not None:
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
     put = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda a, one: put(a, one, i, 0), known, new)
+    return jax.tree.map(lambda a, one: put(a, one, i, 0), known, Known(told, logp, entropy))
 
 
 def in_order(known: Known) -> Known:
@@ -63,8 +69,5 @@ def in_order(known: Known) -> Known:
     def of_layers(a):
         return jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], -1, *a.shape[5:])
 
-    logits = known.logits
-    return Known(
-        jax.tree.map(of_layers, known.layers),
-        None if logits is None else jnp.moveaxis(logits, 0, 2),
-    )
+    own = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), (known.logp, known.entropy))
+    return Known(jax.tree.map(of_layers, known.layers), *own)

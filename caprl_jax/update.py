@@ -49,11 +49,15 @@ def caption_logps(
     """
     if trunk is None:
         trunk = policy.trunk(params, batch.images, batch.prompt)
-    of_layers, logits = (known.layers, known.logits) if known else (None, None)
-    hidden = policy.branches(params, trunk, captions.tokens, captions.mask, known=of_layers)
-    logp, entropy = logprobs.token_logprobs(
-        hidden, policy.head(params), captions.tokens, known=logits
+    hidden = policy.branches(
+        params, trunk, captions.tokens, captions.mask, known=known and known.layers
     )
+    head = policy.head(params)
+    if known is None or known.logp is None:
+        logp, entropy = logprobs.token_logprobs(hidden, head, captions.tokens)
+    else:
+        logp, entropy = captions.logp, known.entropy
+        logp = logprobs.known_logprobs(hidden, head, captions.tokens, logp, known.logp)
     return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
 
 

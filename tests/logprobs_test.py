@@ -7,7 +7,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from caprl_jax import logprobs
-from caprl_jax.logprobs import token_logprobs
+from caprl_jax.flops import jaxpr_flops
+from caprl_jax.logprobs import known_logprobs, token_logprobs
 
 B, T, E, V = 2, 7, 16, 53  # a vocabulary that no chunk divides
 
@@ -46,6 +47,25 @@ def test_gradients_equal_log_softmax(arrays, monkeypatch, kept):
     chunked = gradients(lambda *a: token_logprobs(*a, chunk=8))
     for found, expected in zip(chunked, gradients(plain), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_known_is_not_computed_and_has_the_same_gradient(arrays):
+    hidden, head, targets = arrays
+    weight = jax.random.normal(jax.random.key(9), (B, T))
+    every = jax.nn.log_softmax(hidden @ head.T, axis=-1)
+    found = plain(*arrays)[0]
+
+    def run(hidden, head):
+        return known_logprobs(hidden, head, targets, found, every)
+
+    np.testing.assert_array_equal(run(hidden, head), found)
+    assert jaxpr_flops(jax.make_jaxpr(run)(hidden, head), 1) == 0
+    own, expected = (
+        jax.grad(lambda *a, f=f: jnp.sum(weight * f(*a)), (0, 1))(hidden, head)
+        for f in (run, lambda *a: plain(*a, targets)[0])
+    )
+    for a, b in zip(own, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [0, 4 * B * T * V])
