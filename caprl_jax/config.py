@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax import mesh, optimizers
+from caprl_jax import mesh
 from caprl_jax.errors import UserError
 from caprl_jax.judge import MODES
 from caprl_jax.models.layers import REMAT
@@ -88,7 +88,6 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.length_none = 3072  # tokens from which it is 0
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.name = "adamw"  # or "sgd", which holds no moments
     c.optimizer.learning_rate = 1e-6
     c.optimizer.schedule = "cosine"  # or "constant"; both after the warm-up
     c.optimizer.warmup_steps = 20
@@ -163,7 +162,6 @@ _ONE_OF = {
     "judge.mode": MODES,
     "caprl.advantage": tuple(ADVANTAGES),
     "caprl.reuse": REUSE,
-    "optimizer.name": optimizers.NAMES,
     "optimizer.schedule": ("cosine", "constant"),
     "export.when": ("end", "checkpoints", "never"),
     "export.dtype": ("float32", "bfloat16"),

@@ -1,10 +1,8 @@
-"""The optimizer of a config: Adam, or plain gradients, by a schedule and with a clipped norm."""
+"""The optimizer of a config: Adam with warm-up, a schedule and a clipped gradient norm."""
 
 import jax
 import ml_collections
 import optax
-
-NAMES = ("adamw", "sgd")
 
 
 def schedule(config: ml_collections.ConfigDict, updates: int, per_step: int = 1) -> optax.Schedule:
@@ -27,10 +25,7 @@ def schedule(config: ml_collections.ConfigDict, updates: int, per_step: int = 1)
 def make(
     config: ml_collections.ConfigDict, updates: int, per_step: int, freeze_vision: bool
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then config.name (with decoupled weight decay, on matrices only).
-
-    "adamw" is Adam (arXiv 1711.05101), with two numbers of state for each parameter; "sgd" moves
-    parameters by the rate times the gradient, without momentum, and has no such state.
+    """Clip by global norm, then Adam (decoupled weight decay on matrices only).
 
     Args:
       config: a config's optimizer section.
@@ -45,14 +40,16 @@ def make(
             params,
         )
 
-    rate, decay = schedule(config, updates, per_step), config.weight_decay
-    kinds = {
-        "adamw": optax.adamw(rate, config.b1, config.b2, weight_decay=decay, mask=matrices),
-        "sgd": optax.chain(
-            optax.add_decayed_weights(decay, matrices), optax.scale_by_learning_rate(rate)
+    train = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, updates, per_step),
+            config.b1,
+            config.b2,
+            weight_decay=config.weight_decay,
+            mask=matrices,
         ),
-    }
-    train = optax.chain(optax.clip_by_global_norm(config.clip_norm), kinds[config.name])
+    )
     if not freeze_vision:
         return train
     return optax.partition(

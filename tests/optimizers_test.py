@@ -60,16 +60,6 @@ def test_weight_decay_is_for_matrices_only():
     assert not np.any(found["decoder"]["bias"]) and not np.any(found["decoder"]["norm"]["scale"])
 
 
-def test_plain_gradients_are_clipped_and_decayed_and_hold_no_moments():
-    clipped = section(name="sgd", weight_decay=0.5, clip_norm=1.0, warmup_steps=0)
-    optimizer = optimizers.make(clipped, 10, 1, False)
-    found, state = updates(optimizer, 1e6)
-    share = 1 / np.sqrt(sum(a.size for a in jax.tree.leaves(params())))  # of a norm of 1
-    np.testing.assert_allclose(found["decoder"]["bias"], -0.1 * share, rtol=1e-5)
-    np.testing.assert_allclose(found["decoder"]["kernel"], -0.1 * (share + 0.5), rtol=1e-5)
-    assert all(a.ndim == 0 for a in jax.tree.leaves(state))
-
-
 def test_gradients_are_clipped_before_adam_sees_them():
     optimizer = optimizers.make(section(clip_norm=1.0, warmup_steps=0), 10, 1, False)
     _, state = updates(optimizer, 1e6)

@@ -25,7 +25,6 @@ STEP = "a whole step"
 # Captions that TRL learns from at once; of 16 they are the quickest count (2, 4 and 16 were tried),
 # for what one pass holds is then small enough to be had again and again.
 _PIECE = 4
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd"}  # by names of optimizers.NAMES
 
 
 class Ours:
@@ -181,8 +180,7 @@ def settings(work: Work, folder: str, steps: int) -> Any:
         gradient_checkpointing=False, temperature=c.sampling.temperature,
         generation_kwargs={"suppress_tokens": special}, cache_implementation="static",
         beta=0.0, loss_type="grpo", epsilon=c.caprl.clip, num_iterations=c.caprl.updates,
-        optim=_OPTIMIZERS[o.name], learning_rate=o.learning_rate,
-        lr_scheduler_type="constant", adam_beta1=o.b1,
+        learning_rate=o.learning_rate, lr_scheduler_type="constant", adam_beta1=o.b1,
         adam_beta2=o.b2, weight_decay=o.weight_decay, max_grad_norm=o.clip_norm,
         dataloader_pin_memory=False,
     )  # fmt: skip
