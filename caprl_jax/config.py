@@ -78,9 +78,9 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.rollout_batches = 1  # for captioning, where caches for all don't fit,
     c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
     c.caprl.score_batches = 0  # and for the judge; 0: as many
-    # What the update doesn't compute again, for captioning has; for one update of a batch in one
-    # piece: none, "prefill" (of images and prompts) or "rollout" (of captions too). What its
-    # gradient needs is held until then.
+    # Of what the update computes gradients alone, since captioning has computed the rest: "none",
+    # "prefill" (images and prompts) or "rollout" (captions too: a token then takes every product of
+    # the decoder in memory). Needs updates = 1 and a batch in one piece.
     c.caprl.reuse = "none"
     c.caprl.accuracy_weight = 1.0
     c.caprl.length_weight = 0.0

@@ -21,19 +21,19 @@ class Known:
     """Of captions [b, g, t], by parameters that must be the update's.
 
     Attributes:
-      layers: of each of the decoder's layers, arrays [layers, b, g, t, ..] (layers.known).
+      decoder: the collection of models.layers.known: arrays [layers, b, g, t, ..] each.
       logp: float32 [b, g, t, vocab], log-probabilities of the whole vocabulary; None where they are
         too many (logprobs.are_kept).
       entropy: float32 [b, g, t], theirs.
     """
 
-    layers: Any
+    decoder: Any
     logp: jax.Array | None
     entropy: jax.Array | None
 
 
 def empty(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int) -> Known:
-    """Nothing yet: zeros, layers [tokens, layers, b, g, 1, ..] and logp [tokens, b, g, vocab]."""
+    """Nothing yet: zeros, decoder [tokens, layers, b, g, 1, ..] and logp [tokens, b, g, vocab]."""
     c, shape = policy.decoder.config, (tokens, trunk.last.shape[0], group)
 
     def told(params, trunk):
@@ -44,11 +44,11 @@ def empty(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int)
             jnp.ones(x.shape[:-1], bool), (trunk.kv,), mutable=[KNOWN],
         )[1][KNOWN]  # fmt: skip
 
-    layers = jax.eval_shape(told, params, trunk)
-    layers = jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), layers)
+    decoder = jax.eval_shape(told, params, trunk)
+    decoder = jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), decoder)
     if not logprobs.are_kept(math.prod(shape), c.vocab):
-        return Known(layers, None, None)
-    return Known(layers, jnp.zeros((*shape, c.vocab)), jnp.zeros(shape))
+        return Known(decoder, None, None)
+    return Known(decoder, jnp.zeros((*shape, c.vocab)), jnp.zeros(shape))
 
 
 def filled(known: Known | None, told: Any, logits: jax.Array, i: jax.Array) -> Known | None:
@@ -57,7 +57,7 @@ def filled(known: Known | None, told: Any, logits: jax.Array, i: jax.Array) -> K
         return None
     logp = entropy = None
     if known.logp is not None:
-        logp = jax.nn.log_softmax(logits, axis=-1)
+        logp = jax.nn.log_softmax(logits, axis=-1)  # as the draw's, which the compiler merges
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
     put = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda a, one: put(a, one, i, 0), known, Known(told, logp, entropy))
@@ -66,8 +66,8 @@ def filled(known: Known | None, told: Any, logits: jax.Array, i: jax.Array) -> K
 def in_order(known: Known) -> Known:
     """As the update reads it."""
 
-    def of_layers(a):
+    def of_decoder(a):
         return jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], -1, *a.shape[5:])
 
     own = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), (known.logp, known.entropy))
-    return Known(jax.tree.map(of_layers, known.layers), *own)
+    return Known(jax.tree.map(of_decoder, known.decoder), *own)

@@ -145,18 +145,20 @@ def known_logprobs(
       found.
     """
     chex.assert_equal_shape_prefix([hidden, targets, found, every], targets.ndim)
+    chex.assert_rank(head, 2)
+    chex.assert_type([found, every], jnp.float32)
     chex.assert_equal((hidden.dtype, every.shape[-1]), (head.dtype, head.shape[0]))
     flat = (a.reshape(-1, *a.shape[targets.ndim :]) for a in (targets, found, every))
-    return _known(hidden.reshape(-1, head.shape[-1]), head, *flat).reshape(targets.shape)
+    return _logprobs_known(hidden.reshape(-1, head.shape[-1]), head, *flat).reshape(targets.shape)
 
 
 @jax.custom_vjp
-def _known(hidden, head, targets, found, every):
+def _logprobs_known(hidden, head, targets, found, every):
     """As known_logprobs, of hidden [n, e], targets [n], found [n] and every [n, vocab]."""
     return found
 
 
-def _known_backward(kept, of_logp):
+def _logprobs_known_backward(kept, of_logp):
     hidden, head, targets, every = kept
     here = jax.lax.broadcasted_iota(jnp.int32, every.shape, 1) == targets[:, None]
     of_z = _of_logits(of_logp, here, jnp.exp(every)).astype(hidden.dtype)
@@ -164,7 +166,7 @@ def _known_backward(kept, of_logp):
     return of_hidden.astype(hidden.dtype), of_head.astype(head.dtype), None, None, None
 
 
-_known.defvjp(
+_logprobs_known.defvjp(
     lambda hidden, head, targets, found, every: (found, (hidden, head, targets, every)),
-    _known_backward,
+    _logprobs_known_backward,
 )

@@ -44,7 +44,7 @@ class Rollout:
 
 @flax.struct.dataclass
 class Reading:
-    """Images and prompts, and captions after them, read with their gradient in mind.
+    """Images and prompts read with their gradient in mind, and what was computed of captions.
 
     Attributes:
       trunk: what captions need of images and prompts.

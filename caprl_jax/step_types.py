@@ -79,9 +79,10 @@ class Settings:
         of its own; the draws differ with it.
       prefill_batches: pieces of the batch in which images and prompts are read before decoding.
       score_batches: pieces in which the judge reads captions.
-      reuse: what the update doesn't compute again, for the rollout has: "none", "prefill" (images
-        and prompts), or "rollout" (captions too). What its gradient needs is held through decoding
-        and scoring. For one update of a batch in one piece.
+      reuse: of what the update computes gradients alone, since the rollout has computed the rest:
+        "none", "prefill" (images and prompts), or "rollout" (captions too; logp_gap is no metric
+        then). What they need is held through decoding and scoring, whatever policy.remat says of
+        captions. Needs updates = 1 and a batch in one piece.
       accuracy_weight: of the judge's accuracy in the reward.
       length_weight: of the length reward.
       length_full: tokens up to which the length reward is 1.
@@ -106,6 +107,8 @@ class Settings:
     length_none: int = 3072
 
     def __post_init__(self):
+        if self.reuse not in REUSE:
+            raise ValueError(f"reuse={self.reuse!r} is not one of {', '.join(REUSE)}")
         pieces = "updates", "micro_batches", "rollout_batches", "prefill_batches"
         many = [name for name in pieces if getattr(self, name) > 1]
         if self.reuse != "none" and many:

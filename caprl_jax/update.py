@@ -44,13 +44,13 @@ def caption_logps(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities at temperature 1 and entropies of given captions, float32 [b, g, t].
 
-    A trunk is what these parameters make of the batch's images and prompts, Known of the captions;
-    None computes it.
+    A trunk is what these parameters make of the batch's images and prompts, Known of the captions,
+    whose own log-probabilities must then be theirs too; None computes it.
     """
     if trunk is None:
         trunk = policy.trunk(params, batch.images, batch.prompt)
     hidden = policy.branches(
-        params, trunk, captions.tokens, captions.mask, known=known and known.layers
+        params, trunk, captions.tokens, captions.mask, known=known and known.decoder
     )
     head = policy.head(params)
     if known is None or known.logp is None:
@@ -83,11 +83,9 @@ def caption_losses(
 
     gap = jax.lax.stop_gradient(jnp.abs(logp - captions.logp))
     clipped = policy_gradient.clipped(logp, captions.logp, adv, settings.clip)
-    metrics = {
-        "entropy": per_token(entropy),
-        "clip_fraction": per_token(clipped),
-        "logp_gap": per_token(gap),
-    }
+    metrics = {"entropy": per_token(entropy), "clip_fraction": per_token(clipped)}
+    if known is None:  # else there is no second computation to compare with
+        metrics["logp_gap"] = per_token(gap)
     if learn.reference_logp is not None:
         kl = policy_gradient.k3(logp, learn.reference_logp)
         loss = loss + settings.kl * kl
@@ -184,6 +182,7 @@ def update(
     carry = state.params, state.opt_state
     (params, opt_state), metrics = jax.lax.scan(one, carry, length=settings.updates)
     # Before the first update rollout and update have the same parameters: the gap is numerics.
-    gap = jax.tree.map(lambda a: a[0], metrics.pop("logp_gap"))
-    metrics = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics) | {"logp_gap": gap}
+    first = {name: metrics.pop(name) for name in ("logp_gap",) if name in metrics}
+    metrics = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
+    metrics |= jax.tree.map(lambda a: a[0], first)
     return State(state.step + 1, params, opt_state), metrics

@@ -152,6 +152,8 @@ def test_a_rollout_is_used_again_on_a_mesh_too(eight, single, name, reuse, monke
     settings = dataclasses.replace(SETTINGS, reuse=reuse)
     found, metrics, _ = run(eight, *start(eight, on), on, settings)
     for own, expected in zip(metrics, single[1], strict=True):
+        if reuse == "rollout":
+            expected = {name: x for name, x in expected.items() if name != "logp_gap"}
         same_metrics(own, expected)
     assert_close(moved(eight, found), moved(eight, single[0]), 2e-3)
 

@@ -97,7 +97,7 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
 def attend_knowing(
     q: jax.Array, segments: Sequence[Segment], known: Attended | None = None
 ) -> Attended:
-    """As attend, with the log-sum-exp too; what is known of them is not computed, but its gradient.
+    """As attend, with the log-sum-exp too; where both are known, only their gradient is computed.
 
     Args:
       q: as attend's.
@@ -106,14 +106,14 @@ def attend_knowing(
 
     Returns:
       (attention [*batch, t, heads, head_dim], log-sum-exp float32 [*batch, t, kv_heads, heads /
-      kv_heads], 0 of a query that has nothing to attend to, without gradient).
+      kv_heads], 0 of a query that has nothing to attend to, without gradient: its own is dropped).
     """
     segments = tuple(segments)
     for segment in segments:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
-        return _attend(q, segments) if known is None else _known(q, segments, known)
+        return _attend(q, segments) if known is None else _attend_known(q, segments, known)
     whole = -(-t // size) * size
     q, known = jax.tree.map(lambda a: _lengthen(a, whole, -3), (q, known))
     segments = [
@@ -131,7 +131,7 @@ def attend_knowing(
             for s in segments
         )
         some, found = jax.tree.map(lambda a: cut(a, -3), (q, known))
-        return _attend(some, own) if known is None else _known(some, own, found)
+        return _attend(some, own) if known is None else _attend_known(some, own, found)
 
     def joined(a):
         a = jnp.moveaxis(a, 0, -4)
@@ -190,11 +190,11 @@ _attend.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def _known(q: jax.Array, segments: tuple[Segment, ...], found: Attended) -> Attended:
+def _attend_known(q: jax.Array, segments: tuple[Segment, ...], found: Attended) -> Attended:
     return found
 
 
-_known.defvjp(
+_attend_known.defvjp(
     lambda q, segments, found: (found, (q, segments, found)),
     lambda kept, of_found: (*_backward(kept, of_found), None),
 )
@@ -230,7 +230,9 @@ def _partial_backward(
     """What one segment adds to the gradient of q, float32, and its own of (k, v)."""
     fold, unfold = _folding(q, segment)
     rows, of_rows = fold(q), fold(of_out)
-    weights = jnp.exp(_scores(rows, segment) - fold(log_total)[..., None])
+    # At most 1. Of a query that was never computed, and so not learned from, a known log-sum-exp is
+    # any number: its weights must be finite still.
+    weights = jnp.exp(jnp.minimum(_scores(rows, segment) - fold(log_total)[..., None], 0))
     of_weights = _product("krxd,skd->krxs", of_rows, segment.v)
     of_scores = weights * (of_weights - fold(of_total)[..., None]) * (1 / math.sqrt(q.shape[-1]))
     of_scores = of_scores.astype(q.dtype)

@@ -23,25 +23,6 @@ REMAT = {
 }
 
 
-KNOWN = "known"  # the collection of what `known` reads and `tell` writes
-
-
-def known(module: nn.Module, name: str) -> Any:
-    """What the module is told that it would compute; None where it is told nothing.
-
-    A forward pass that gives out the collection KNOWN (flax's `mutable`) tells another, of the same
-    weights on the same inputs, what it has found: the other then computes nothing but norms and
-    activations, and has the same gradient.
-    """
-    return module.get_variable(KNOWN, name) if module.has_variable(KNOWN, name) else None
-
-
-def tell(module: nn.Module, name: str, found: Any) -> None:
-    """Gives out what `known` takes, where the collection is asked for."""
-    if not module.is_initializing():
-        module.sow(KNOWN, name, found, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-
-
 def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
     """A layer to scan over that keeps what REMAT[remat] says, and computes the rest again.
 
@@ -51,6 +32,26 @@ def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
     if remat == "none":
         return layer
     return nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
+
+
+KNOWN = "known"  # the collection of what `known` reads and `tell` writes
+
+
+def known(module: nn.Module, name: str) -> Any:
+    """What the module is told that it would compute; None where it is told nothing.
+
+    A forward pass that gives out the collection KNOWN (flax's `mutable`) tells another, of the same
+    weights on the same inputs, what it has found: the other's layers then compute nothing but
+    norms, rotations and activations, and have the same gradient. Where inputs differ, as after a
+    caption's end, nothing may be learned from the result.
+    """
+    return module.get_variable(KNOWN, name) if module.has_variable(KNOWN, name) else None
+
+
+def tell(module: nn.Module, name: str, found: Any) -> None:
+    """Gives out what `known` takes, where the collection is asked for."""
+    if not module.is_initializing():
+        module.sow(KNOWN, name, found, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
 
 def init_normal(stddev: float, names: tuple[str | None, ...]):
