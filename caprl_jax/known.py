@@ -1,7 +1,8 @@
 """What decoding has computed of captions, for an update that then needs nothing but its gradient.
 
 While captions are drawn, tokens are the first axis of every array, so that each token is written in
-one piece; the update reads them in the captions' order.
+one piece; the update reads them in the captions' order. Where they lie on a mesh is left to the
+compiler.
 """
 
 import math
@@ -48,7 +49,7 @@ def empty(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int)
     decoder = jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), decoder)
     if not logprobs.are_kept(math.prod(shape), c.vocab):
         return Known(decoder, None, None)
-    return Known(decoder, jnp.zeros((*shape, c.vocab)), jnp.zeros(shape))
+    return Known(decoder, jnp.zeros((*shape, c.vocab), jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
 def filled(known: Known | None, told: Any, logits: jax.Array, i: jax.Array) -> Known | None:

@@ -84,11 +84,19 @@ def caprl_step(
       (new state, metrics as (sum, count)).
     """
     sample_key, judge_key = jax.random.split(key)
-    rolled = policy, settings, sampling, stop, state.params, batch, sample_key, layout
     if settings.reuse == "none":
-        captions, reading = roll_out(*rolled), None
+        reading = None
+        captions = roll_out(
+            policy, settings, sampling, stop, state.params, batch, sample_key, layout
+        )
     else:
-        captions, reading = roll_out_keeping(*rolled)
+        with logical.using(layout), jax.named_scope("prefill"):
+            reading = rollout.read(policy, state.params, batch.images, batch.prompt)
+        captions, known = rollout.sample_after(
+            policy, state.params, reading.trunk, sample_key, settings.group, stop, sampling, layout,
+            batch.valid, keep=settings.reuse == "rollout",
+        )  # fmt: skip
+        reading = reading.replace(known=known)
     verdicts = judged(
         judge_decoder, settings, frozen, captions.tokens, captions.mask, batch.questions, judge_key,
         layout,
@@ -119,26 +127,6 @@ def roll_out(
 
     count, whole = settings.rollout_batches, (batch.images, batch.prompt, batch.valid)
     return one(whole, key) if count == 1 else logical.in_pieces(one, whole, count, key)
-
-
-def roll_out_keeping(
-    policy: Policy,
-    settings: Settings,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    params: Params,
-    batch: Batch,
-    key: jax.Array,
-    layout: Layout | None = None,
-) -> tuple[rollout.Rollout, rollout.Reading]:
-    """As roll_out, with what settings.reuse says for the update."""
-    with logical.using(layout), jax.named_scope("prefill"):
-        reading = rollout.read(policy, params, batch.images, batch.prompt)
-    captions, known = rollout.sample_after(
-        policy, params, reading.trunk, key, settings.group, stop, sampling, layout, batch.valid,
-        keep=settings.reuse == "rollout",
-    )  # fmt: skip
-    return captions, reading.replace(known=known)
 
 
 def judged(

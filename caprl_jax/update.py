@@ -81,11 +81,11 @@ def caption_losses(
     def per_token(values):
         return jnp.sum(jnp.where(tokens, values, 0)), count
 
-    gap = jax.lax.stop_gradient(jnp.abs(logp - captions.logp))
     clipped = policy_gradient.clipped(logp, captions.logp, adv, settings.clip)
     metrics = {"entropy": per_token(entropy), "clip_fraction": per_token(clipped)}
     if known is None:  # else there is no second computation to compare with
-        metrics["logp_gap"] = per_token(gap)
+        gap = jnp.abs(logp - captions.logp)
+        metrics["logp_gap"] = per_token(jax.lax.stop_gradient(gap))
     if learn.reference_logp is not None:
         kl = policy_gradient.k3(logp, learn.reference_logp)
         loss = loss + settings.kl * kl
@@ -181,8 +181,8 @@ def update(
 
     carry = state.params, state.opt_state
     (params, opt_state), metrics = jax.lax.scan(one, carry, length=settings.updates)
-    # Before the first update rollout and update have the same parameters: the gap is numerics.
-    first = {name: metrics.pop(name) for name in ("logp_gap",) if name in metrics}
-    metrics = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
-    metrics |= jax.tree.map(lambda a: a[0], first)
-    return State(state.step + 1, params, opt_state), metrics
+    total = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
+    if "logp_gap" in metrics:
+        # Before the first update rollout and update have the same parameters: the gap is numerics.
+        total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
+    return State(state.step + 1, params, opt_state), total

@@ -57,9 +57,10 @@ def test_retokenising_gives_the_judges_ids_and_says_what_it_cut(renumbered):
     assert cut.tolist() == [[False, True]]
 
 
-def test_two_programs_share_no_reading(tmp_path, renumbered):
+@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
+def test_two_programs_share_no_reading(tmp_path, renumbered, reuse):
     c = tiny(tmp_path, **{
-        "judge.path": str(renumbered), "caprl.updates": 1, "caprl.reuse": "prefill",
+        "judge.path": str(renumbered), "caprl.updates": 1, "caprl.reuse": reuse,
     })  # fmt: skip
     with pytest.raises(ConfigError, match=r"tokenizers differ (?s:.*)caprl.reuse to none"):
         objectives.caprl(c, SetAside())
