@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import importlib.util
+import signal
 
 import numpy as np
 import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import programs, random_model, startup
-from caprl_jax.bench import generate_peer, peers, torch_models
+from caprl_jax.bench import generate_peer, peers, torch_models, trl_peer
 from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.peers import Checked, Pairs, WorkDiffers
 from caprl_jax.models import sizes
@@ -115,12 +116,36 @@ def test_what_is_not_a_number_is_never_the_same():
         peers.require_same([Checked("tokens", 1, 2), Checked("images", 1, 1)])
 
 
+def test_a_turn_that_is_killed_says_so():
+    with pytest.raises(peers.ProcessDied, match="want of memory"):
+        peers.alone(signal.raise_signal, signal.SIGKILL)
+
+
+def test_a_turn_that_fails_raises_what_it_raised():
+    with pytest.raises(WorkDiffers, match="tokens: ours 1, theirs 2"):
+        peers.alone(peers.require_same, [Checked("tokens", 1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"parameters": 2}, "parameters"),
+        ({"moved": "some"}, "weights moved"),
+        ({"letters": np.full((1, 1, 1, 4), 0.3)}, "judge's letters"),
+    ],
+)
+def test_a_step_that_does_something_else_is_refused(other, named):
+    ours = trl_peer.Turn(1.0, 1, "all", letters=np.full((1, 1, 1, 4), 0.25))
+    peers.require_same(trl_peer.compared(ours, ours))
+    with pytest.raises(WorkDiffers, match=named):
+        peers.require_same(trl_peer.compared(ours, dataclasses.replace(ours, **other)))
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="TRL is not installed: pip install '.[peer]'"
 )
-def test_a_step_of_trl_is_the_same_work(work):
-    from caprl_jax.bench import trl_peer
-
-    found = trl_peer.compare(work, 1)
+def test_a_step_of_trl_is_the_same_work(work, tmp_path):
+    found = trl_peer.compare(work.config, tmp_path, 2)
     assert all(c.same for c in found.checks) and len(found.checks) == 9
-    assert len(found.pairs[trl_peer.STEP].ratios) == 1
+    assert len(found.pairs[trl_peer.STEP].ratios) == 2
+    assert found.facts["trl"]

@@ -113,15 +113,13 @@ def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
     """Compares with a peer and prints."""
     peers.require_installed(peer)
     validate(config)
-    from caprl_jax.bench import work  # it reads models and data, which phases do without
-
+    if peer == "trl":  # each reads models and data, which phases do without
+        from caprl_jax.bench import trl_peer as other
+    else:
+        from caprl_jax.bench import generate_peer as other
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(flags.FLAGS.models or temporary)
-        if peer == "trl":
-            from caprl_jax.bench import trl_peer as other
-        else:
-            from caprl_jax.bench import generate_peer as other
-        found = other.compare(work.make(config, folder), repeats)
+        found = other.compare(config, folder, repeats)
     print(peers.tell(found))
     write(found.as_json())
 

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 import torch
 import transformers
@@ -14,6 +16,7 @@ from transformers import CompileConfig
 
 from caprl_jax import mesh, programs, rollout, startup
 from caprl_jax.bench import peers, torch_models
+from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work
 from caprl_jax.sampling import Sampling
@@ -195,13 +198,16 @@ def try_ways(theirs: Theirs, work: Work) -> dict[str, Took | str]:
     return found
 
 
-def compare(work: Work, repeats: int) -> Comparison:
+def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Comparison:
     """Checks, then times in turns: their plainest way, their quickest, and the best at decoding.
+
+    Models that the config names by size alone are made in folder.
 
     Raises:
       WorkDiffers: the two sides don't do the same.
     """
     peers.keep_memory()
+    work = work_lib.make(config, folder)
     ours, theirs = Ours(work), Theirs(work)
     checked, tried = checks(work, ours, theirs), try_ways(theirs, work)
     fine = {name: took for name, took in tried.items() if isinstance(took, Took)}

@@ -1,14 +1,15 @@
-"""Comparisons with other libraries: the same work, taken in turns, in one process.
+"""Comparisons with other libraries: the same work, taken in turns.
 
-Nothing is timed before both sides are seen to do the same. Then a turn of ours and one of theirs
-make a pair; a pair's ratio is less moved by what else the machine does than either time. A turn is
-two runs, of which the second counts: the first finds caches and memory as the other side left them,
-and both sides lose by that.
+No time is told before both sides are seen to do the same. A turn of ours and one of theirs make a
+pair; a pair's ratio is less moved by what else the machine does than either time. A turn is two
+runs, of which the second counts: the first finds caches and memory as the other side left them.
 """
 
+import concurrent.futures
 import ctypes
 import dataclasses
 import importlib.util
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -144,6 +145,28 @@ def keep_memory() -> None:
         mallopt(mmap_max, 0)
 
 
+class ProcessDied(UserError):
+    """A turn's process has ended without a result."""
+
+
+def alone(run: Callable[..., Any], *args: Any) -> Any:
+    """run(*args) in a new process, which gives all its memory back at its end.
+
+    Raises:
+      ProcessDied: the process was killed.
+      Exception: what run has raised.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit this one's threads' locks
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as one:
+        try:
+            return one.submit(run, *args).result()
+        except concurrent.futures.process.BrokenProcessPool as e:
+            raise ProcessDied(
+                f"the process of {run.__name__} was killed, for want of memory as a rule: free "
+                "some, or compare with a smaller --config.data.batch or --config.caprl.group"
+            ) from e
+
+
 def turn(run: Callable[[], Any]) -> float:
     """Seconds of the second of two runs."""
     seconds(run)
@@ -158,7 +181,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turns(repeats: int) -> Iterator[bool]:
-    """Whether ours goes first, for each of so many pairs: neither side always warms the other."""
+    """Whether one side goes first, for each of so many pairs: neither always warms the other."""
     for i in range(repeats):
         yield i % 2 == 0
 

@@ -1,30 +1,105 @@
 """A whole CapRL step of this project, and of TRL's GRPOTrainer with the same judge as its reward.
 
-TRL's steps are timed by its own callbacks, which also take our turn after each of TRL's.
+Each side's turn is a process of its own, so that no memory is needed twice. In it the first step is
+checked, or compared with the other side's; the second is timed.
 """
 
-import math
-import tempfile
-import time
+import dataclasses
+from pathlib import Path
 from typing import Any
 
-import datasets
 import jax
+import ml_collections
 import numpy as np
-import transformers
-import trl
 
 from caprl_jax import mesh, programs, startup, step
-from caprl_jax.bench import peers, torch_models
+from caprl_jax.bench import peers
 from caprl_jax.bench import work as work_lib
-from caprl_jax.bench.generate_peer import facts, parameters
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work, laid_out
 
 STEP = "a whole step"
-# Captions that TRL learns from at once; of 16 they are the quickest count (2, 4 and 16 were tried),
-# for what one pass holds is then small enough to be had again and again.
-_PIECE = 4
+
+
+@dataclasses.dataclass
+class Turn:
+    """What one side has done.
+
+    Attributes:
+      seconds: of its second step.
+      parameters: of its policy.
+      moved: whether the first step has changed each of them.
+      captions: the first step's, int [b, g, t]; None is not told.
+      letters: what the judge thinks of captions, float32 [b, g, n, letters]; None is not asked.
+      checks: in what the first step agrees with the work.
+      facts: what ran on what.
+    """
+
+    seconds: float = 0.0
+    parameters: int = 0
+    moved: str = ""
+    captions: np.ndarray | None = None
+    letters: np.ndarray | None = None
+    checks: list[Checked] = dataclasses.field(default_factory=list)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Comparison:
+    """Turn by turn; models that the config names by size alone are made in folder.
+
+    Raises:
+      WorkDiffers: the two sides don't do the same.
+      ProcessDied: a turn's process has ended, for want of memory as a rule.
+    """
+    pairs, found, theirs = Pairs(), None, None
+    for theirs_first in peers.in_turns(repeats):
+        if theirs_first:
+            theirs = peers.alone(their_turn, config, folder)
+        ours = peers.alone(our_turn, config, folder, None if found else theirs.captions)
+        if found is None:
+            checked = [*theirs.checks, *compared(ours, theirs)]
+            peers.require_same(checked)
+            found = Comparison(theirs.facts, checked, {}, {STEP: pairs})
+        if not theirs_first:
+            theirs = peers.alone(their_turn, config, folder)
+        pairs.ours.append(ours.seconds)
+        pairs.theirs.append(theirs.seconds)
+        print(f"pair of {pairs.ours[-1]:.3g} and {pairs.theirs[-1]:.3g} s", flush=True)
+    return found
+
+
+def compared(ours: Turn, theirs: Turn) -> list[Checked]:
+    """In what both first steps agree; the judges are asked about the same captions."""
+    letters = peers.difference(
+        "the judge's letters, probability", ours.letters, theirs.letters, 1e-4
+    )
+    return [
+        Checked("parameters", ours.parameters, theirs.parameters),
+        letters,
+        Checked("weights moved", ours.moved, theirs.moved),
+    ]
+
+
+def their_turn(config: ml_collections.ConfigDict, folder: Path) -> Turn:
+    """TRL's: only its process reads torch."""
+    from caprl_jax.bench import trl_turn
+
+    return trl_turn.turn(config, folder)
+
+
+def our_turn(config: ml_collections.ConfigDict, folder: Path, captions: np.ndarray | None) -> Turn:
+    """Two steps of this project; its judge is asked about the captions, if there are any."""
+    peers.keep_memory()
+    work = work_lib.make(config, folder)
+    ours = Ours(work)
+    before = samples(jax.tree.leaves(ours.state.params))
+    ours()
+    first = jax.tree.leaves(ours.state.params)
+    letters = None if captions is None else work_lib.letters(work, ours.frozen.judge, captions)
+    done = Turn(
+        parameters=sum(a.size for a in first), moved=moved(before, samples(first)), letters=letters
+    )
+    return dataclasses.replace(done, seconds=peers.seconds(ours))
 
 
 class Ours:
@@ -60,69 +135,6 @@ class Ours:
         return jax.block_until_ready(jax.device_get(metrics))
 
 
-class Reward:
-    """TRL's reward function: the judge's accuracy of each caption, one batched forward pass."""
-
-    __name__ = "caprl"
-
-    def __init__(self, work: Work):
-        """Reads the judge."""
-        self.letters = torch_models.Letters(torch_models.judge(work), work)
-        self.captions: list[list[int]] = []
-        self.images: list[int] = []
-
-    def __call__(self, completion_ids, index, **_) -> list[float]:
-        """Completions' ids, and which picture each is of -> rewards."""
-        self.captions, self.images = completion_ids, index
-        return self.letters.rewards(completion_ids, index).tolist()
-
-
-class InTurns(transformers.TrainerCallback):
-    """Times TRL's turns and ours; checks the first step of both, which isn't timed."""
-
-    def __init__(self, work: Work, ours: Ours, reward: Reward):
-        """Nothing runs yet."""
-        self._work, self._ours, self._reward = work, ours, reward
-        self.checks: list[Checked] = []
-        self.pairs, self._began, self._before = Pairs(), 0.0, []
-        self.seen: dict[str, int] = {}
-
-    def watch(self, model: Any) -> None:
-        """Notes how much of each image and prompt it reads first, and its weights as they are."""
-
-        def prompts(_, args, kwargs):
-            self.seen.setdefault("prompt", kwargs["input_ids"].shape[1])
-
-        def images(_, args, kwargs):
-            self.seen.setdefault("patches", args[0].shape[0] // len(kwargs["grid_thw"]))
-
-        model.register_forward_pre_hook(prompts, with_kwargs=True)
-        model.model.visual.register_forward_pre_hook(images, with_kwargs=True)
-        self._before = samples(p.detach().numpy() for p in model.parameters())
-
-    def on_step_begin(self, args, state, control, **_):
-        """TRL's step begins."""
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, model=None, **_):
-        """It has ended."""
-        took = time.perf_counter() - self._began
-        if state.global_step == 1:
-            before = samples(jax.tree.leaves(self._ours.state.params))
-            self._ours()
-            after = samples(jax.tree.leaves(self._ours.state.params))
-            self.checks = checks(self._work, self._ours, self._reward, self.seen, model)
-            theirs = samples(p.detach().numpy() for p in model.parameters())
-            self.checks.append(
-                Checked("weights moved", moved(before, after), moved(self._before, theirs))
-            )
-            peers.require_same(self.checks)
-            return
-        if state.global_step % 2:  # the second of TRL's turn
-            self.pairs.theirs.append(took)
-            self.pairs.ours.append(peers.turn(self._ours))
-
-
 def samples(arrays: Any, count: int = 256) -> list[np.ndarray]:
     """A few numbers of each array, copied."""
     return [np.array(np.asarray(a).reshape(-1)[:count]) for a in arrays]
@@ -132,99 +144,3 @@ def moved(before: list[np.ndarray], after: list[np.ndarray]) -> str:
     """Whether an update has changed each array, none, or some."""
     changed = [bool((a != b).any()) for a, b in zip(before, after, strict=True)]
     return "all" if all(changed) else "some" if any(changed) else "none"
-
-
-def checks(
-    work: Work, ours: Ours, reward: Reward, seen: dict[str, int], model: Any
-) -> list[Checked]:
-    """In what the first step of TRL agrees with ours; seen is what its model read."""
-    config, t, captions = work.config, work.config.sampling.max_tokens, reward.captions
-    b, g = config.data.batch, config.caprl.group
-    order, each = np.argsort(reward.images, kind="stable"), sorted(reward.images)
-    lengths = {len(c) for c in captions}
-    found = [
-        Checked("parameters", parameters(ours.state.params), torch_models.weights(model)),
-        Checked("captions", b * g, len(captions)),
-        Checked("images of the captions", np.repeat(np.arange(b), g).tolist() == each, True),
-        Checked("tokens of each caption", str({t}), str(lengths)),
-        Checked("prompt tokens of each image", int(work.prompt.mask[0].sum()),
-                seen["prompt"]),
-        Checked("patches of each image", int(work.images.mask[0].sum()),
-                seen["patches"]),
-        Checked("questions of each caption", config.caprl.questions, len(reward.letters.tails[0])),
-    ]  # fmt: skip
-    peers.require_same(found)
-    tokens = np.asarray(captions)[order].reshape(b, g, t)
-    theirs = reward.letters(captions, reward.images)[order]
-    letters = work_lib.letters(work, ours.frozen.judge, tokens)
-    found.append(
-        peers.difference(
-            "the judge's letters, probability", letters.reshape(theirs.shape), theirs, 1e-4
-        )
-    )
-    return found
-
-
-def settings(work: Work, folder: str, steps: int) -> Any:
-    """TRL's, as quick as they go: no recomputation, a static cache, gradients summed in pieces."""
-    c, o = work.config, work.config.optimizer
-    piece = math.gcd(work.captions, _PIECE)
-    # Chat tokens are never drawn: none then ends a caption, and none is taken for an image.
-    special = np.asarray(work.instruction.special).tolist()
-    return trl.GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, fp16=False, report_to="none", seed=c.seed,
-        max_steps=steps, logging_strategy="no", save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=piece, gradient_accumulation_steps=work.captions // piece,
-        num_generations=c.caprl.group,
-        max_completion_length=c.sampling.max_tokens, shuffle_dataset=False,
-        gradient_checkpointing=False, temperature=c.sampling.temperature,
-        generation_kwargs={"suppress_tokens": special}, cache_implementation="static",
-        beta=0.0, loss_type="grpo", epsilon=c.caprl.clip, num_iterations=c.caprl.updates,
-        learning_rate=o.learning_rate, lr_scheduler_type="constant", adam_beta1=o.b1,
-        adam_beta2=o.b2, weight_decay=o.weight_decay, max_grad_norm=o.clip_norm,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-
-
-class _ImagesOnly(transformers.Qwen2_5_VLProcessor):
-    """Without its video half, which needs torchvision."""
-
-    video_processor = None
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        """What it is made of."""
-        return ["image_processor", "tokenizer"]
-
-
-def trainer(work: Work, reward: Reward, callback: InTurns, folder: str, steps: int) -> Any:
-    """TRL's trainer on the work's pictures."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(work.policy_path, padding_side="left")
-    images = transformers.Qwen2VLImageProcessorPil.from_pretrained(work.policy_path)
-    processor = _ImagesOnly(images, tokenizer, chat_template=tokenizer.chat_template)
-    asked = [{"role": "user", "content": work.config.policy.prompt}]
-    rows = [
-        {"prompt": asked, "image": picture, "index": i} for i, picture in enumerate(work.pictures)
-    ]
-    model = torch_models.policy(work)
-    callback.watch(model)
-    return trl.GRPOTrainer(
-        model=model, reward_funcs=reward, args=settings(work, folder, steps),
-        train_dataset=datasets.Dataset.from_list(rows * steps), processing_class=processor,
-        callbacks=[callback],
-    )  # fmt: skip
-
-
-def compare(work: Work, repeats: int) -> Comparison:
-    """Checks the first step of both, then times in turns.
-
-    Raises:
-      WorkDiffers: the two sides don't do the same.
-    """
-    peers.keep_memory()
-    reward = Reward(work)
-    callback = InTurns(work, Ours(work), reward)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer(work, reward, callback, folder, 1 + 2 * repeats).train()
-    told = facts(work) | {"trl": trl.__version__}
-    return Comparison(told, callback.checks, {}, {STEP: callback.pairs})

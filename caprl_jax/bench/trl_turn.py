@@ -1,0 +1,171 @@
+"""TRL's turn of a comparison: two steps of its GRPOTrainer, with the judge as its reward."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import ml_collections
+import numpy as np
+import transformers
+import trl
+
+from caprl_jax.bench import peers, torch_models
+from caprl_jax.bench import work as work_lib
+from caprl_jax.bench.generate_peer import facts
+from caprl_jax.bench.peers import Checked
+from caprl_jax.bench.trl_peer import Turn, moved, samples
+from caprl_jax.bench.work import Work
+
+_STEPS = 2  # of which the second is timed
+# Captions that TRL learns from at once; of 16 they are the quickest count (2, 4 and 16 were tried),
+# for what one pass holds is then small enough to be had again and again.
+_PIECE = 4
+
+
+def turn(config: ml_collections.ConfigDict, folder: Path) -> Turn:
+    """Two steps, the first of them checked.
+
+    Raises:
+      WorkDiffers: it isn't the work that was asked for.
+    """
+    peers.keep_memory()
+    work = work_lib.make(config, folder)
+    reward = Reward(work)
+    watch = Watch(work, reward)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer(work, reward, watch, scratch).train()
+    watch.turn.facts = facts(work) | {"trl": trl.__version__}
+    return watch.turn
+
+
+class Reward:
+    """TRL's reward function: the judge's accuracy of each caption, one batched forward pass."""
+
+    __name__ = "caprl"
+
+    def __init__(self, work: Work):
+        """Reads the judge."""
+        self.letters = torch_models.Letters(torch_models.judge(work), work)
+        self.captions: list[list[int]] = []
+        self.images: list[int] = []
+
+    def __call__(self, completion_ids, index, **_) -> list[float]:
+        """Completions' ids, and which picture each is of -> rewards."""
+        self.captions, self.images = completion_ids, index
+        return self.letters.rewards(completion_ids, index).tolist()
+
+
+class Watch(transformers.TrainerCallback):
+    """Checks TRL's first step, and times each."""
+
+    def __init__(self, work: Work, reward: Reward):
+        """Nothing runs yet."""
+        self._work, self._reward, self._began = work, reward, 0.0
+        self._before: list[np.ndarray] = []
+        self._seen: dict[str, int] = {}
+        self.turn = Turn()
+
+    def begin(self, model: Any) -> None:
+        """Notes how much of each image and prompt it reads first, and its weights as they are."""
+
+        def prompts(_, args, kwargs):
+            self._seen.setdefault("prompt", kwargs["input_ids"].shape[1])
+
+        def images(_, args, kwargs):
+            self._seen.setdefault("patches", args[0].shape[0] // len(kwargs["grid_thw"]))
+
+        model.register_forward_pre_hook(prompts, with_kwargs=True)
+        model.model.visual.register_forward_pre_hook(images, with_kwargs=True)
+        self._before = samples(p.detach().numpy() for p in model.parameters())
+
+    def on_step_begin(self, args, state, control, **_):
+        """A step begins."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        """It has ended."""
+        self.turn.seconds = time.perf_counter() - self._began
+        if state.global_step == 1:
+            self.turn.checks = checks(self._work, self._reward, self._seen)
+            peers.require_same(self.turn.checks)
+            after = samples(p.detach().numpy() for p in model.parameters())
+            self.turn.moved = moved(self._before, after)
+            self.turn.parameters = torch_models.weights(model)
+            self.turn.captions, self.turn.letters = answered(self._work, self._reward)
+
+
+def checks(work: Work, reward: Reward, seen: dict[str, int]) -> list[Checked]:
+    """In what TRL's first step agrees with the work; seen is what its model read."""
+    config, captions, b = work.config, reward.captions, work.config.data.batch
+    images, lengths = sorted(reward.images), {len(c) for c in captions}
+    expected = np.repeat(np.arange(b), config.caprl.group).tolist()
+    return [
+        Checked("captions", work.captions, len(captions)),
+        Checked("images of the captions", images == expected, True),
+        Checked("tokens of each caption", str({config.sampling.max_tokens}), str(lengths)),
+        Checked("prompt tokens of each image", int(work.prompt.mask[0].sum()), seen["prompt"]),
+        Checked("patches of each image", int(work.images.mask[0].sum()), seen["patches"]),
+        Checked("questions of each caption", config.caprl.questions, len(reward.letters.tails[0])),
+    ]
+
+
+def answered(work: Work, reward: Reward) -> tuple[np.ndarray, np.ndarray]:
+    """(captions [b, g, t] as the images lie, the judge's probabilities [b, g, n, letters])."""
+    order = np.argsort(reward.images, kind="stable")
+    letters = reward.letters(reward.captions, reward.images)[order]
+    of_each = (work.config.data.batch, work.config.caprl.group)
+    tokens = np.asarray(reward.captions)[order]
+    return tokens.reshape(*of_each, -1), letters.reshape(*of_each, *letters.shape[1:])
+
+
+def settings(work: Work, folder: str) -> Any:
+    """TRL's, as quick as they go: no recomputation, a static cache, gradients summed in pieces."""
+    c, o = work.config, work.config.optimizer
+    piece = math.gcd(work.captions, _PIECE)
+    # Chat tokens are never drawn: none then ends a caption, and none is taken for an image.
+    special = np.asarray(work.instruction.special).tolist()
+    return trl.GRPOConfig(
+        output_dir=folder, use_cpu=True, bf16=False, fp16=False, report_to="none", seed=c.seed,
+        max_steps=_STEPS, logging_strategy="no", save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=piece, gradient_accumulation_steps=work.captions // piece,
+        num_generations=c.caprl.group,
+        max_completion_length=c.sampling.max_tokens, shuffle_dataset=False,
+        gradient_checkpointing=False, temperature=c.sampling.temperature,
+        generation_kwargs={"suppress_tokens": special}, cache_implementation="static",
+        beta=0.0, loss_type="grpo", epsilon=c.caprl.clip, num_iterations=c.caprl.updates,
+        learning_rate=o.learning_rate, lr_scheduler_type="constant", adam_beta1=o.b1,
+        adam_beta2=o.b2, weight_decay=o.weight_decay, max_grad_norm=o.clip_norm,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+class _ImagesOnly(transformers.Qwen2_5_VLProcessor):
+    """Without its video half, which needs torchvision."""
+
+    video_processor = None
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """What it is made of."""
+        return ["image_processor", "tokenizer"]
+
+
+def trainer(work: Work, reward: Reward, watch: Watch, folder: str) -> Any:
+    """TRL's trainer on the work's pictures."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work.policy_path, padding_side="left")
+    images = transformers.Qwen2VLImageProcessorPil.from_pretrained(work.policy_path)
+    processor = _ImagesOnly(images, tokenizer, chat_template=tokenizer.chat_template)
+    asked = [{"role": "user", "content": work.config.policy.prompt}]
+    rows = [
+        {"prompt": asked, "image": picture, "index": i} for i, picture in enumerate(work.pictures)
+    ]
+    model = torch_models.policy(work)
+    watch.begin(model)
+    return trl.GRPOTrainer(
+        model=model, reward_funcs=reward, args=settings(work, folder),
+        train_dataset=datasets.Dataset.from_list(rows * _STEPS), processing_class=processor,
+        callbacks=[watch],
+    )  # fmt: skip
