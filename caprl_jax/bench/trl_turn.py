@@ -1,4 +1,4 @@
-"""TRL's turn of a comparison: two steps of its GRPOTrainer, with the judge as its reward."""
+"""TRL's turn of a comparison: steps of its GRPOTrainer, with the judge as its reward."""
 
 import math
 import tempfile
@@ -16,17 +16,16 @@ from caprl_jax.bench import peers, torch_models
 from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.generate_peer import facts
 from caprl_jax.bench.peers import Checked
-from caprl_jax.bench.trl_peer import Turn, moved, samples
+from caprl_jax.bench.trl_peer import STEPS, Turn, moved, samples
 from caprl_jax.bench.work import Work
 
-_STEPS = 2  # of which the second is timed
 # Captions that TRL learns from at once; of 16 they are the quickest count (2, 4 and 16 were tried),
 # for what one pass holds is then small enough to be had again and again.
 _PIECE = 4
 
 
 def turn(config: ml_collections.ConfigDict, folder: Path) -> Turn:
-    """Two steps, the first of them checked.
+    """STEPS of it, the first of them checked.
 
     Raises:
       WorkDiffers: it isn't the work that was asked for.
@@ -129,7 +128,7 @@ def settings(work: Work, folder: str) -> Any:
     special = np.asarray(work.instruction.special).tolist()
     return trl.GRPOConfig(
         output_dir=folder, use_cpu=True, bf16=False, fp16=False, report_to="none", seed=c.seed,
-        max_steps=_STEPS, logging_strategy="no", save_strategy="no", disable_tqdm=True,
+        max_steps=STEPS, logging_strategy="no", save_strategy="no", disable_tqdm=True,
         per_device_train_batch_size=piece, gradient_accumulation_steps=work.captions // piece,
         num_generations=c.caprl.group,
         max_completion_length=c.sampling.max_tokens, shuffle_dataset=False,
@@ -166,6 +165,6 @@ def trainer(work: Work, reward: Reward, watch: Watch, folder: str) -> Any:
     watch.begin(model)
     return trl.GRPOTrainer(
         model=model, reward_funcs=reward, args=settings(work, folder),
-        train_dataset=datasets.Dataset.from_list(rows * _STEPS), processing_class=processor,
+        train_dataset=datasets.Dataset.from_list(rows * STEPS), processing_class=processor,
         callbacks=[watch],
     )  # fmt: skip
