@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-KEPT_BYTES = 2**28  # of all logits, on all devices together, up to which the gradient keeps them
+KEPT_BYTES = 2**30  # of all logits, on all devices together, up to which the gradient keeps them
 _NEVER = -1e30
 
 

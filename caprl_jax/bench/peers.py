@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,8 @@ def alone(run: Callable[..., Any], *args: Any) -> Any:
       ProcessDied: the process was killed.
       Exception: what run has raised.
     """
+    # Large pages for what every step has and gives back; the C library reads this at its start.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit this one's threads' locks
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as one:
         try:

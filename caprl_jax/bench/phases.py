@@ -3,8 +3,9 @@
 Every phase is compiled alone, and the step whole. Beside each time stands the floor of its work:
 its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
 product and a large copy reach on this device in the same run. What stays in a cache beats that
-floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
-counted. With natural lengths the work is still that of captions as long as their bucket.
+floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, MFU the same
+without what the update computes twice (bench/model_flops.py). With natural lengths the work is
+still that of captions as long as their bucket.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, step
-from caprl_jax.bench import synthetic
+from caprl_jax.bench import model_flops, synthetic
 from caprl_jax.chips import Chip
 from caprl_jax.config import validate
 from caprl_jax.models import logical
@@ -38,6 +39,7 @@ class Timing:
       tokens: that it reads or writes.
       floor: its work, and the seconds that the measured ceilings allow it.
       temporaries: bytes that it holds beside arguments and results.
+      model_flops: of a device, without what is computed twice.
     """
 
     seconds: list[float]
@@ -45,6 +47,7 @@ class Timing:
     tokens: float
     floor: floors.Floor
     temporaries: int
+    model_flops: float
 
     @property
     def median(self) -> float:
@@ -176,7 +179,10 @@ def measure(
     stop = tuple(range(count)) if natural else (vocab,)
     top = ceilings(programs.compute_dtype(config))
     out = {}
+    again, on = 0.0, built.parts.layout.mesh
     for name, function, args, tokens, runs in phases(config, built, stop):
+        if name == "update":  # and of the step, which comes after it
+            again = model_flops.again(config, built, function, args) / on.size
         if name not in wanted:
             continue
         began = time.perf_counter()
@@ -185,10 +191,10 @@ def measure(
         text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
         found = floors.phases(text, top, config.sampling.max_tokens, vision)
         seconds = seconds_of(functools.partial(compiled, *args), repeats)
+        work = floors.together([*found.values()] * runs)
         out[name] = Timing(
-            [runs * s for s in seconds], took, tokens,
-            floors.together([*found.values()] * runs),
-            compiled.memory_analysis().temp_size_in_bytes,
+            [runs * s for s in seconds], took, tokens, work,
+            compiled.memory_analysis().temp_size_in_bytes, work.flops - again,
         )  # fmt: skip
     return out
 
@@ -197,14 +203,16 @@ def tell(timings: dict[str, Timing]) -> str:
     """The timings as a table."""
     lines = [
         f"{'phase':9}{'ms':>10}{'spread':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'GB/s':>8}"
-        f"{'HFU':>6}{'floor ms':>10}{'reached':>9}  {'bound by':9}{'compile s':>10}{'temp GiB':>9}"
+        f"{'HFU':>6}{'MFU':>6}{'floor ms':>10}{'reached':>9}  {'bound by':9}{'compile s':>10}"
+        f"{'temp GiB':>9}"
     ]
     for name, t in timings.items():
         spread = (max(t.seconds) - min(t.seconds)) / t.median
+        hfu = t.floor.seconds["compute"] / t.median
         lines.append(
             f"{name:9}{1e3 * t.median:10.1f}{spread:8.0%}{t.tokens / t.median:11,.0f}"
             f"{t.floor.flops / t.median / 1e12:9.2f}{t.floor.hbm_bytes / t.median / 1e9:8.1f}"
-            f"{t.floor.seconds['compute'] / t.median:6.0%}"
+            f"{hfu:6.0%}{hfu * t.model_flops / t.floor.flops:6.0%}"
             f"{1e3 * t.floor.floor:10.1f}{t.floor.floor / t.median:9.0%}  {t.floor.bound:9}"
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )

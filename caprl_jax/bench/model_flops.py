@@ -1,0 +1,75 @@
+"""FLOPs that an update needs, whatever its program computes twice: what MFU counts.
+
+As PaLM's report counts them (arXiv 2204.02311, appendix B): a forward pass, twice as much for its
+gradient, and nothing for computing again what wasn't kept.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from caprl_jax import floors, flops, logprobs, programs
+from caprl_jax.abstract import AbstractStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """FLOPs of a batch's forward pass, on all devices together.
+
+    Attributes:
+      images: of the vision tower.
+      prompts: of the decoder, on image and prompt of each.
+      captions: of the decoder and its head.
+    """
+
+    images: float
+    prompts: float
+    captions: float
+
+
+def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
+    """The forward pass of a config's update."""
+    policy, params, batch = built.parts.policy, built.state.params, built.batch
+    shape = batch.valid.shape[0], config.caprl.group, config.sampling.max_tokens
+    tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))
+
+    def tower(params, images):
+        return policy.vision.apply({"params": params["vision"]}, images)
+
+    def captions(params, trunk, tokens, mask):
+        hidden = policy.branches(params, trunk, tokens, mask)
+        return logprobs.token_logprobs(hidden, policy.head(params), tokens)
+
+    def count(function, *args):
+        branches = floors.tower_branches(policy.vision.config)
+        return flops.jaxpr_flops(jax.make_jaxpr(function)(*args), 0, branches)
+
+    reading = params, batch.images, batch.prompt
+    images, both = count(tower, *reading[:2]), count(policy.trunk, *reading)
+    trunk = jax.eval_shape(policy.trunk, *reading)
+    return Forward(images, both - images, count(captions, params, trunk, tokens, mask))
+
+
+def update(config: ml_collections.ConfigDict, built: AbstractStep) -> float:
+    """What a config's updates need, on all devices together.
+
+    What `caprl.reuse` takes from captioning isn't needed again; a frozen tower has no gradient.
+    """
+    settings, needed = programs.settings(config), forward(config, built)
+    read = needed.images + needed.prompts
+    trained = needed.prompts + needed.captions
+    trained += 0 if built.parts.policy.freeze_vision else needed.images
+    once = {"none": read + needed.captions, "prefill": needed.captions, "rollout": 0.0}
+    reference = read + needed.captions if settings.kl else 0.0
+    return reference + settings.updates * (once[settings.reuse] + 2 * trained)
+
+
+def again(
+    config: ml_collections.ConfigDict, built: AbstractStep, function: Any, args: tuple
+) -> float:
+    """What the update, function(*args), computes beyond that, on all devices together."""
+    branches = floors.tower_branches(built.parts.policy.vision.config)
+    return flops.jaxpr_flops(jax.make_jaxpr(function)(*args), 0, branches) - update(config, built)
