@@ -6,7 +6,7 @@ same. Images fill their bucket (32 x 32 patches, 256 features), prompts and ques
 Argument:  50m (default) or 500m, about the parameters of the policy, and of the judge
 Command:   python -m caprl_jax.bench --config=configs/peers.py --peer=transformers
            python -m caprl_jax.bench --config=configs/peers.py:500m --peer=trl
-Hardware:  any CPU; 500m with trl needs more than 24 GB of memory, even with one image
+Hardware:  any CPU; 500m with trl needs 20 GB of memory
 Measured:  not here: a ratio is told by the command, on the machine at hand.
 """
 

@@ -19,6 +19,7 @@ from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work, laid_out
 
 STEP = "a whole step"
+SAMPLED = 256  # numbers of each parameter, that tell whether it has moved
 STEPS = 3  # of a turn: TRL's second is still slower than those that follow
 
 
@@ -93,13 +94,14 @@ def our_turn(config: ml_collections.ConfigDict, folder: Path, captions: np.ndarr
     peers.keep_memory()
     work = work_lib.make(config, folder)
     ours = Ours(work)
-    before = samples(jax.tree.leaves(ours.state.params))
+    before = samples(ours.state.params)
     ours()
-    first = jax.tree.leaves(ours.state.params)
+    params = ours.state.params
     letters = None if captions is None else work_lib.letters(work, ours.frozen.judge, captions)
     done = Turn(
-        parameters=sum(a.size for a in first), moved=moved(before, samples(first)), letters=letters
-    )
+        parameters=sum(a.size for a in jax.tree.leaves(params)),
+        moved=moved(*jax.device_get((before, samples(params)))), letters=letters,
+    )  # fmt: skip
     *_, last = (peers.seconds(ours) for _ in range(STEPS - 1))
     return dataclasses.replace(done, seconds=last)
 
@@ -137,9 +139,10 @@ class Ours:
         return jax.block_until_ready(jax.device_get(metrics))
 
 
-def samples(arrays: Any, count: int = 256) -> list[np.ndarray]:
-    """A few numbers of each array, copied."""
-    return [np.array(np.asarray(a).reshape(-1)[:count]) for a in arrays]
+@jax.jit
+def samples(params: Any) -> list[jax.Array]:
+    """SAMPLED numbers of each array; a look at the whole would keep it from being donated."""
+    return [a.reshape(-1)[:SAMPLED] for a in jax.tree.leaves(params)]
 
 
 def moved(before: list[np.ndarray], after: list[np.ndarray]) -> str:

@@ -16,7 +16,7 @@ from caprl_jax.bench import peers, torch_models
 from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.generate_peer import facts
 from caprl_jax.bench.peers import Checked
-from caprl_jax.bench.trl_peer import STEPS, Turn, moved, samples
+from caprl_jax.bench.trl_peer import SAMPLED, STEPS, Turn, moved
 from caprl_jax.bench.work import Work
 
 # Captions that TRL learns from at once; of 16 they are the quickest count (2, 4 and 16 were tried),
@@ -78,7 +78,7 @@ class Watch(transformers.TrainerCallback):
 
         model.register_forward_pre_hook(prompts, with_kwargs=True)
         model.model.visual.register_forward_pre_hook(images, with_kwargs=True)
-        self._before = samples(p.detach().numpy() for p in model.parameters())
+        self._before = samples(model)
 
     def on_step_begin(self, args, state, control, **_):
         """A step begins."""
@@ -90,10 +90,15 @@ class Watch(transformers.TrainerCallback):
         if state.global_step == 1:
             self.turn.checks = checks(self._work, self._reward, self._seen)
             peers.require_same(self.turn.checks)
-            after = samples(p.detach().numpy() for p in model.parameters())
+            after = samples(model)
             self.turn.moved = moved(self._before, after)
             self.turn.parameters = torch_models.weights(model)
             self.turn.captions, self.turn.letters = answered(self._work, self._reward)
+
+
+def samples(model: Any) -> list[np.ndarray]:
+    """SAMPLED numbers of each parameter, copied."""
+    return [p.detach().reshape(-1)[:SAMPLED].numpy().copy() for p in model.parameters()]
 
 
 def checks(work: Work, reward: Reward, seen: dict[str, int]) -> list[Checked]:
