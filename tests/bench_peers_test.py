@@ -10,9 +10,10 @@ import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import programs, random_model, startup
-from caprl_jax.bench import generate_peer, peers, torch_models, trl_peer
+from caprl_jax.bench import generate_peer, machine, peers, torch_models, trl_peer
 from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.peers import Checked, Pairs, WorkDiffers
+from caprl_jax.bench.turns import Turn, moved
 from caprl_jax.models import sizes
 
 TEXT = (
@@ -117,7 +118,7 @@ def test_what_is_not_a_number_is_never_the_same():
 
 
 def test_a_turn_that_is_killed_says_so():
-    with pytest.raises(peers.ProcessDied, match="want of memory"):
+    with pytest.raises(peers.ProcessDied, match="for want of memory"):
         peers.alone(signal.raise_signal, signal.SIGKILL)
 
 
@@ -126,19 +127,53 @@ def test_a_turn_that_fails_raises_what_it_raised():
         peers.alone(peers.require_same, [Checked("tokens", 1, 2)])
 
 
+LETTERS = np.full((1, 1, 1, 4), 0.25)
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [
         ({"parameters": 2}, "parameters"),
-        ({"moved": "some"}, "weights moved"),
-        ({"letters": np.full((1, 1, 1, 4), 0.3)}, "judge's letters"),
+        ({"moved": "some"}, "weights that TRL's first step moved"),
+        ({"logits": np.ones((1, 8)) * 1.1}, "logits after the prompt"),
+        ({"letters": LETTERS * 1.2}, "judge's letters"),
     ],
 )
 def test_a_step_that_does_something_else_is_refused(other, named):
-    ours = trl_peer.Turn(1.0, 1, "all", letters=np.full((1, 1, 1, 4), 0.25))
+    ours = Turn(1.0, 1, "all", logits=np.ones((1, 8)), letters=LETTERS)
     peers.require_same(trl_peer.compared(ours, ours))
     with pytest.raises(WorkDiffers, match=named):
         peers.require_same(trl_peer.compared(ours, dataclasses.replace(ours, **other)))
+
+
+@pytest.mark.parametrize(
+    ("after", "word"),
+    [
+        ([[0.0, 2.0], [3.0]], "all"),
+        ([[0.0, 2.0], [2.0]], "some"),
+        ([[0.0, np.nan], [3.0]], "some"),
+        ([[0.0, 1.0], [2.0]], "none"),
+    ],
+)
+def test_what_has_moved_is_told(after, word):
+    before = [np.array([0.0, 1.0]), np.array([2.0])]
+    assert moved(before, [np.array(a) for a in after]) == word
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("caprl.updates", 2), ("caprl.kl", 0.1), ("sampling.top_k", 5)]
+)
+def test_a_step_that_trl_would_not_do_alike_is_refused(work, key, value, tmp_path):
+    config = work.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(WorkDiffers, match=f"{key}={value} "):
+        trl_peer.compare(config, tmp_path, 1)
+
+
+def test_both_libraries_rates_are_told(work):
+    ours, theirs = machine.rates(size=64)
+    assert 0 < ours < np.inf and 0 < theirs < np.inf
+    assert machine.facts(work)["torch.get_num_threads()"] >= 1
 
 
 @pytest.mark.skipif(
@@ -146,6 +181,6 @@ def test_a_step_that_does_something_else_is_refused(other, named):
 )
 def test_a_step_of_trl_is_the_same_work(work, tmp_path):
     found = trl_peer.compare(work.config, tmp_path, 2)
-    assert all(c.same for c in found.checks) and len(found.checks) == 9
+    assert all(c.same for c in found.checks) and len(found.checks) == 11
     assert len(found.pairs[trl_peer.STEP].ratios) == 2
     assert found.facts["trl"]

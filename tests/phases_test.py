@@ -1,8 +1,10 @@
 """The bench's phases are the step's."""
 
+import jax
 import pytest
 
-from caprl_jax.bench import phases
+from caprl_jax import abstract
+from caprl_jax.bench import model_flops, phases
 
 from . import shipped
 
@@ -35,8 +37,15 @@ def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device,
         "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
         "caprl.reuse": reuse, "caprl.kl": 0.0,
     })  # fmt: skip
-    found = {name: t.floor.flops for name, t in phases.measure(config, phases.PHASES, 1, 0).items()}
+    timed = phases.measure(config, phases.PHASES, 1, 0)
+    found = {name: t.floor.flops for name, t in timed.items()}
     assert found.pop("step") == pytest.approx(sum(found.values()), rel=1e-3)
+    # All are taken to last a second: shares of the peak add up as FLOPs do.
+    useful = {name: t.mfu / timed["decode"].mfu * found["decode"] for name, t in timed.items()}
+    assert useful.pop("step") == pytest.approx(sum(useful.values()), rel=1e-3)
+    needed = model_flops.update(config, abstract.build(config, jax.devices()))
+    assert useful.pop("update") == pytest.approx(needed, rel=1e-3)
+    assert useful == pytest.approx({name: found[name] for name in useful}, rel=1e-6)
 
 
 @pytest.mark.parametrize("natural", [True, False])

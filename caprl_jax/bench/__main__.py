@@ -112,6 +112,7 @@ def scale(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: i
 def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
     """Compares with a peer and prints."""
     peers.require_installed(peer)
+    peers.require_cpu()
     validate(config)
     if peer == "trl":  # each reads models and data, which phases do without
         from caprl_jax.bench import trl_peer as other

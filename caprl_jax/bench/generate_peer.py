@@ -2,22 +2,20 @@
 
 import dataclasses
 import functools
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import torch
-import transformers
 from transformers import CompileConfig
 
 from caprl_jax import mesh, programs, rollout, startup
 from caprl_jax.bench import peers, torch_models
 from caprl_jax.bench import work as work_lib
+from caprl_jax.bench.machine import facts
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work
 from caprl_jax.sampling import Sampling
@@ -53,15 +51,6 @@ class Ours:
         self._draws += 1
         key = jax.random.fold_in(self._key, self._draws)
         return self._jitted(tokens, temperature)(self.params, self._images, self._prompt, key)
-
-    def first_logits(self) -> np.ndarray:
-        """What follows the prompt: float32 [b, vocab]."""
-
-        def logits(params, images, prompt):
-            trunk = rollout.prefill(self._work.policy, params, images, prompt, 1)
-            return self._work.policy.logits(params, trunk.last)
-
-        return np.asarray(programs.jit(logits, self._on)(self.params, self._images, self._prompt))
 
 
 class Theirs:
@@ -120,11 +109,6 @@ class Theirs:
         """int [b, tokens]."""
         return self._plain(tokens, sample=False)
 
-    def first_logits(self) -> np.ndarray:
-        """What follows the prompt: float32 [b, vocab]."""
-        with torch.inference_mode():
-            return self.model(**self.inputs, logits_to_keep=1).logits[:, 0].numpy()
-
 
 def checks(work: Work, ours: Ours, theirs: Theirs) -> list[Checked]:
     """In what both sides must agree before they are timed."""
@@ -142,14 +126,16 @@ def checks(work: Work, ours: Ours, theirs: Theirs) -> list[Checked]:
     if all(c.same for c in found):
         found += [Checked("prompt ids that differ", int((prompt.tokens != ids).sum()), 0)]
     peers.require_same(found)
-    a, b = ours.first_logits(), theirs.first_logits()
-    scale = np.abs(b).max()
+    logits = (
+        work_lib.first_logits(work, ours.params),
+        torch_models.first_logits(theirs.model, theirs.inputs),
+    )
     greedy = np.asarray(ours(_GREEDY, 0.0).tokens)[:, 0]
     agree = int((greedy == theirs.greedy(_GREEDY)).sum())
     t = config.sampling.max_tokens
     drawn = ours(t)
     found += [
-        peers.difference("logits after the prompt, relative", a / scale, b / scale, 1e-3),
+        peers.relative_difference("logits after the prompt", *logits, 1e-3),
         Checked(f"greedy tokens that agree, of {greedy.size}", agree, greedy.size),
         Checked("captions", int(np.prod(drawn.length.shape)), work.captions),
         Checked("tokens drawn", int(drawn.length.sum()), work.captions * t),
@@ -233,37 +219,9 @@ def _in_turns(ours: Ours, theirs: Callable, tokens: int, repeats: int) -> tuple[
     found = {tokens: Pairs(), 1: Pairs()}
     for t in found:
         jax.block_until_ready(ours(t))
-    for ours_first in peers.in_turns(repeats):
+    for swapped in peers.in_turns(repeats):
         for t, pair in found.items():
             sides = [(pair.ours, ours), (pair.theirs, theirs)]
-            for times, side in sides if ours_first else sides[::-1]:
+            for times, side in sides[::-1] if swapped else sides:
                 times.append(peers.turn(lambda side=side, t=t: side(t)))
     return found[tokens], found[1]
-
-
-def facts(work: Work) -> dict[str, Any]:
-    """What was run, and on what."""
-    c, device = work.config, jax.devices()[0]
-    return {
-        "policy, judge": f"{c.policy.path}, {c.judge.path}",
-        "batch": f"{c.data.batch} images, {c.caprl.group} captions each of "
-        f"{c.sampling.max_tokens} tokens, {c.caprl.questions} questions each",
-        "machine": f"{platform.machine()}, JAX on {jax.device_count()} x {device.device_kind}",
-        "JAX, torch, transformers": f"{jax.__version__}, {torch.__version__}, "
-        f"{transformers.__version__}; float32 on both sides",
-        "torch.get_num_threads()": torch.get_num_threads(),
-        "GFLOP/s of a large product, JAX and torch": "{:.0f}, {:.0f}".format(*rates()),
-    }
-
-
-def rates(size: int = 2048, repeats: int = 5) -> tuple[float, float]:
-    """What each library reaches, as one must know to read a ratio: GFLOP/s in float32.
-
-    torch's MKL keeps its quickest kernels from CPUs of other makers than its own.
-    """
-    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
-    ours, theirs = jnp.asarray(a), torch.from_numpy(a)
-    product = jax.jit(jnp.matmul)
-    runs = (lambda: product(ours, ours)), (lambda: theirs @ theirs)
-    fastest = (min(peers.seconds(run) for _ in range(repeats)) for run in runs)
-    return tuple(2e-9 * size**3 / seconds for seconds in fastest)

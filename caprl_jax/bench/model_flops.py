@@ -1,11 +1,10 @@
 """FLOPs that an update needs, whatever its program computes twice: what MFU counts.
 
 As PaLM's report counts them (arXiv 2204.02311, appendix B): a forward pass, twice as much for its
-gradient, and nothing for computing again what wasn't kept.
+gradient, and nothing for computing again what wasn't kept. Padding counts, as it is computed.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +64,3 @@ def update(config: ml_collections.ConfigDict, built: AbstractStep) -> float:
     once = {"none": read + needed.captions, "prefill": needed.captions, "rollout": 0.0}
     reference = read + needed.captions if settings.kl else 0.0
     return reference + settings.updates * (once[settings.reuse] + 2 * trained)
-
-
-def again(
-    config: ml_collections.ConfigDict, built: AbstractStep, function: Any, args: tuple
-) -> float:
-    """What the update, function(*args), computes beyond that, on all devices together."""
-    branches = floors.tower_branches(built.parts.policy.vision.config)
-    return flops.jaxpr_flops(jax.make_jaxpr(function)(*args), 0, branches) - update(config, built)

@@ -1,8 +1,8 @@
 """Comparisons with other libraries: the same work, taken in turns.
 
 No time is told before both sides are seen to do the same. A turn of ours and one of theirs make a
-pair; a pair's ratio is less moved by what else the machine does than either time. A turn is two
-runs, of which the second counts: the first finds caches and memory as the other side left them.
+pair; a pair's ratio is less moved by what else the machine does than either time. A turn is a few
+runs, of which the last counts: the first finds caches and memory as the other side left them.
 """
 
 import concurrent.futures
@@ -43,6 +43,15 @@ def require_installed(peer: str) -> None:
         )
 
 
+def require_cpu() -> None:
+    """Raises UserError where JAX runs on anything but the CPU, where torch runs."""
+    if jax.default_backend() != "cpu":
+        raise UserError(
+            f"--peer compares on the CPU, but JAX runs on {jax.default_backend()}: "
+            "set JAX_PLATFORMS=cpu"
+        )
+
+
 @dataclasses.dataclass
 class Checked:
     """One thing in which both sides must agree.
@@ -73,6 +82,12 @@ def difference(what: str, ours: Any, theirs: Any, bound: float) -> Checked:
     if ours.shape != theirs.shape:
         return Checked(f"{what}: shape", ours.shape, theirs.shape)
     return Checked(what, float(np.max(np.abs(ours - theirs))), 0.0, bound)
+
+
+def relative_difference(what: str, ours: Any, theirs: Any, bound: float) -> Checked:
+    """Their difference, as a share of the largest of theirs."""
+    scale = np.abs(theirs).max()
+    return difference(f"{what}, relative", ours / scale, theirs / scale, bound)
 
 
 def require_same(checks: Sequence[Checked]) -> None:
@@ -136,8 +151,7 @@ class Comparison:
 def keep_memory() -> None:
     """Tells the C library to keep freed memory, where it can be told: for both sides alike.
 
-    Without it each large array that torch makes is new memory, which the system must clear first:
-    a third of the time of TRL's step.
+    Without it each large array that torch makes is new memory, which the system must clear first.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -154,7 +168,7 @@ def alone(run: Callable[..., Any], *args: Any) -> Any:
     """run(*args) in a new process, which gives all its memory back at its end.
 
     Raises:
-      ProcessDied: the process was killed.
+      ProcessDied: the process has ended without a result.
       Exception: what run has raised.
     """
     # Large pages for what every step has and gives back; the C library reads this at its start.
@@ -165,8 +179,8 @@ def alone(run: Callable[..., Any], *args: Any) -> Any:
             return one.submit(run, *args).result()
         except concurrent.futures.process.BrokenProcessPool as e:
             raise ProcessDied(
-                f"the process of {run.__name__} was killed, for want of memory as a rule: free "
-                "some, or compare with a smaller --config.data.batch or --config.caprl.group"
+                f"the process of {run.__name__} ended without a result, as a rule for want of "
+                "memory: free some, or take a smaller --config.data.batch or --config.caprl.group"
             ) from e
 
 
@@ -184,9 +198,9 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turns(repeats: int) -> Iterator[bool]:
-    """Whether one side goes first, for each of so many pairs: neither always warms the other."""
+    """Whether the sides swap, for each of so many pairs: neither always warms the other."""
     for i in range(repeats):
-        yield i % 2 == 0
+        yield i % 2 == 1
 
 
 def tell(found: Comparison) -> str:

@@ -3,9 +3,10 @@
 Every phase is compiled alone, and the step whole. Beside each time stands the floor of its work:
 its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
 product and a large copy reach on this device in the same run. What stays in a cache beats that
-floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, MFU the same
-without what the update computes twice (bench/model_flops.py). With natural lengths the work is
-still that of captions as long as their bucket.
+floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
+counted; MFU what it reaches without what the update computes twice (bench/model_flops.py), of the
+chip's published FLOP/s where they are known. With natural lengths the work is still that of
+captions as long as their bucket.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ class Timing:
       tokens: that it reads or writes.
       floor: its work, and the seconds that the measured ceilings allow it.
       temporaries: bytes that it holds beside arguments and results.
-      model_flops: of a device, without what is computed twice.
+      mfu: FLOPs without what is computed twice, a second of the median, over the chip's peak.
     """
 
     seconds: list[float]
@@ -47,7 +48,7 @@ class Timing:
     tokens: float
     floor: floors.Floor
     temporaries: int
-    model_flops: float
+    mfu: float
 
     @property
     def median(self) -> float:
@@ -179,10 +180,10 @@ def measure(
     stop = tuple(range(count)) if natural else (vocab,)
     top = ceilings(programs.compute_dtype(config))
     out = {}
-    again, on = 0.0, built.parts.layout.mesh
+    needed = model_flops.update(config, built) / built.parts.layout.mesh.size
+    known = chips.chip(jax.devices()[0])
+    peak = known.flops if known else top.flops
     for name, function, args, tokens, runs in phases(config, built, stop):
-        if name == "update":  # and of the step, which comes after it
-            again = model_flops.again(config, built, function, args) / on.size
         if name not in wanted:
             continue
         began = time.perf_counter()
@@ -192,9 +193,13 @@ def measure(
         found = floors.phases(text, top, config.sampling.max_tokens, vision)
         seconds = seconds_of(functools.partial(compiled, *args), repeats)
         work = floors.together([*found.values()] * runs)
+        useful = work.flops
+        if updating := found["update"].flops:
+            useful += needed - updating
         out[name] = Timing(
             [runs * s for s in seconds], took, tokens, work,
-            compiled.memory_analysis().temp_size_in_bytes, work.flops - again,
+            compiled.memory_analysis().temp_size_in_bytes,
+            useful / peak / (runs * statistics.median(seconds)),
         )  # fmt: skip
     return out
 
@@ -208,11 +213,10 @@ def tell(timings: dict[str, Timing]) -> str:
     ]
     for name, t in timings.items():
         spread = (max(t.seconds) - min(t.seconds)) / t.median
-        hfu = t.floor.seconds["compute"] / t.median
         lines.append(
             f"{name:9}{1e3 * t.median:10.1f}{spread:8.0%}{t.tokens / t.median:11,.0f}"
             f"{t.floor.flops / t.median / 1e12:9.2f}{t.floor.hbm_bytes / t.median / 1e9:8.1f}"
-            f"{hfu:6.0%}{hfu * t.model_flops / t.floor.flops:6.0%}"
+            f"{t.floor.seconds['compute'] / t.median:6.0%}{t.mfu:6.0%}"
             f"{1e3 * t.floor.floor:10.1f}{t.floor.floor / t.median:9.0%}  {t.floor.bound:9}"
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )

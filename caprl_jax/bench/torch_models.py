@@ -55,6 +55,12 @@ def inputs(work: Work) -> dict[str, torch.Tensor]:
     }
 
 
+def first_logits(model: Any, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    """What follows the prompts of `inputs`: float32 [b, vocab]."""
+    with torch.inference_mode():
+        return model(**batch, logits_to_keep=1).logits[:, 0].numpy()
+
+
 class Letters:
     """The judge's probability of each letter, for many captions in one batched forward pass."""
 

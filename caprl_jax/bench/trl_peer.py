@@ -1,10 +1,9 @@
 """A whole CapRL step of this project, and of TRL's GRPOTrainer with the same judge as its reward.
 
-Each side's turn is a process of its own, so that no memory is needed twice. Its first step is
-checked, or compared with the other side's; its last is timed.
+Each side's turn is a process of its own, so that no memory is needed twice. In the first pair of
+turns, what both sides do in their first step is compared.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,98 +11,113 @@ import jax
 import ml_collections
 import numpy as np
 
+from caprl_jax import config as config_lib
 from caprl_jax import mesh, programs, startup, step
 from caprl_jax.bench import peers
 from caprl_jax.bench import work as work_lib
-from caprl_jax.bench.peers import Checked, Comparison, Pairs
+from caprl_jax.bench.peers import Checked, Comparison, Pairs, WorkDiffers
+from caprl_jax.bench.turns import STEPS, Turn, moved, stride
 from caprl_jax.bench.work import Work, laid_out
 
 STEP = "a whole step"
-SAMPLED = 256  # numbers of each parameter, that tell whether it has moved
-STEPS = 3  # of a turn: TRL's second is still slower than those that follow
-
-
-@dataclasses.dataclass
-class Turn:
-    """What one side has done.
-
-    Attributes:
-      seconds: of its last step.
-      parameters: of its policy.
-      moved: whether the first step has changed each of them.
-      captions: the first step's, int [b, g, t]; None is not told.
-      letters: what the judge thinks of captions, float32 [b, g, n, letters]; None is not asked.
-      checks: in what the first step agrees with the work.
-      facts: what ran on what.
-    """
-
-    seconds: float = 0.0
-    parameters: int = 0
-    moved: str = ""
-    captions: np.ndarray | None = None
-    letters: np.ndarray | None = None
-    checks: list[Checked] = dataclasses.field(default_factory=list)
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+# What TRL's step is not told, or does in another way.
+_TAKEN = {
+    "objective": "caprl", "caprl.updates": 1, "caprl.kl": 0.0, "caprl.advantage": "grpo",
+    "caprl.accuracy_weight": 1.0, "caprl.length_weight": 0.0, "judge.mode": "expected",
+    "policy.freeze_vision": False, "sampling.top_k": 0, "sampling.top_p": 1.0,
+    "optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
+}  # fmt: skip
 
 
 def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Comparison:
     """Turn by turn; models that the config names by size alone are made in folder.
 
     Raises:
-      WorkDiffers: the two sides don't do the same.
+      WorkDiffers: the two sides don't, or wouldn't, do the same.
       ProcessDied: a turn's process has ended, for want of memory as a rule.
     """
+    require_comparable(config)
+    peers.alone(make_models, config, folder)
     pairs, found, theirs = Pairs(), None, None
-    for theirs_first in peers.in_turns(repeats):
-        if theirs_first:
-            theirs = peers.alone(their_turn, config, folder)
-        ours = peers.alone(our_turn, config, folder, None if found else theirs.captions)
-        if found is None:
+    for swapped in peers.in_turns(repeats):
+        first = found is None
+        if not swapped:
+            theirs = peers.alone(their_turn, config, folder, first)
+        ours = peers.alone(our_turn, config, folder, theirs.captions if first else None)
+        if first:
             checked = [*theirs.checks, *compared(ours, theirs)]
             peers.require_same(checked)
             found = Comparison(theirs.facts, checked, {}, {STEP: pairs})
-        if not theirs_first:
-            theirs = peers.alone(their_turn, config, folder)
+        if swapped:
+            theirs = peers.alone(their_turn, config, folder, first)
         pairs.ours.append(ours.seconds)
         pairs.theirs.append(theirs.seconds)
-        print(f"pair of {pairs.ours[-1]:.3g} and {pairs.theirs[-1]:.3g} s", flush=True)
+        print(f"a pair: ours {ours.seconds:.3g} s, TRL's {theirs.seconds:.3g} s", flush=True)
     return found
 
 
+def require_comparable(config: ml_collections.ConfigDict) -> None:
+    """Raises WorkDiffers, naming what a config asks that TRL's step wouldn't do alike."""
+    asked = {key: config_lib.get(config, key) for key in _TAKEN}
+    wrong = [f"{key}={asked[key]} ({one})" for key, one in _TAKEN.items() if asked[key] != one]
+    if wrong:
+        raise WorkDiffers(f"--peer=trl compares other settings, in brackets: {', '.join(wrong)}")
+
+
 def compared(ours: Turn, theirs: Turn) -> list[Checked]:
-    """In what both first steps agree; the judges are asked about the same captions."""
-    letters = peers.difference(
-        "the judge's letters, probability", ours.letters, theirs.letters, 1e-4
-    )
+    """In what both sides agree; the judges are asked about the same captions."""
+    letters = ours.letters, theirs.letters
     return [
         Checked("parameters", ours.parameters, theirs.parameters),
-        letters,
-        Checked("weights moved", ours.moved, theirs.moved),
+        peers.relative_difference("logits after the prompt", ours.logits, theirs.logits, 1e-3),
+        peers.difference("the judge's letters, probability", *letters, 1e-4),
+        Checked("weights that our first step moved", ours.moved, "all"),
+        Checked("weights that TRL's first step moved", "all", theirs.moved),
     ]
 
 
-def their_turn(config: ml_collections.ConfigDict, folder: Path) -> Turn:
+def make_models(config: ml_collections.ConfigDict, folder: Path) -> None:
+    """Before any turn, so that none has to."""
+    work_lib.make(config, folder)
+
+
+def their_turn(config: ml_collections.ConfigDict, folder: Path, check: bool) -> Turn:
     """TRL's: only its process reads torch."""
     from caprl_jax.bench import trl_turn
 
-    return trl_turn.turn(config, folder)
+    return trl_turn.turn(config, folder, check)
 
 
 def our_turn(config: ml_collections.ConfigDict, folder: Path, captions: np.ndarray | None) -> Turn:
-    """STEPS of this project; its judge is asked about the captions, if there are any."""
+    """STEPS of this project; the first is checked if there are captions to ask the judge about."""
     peers.keep_memory()
     work = work_lib.make(config, folder)
     ours = Ours(work)
-    before = samples(ours.state.params)
-    ours()
+    if captions is not None:
+        done = checked_step(work, ours, captions)
+    else:
+        done = Turn()
+        ours()
+    for _ in range(STEPS - 1):
+        done.seconds = peers.seconds(ours)
+    return done
+
+
+def checked_step(work: Work, ours: "Ours", captions: np.ndarray) -> Turn:
+    """Our first step, and what it is compared by."""
     params = ours.state.params
-    letters = None if captions is None else work_lib.letters(work, ours.frozen.judge, captions)
-    done = Turn(
-        parameters=sum(a.size for a in jax.tree.leaves(params)),
-        moved=moved(*jax.device_get((before, samples(params)))), letters=letters,
-    )  # fmt: skip
-    *_, last = (peers.seconds(ours) for _ in range(STEPS - 1))
-    return dataclasses.replace(done, seconds=last)
+    logits, before = work_lib.first_logits(work, params), jax.device_get(samples(params))
+    count = sum(a.size for a in jax.tree.leaves(params))
+    ours()
+    after = jax.device_get(samples(ours.state.params))
+    letters = work_lib.letters(work, ours.frozen.judge, captions)
+    return Turn(parameters=count, moved=moved(before, after), logits=logits, letters=letters)
+
+
+@jax.jit
+def samples(params: Any) -> list[jax.Array]:
+    """A few numbers of each array; a host's view of the whole would block its donation."""
+    return [a.reshape(-1)[:: stride(a.size)] for a in jax.tree.leaves(params)]
 
 
 class Ours:
@@ -137,15 +151,3 @@ class Ours:
         batch = mesh.put_whole(batch, self._on)
         self.state, metrics = self._run(self.state, self.frozen, batch, self._key)
         return jax.block_until_ready(jax.device_get(metrics))
-
-
-@jax.jit
-def samples(params: Any) -> list[jax.Array]:
-    """SAMPLED numbers of each array; a look at the whole would keep it from being donated."""
-    return [a.reshape(-1)[:SAMPLED] for a in jax.tree.leaves(params)]
-
-
-def moved(before: list[np.ndarray], after: list[np.ndarray]) -> str:
-    """Whether an update has changed each array, none, or some."""
-    changed = [bool((a != b).any()) for a, b in zip(before, after, strict=True)]
-    return "all" if all(changed) else "some" if any(changed) else "none"

@@ -124,6 +124,15 @@ def laid_out(
     return images, jax.tree.map(lambda *a: np.stack(a), *prompts)
 
 
+def first_logits(work: Work, params: Any) -> np.ndarray:
+    """What our policy expects after the prompts: float32 [b, vocab]."""
+
+    def logits(params, images, prompt):
+        return work.policy.logits(params, work.policy.trunk(params, images, prompt).last)
+
+    return np.asarray(jax.jit(logits)(params, work.images, work.prompt))
+
+
 def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
     """What our judge thinks of captions: int [b, g, t] -> probabilities [b, g, n, letters]."""
     captions, questions = captions.astype(np.int32), work.questions
