@@ -1,8 +1,8 @@
 """What decoding has computed of captions, for an update that then needs nothing but its gradient.
 
 While captions are drawn, tokens are the first axis of every array, so that each token is written in
-one piece; the update reads them in the captions' order. Where they lie on a mesh is left to the
-compiler.
+one piece; the update reads them in the captions' order. On a mesh they lie with the caches while
+decoding, and with the captions then; heads and features are cut as the weights that make them.
 """
 
 import math
@@ -14,7 +14,14 @@ import jax.numpy as jnp
 
 from caprl_jax import logprobs
 from caprl_jax.models.layers import KNOWN
+from caprl_jax.models.logical import BATCH, CACHED, constrain
 from caprl_jax.models.policy import Params, Policy, Trunk
+
+# Logical axes of what a block tells of a token, by who tells it; others tell features, uncut.
+_AXES = {
+    "q": (("heads", None),), "k": (("kv_heads", None),), "v": (("kv_heads", None),),
+    "gate": (("mlp",),), "up": (("mlp",),), "attended": (("heads", None), ("kv_heads", None)),
+}  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -47,9 +54,10 @@ def empty(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int)
 
     decoder = jax.eval_shape(told, params, trunk)
     decoder = jax.tree.map(lambda a: jnp.zeros((tokens, *a.shape), a.dtype), decoder)
-    if not logprobs.are_kept(math.prod(shape), c.vocab):
-        return Known(decoder, None, None)
-    return Known(decoder, jnp.zeros((*shape, c.vocab), jnp.float32), jnp.zeros(shape, jnp.float32))
+    logp = entropy = None
+    if logprobs.are_kept(math.prod(shape), c.vocab):
+        logp, entropy = jnp.zeros((*shape, c.vocab), jnp.float32), jnp.zeros(shape, jnp.float32)
+    return _laid_out(Known(decoder, logp, entropy), (None, None, *CACHED[:2]), (None, *CACHED[:2]))
 
 
 def filled(known: Known | None, told: Any, logits: jax.Array, i: jax.Array) -> Known | None:
@@ -71,4 +79,22 @@ def in_order(known: Known) -> Known:
         return jnp.moveaxis(a, 0, 3).reshape(*a.shape[1:4], -1, *a.shape[5:])
 
     own = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), (known.logp, known.entropy))
-    return Known(jax.tree.map(of_decoder, known.decoder), *own)
+    found = Known(jax.tree.map(of_decoder, known.decoder), *own)
+    return _laid_out(found, (None, *BATCH[:2]), BATCH[:2])
+
+
+def _laid_out(known: Known, decoder: tuple, rest: tuple) -> Known:
+    """Pins where it lies; the tuples name the first axes of what layers tell, and of the rest."""
+
+    def lay(a, first, last=()):
+        return constrain(a, *first, *[None] * (a.ndim - len(first) - len(last)), *last)
+
+    def of_decoder(path, a):
+        by, *which = (getattr(key, "key", getattr(key, "idx", None)) for key in path[1:])
+        return lay(a, decoder, _AXES.get(by, ((),))[which[0] if by == "attended" else 0])
+
+    return Known(
+        jax.tree_util.tree_map_with_path(of_decoder, known.decoder),
+        None if known.logp is None else lay(known.logp, rest, ("vocab",)),
+        None if known.entropy is None else lay(known.entropy, rest),
+    )

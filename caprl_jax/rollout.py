@@ -147,7 +147,7 @@ def sample_after(
         out, known = decode(policy, weights, trunk, key, group, stop, sampling, valid, known)
     with logical.using(layout):
         out = jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
-    return out, known and known_lib.in_order(known)
+        return out, known and known_lib.in_order(known)
 
 
 def decode(

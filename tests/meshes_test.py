@@ -158,6 +158,29 @@ def test_a_rollout_is_used_again_on_a_mesh_too(eight, single, name, reuse, monke
     assert_close(moved(eight, found), moved(eight, single[0]), 2e-3)
 
 
+@pytest.mark.parametrize(("name", "images"), [("fsdp=4, tensor=2", 4), ("decoding over tensor", 8)])
+def test_what_is_known_of_captions_lies_with_them(eight, name, images, monkeypatch):
+    """With their images, and heads and features with the weights that make them."""
+    shape, tables, platform = MESHES[name]
+    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+    on = mesh.layout(mesh.make_mesh(shape), *tables)
+    state, _, batch = start(eight, on)
+
+    def known(params, batch):
+        trunk = rollout.read(eight.policy, params, batch.images, batch.prompt).trunk
+        return rollout.sample_after(
+            eight.policy, params, trunk, jax.random.key(0), 4, STOP, SAMPLING, on, batch.valid,
+            keep=True,
+        )[1]  # fmt: skip
+
+    found = jax.jit(known)(state.params, batch)
+    told = found.decoder["layers"]
+    cut = {"q": 8, "gate": 8, "up": 8, "o": images, "down": images}
+    arrays = {by: told[by]["product"] for by in cut} | {"attended": told["attended"][0]}
+    for by, a in (arrays | {"logp": found.logp}).items():
+        assert len({str(s.index) for s in a.addressable_shards}) == cut.get(by, 8), by
+
+
 def test_parameters_are_boxed_with_names(eight):
     """What the rules read: every matrix of policy and judge names its axes."""
     boxed = jax.eval_shape(eight.policy.init, jax.random.key(0))
