@@ -69,6 +69,9 @@ def default() -> ml_collections.ConfigDict:
 
     c.caprl = ml_collections.ConfigDict()
     c.caprl.group = 8  # captions per image, G
+    # Captions of an image drawn at once; the next begins as one ends, so that few wait for the
+    # longest. 0: all. Quicker where decoding is bound by FLOPs and lengths differ.
+    c.caprl.slots = 0
     c.caprl.questions = 4  # per caption, N
     c.caprl.advantage = "grpo"  # or "rloo"
     c.caprl.clip = 0.2
@@ -222,7 +225,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             )
     with about("caprl"):
         asked = {name: pieces(config, name) for name in PIECES}
-        Settings(updates=config.caprl.updates, reuse=config.caprl.reuse, **asked)
+        asked |= {name: config.caprl[name] for name in ("group", "slots", "updates", "reuse")}
+        Settings(**asked)
     with about("sampling"):
         Sampling(**config.sampling)
     if config.caprl.length_none <= config.caprl.length_full:

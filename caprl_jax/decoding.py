@@ -119,6 +119,7 @@ class Stacked:
         cache: KV,
         i: jax.Array,
         stage: tuple[int, int],
+        fresh: jax.Array | None = None,
     ) -> tuple[jax.Array, KV, Any]:
         """Token i of every caption.
 
@@ -130,11 +131,14 @@ class Stacked:
           cache: of the captions up to here.
           i: int [], which token of the captions this is.
           stage: (first, end) of the tokens that i is one of; no cache is read beyond.
+          fresh: bool [b, g], where a caption begins and what its cache holds is another's; None is
+            nowhere.
 
         Returns:
           (hidden [b, g, 1, e], cache with these tokens, what is told, [layers, b, g, 1, ..] each).
         """
-        seen = cache.replace(mask=cache.mask[..., : stage[1]])
+        before = _own(cache.mask, fresh)
+        seen = cache.replace(mask=before[..., : stage[1]])
         (hidden, new), told = self.decoder.apply(
             {"params": params["decoder"]}, x, positions, jnp.ones(x.shape[:-1], bool), (prompt,),
             caches=(seen,), mutable=[KNOWN] if self.tells else [],
@@ -142,7 +146,7 @@ class Stacked:
         cache = KV(
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.k, new.k, i, axis=3), 2),
             _cached(jax.lax.dynamic_update_slice_in_dim(cache.v, new.v, i, axis=3), 2),
-            cache.mask.at[:, :, i].set(True),
+            before.at[:, :, i].set(True),
         )
         return hidden, cache, told.get(KNOWN)
 
@@ -213,6 +217,7 @@ class Apart:
         cache: LayerCaches,
         i: jax.Array,
         stage: tuple[int, int],
+        fresh: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCaches, Any]:
         """Token i of every caption, which is written before it is read."""
         (layers, rest), at = _layers(params), i - stage[0]
@@ -221,7 +226,7 @@ class Apart:
         turns = self.decoder.apply(rest, positions, one, method=Decoder.turns)
         # The barrier keeps the compiler from taking cosines and sines again in every layer.
         turns = jax.lax.optimization_barrier(turns)
-        mask, written, told = cache.masks[-1].at[:, :, at].set(True), [], []
+        mask, written, told = _own(cache.masks[-1], fresh).at[:, :, at].set(True), [], []
         seen = (*prompt.masks, *cache.masks[:-1])
         for n, layer in enumerate(layers):
             past = tuple(
@@ -237,6 +242,11 @@ class Apart:
         hidden = self.decoder.apply(rest, x, method=Decoder.normed)
         cache = LayerCaches((*cache.kv[:-1], tuple(written)), (*cache.masks[:-1], mask))
         return hidden, cache, {"layers": _stacked(told)} if self.tells else None
+
+
+def _own(mask: jax.Array, fresh: jax.Array | None) -> jax.Array:
+    """Which of a cache's tokens, bool [b, g, length], are those of the caption that goes on."""
+    return mask if fresh is None else mask & ~fresh[..., None]
 
 
 def _stacked(layers: list[Any]) -> Any:

@@ -1,7 +1,9 @@
 """Sampling captions: one prefill per image, then a group decodes against that one prompt."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 
 from caprl_jax import decoding
 from caprl_jax import known as known_lib
+from caprl_jax import slots as slots_lib
 from caprl_jax.known import Known
 from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
@@ -96,6 +99,7 @@ def sample(
     pieces: int = 1,
     layout: Layout | None = None,
     valid: jax.Array | None = None,
+    slots: int = 0,
 ) -> Rollout:
     """Draws `group` captions per image.
 
@@ -115,6 +119,8 @@ def sample(
       layout: where weights, caches and captions lie; None leaves that to the compiler.
       valid: bool [b], False for rows that only fill up a batch: nobody waits for their captions,
         which are empty. None is all True.
+      slots: captions of an image that are drawn at once, the others as these end; 0 is all. The
+        draws differ with it.
 
     Returns:
       Rollout [b, g, t].
@@ -123,7 +129,9 @@ def sample(
         valid = jnp.ones(prompt.tokens.shape[0], bool)
     with logical.using(layout), jax.named_scope("prefill"):
         trunk = prefill(policy, params, images, prompt, pieces)
-    return sample_after(policy, params, trunk, key, group, stop, sampling, layout, valid)[0]
+    return sample_after(
+        policy, params, trunk, key, group, stop, sampling, layout, valid, slots=slots
+    )[0]
 
 
 def sample_after(
@@ -137,6 +145,7 @@ def sample_after(
     layout: Layout | None,
     valid: jax.Array,
     keep: bool = False,
+    slots: int = 0,
 ) -> tuple[Rollout, Known | None]:
     """As sample, of images and prompts that have been read; Known to keep, else None."""
     with logical.using(layout and layout.decoding), jax.named_scope("decode"):
@@ -144,7 +153,7 @@ def sample_after(
         known = None
         if keep:
             known = known_lib.empty(policy, params, trunk, group, sampling.max_tokens)
-        out, known = decode(policy, weights, trunk, key, group, stop, sampling, valid, known)
+        out, known = decode(policy, weights, trunk, key, group, stop, sampling, valid, known, slots)
     with logical.using(layout):
         out = jax.tree.map(lambda a: constrain(a, *logical.BATCH[:2], *[None] * (a.ndim - 2)), out)
         return out, known and known_lib.in_order(known)
@@ -160,41 +169,111 @@ def decode(
     sampling: Sampling,
     valid: jax.Array,
     known: Known | None = None,
+    slots: int = 0,
 ) -> tuple[Rollout, Known | None]:
     """Draws captions after a trunk, and fills what is to be known of them.
 
-    Params are as decoding.weights gives them, the rest as sample's.
+    Params are as decoding.weights gives them, the rest as sample's; captions that share slots are
+    not known.
     """
-    b, t, c = trunk.last.shape[0], sampling.max_tokens, policy.decoder.config
-    variables = {"params": params["decoder"]}
-    start = jnp.broadcast_to(trunk.next_position[:, None], (b, group))
-    stop_ids = jnp.asarray(stop, jnp.int32)
     way = decoding.way(policy, params, tells=known is not None)
-    prompt = way.prompt(trunk.kv)
+    loop = _Loop(policy, params, trunk, key, stop, sampling, way, way.prompt(trunk.kv))
+    if 0 < slots < group:
+        return _in_slots(loop, slots, group, valid), None
+    return _all_at_once(loop, group, valid, known)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What is the same in every turn of a decoding loop; fields as decode's arguments."""
+
+    policy: Policy
+    params: Params
+    trunk: Trunk
+    key: jax.Array
+    stop: tuple[int, ...]
+    sampling: Sampling
+    way: decoding.Stacked | decoding.Apart
+    prompt: Any
+
+    def draw(self, hidden: jax.Array, i: jax.Array) -> tuple[jax.Array, Rollout, jax.Array]:
+        """Hidden [b, s, e] -> (logits, Rollout of a token each [b, s], whether it ends)."""
+        logits = constrain(self.way.logits(self.params, hidden), *logical.BATCH[:2], "vocab")
+        token, logp, drawn = draw(jax.random.fold_in(self.key, i), logits, self.sampling)
+        ends = jnp.isin(token, jnp.asarray(self.stop, jnp.int32))
+        return logits, Rollout(token, None, logp, drawn, None, None), ends
+
+    def read(self, token: jax.Array, at: jax.Array, *cache: Any) -> tuple[jax.Array, Any, Any]:
+        """Tokens [b, s], in place `at` of their captions, go through the decoder (way.token)."""
+        decoder = {"params": self.params["decoder"]}
+        x = self.policy.decoder.apply(decoder, token[..., None], method=Decoder.embed)
+        start = jnp.broadcast_to(self.trunk.next_position[:, None], token.shape)
+        positions = self.policy.positions(start + at, 1)
+        hidden, cache, told = self.way.token(self.params, x, positions, self.prompt, *cache)
+        return hidden[..., 0, :], cache, told
+
+    def empty(self, slots: int, turns: int) -> tuple[jax.Array, Rollout]:
+        """(hidden states before the first token [b, slots, e], nothing drawn [b, slots, turns])."""
+        b, width = self.trunk.last.shape
+        zeros = jnp.zeros((b, slots, turns), jnp.float32)
+        out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
+        return jnp.broadcast_to(self.trunk.last[:, None], (b, slots, width)), out
+
+
+def _all_at_once(
+    loop: _Loop, group: int, valid: jax.Array, known: Known | None
+) -> tuple[Rollout, Known | None]:
+    """Every caption in a slot of its own: turn i draws token i of each."""
+    t = loop.sampling.max_tokens
 
     def step(carry, i, stage):
         done, hidden, out, cache, known = carry
-        logits = constrain(way.logits(params, hidden), *logical.BATCH[:2], "vocab")
-        token, logp, drawn = draw(jax.random.fold_in(key, i), logits, sampling)
-        new = Rollout(token, ~done, logp, drawn, None, None)
+        logits, new, ends = loop.draw(hidden, i)
+        new = new.replace(mask=~done)
         out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, a[:, :, i], x)), out, new)
-        done = done | jnp.isin(token, stop_ids)
-        x = policy.decoder.apply(variables, token[..., None], method=Decoder.embed)
-        positions = policy.positions(start + i, 1)
-        hidden, cache, told = way.token(params, x, positions, prompt, cache, i, stage)
-        known = known_lib.filled(known, told, logits, i)
-        return done, hidden[..., 0, :], out, cache, known
+        hidden, cache, told = loop.read(new.tokens, i, cache, i, stage)
+        return done | ends, hidden, out, cache, known_lib.filled(known, told, logits, i)
 
-    zeros = jnp.zeros((b, group, t), jnp.float32)
-    out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
-    hidden = jnp.broadcast_to(trunk.last[:, None], (b, group, c.width))
-    done, cache = jnp.broadcast_to(~valid[:, None], (b, group)), way.empty(prompt, group, t)
+    hidden, out = loop.empty(group, t)
+    done = jnp.broadcast_to(~valid[:, None], out.mask.shape[:2])
+    cache = loop.way.empty(loop.prompt, group, t)
     for stage in stages(t):
-        carry = done, hidden, out, way.opened(cache, prompt, group, stage), known
+        carry = done, hidden, out, loop.way.opened(cache, loop.prompt, group, stage), known
         done, hidden, out, cache, known = _while_any_is_open(
             functools.partial(step, stage=stage), carry, *stage
         )
     return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done), known
+
+
+def _in_slots(loop: _Loop, count: int, group: int, valid: jax.Array) -> Rollout:
+    """Captions follow one another in fewer slots.
+
+    A slot's cache is a ring: turn i writes at i modulo the longest caption's tokens, and what is
+    there of the caption before is masked once another begins.
+    """
+    t = loop.sampling.max_tokens
+    turns = slots_lib.most_turns(group, count, t)
+
+    def step(carry, i):
+        _, slots, hidden, out, cache = carry
+        _, new, ends = loop.draw(hidden, i)
+        new = new.replace(mask=slots.busy)
+        out = jax.tree.map(lambda a, x: a.at[:, :, i].set(x), out, new)
+        hidden, cache, _ = loop.read(new.tokens, slots.at, cache, i % t, (0, t), slots.at == 0)
+        ends = slots.busy & (ends | (slots.at + 1 == t))
+        hidden = jnp.where(ends[..., None], loop.trunk.last[:, None], hidden)
+        slots = slots.after(ends, i)
+        return ~slots.busy, slots, hidden, out, cache
+
+    hidden, out = loop.empty(count, turns)
+    slots = slots_lib.filled(valid, count, group)
+    cache = loop.way.opened(loop.way.empty(loop.prompt, count, t), loop.prompt, count, (0, t))
+    carry = ~slots.busy, slots, hidden, out, cache
+    _, slots, _, out, _ = _while_any_is_open(step, carry, 0, turns)
+    found = jax.tree.map(lambda a: slots.by_caption(a, t), out)
+    stopped = jnp.isin(found.tokens, jnp.asarray(loop.stop, jnp.int32)) & found.mask
+    truncated = valid[:, None] & ~jnp.any(stopped, axis=-1)
+    return found.replace(length=slots.length, truncated=truncated)
 
 
 def stages(tokens: int) -> list[tuple[int, int]]:
@@ -205,22 +284,6 @@ def stages(tokens: int) -> list[tuple[int, int]]:
     count = min(4, max(tokens // STAGE, 1))
     ends = [tokens * (i + 1) // count for i in range(count)]
     return list(zip([0, *ends], ends, strict=False))
-
-
-def wasted(length: jax.Array, valid: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:
-    """How many slots, a caption's place in one turn of the loop, waited for longer captions.
-
-    Args:
-      length: int32 [b, g], tokens of each caption.
-      valid: bool [b].
-      pieces: in which the b images were captioned; each ends with its own longest caption.
-
-    Returns:
-      int32 [] each: (slots that waited, slots in all).
-    """
-    used, real = (logical.split(a, pieces) for a in (jnp.where(valid[:, None], length, 0), valid))
-    slots = jnp.max(used, axis=(1, 2)) * jnp.sum(real, axis=1) * length.shape[1]
-    return jnp.sum(slots) - jnp.sum(used), jnp.sum(slots)
 
 
 def _while_any_is_open(step: Callable, carry: tuple, first: int, end: int) -> tuple:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax import judge, policy_gradient, rewards, rollout, update
+from caprl_jax import judge, policy_gradient, rewards, rollout, slots, update
 from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.logical import Layout
@@ -30,9 +30,9 @@ def rollout_metrics(
     verdicts: judge.Verdicts,
     reward: jax.Array,
     valid: jax.Array,
-    pieces: int,
+    settings: Settings,
 ) -> Metrics:
-    """(sum, count) of what a rollout in so many pieces shows; valid bool [b]."""
+    """(sum, count) of what a rollout shows; valid bool [b]."""
     real = jnp.broadcast_to(valid[:, None], reward.shape)
     asked = verdicts.valid & real[..., None]
 
@@ -48,7 +48,9 @@ def rollout_metrics(
         "abstain_rate": mean_over(asked, verdicts.abstained),
         "caption_length": mean_over(real, captions.length),
         "truncation_rate": mean_over(real, captions.truncated),
-        "wasted_slots": rollout.wasted(captions.length, valid, pieces),
+        "wasted_slots": slots.wasted(
+            captions.length, valid, settings.rollout_batches, settings.slots
+        ),
     }
 
 
@@ -94,7 +96,7 @@ def caprl_step(
             reading = rollout.read(policy, state.params, batch.images, batch.prompt)
         captions, known = rollout.sample_after(
             policy, state.params, reading.trunk, sample_key, settings.group, stop, sampling, layout,
-            batch.valid, keep=settings.reuse == "rollout",
+            batch.valid, keep=settings.reuse == "rollout", slots=settings.slots,
         )  # fmt: skip
         reading = reading.replace(known=known)
     verdicts = judged(
@@ -122,7 +124,7 @@ def roll_out(
         images, prompt, valid = piece
         return rollout.sample(
             policy, params, images, prompt, key, settings.group, stop, sampling,
-            settings.prefills, layout, valid,
+            settings.prefills, layout, valid, settings.slots,
         )  # fmt: skip
 
     count, whole = settings.rollout_batches, (batch.images, batch.prompt, batch.valid)
@@ -165,7 +167,7 @@ def learn(
     state, metrics = improve(
         policy, optimizer, settings, state, frozen, batch, captions, advantages, layout, reading
     )
-    shown = rollout_metrics(captions, verdicts, reward, batch.valid, settings.rollout_batches)
+    shown = rollout_metrics(captions, verdicts, reward, batch.valid, settings)
     return state, metrics | shown
 
 

@@ -68,6 +68,8 @@ class Settings:
 
     Attributes:
       group: g, captions per image.
+      slots: captions of an image that are drawn at once, the others as these end; 0 is all. Where
+        many are drawn, fewer slots save those that wait for a long caption, and memory of caches.
       judge_mode: how a verdict scores, see judge.verdicts.
       judge_temperature: of the letters' softmax.
       advantage: a name in policy_gradient.ADVANTAGES.
@@ -90,6 +92,7 @@ class Settings:
     """
 
     group: int = 8
+    slots: int = 0
     judge_mode: judge.Mode = "expected"
     judge_temperature: float = 0.6
     advantage: str = "grpo"
@@ -115,6 +118,14 @@ class Settings:
             raise ValueError(
                 f"reuse={self.reuse} is for one update of a batch in one piece: set it to none, or "
                 f"{', '.join(many)} to 1"
+            )
+
+        if self.slots < 0:
+            raise ValueError(f"slots={self.slots} must not be negative; 0 is one for each caption")
+        if self.reuse == "rollout" and 0 < self.slots < self.group:
+            raise ValueError(
+                "reuse=rollout keeps what is known of all captions turn by turn: set slots from "
+                f"{self.slots} to 0, or reuse to prefill"
             )
 
     @property

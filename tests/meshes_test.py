@@ -158,6 +158,27 @@ def test_a_rollout_is_used_again_on_a_mesh_too(eight, single, name, reuse, monke
     assert_close(moved(eight, found), moved(eight, single[0]), 2e-3)
 
 
+@pytest.mark.parametrize(
+    "name", ["data=8", "fsdp=4, tensor=2, a TPU's way", "decoding over tensor"]
+)
+def test_captions_that_share_slots_are_the_same_on_a_mesh(eight, name, monkeypatch):
+    shape, tables, platform = MESHES[name]
+    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+
+    def captions(on):
+        state, _, batch = start(eight, on)
+        write = functools.partial(
+            rollout.sample, eight.policy, group=4, stop=tuple(range(20)), sampling=SAMPLING,
+            layout=on, slots=2,
+        )  # fmt: skip
+        found = jax.jit(write)(state.params, batch.images, batch.prompt, jax.random.key(7))
+        return jax.device_get((found.tokens, found.mask))
+
+    alone, cut = captions(None), captions(mesh.layout(mesh.make_mesh(shape), *tables))
+    jax.tree.map(np.testing.assert_array_equal, cut, alone)
+    assert len(set(alone[1].sum(axis=-1).ravel().tolist())) > 3
+
+
 @pytest.mark.parametrize(("name", "images"), [("fsdp=4, tensor=2", 4), ("decoding over tensor", 8)])
 def test_what_is_known_of_captions_lies_with_them(eight, name, images, monkeypatch):
     """With their images, and heads and features with the weights that make them."""

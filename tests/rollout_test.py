@@ -7,7 +7,7 @@ import pytest
 
 from caprl_jax import decoding, hlo_costs
 from caprl_jax import rollout as rollout_lib
-from caprl_jax.rollout import sample, wasted
+from caprl_jax.rollout import sample
 from caprl_jax.sampling import Sampling
 
 
@@ -95,11 +95,3 @@ def test_layers_lie_as_suits_the_platform(world, monkeypatch):
     assert lie("gpu") == (decoding.Apart, (c.width, c.feed_forward))
     assert lie("cpu") == (decoding.Apart, (c.feed_forward, c.width))
     assert lie("tpu", apart=True) == lie("gpu") and lie("cpu", apart=False) == lie("tpu")
-
-
-def test_wasted_slots_are_those_that_wait_for_the_longest_of_their_piece():
-    length = jnp.asarray([[4, 2], [1, 1], [6, 6], [9, 9]])
-    valid = jnp.asarray([True, True, True, False])
-    assert wasted(length, valid, 1) == (6 * 6 - 20, 6 * 6)
-    # Two pieces are of images 0, 2 and 1, 3.
-    assert wasted(length, valid, 2) == (6 * 4 + 2 - 20, 6 * 4 + 2)

@@ -117,7 +117,8 @@ def caprl_step(
     state, metrics = step.improve(
         policy, optimizer, alone, state, frozen, copies, rows, advantages.reshape(-1, 1), layout
     )
-    return state, metrics | step.rollout_metrics(captions, verdicts, reward, batch.valid, 1)
+    drawn = dataclasses.replace(settings, rollout_batches=1, slots=0)
+    return state, metrics | step.rollout_metrics(captions, verdicts, reward, batch.valid, drawn)
 
 
 @dataclasses.dataclass(frozen=True)

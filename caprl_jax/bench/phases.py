@@ -122,7 +122,7 @@ def phases(
         valid = jnp.ones(b // pieces, bool)
         keep = constants.reuse == "rollout"
         return rollout.sample_after(
-            p.policy, params, trunk, key, g, stop, sampling, on, valid, keep
+            p.policy, params, trunk, key, g, stop, sampling, on, valid, keep, constants.slots
         )
 
     def score(frozen, captions, questions, key):
