@@ -88,16 +88,16 @@ def tower_branches(vision: VisionConfig) -> hlo_costs.BranchWeights:
     return weights
 
 
-def phases(text: str, chip: Chip | None, tokens: int, vision: VisionConfig) -> dict[str, Floor]:
+def phases(text: str, chip: Chip | None, turns: int, vision: VisionConfig) -> dict[str, Floor]:
     """The floor of each phase of a compiled step; what is outside of them is "other".
 
     Args:
       text: of the compiled program, as hlo_costs.hlo_text.
       chip: peaks.
-      tokens: that every caption is taken to have, its bucket: no early stop.
+      turns: that the decoding loop is taken to run: no early stop.
       vision: the tower's sizes, which say how many of its layers attend over the whole image.
     """
-    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, tokens, tower_branches(vision))
+    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, turns, tower_branches(vision))
     return {name: floor(costs, chip) for name, costs in found.items()}
 
 

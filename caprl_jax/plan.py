@@ -24,7 +24,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax import abstract, chips, floors, hlo_costs, mesh
+from caprl_jax import abstract, chips, floors, hlo_costs, mesh, slots
 from caprl_jax.commands import in_one_paragraph, parse_config_flags
 from caprl_jax.config import pieces, validate
 from caprl_jax.errors import UserError
@@ -100,7 +100,9 @@ def make(
     if compiled is not None:
         memory = _memory(built, compiled.memory_analysis(), caches(config, built))
         text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
-        found = floors.phases(text, known, config.sampling.max_tokens, vision)
+        c = config.caprl
+        turns = slots.most_turns(c.group, c.slots, config.sampling.max_tokens)
+        found = floors.phases(text, known, turns, vision)
     captions = config.data.batch * config.caprl.group
     spread = mesh.batch_multiple(built.parts.layout)
     return Plan(
@@ -171,7 +173,8 @@ def _memory(built: abstract.AbstractStep, found: Any, cached: int) -> dict[str, 
 def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> int:
     """Bytes on each chip of the prompts' and captions' keys and values while decoding."""
     c, on = built.parts.policy.decoder.config, built.parts.layout.decoding
-    b, g = config.data.batch // pieces(config, "rollout_batches"), config.caprl.group
+    b = config.data.batch // pieces(config, "rollout_batches")
+    drawn = slots.count(config.caprl.group, config.caprl.slots)
 
     def one(batch: tuple[int, ...], length: int) -> int:
         shape = (c.layers, *batch, length, c.kv_heads, c.head_dim)
@@ -183,7 +186,7 @@ def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> i
             * jnp.dtype(built.parts.policy.decoder.dtype).itemsize
         )
 
-    return one((b,), config.data.max_prompt) + one((b, g), config.sampling.max_tokens)
+    return one((b,), config.data.max_prompt) + one((b, drawn), config.sampling.max_tokens)
 
 
 def tell(name: str, topology: str, plan: Plan) -> str:

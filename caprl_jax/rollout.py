@@ -178,8 +178,9 @@ def decode(
     """
     way = decoding.way(policy, params, tells=known is not None)
     loop = _Loop(policy, params, trunk, key, stop, sampling, way, way.prompt(trunk.kv))
-    if 0 < slots < group:
-        return _in_slots(loop, slots, group, valid), None
+    count = slots_lib.count(group, slots)
+    if count < group:
+        return _in_slots(loop, count, group, valid), None
     return _all_at_once(loop, group, valid, known)
 
 

@@ -87,13 +87,18 @@ def _indices(shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
+def count(group: int, slots: int) -> int:
+    """Slots of an image, where 0 asks for one for each of its captions."""
+    return min(slots or group, group)
+
+
 def most_turns(group: int, slots: int, tokens: int) -> int:
     """In which `group` captions of at most so many tokens are drawn, whatever their lengths are.
 
     Caption i (from 0) begins after i // slots times `tokens` turns at most: by then those more than
     `slots` - 1 before it have ended.
     """
-    return -(-group // slots) * tokens
+    return -(-group // count(group, slots)) * tokens
 
 
 def turns(length: jax.Array, slots: int) -> jax.Array:
@@ -101,7 +106,7 @@ def turns(length: jax.Array, slots: int) -> jax.Array:
 
     def one(load, length):
         least = jnp.argmin(load, axis=1)
-        taken = jax.nn.one_hot(least, load.shape[1], dtype=load.dtype)
+        taken = jax.nn.one_hot(least, slots, dtype=load.dtype)
         return load + taken * length[:, None], None
 
     load = jnp.zeros((length.shape[0], slots), length.dtype)
@@ -122,7 +127,7 @@ def wasted(
     Returns:
       int32 [] each: (turns waited, summed over slots; turns of all slots).
     """
-    slots = slots or length.shape[1]
+    slots = count(length.shape[1], slots)
     used, real = (logical.split(a, pieces) for a in (jnp.where(valid[:, None], length, 0), valid))
     last = jnp.max(jax.vmap(lambda piece: turns(piece, slots))(used), axis=1)
     whole = jnp.sum(last * jnp.sum(real, axis=1) * slots)

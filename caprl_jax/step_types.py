@@ -9,6 +9,7 @@ import jax
 from caprl_jax import judge
 from caprl_jax.models.policy import Params, Prompt
 from caprl_jax.models.vision import Images
+from caprl_jax.slots import count
 
 Reuse = Literal["none", "prefill", "rollout"]
 REUSE = get_args(Reuse)  # from least to most memory
@@ -122,7 +123,7 @@ class Settings:
 
         if self.slots < 0:
             raise ValueError(f"slots={self.slots} must not be negative; 0 is one for each caption")
-        if self.reuse == "rollout" and 0 < self.slots < self.group:
+        if self.reuse == "rollout" and count(self.group, self.slots) < self.group:
             raise ValueError(
                 "reuse=rollout keeps what is known of all captions turn by turn: set slots from "
                 f"{self.slots} to 0, or reuse to prefill"

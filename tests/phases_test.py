@@ -28,6 +28,22 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
     assert all(name in phases.tell(found[2]) for name in found[2])
 
 
+def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch, one_device):
+    """The work is of full captions; of natural ones it is told how many waited."""
+    monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
+    found = {}
+    for slots in (0, 2):
+        config = shipped.module("tiny").get_config()
+        config.update_from_flattened_dict({
+            "data.batch": 2, "caprl.slots": slots, "sampling.max_tokens": 16,
+        })  # fmt: skip
+        found[slots] = phases.measure(config, ("decode",), 1, True)["decode"]
+    alone, shared = found[0], found[2]
+    assert shared.floor.flops == pytest.approx(alone.floor.flops, rel=0.01)
+    assert shared.wasted < alone.wasted - 0.1
+    assert f"{shared.wasted:.0%} of its slots waited" in phases.tell({"decode": shared})
+
+
 @pytest.mark.parametrize("reuse", ["prefill", "rollout"])
 def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device, reuse):
     """The phases sum up to the step."""

@@ -124,6 +124,8 @@ def test_caches_are_counted_as_they_lie():
     text = built.parts.policy.decoder.config
     token = 2 * 4 * text.layers * text.kv_heads * text.head_dim
     assert plan.caches(c, built) == token * (8 // 2) * (32 + 6 * 4)
+    c.caprl.slots = 2
+    assert plan.caches(c, built) == token * (8 // 2) * (32 + 2 * 4)
 
 
 def made(fits, refusal="no room", **changed):

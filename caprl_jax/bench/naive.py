@@ -117,7 +117,7 @@ def caprl_step(
     state, metrics = step.improve(
         policy, optimizer, alone, state, frozen, copies, rows, advantages.reshape(-1, 1), layout
     )
-    drawn = dataclasses.replace(settings, rollout_batches=1, slots=0)
+    drawn = dataclasses.replace(settings, rollout_batches=1)
     return state, metrics | step.rollout_metrics(captions, verdicts, reward, batch.valid, drawn)
 
 
@@ -158,6 +158,7 @@ def smallest(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config on one device, with one image in each of its pieces."""
     config = config.copy_and_resolve_references()
     config.data.batch = config.eval.batch = math.lcm(*(pieces(config, name) for name in PIECES))
+    config.caprl.slots = 0  # one of each caption, as where every caption has a prompt of its own
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 1
     return config
 

@@ -6,7 +6,7 @@ product and a large copy reach on this device in the same run. What stays in a c
 floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
 counted; MFU what it reaches without what the update computes twice (bench/model_flops.py), of the
 chip's published FLOP/s where they are known. With natural lengths the work is still that of
-captions as long as their bucket.
+captions as long as their bucket, and which share of decoding's slots waited is told.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, step
+from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, slots, step
 from caprl_jax.bench import model_flops, synthetic
 from caprl_jax.chips import Chip
 from caprl_jax.config import validate
@@ -41,6 +41,7 @@ class Timing:
       floor: its work, and the seconds that the measured ceilings allow it.
       temporaries: bytes that it holds beside arguments and results.
       mfu: FLOPs without what is computed twice, a second of the median, over the chip's peak.
+      wasted: of decoding natural lengths, the share of slots that waited for longer captions.
     """
 
     seconds: list[float]
@@ -49,6 +50,7 @@ class Timing:
     floor: floors.Floor
     temporaries: int
     mfu: float
+    wasted: float | None = None
 
     @property
     def median(self) -> float:
@@ -180,6 +182,8 @@ def measure(
     stop = tuple(range(count)) if natural else (vocab,)
     top = ceilings(programs.compute_dtype(config))
     out = {}
+    c = config.caprl
+    turns = slots.most_turns(c.group, c.slots, config.sampling.max_tokens)
     needed = model_flops.update(config, built) / built.parts.layout.mesh.size
     known = chips.chip(jax.devices()[0])
     peak = known.flops if known else top.flops
@@ -190,7 +194,7 @@ def measure(
         compiled = jax.jit(function).lower(*args).compile()
         took = time.perf_counter() - began
         text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
-        found = floors.phases(text, top, config.sampling.max_tokens, vision)
+        found = floors.phases(text, top, turns, vision)
         seconds = seconds_of(functools.partial(compiled, *args), repeats)
         work = floors.together([*found.values()] * runs)
         useful = work.flops
@@ -201,7 +205,15 @@ def measure(
             compiled.memory_analysis().temp_size_in_bytes,
             useful / peak / (runs * statistics.median(seconds)),
         )  # fmt: skip
+        if natural and name == "decode":
+            out[name].wasted = _wasted(compiled(*args)[0].length, c.slots)
     return out
+
+
+def _wasted(length: jax.Array, count: int) -> float:
+    """Of captions drawn at once, in so many slots an image."""
+    waited, whole = slots.wasted(length, jnp.ones(len(length), bool), 1, count)
+    return float(waited / whole)
 
 
 def tell(timings: dict[str, Timing]) -> str:
@@ -220,6 +232,8 @@ def tell(timings: dict[str, Timing]) -> str:
             f"{1e3 * t.floor.floor:10.1f}{t.floor.floor / t.median:9.0%}  {t.floor.bound:9}"
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )
+        if t.wasted is not None:
+            lines.append(f"  {t.wasted:.0%} of its slots waited for longer captions")
         if t.floor.uncounted:
             lines.append(f"  without the work of {', '.join(sorted(set(t.floor.uncounted)))}")
     return "\n".join(lines)
