@@ -81,6 +81,9 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.rollout_batches = 1  # for captioning, where caches for all don't fit,
     c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
     c.caprl.score_batches = 0  # and for the judge; 0: as many
+    # Lengths for which judge and update are compiled, in even steps up to sampling.max_tokens: a
+    # piece of the batch is cut to the shortest that holds its captions.
+    c.caprl.buckets = 1
     # Of what the update computes gradients alone, since captioning has computed the rest: "none",
     # "prefill" (images and prompts) or "rollout" (captions too: a token then takes every product of
     # the decoder in memory). Needs updates = 1 and a batch in one piece.
@@ -173,9 +176,9 @@ _ONE_OF = {
 }
 _POSITIVE = (
     "steps", "sampling.max_tokens", "caprl.group", "caprl.questions", "caprl.updates",
-    "caprl.micro_batches", "data.batch", "eval.images", "eval.batch", "eval.group", "log_every",
-    "checkpoint.every", "checkpoint.keep", "data.max_windows", "data.max_prompt",
-    "data.max_question", "data.rows", "data.columns", "judge.temperature",
+    "caprl.micro_batches", "caprl.buckets", "data.batch", "eval.images", "eval.batch",
+    "eval.group", "log_every", "checkpoint.every", "checkpoint.keep", "data.max_windows",
+    "data.max_prompt", "data.max_question", "data.rows", "data.columns", "judge.temperature",
 )  # fmt: skip
 
 

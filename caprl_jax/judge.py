@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax import buckets
 from caprl_jax.models import logical
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
@@ -225,13 +226,20 @@ def score(
     mode: Mode = "expected",
     temperature: float = 0.6,
     pieces: int = 1,
+    sizes: int = 1,
 ) -> Verdicts:
     """Captions [b, g, t] and their questions -> Verdicts [b, g, n]; pure, jittable.
 
-    They are read in that many pieces, a divisor of b, one after the other.
+    They are read in that many pieces, a divisor of b, one after the other, each cut to one of so
+    many lengths (buckets.by_length).
     """
+
+    def read(length, params, instruction, tokens, mask, questions):
+        captions = tokens[..., :length], mask[..., :length]
+        return letter_logits(decoder, params, instruction, *captions, questions)
+
     logits = logical.in_pieces(
-        lambda piece: letter_logits(decoder, params, instruction, *piece),
+        lambda piece: buckets.by_length(read, sizes, piece[1], params, instruction, *piece),
         (tokens, mask, questions), pieces,
     )  # fmt: skip
     return verdicts(logits, questions, key, mode, temperature)

@@ -39,6 +39,13 @@ class Known:
     logp: jax.Array | None
     entropy: jax.Array | None
 
+    def cut(self, tokens: int) -> "Known":
+        """Of the first so many tokens."""
+        return Known(
+            jax.tree.map(lambda a: a[:, :, :, :tokens], self.decoder),
+            *jax.tree.map(lambda a: a[:, :, :tokens], (self.logp, self.entropy)),
+        )
+
 
 def empty(policy: Policy, params: Params, trunk: Trunk, group: int, tokens: int) -> Known:
     """Nothing yet: zeros, decoder [tokens, layers, b, g, 1, ..] and logp [tokens, b, g, vocab]."""

@@ -44,6 +44,11 @@ class Rollout:
     length: jax.Array
     truncated: jax.Array
 
+    def cut(self, tokens: int) -> "Rollout":
+        """The first so many tokens, which are to be all."""
+        own = {name: getattr(self, name) for name in ("tokens", "mask", "logp", "sample_logp")}
+        return self.replace(**{name: a[..., :tokens] for name, a in own.items()})
+
 
 @flax.struct.dataclass
 class Reading:

@@ -146,6 +146,7 @@ def judged(
         return judge.score(
             judge_decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key,
             settings.judge_mode, settings.judge_temperature, settings.score_batches,
+            settings.buckets,
         )  # fmt: skip
 
 
@@ -187,8 +188,8 @@ def improve(
     with logical.using(layout), jax.named_scope("update"):
         reference_logp = None
         if settings.kl:
-            reference_logp, _ = logical.in_pieces(
-                lambda piece: update.caption_logps(policy, frozen.reference, *piece),
+            reference_logp = logical.in_pieces(
+                lambda piece: update.reference_logps(policy, settings, frozen.reference, *piece),
                 (batch, captions), settings.micro_batches,
             )  # fmt: skip
         examples = update.Learn(batch, captions, advantages, reference_logp)

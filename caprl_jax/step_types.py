@@ -82,6 +82,8 @@ class Settings:
         of its own; the draws differ with it.
       prefill_batches: pieces of the batch in which images and prompts are read before decoding.
       score_batches: pieces in which the judge reads captions.
+      buckets: lengths for which judge and update are compiled, in even steps up to the longest
+        caption; each of their pieces is cut to the shortest that holds its captions.
       reuse: of what the update computes gradients alone, since the rollout has computed the rest:
         "none", "prefill" (images and prompts), or "rollout" (captions too; logp_gap is no metric
         then). What they need is held through decoding and scoring, whatever policy.remat says of
@@ -104,6 +106,7 @@ class Settings:
     rollout_batches: int = 1
     prefill_batches: int = 1
     score_batches: int = 1
+    buckets: int = 1
     reuse: Reuse = "none"
     accuracy_weight: float = 1.0
     length_weight: float = 0.0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax import logprobs, mesh, policy_gradient, rollout
+from caprl_jax import buckets, logprobs, mesh, policy_gradient, rollout
 from caprl_jax.known import Known
 from caprl_jax.models import logical
 from caprl_jax.models.logical import Layout
@@ -32,6 +32,11 @@ class Learn:
     rollout: rollout.Rollout
     advantages: jax.Array
     reference_logp: jax.Array | None
+
+    def cut(self, tokens: int) -> "Learn":
+        """Of captions that are no longer."""
+        cut = jax.tree.map(lambda a: a[..., :tokens], self.reference_logp)
+        return self.replace(rollout=self.rollout.cut(tokens), reference_logp=cut)
 
 
 def caption_logps(
@@ -59,6 +64,18 @@ def caption_logps(
         logp, entropy = captions.logp, known.entropy
         logp = logprobs.known_logprobs(hidden, head, captions.tokens, logp, known.logp)
     return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
+
+
+def reference_logps(
+    policy: Policy, settings: Settings, params: Params, batch: Batch, captions: rollout.Rollout
+) -> jax.Array:
+    """caption_logps of a reference policy, which are not differentiated: float32 [b, g, t]."""
+
+    def of_length(length, params, batch, captions):
+        logp, _ = caption_logps(policy, params, batch, captions.cut(length))
+        return jnp.pad(logp, [(0, 0), (0, 0), (0, captions.mask.shape[-1] - length)])
+
+    return buckets.by_length(of_length, settings.buckets, captions.mask, params, batch, captions)
 
 
 def caption_losses(
@@ -96,19 +113,26 @@ def caption_losses(
 
 
 def _gradients(
-    loss, params: Params, pieces: Any, like_params: Callable[[Params], Params]
+    loss, params: Params, pieces: Learn, like_params: Callable[[Params], Params], sizes: int
 ) -> tuple[Params, Metrics]:
-    """Sums float32 gradients and metrics of loss(params, piece) over pieces [p, ..]."""
+    """Sums float32 gradients and metrics of loss(params, piece) over pieces [p, ..].
+
+    Each piece is cut to one of so many lengths (buckets.by_length).
+    """
+
+    def of_length(length, params, piece):
+        return jax.value_and_grad(loss, has_aux=True)(params, piece.cut(length))
+
+    def run(piece):
+        (_, metrics), grads = buckets.by_length(of_length, sizes, piece.rollout.mask, params, piece)
+        return like_params(grads), metrics
 
     def add(total, piece):
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, piece)
-        new = like_params(grads), metrics
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, new), None
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(piece)), None
 
     one = jax.tree.map(lambda a: a[0], pieces)
     if jax.tree.leaves(pieces)[0].shape[0] == 1:  # no sums to hold beside it
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, one)
-        return jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
+        return jax.tree.map(lambda a: a.astype(jnp.float32), run(one))
     first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
     zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
     (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), pieces)
@@ -116,16 +140,26 @@ def _gradients(
 
 
 def _gradients_after(
-    reading: rollout.Reading, loss: Callable, params: Params, like_params: Callable
+    reading: rollout.Reading,
+    loss: Callable,
+    params: Params,
+    learn: Learn,
+    like_params: Callable,
+    sizes: int,
 ) -> tuple[Params, Metrics]:
-    """Float32 gradients and metrics of loss(params, trunk) where the trunk has been read."""
-    trunk = reading.trunk
+    """Float32 gradients and metrics of loss(params, learn, trunk, known) after a reading."""
 
-    def of(params, last, k, v):
-        return loss(params, trunk.replace(last=last, kv=trunk.kv.replace(k=k, v=v)))
+    def of_length(length, params, learn, trunk, known):
+        def of(params, last, k, v):
+            own = trunk.replace(last=last, kv=trunk.kv.replace(k=k, v=v))
+            return loss(params, learn.cut(length), own, known and known.cut(length))
 
-    run = jax.value_and_grad(of, argnums=(0, 1, 2, 3), has_aux=True)
-    (_, metrics), (of_captions, *of_trunk) = run(params, trunk.last, trunk.kv.k, trunk.kv.v)
+        run = jax.value_and_grad(of, argnums=(0, 1, 2, 3), has_aux=True)
+        return run(params, trunk.last, trunk.kv.k, trunk.kv.v)
+
+    (_, metrics), (of_captions, *of_trunk) = buckets.by_length(
+        of_length, sizes, learn.rollout.mask, params, learn, reading.trunk, reading.known
+    )
     [of_prompts] = reading.pull(tuple(of_trunk))
     single = functools.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
     grads = jax.tree.map(jnp.add, single(of_captions), single(of_prompts))
@@ -164,18 +198,17 @@ def update(
     def mean(total, metrics):
         return total / captions, metrics
 
-    def loss(params, piece):
-        return mean(*caption_losses(policy, settings, params, piece))
-
-    def of_captions(params, trunk):
-        return mean(*caption_losses(policy, settings, params, learn, trunk, reading.known))
+    def loss(params, *of):
+        return mean(*caption_losses(policy, settings, params, *of))
 
     def one(carry, _):
         params, opt_state = carry
         if reading is None:
-            grads, metrics = _gradients(loss, params, pieces, like_params)
+            grads, metrics = _gradients(loss, params, pieces, like_params, settings.buckets)
         else:
-            grads, metrics = _gradients_after(reading, of_captions, params, like_params)
+            grads, metrics = _gradients_after(
+                reading, loss, params, learn, like_params, settings.buckets
+            )
         params, opt_state, more = apply(optimizer, params, opt_state, grads)
         return (params, opt_state), metrics | more
 

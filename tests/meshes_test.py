@@ -43,14 +43,14 @@ def eight():
     return make_world(8)
 
 
-def run(world, state, frozen, batch, layout, settings=SETTINGS):
+def run(world, state, frozen, batch, layout, settings=SETTINGS, stop=STOP):
     """(last state, [metrics], captions before and after) of STEPS steps."""
     bound = functools.partial(
-        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, STOP,
+        step.caprl_step, world.policy, world.judge, OPTIMIZER, settings, SAMPLING, stop,
         layout=layout,
     )  # fmt: skip
     caption = functools.partial(
-        rollout.sample, world.policy, group=4, stop=STOP, sampling=SAMPLING, layout=layout
+        rollout.sample, world.policy, group=4, stop=stop, sampling=SAMPLING, layout=layout
     )
     one, write = jax.jit(bound), jax.jit(caption)
 
@@ -156,6 +156,19 @@ def test_a_rollout_is_used_again_on_a_mesh_too(eight, single, name, reuse, monke
             expected = {name: x for name, x in expected.items() if name != "logp_gap"}
         same_metrics(own, expected)
     assert_close(moved(eight, found), moved(eight, single[0]), 2e-3)
+
+
+@pytest.mark.slow
+def test_captions_are_cut_to_their_bucket_on_a_mesh_too(eight, monkeypatch):
+    shape, tables, platform = MESHES["fsdp=4, tensor=2"]
+    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+    on, stop = mesh.layout(mesh.make_mesh(shape), *tables), tuple(range(45))
+    expected, whole, _ = run(eight, *start(eight), None, stop=stop)
+    cut = dataclasses.replace(SETTINGS, buckets=3)
+    found, metrics, _ = run(eight, *start(eight, on), on, cut, stop)
+    for own, other in zip(metrics, whole, strict=True):
+        same_metrics(own, other)
+    assert_close(moved(eight, found), moved(eight, expected), 2e-3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from caprl_jax import decoding, hlo_costs, slots, step, update
 from caprl_jax.rollout import sample
 from caprl_jax.sampling import Sampling
 
-STOP = tuple(range(20))  # of 99 tokens: captions end at any length, or not at all
+STOP = tuple(range(20))  # of 60 tokens: captions end at any length, or not at all
 SAMPLING = Sampling(max_tokens=6)
 GROUP = 7
 
