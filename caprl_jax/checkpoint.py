@@ -14,6 +14,7 @@ from caprl_jax.config import ConfigError
 _FREE = {
     "steps", "log_every", "export", "eval", "checkpoint", "mesh", "data.threads", "policy.remat",
     "caprl.micro_batches", "caprl.prefill_batches", "caprl.score_batches", "caprl.reuse",
+    "caprl.buckets",
 }  # fmt: skip
 
 

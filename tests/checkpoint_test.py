@@ -31,6 +31,7 @@ def test_a_run_goes_on_on_other_chips(hardware):
     [
         {"caprl.micro_batches": 4, "caprl.prefill_batches": 2, "caprl.score_batches": 8},
         {"data.threads": 1, "policy.remat": "full", "caprl.reuse": "rollout"},
+        {"caprl.buckets": 4},
         {"steps": 7, "mesh.fsdp": 2, "mesh.rules.mlp": "", "eval.batch": 4},
     ],
 )
