@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+SCOPE = "by_length"  # of the choice among lengths, the longest last: so floors.py finds it
 
-def lengths(tokens: int, buckets: int) -> list[int]:
+
+def lengths(tokens: int, count: int) -> list[int]:
     """So many lengths in even steps up to `tokens`, fewer where these are not whole."""
-    return sorted({-(-tokens * (i + 1) // buckets) for i in range(buckets)})
+    return sorted({-(-tokens * (i + 1) // count) for i in range(count)})
 
 
 def longest(mask: jax.Array) -> jax.Array:
@@ -23,18 +25,22 @@ def longest(mask: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(mask, place + 1, 0))
 
 
-def by_length(function: Callable, buckets: int, mask: jax.Array, *args: Any) -> Any:
+def by_length(function: Callable, count: int, mask: jax.Array, *args: Any) -> Any:
     """function(length, *args) of the shortest length that holds all captions.
 
     Args:
       function: cuts what it takes of the captions to `length`, an int; gives the same shapes for
         each. Not to be differentiated: each length's gradient would keep what every length's needs.
-      buckets: how many lengths there are; 1 is no choice.
+      count: how many lengths there are; 1 is no choice.
       mask: bool [*batch, t] of the captions.
       *args: arrays.
+
+    Returns:
+      What function does.
     """
-    sizes = lengths(mask.shape[-1], buckets)
+    sizes = lengths(mask.shape[-1], count)
     if len(sizes) == 1:
         return function(sizes[0], *args)
     which = sum((longest(mask) > size).astype(jnp.int32) for size in sizes[:-1])
-    return jax.lax.switch(which, [functools.partial(function, size) for size in sizes], *args)
+    with jax.named_scope(SCOPE):
+        return jax.lax.switch(which, [functools.partial(function, size) for size in sizes], *args)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax.config import ConfigError
+from caprl_jax.config import ConfigError, default
 
 # What may differ between a run and its continuation, sections or keys: results don't depend on it,
 # but for rounding where the mesh or the pieces change. Anything else would make it another run.
@@ -143,7 +143,10 @@ def _check_same(saved: dict, now: dict) -> None:
 
 
 def differences(saved: dict, now: dict) -> list[str]:
-    """What makes another run of it, "key was .., is .."; configs as plain dicts."""
+    """What makes another run of it, "key was .., is .."; configs as plain dicts.
+
+    A key that the saved config lacks is newer than the run, which did what its default says.
+    """
 
     def flat(tree, prefix=""):
         for key, value in tree.items():
@@ -153,6 +156,7 @@ def differences(saved: dict, now: dict) -> list[str]:
                 yield f"{prefix}{key}", value
 
     old, new = dict(flat(saved)), dict(flat(now))
+    old = {k: v for k, v in flat(json.loads(default().to_json())) if k in new} | old
     return [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

@@ -70,7 +70,8 @@ def default() -> ml_collections.ConfigDict:
     c.caprl = ml_collections.ConfigDict()
     c.caprl.group = 8  # captions per image, G
     # Captions of an image drawn at once; the next begins as one ends, so that few wait for the
-    # longest. 0: all. Quicker where decoding is bound by FLOPs and lengths differ.
+    # longest. 0: all. Quicker where decoding is bound by FLOPs and lengths differ; a slot's whole
+    # cache is read for every token.
     c.caprl.slots = 0
     c.caprl.questions = 4  # per caption, N
     c.caprl.advantage = "grpo"  # or "rloo"
@@ -81,8 +82,8 @@ def default() -> ml_collections.ConfigDict:
     c.caprl.rollout_batches = 1  # for captioning, where caches for all don't fit,
     c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
     c.caprl.score_batches = 0  # and for the judge; 0: as many
-    # Lengths for which judge and update are compiled, in even steps up to sampling.max_tokens: a
-    # piece of the batch is cut to the shortest that holds its captions.
+    # Lengths for which judge and update are compiled, in even steps up to the longest a caption may
+    # have: a piece of the batch is cut to the shortest that holds its captions.
     c.caprl.buckets = 1
     # Of what the update computes gradients alone, since captioning has computed the rest: "none",
     # "prefill" (images and prompts) or "rollout" (captions too: a token then takes every product of
@@ -176,7 +177,7 @@ _ONE_OF = {
 }
 _POSITIVE = (
     "steps", "sampling.max_tokens", "caprl.group", "caprl.questions", "caprl.updates",
-    "caprl.micro_batches", "caprl.buckets", "data.batch", "eval.images", "eval.batch",
+    "caprl.micro_batches", "data.batch", "eval.images", "eval.batch",
     "eval.group", "log_every", "checkpoint.every", "checkpoint.keep", "data.max_windows",
     "data.max_prompt", "data.max_question", "data.rows", "data.columns", "judge.temperature",
 )  # fmt: skip
@@ -228,8 +229,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             )
     with about("caprl"):
         asked = {name: pieces(config, name) for name in PIECES}
-        asked |= {name: config.caprl[name] for name in ("group", "slots", "updates", "reuse")}
-        Settings(**asked)
+        names = ("group", "slots", "buckets", "updates", "reuse")
+        Settings(**asked, **{name: config.caprl[name] for name in names})
     with about("sampling"):
         Sampling(**config.sampling)
     if config.caprl.length_none <= config.caprl.length_full:

@@ -121,7 +121,7 @@ class Stacked:
         stage: tuple[int, int],
         fresh: jax.Array | None = None,
     ) -> tuple[jax.Array, KV, Any]:
-        """Token i of every caption.
+        """The next token of every caption.
 
         Args:
           params: {"decoder": ..}, as `weights` gives them.
@@ -129,7 +129,8 @@ class Stacked:
           positions: int [b, g, 1] or [b, g, 1, 3].
           prompt: as `prompt` gives it.
           cache: of the captions up to here.
-          i: int [], which token of the captions this is.
+          i: int [], where in the caches these tokens are put: after those of their captions, or
+            from the start again once a cache is full (of captions that share slots).
           stage: (first, end) of the tokens that i is one of; no cache is read beyond.
           fresh: bool [b, g], where a caption begins and what its cache holds is another's; None is
             nowhere.
@@ -219,7 +220,7 @@ class Apart:
         stage: tuple[int, int],
         fresh: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCaches, Any]:
-        """Token i of every caption, which is written before it is read."""
+        """The next token of every caption, which is written before it is read."""
         (layers, rest), at = _layers(params), i - stage[0]
         block = Block(self.decoder.config, flipped=_flipped_kernels(layers))
         one = jnp.ones(x.shape[:-1], bool)

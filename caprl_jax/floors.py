@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from caprl_jax import hlo_costs
+from caprl_jax import buckets, hlo_costs
 from caprl_jax.chips import Chip
 from caprl_jax.hlo_costs import Collective, Costs
 from caprl_jax.models.vision import VisionConfig
@@ -77,11 +77,17 @@ def floor(costs: Costs, chip: Chip | None) -> Floor:
     return Floor(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
 
 
-def tower_branches(vision: VisionConfig) -> hlo_costs.BranchWeights:
-    """How often a vision layer attends in its windows, and how often over the whole image."""
+def branches(vision: VisionConfig) -> hlo_costs.BranchWeights:
+    """How often each branch of a conditional of the models is taken.
+
+    A vision layer attends in its windows or over the whole image; captions are taken to be as long
+    as they may be.
+    """
     full = len(vision.full_layers) / vision.layers
 
     def weights(op_name: str, branches: int) -> Any:
+        if re.search(rf"{buckets.SCOPE}(/cond)?$", op_name):
+            return (*[0.0] * (branches - 1), 1.0)
         tower = "VisionTower" in op_name and branches == 2
         return (1 - full, full) if tower else None
 
@@ -97,7 +103,7 @@ def phases(text: str, chip: Chip | None, turns: int, vision: VisionConfig) -> di
       turns: that the decoding loop is taken to run: no early stop.
       vision: the tower's sizes, which say how many of its layers attend over the whole image.
     """
-    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, turns, tower_branches(vision))
+    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, turns, branches(vision))
     return {name: floor(costs, chip) for name, costs in found.items()}
 
 

@@ -226,7 +226,7 @@ def score(
     mode: Mode = "expected",
     temperature: float = 0.6,
     pieces: int = 1,
-    sizes: int = 1,
+    lengths: int = 1,
 ) -> Verdicts:
     """Captions [b, g, t] and their questions -> Verdicts [b, g, n]; pure, jittable.
 
@@ -239,7 +239,7 @@ def score(
         return letter_logits(decoder, params, instruction, *captions, questions)
 
     logits = logical.in_pieces(
-        lambda piece: buckets.by_length(read, sizes, piece[1], params, instruction, *piece),
+        lambda piece: buckets.by_length(read, lengths, piece[1], params, instruction, *piece),
         (tokens, mask, questions), pieces,
     )  # fmt: skip
     return verdicts(logits, questions, key, mode, temperature)

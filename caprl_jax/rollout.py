@@ -45,7 +45,7 @@ class Rollout:
     truncated: jax.Array
 
     def cut(self, tokens: int) -> "Rollout":
-        """The first so many tokens, which are to be all."""
+        """The first so many tokens, for captions that have no more."""
         own = {name: getattr(self, name) for name in ("tokens", "mask", "logp", "sample_logp")}
         return self.replace(**{name: a[..., :tokens] for name, a in own.items()})
 
@@ -116,7 +116,8 @@ def sample(
       params: its parameters.
       images: Images [b, ..].
       prompt: Prompt [b, p].
-      key: for the draws; token i uses fold_in(key, i).
+      key: for the draws; turn i of the loop, token i of captions drawn at once, uses
+        fold_in(key, i).
       group: g, captions per image.
       stop: ids that end a caption.
       sampling: lengths and temperature.
@@ -185,6 +186,8 @@ def decode(
     loop = _Loop(policy, params, trunk, key, stop, sampling, way, way.prompt(trunk.kv))
     count = slots_lib.count(group, slots)
     if count < group:
+        if known is not None:
+            raise ValueError("what is known of captions needs a slot for each: slots must be 0")
         return _in_slots(loop, count, group, valid), None
     return _all_at_once(loop, group, valid, known)
 

@@ -124,6 +124,8 @@ class Settings:
                 f"{', '.join(many)} to 1"
             )
 
+        if self.buckets < 1:
+            raise ValueError(f"buckets={self.buckets} must be positive; 1 is no choice")
         if self.slots < 0:
             raise ValueError(f"slots={self.slots} must not be negative; 0 is one for each caption")
         if self.reuse == "rollout" and count(self.group, self.slots) < self.group:

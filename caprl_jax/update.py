@@ -113,7 +113,7 @@ def caption_losses(
 
 
 def _gradients(
-    loss, params: Params, pieces: Learn, like_params: Callable[[Params], Params], sizes: int
+    loss, params: Params, pieces: Learn, like_params: Callable[[Params], Params], lengths: int
 ) -> tuple[Params, Metrics]:
     """Sums float32 gradients and metrics of loss(params, piece) over pieces [p, ..].
 
@@ -121,11 +121,11 @@ def _gradients(
     """
 
     def of_length(length, params, piece):
-        return jax.value_and_grad(loss, has_aux=True)(params, piece.cut(length))
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, piece.cut(length))
+        return like_params(grads), metrics
 
     def run(piece):
-        (_, metrics), grads = buckets.by_length(of_length, sizes, piece.rollout.mask, params, piece)
-        return like_params(grads), metrics
+        return buckets.by_length(of_length, lengths, piece.rollout.mask, params, piece)
 
     def add(total, piece):
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(piece)), None
@@ -145,7 +145,7 @@ def _gradients_after(
     params: Params,
     learn: Learn,
     like_params: Callable,
-    sizes: int,
+    lengths: int,
 ) -> tuple[Params, Metrics]:
     """Float32 gradients and metrics of loss(params, learn, trunk, known) after a reading."""
 
@@ -155,10 +155,11 @@ def _gradients_after(
             return loss(params, learn.cut(length), own, known and known.cut(length))
 
         run = jax.value_and_grad(of, argnums=(0, 1, 2, 3), has_aux=True)
-        return run(params, trunk.last, trunk.kv.k, trunk.kv.v)
+        (_, metrics), (grads, *of_trunk) = run(params, trunk.last, trunk.kv.k, trunk.kv.v)
+        return metrics, like_params(grads), of_trunk
 
-    (_, metrics), (of_captions, *of_trunk) = buckets.by_length(
-        of_length, sizes, learn.rollout.mask, params, learn, reading.trunk, reading.known
+    metrics, of_captions, of_trunk = buckets.by_length(
+        of_length, lengths, learn.rollout.mask, params, learn, reading.trunk, reading.known
     )
     [of_prompts] = reading.pull(tuple(of_trunk))
     single = functools.partial(jax.tree.map, lambda a: a.astype(jnp.float32))

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import buckets, judge, step, update
+from caprl_jax import buckets, floors, step
 from caprl_jax.flops import jaxpr_flops
-from caprl_jax.rollout import Rollout
+from caprl_jax.models import logical
+from caprl_jax.models.policy import root_kv
 from caprl_jax.sampling import Sampling
 
 from .conftest import make_world
@@ -39,60 +39,84 @@ def test_the_shortest_length_that_holds_every_caption_is_taken(last, length):
     assert run(np.zeros_like(mask)) == 2
 
 
+CHANGED = {
+    "in pieces": {"micro_batches": 4, "score_batches": 8, "updates": 2},
+    "prefill": {"reuse": "prefill"},
+    "rollout": {"reuse": "rollout"},
+}
+STOP = tuple(range(45))  # of 60 tokens: most captions have one, few more than three
+
+
+def settings(how, count):
+    return dataclasses.replace(SETTINGS, **{"updates": 1, **CHANGED[how]}, buckets=count)
+
+
+def bound(eight, how, count, sampling=SAMPLING):
+    """A step, with a reference policy too."""
+    return jax.jit(functools.partial(
+        step.caprl_step, eight.policy, eight.judge, OPTIMIZER, settings(how, count), sampling, STOP
+    ))  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "changed",
-    [
-        {"micro_batches": 4, "score_batches": 8, "updates": 2},
-        pytest.param({"reuse": "prefill"}, marks=pytest.mark.slow),
-        {"reuse": "rollout"},
-    ],
-    ids=["in pieces", "prefill", "rollout"],
+    "how", ["in pieces", pytest.param("prefill", marks=pytest.mark.slow), "rollout"]
 )
-def test_a_step_of_captions_in_buckets_is_the_same_step(eight, changed):
-    """Captions end early, so that pieces differ."""
-    found, stop = [], tuple(range(45))
-    for count in (1, 3):
-        settings = dataclasses.replace(SETTINGS, **{"updates": 1, **changed}, buckets=count)
-        run = functools.partial(
-            step.caprl_step, eight.policy, eight.judge, OPTIMIZER, settings, SAMPLING, stop
-        )
-        found.append(jax.device_get(jax.jit(run)(*start(eight), eight.batch, jax.random.key(2))))
-    (whole, expected), (cut, metrics) = found
+def test_a_step_of_captions_in_buckets_is_the_same_step(eight, how):
+    args = *start(eight), eight.batch, jax.random.key(2)
+    (whole, expected), (cut, metrics) = (
+        jax.device_get(bound(eight, how, count)(*args)) for count in (1, 3)
+    )
     same_metrics(metrics, expected)
     assert_close(moved(eight, cut), moved(eight, whole))
 
 
+def test_pieces_of_that_step_differ(eight):
+    """Or it would say nothing."""
+    key, _ = jax.random.split(jax.random.key(2))
+    found = jax.jit(functools.partial(
+        step.roll_out, eight.policy, SETTINGS, SAMPLING, STOP
+    ))(start(eight)[0].params, eight.batch, key)  # fmt: skip
+    longest = np.max(logical.split(found.length, 4), axis=(1, 2))
+    taken = {min(n for n in (2, 4, 6) if n >= one) for one in longest.tolist()}
+    assert len(taken) > 1
+    assert np.max(found.length) <= 4  # of the batch in one piece
+
+
 def only(which):
     """Weights of a choice among three: one branch is always taken."""
-    return lambda op_name, branches: tuple(float(i == which) for i in range(3)) \
-        if branches == 3 else None  # fmt: skip
+
+    def weights(op_name, branches):
+        return [float(i == which) for i in range(3)] if branches == 3 else None
+
+    return weights
 
 
-def test_a_bucket_costs_what_captions_of_its_length_do(eight):
-    settings = dataclasses.replace(SETTINGS, updates=1)
+@pytest.mark.parametrize("how", CHANGED)
+def test_a_bucket_costs_what_captions_of_its_length_do(eight, how):
+    """Judge, reference and update, that is: no token is drawn here."""
+
+    def flops(tokens, count, which=0):
+        args = *start(eight), eight.batch, jax.random.key(2)
+        traced = bound(eight, how, count, Sampling(tokens)).trace(*args)
+        return jaxpr_flops(traced.jaxpr, 0, only(which))
+
+    found = [flops(6, 3, which) for which in range(3)]
+    assert found == [flops(tokens, 1) for tokens in (2, 4, 6)]
+    assert found[0] < found[1] < found[2]
+
+
+def test_captions_are_planned_as_long_as_they_may_be(eight):
+    """The choice among lengths is no guess of the floors'."""
     state, frozen = start(eight)
+    own = frozen.instruction  # read once, or each length would read it
+    own = own.replace(kv=root_kv(eight.judge, frozen.judge, own.tokens))
+    args = state, frozen.replace(instruction=own), eight.batch, jax.random.key(2)
 
-    def flops(tokens, count, which):
-        """Of judge and update."""
-        zeros = jnp.zeros((8, settings.group, tokens), jnp.float32)
-        captions = Rollout(
-            zeros.astype(jnp.int32), zeros == 0, zeros, zeros, jnp.sum(zeros, -1),
-            zeros[..., 0] > 0,
-        )  # fmt: skip
-        own = dataclasses.replace(settings, buckets=count)
-        asked = captions.tokens, captions.mask, eight.batch.questions
+    def planned(count):
+        text = bound(eight, "in pieces", count).lower(*args).compile().as_text()
+        return floors.phases(text, None, 6, eight.policy.vision.config)
 
-        def both(params, state):
-            verdicts = judge.score(
-                eight.judge, params, eight.frozen.instruction, *asked, jax.random.key(0),
-                sizes=count,
-            )  # fmt: skip
-            learn = update.Learn(eight.batch, captions, zeros[..., 0], None)
-            return verdicts, update.update(eight.policy, OPTIMIZER, own, state, learn)
-
-        traced = jax.jit(both).trace(frozen.judge, state)
-        return jaxpr_flops(traced.jaxpr, 1, only(which))
-
-    for which, tokens in enumerate((2, 4, 6)):
-        assert flops(6, 3, which) == flops(tokens, 1, 0)
-    assert flops(2, 1, 0) < flops(4, 1, 0) < flops(6, 1, 0)
+    whole, cut = planned(1), planned(3)
+    for name in ("score", "update"):
+        assert cut[name].flops == whole[name].flops
+        assert cut[name].uncounted == whole[name].uncounted

@@ -43,6 +43,15 @@ def test_what_results_do_not_depend_on_may_change(changes):
     assert checkpoint.differences(before, values(c)) == []
 
 
+def test_a_run_from_before_a_key_did_what_its_default_says():
+    c = config_lib.default()
+    before = values(c)
+    del before["caprl"]["slots"]
+    assert checkpoint.differences(before, values(c)) == []
+    c.caprl.slots = 2
+    assert checkpoint.differences(before, values(c)) == ["caprl.slots was 0, is 2"]
+
+
 @pytest.mark.parametrize(
     "changes", [{"caprl.group": 4}, {"data.batch": 64}, {"policy.freeze_vision": True}, {"seed": 9}]
 )

@@ -103,7 +103,7 @@ def caprl_step(
 
     Advantages alone see the group; they are a few operations a caption. The draws are those of the
     tree too, for a random number depends on its place in the array and not on the array's shape
-    (unless settings.rollout_batches cuts the images).
+    (unless settings.rollout_batches cuts the images, or captions share slots).
     """
     b, g = batch.valid.shape[0], settings.group
     alone = dataclasses.replace(settings, group=1)
@@ -117,7 +117,7 @@ def caprl_step(
     state, metrics = step.improve(
         policy, optimizer, alone, state, frozen, copies, rows, advantages.reshape(-1, 1), layout
     )
-    drawn = dataclasses.replace(settings, rollout_batches=1)
+    drawn = dataclasses.replace(settings, rollout_batches=1, slots=0)
     return state, metrics | step.rollout_metrics(captions, verdicts, reward, batch.valid, drawn)
 
 
@@ -186,7 +186,7 @@ def _work(run: Callable, built: abstract.AbstractStep, tokens: int) -> Work:
     traced = run.trace(built.state, built.frozen, built.batch, built.key)
     text, vision = hlo_costs.hlo_text(traced.lower().compile()), built.parts.policy.vision.config
     turns = tokens // len(stages(tokens))  # of each of the loops that decode
-    counted = flops.jaxpr_flops(traced.jaxpr, turns, floors.tower_branches(vision))
+    counted = flops.jaxpr_flops(traced.jaxpr, turns, floors.branches(vision))
     return Work(floors.phases(text, None, tokens, vision), counted)
 
 
