@@ -83,7 +83,8 @@ class Settings:
       prefill_batches: pieces of the batch in which images and prompts are read before decoding.
       score_batches: pieces in which the judge reads captions.
       buckets: lengths for which judge and update are compiled, in even steps up to the longest
-        caption; each of their pieces is cut to the shortest that holds its captions.
+        caption; each of their pieces is cut to the shortest that holds its captions. With reuse
+        "rollout" a cut copy of what is known is held too.
       reuse: of what the update computes gradients alone, since the rollout has computed the rest:
         "none", "prefill" (images and prompts), or "rollout" (captions too; logp_gap is no metric
         then). What they need is held through decoding and scoring, whatever policy.remat says of

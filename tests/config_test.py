@@ -32,6 +32,12 @@ def changed(**changes):
             {"caprl.reuse": "rollout", "data.batch": 8, "caprl.rollout_batches": 2},
             "rollout_batches to 1",
         ),
+        ({"caprl.buckets": 0}, "config.caprl: buckets=0 must be positive"),
+        ({"caprl.slots": -1}, "config.caprl: slots=-1 must not be negative"),
+        (
+            {"caprl.reuse": "rollout", "caprl.slots": 4},
+            "config.caprl: reuse=rollout .* slots from 4 to 0, or reuse to prefill",
+        ),
         ({"caprl.length_full": 4000}, "length_none must be larger"),
     ],
 )
