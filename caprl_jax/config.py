@@ -70,8 +70,7 @@ def default() -> ml_collections.ConfigDict:
     c.caprl = ml_collections.ConfigDict()
     c.caprl.group = 8  # captions per image, G
     # Captions of an image drawn at once; the next begins as one ends, so that few wait for the
-    # longest. 0: all. Quicker where decoding is bound by FLOPs and lengths differ; a slot's whole
-    # cache is read for every token.
+    # longest. 0: all. Quicker where decoding is bound by FLOPs and lengths differ.
     c.caprl.slots = 0
     c.caprl.questions = 4  # per caption, N
     c.caprl.advantage = "grpo"  # or "rloo"

@@ -110,6 +110,10 @@ class Stacked:
         """The cache with room for the tokens of a stage, which it has from the start."""
         return cache
 
+    def joined(self, cache: KV) -> KV:
+        """The stages as one from 0 on, as they lie from the start."""
+        return cache
+
     def token(
         self,
         params: Params,
@@ -209,6 +213,16 @@ class Apart:
         layers, mask = ((zeros, zeros),) * len(prompt.kv[0]), jnp.zeros((b, group, length), bool)
         return LayerCaches((*cache.kv, layers), (*cache.masks, mask))
 
+    def joined(self, cache: LayerCaches) -> LayerCaches:
+        """The stages as one from 0 on."""
+
+        def one(*parts):
+            whole = jnp.concatenate(parts, axis=3)
+            return constrain(whole, *logical.CACHED[:2], "kv_heads", None, None)
+
+        layers = jax.tree.map(one, *cache.kv)
+        return LayerCaches((layers,), (jnp.concatenate(cache.masks, axis=2),))
+
     def token(
         self,
         params: Params,
@@ -227,8 +241,9 @@ class Apart:
         turns = self.decoder.apply(rest, positions, one, method=Decoder.turns)
         # The barrier keeps the compiler from taking cosines and sines again in every layer.
         turns = jax.lax.optimization_barrier(turns)
-        mask, written, told = _own(cache.masks[-1], fresh).at[:, :, at].set(True), [], []
-        seen = (*prompt.masks, *cache.masks[:-1])
+        *full, mask = (_own(mask, fresh) for mask in cache.masks)
+        mask, written, told = mask.at[:, :, at].set(True), [], []
+        seen = (*prompt.masks, *full)
         for n, layer in enumerate(layers):
             past = tuple(
                 tuple(jnp.swapaxes(a, -3, -2) for a in kv[n]) for kv in (*prompt.kv, *cache.kv[:-1])
@@ -241,7 +256,7 @@ class Apart:
             written.append(new)
             told.append(more.get(KNOWN))
         hidden = self.decoder.apply(rest, x, method=Decoder.normed)
-        cache = LayerCaches((*cache.kv[:-1], tuple(written)), (*cache.masks[:-1], mask))
+        cache = LayerCaches((*cache.kv[:-1], tuple(written)), (*full, mask))
         return hidden, cache, {"layers": _stacked(told)} if self.tells else None
 
 

@@ -258,17 +258,17 @@ def _in_slots(loop: _Loop, count: int, group: int, valid: jax.Array) -> Rollout:
     """Captions follow one another in fewer slots.
 
     A slot's cache is a ring: turn i writes at i modulo the longest caption's tokens, and what is
-    there of the caption before is masked once another begins.
+    there of the caption before is masked once another begins. Until full it is read in stages.
     """
     t = loop.sampling.max_tokens
     turns = slots_lib.most_turns(group, count, t)
 
-    def step(carry, i):
+    def step(carry, i, stage):
         _, slots, hidden, out, cache = carry
         _, new, ends = loop.draw(hidden, i)
         new = new.replace(mask=slots.busy)
         out = jax.tree.map(lambda a, x: a.at[:, :, i].set(x), out, new)
-        hidden, cache, _ = loop.read(new.tokens, slots.at, cache, i % t, (0, t), slots.at == 0)
+        hidden, cache, _ = loop.read(new.tokens, slots.at, cache, i % t, stage, slots.at == 0)
         ends = slots.busy & (ends | (slots.at + 1 == t))
         hidden = jnp.where(ends[..., None], loop.trunk.last[:, None], hidden)
         slots = slots.after(ends, i)
@@ -276,9 +276,19 @@ def _in_slots(loop: _Loop, count: int, group: int, valid: jax.Array) -> Rollout:
 
     hidden, out = loop.empty(count, turns)
     slots = slots_lib.filled(valid, count, group)
-    cache = loop.way.opened(loop.way.empty(loop.prompt, count, t), loop.prompt, count, (0, t))
-    carry = ~slots.busy, slots, hidden, out, cache
-    _, slots, _, out, _ = _while_any_is_open(step, carry, 0, turns)
+    *carry, cache = ~slots.busy, slots, hidden, out, loop.way.empty(loop.prompt, count, t)
+    parts = stages(t)
+    for stage in parts:
+        cache = loop.way.opened(cache, loop.prompt, count, stage)
+        end = turns if len(parts) == 1 else stage[1]
+        *carry, cache = _while_any_is_open(
+            functools.partial(step, stage=stage), (*carry, cache), stage[0], end
+        )
+    if len(parts) > 1:
+        *carry, _ = _while_any_is_open(
+            functools.partial(step, stage=(0, t)), (*carry, loop.way.joined(cache)), t, turns
+        )
+    _, slots, _, out = carry
     found = jax.tree.map(lambda a: slots.by_caption(a, t), out)
     stopped = jnp.isin(found.tokens, jnp.asarray(loop.stop, jnp.int32)) & found.mask
     truncated = valid[:, None] & ~jnp.any(stopped, axis=-1)

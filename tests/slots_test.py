@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax import decoding, hlo_costs, slots, step, update
+from caprl_jax import decoding, hlo_costs, rollout, slots, step, update
 from caprl_jax.rollout import sample
 from caprl_jax.sampling import Sampling
 
@@ -79,10 +79,13 @@ def draw(world, count, sampling=SAMPLING, valid=None, key=0):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_captions_in_slots_have_the_policys_probabilities(world, monkeypatch, platform, count):
+@pytest.mark.parametrize(("count", "stage"), [(3, 128), (1, 2), (3, 2)])
+def test_captions_in_slots_have_the_policys_probabilities(
+    world, monkeypatch, platform, count, stage
+):
     """A token that saw another caption's, or had a wrong position, would have another."""
     monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+    monkeypatch.setattr(rollout, "STAGE", stage)
     found = draw(world, count)
     logp, _ = jax.jit(lambda params, captions: update.caption_logps(
         world.policy, params, world.batch, captions
@@ -124,6 +127,24 @@ def test_fewer_slots_hold_fewer_caches_and_do_the_same_work_on_full_captions(wor
     cache = 2 * 4 * c.layers * 4 * 64 * c.kv_heads * c.head_dim  # float32, 4 images, a slot each
     assert more - less > 0.9 * 6 * cache
     assert shared["decode"].flops == pytest.approx(whole["decode"].flops, rel=0.01)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_until_a_slots_cache_is_full_less_of_it_is_read(world, monkeypatch, platform):
+    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+
+    def flops(stage):
+        monkeypatch.setattr(rollout, "STAGE", stage)
+        run = jax.jit(lambda params, batch: sample(
+            world.policy, params, batch.images, batch.prompt, jax.random.key(0), 4, (),
+            Sampling(max_tokens=8), slots=2,
+        )).lower(world.params, world.batch).compile()  # fmt: skip
+        return hlo_costs.costs(hlo_costs.parse(run.as_text()), ("decode",))["decode"].flops
+
+    # Of 8 turns' tokens 2, 4, 6, 8 instead of 8 are scored and summed, and 8 in the 8 that follow.
+    c, steps = world.policy.decoder.config, 2
+    saved = 2 * 2 * c.layers * 4 * 2 * c.heads * c.head_dim * steps * (6 + 4 + 2)
+    assert flops(8) - flops(2) == saved
 
 
 def test_what_is_known_of_captions_needs_a_slot_for_each():
