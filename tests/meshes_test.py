@@ -172,7 +172,12 @@ def test_captions_are_cut_to_their_bucket_on_a_mesh_too(eight, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["data=8", "fsdp=4, tensor=2, a TPU's way", "decoding over tensor"]
+    "name",
+    [
+        pytest.param("data=8", marks=pytest.mark.slow),
+        "fsdp=4, tensor=2, a TPU's way",
+        "decoding over tensor",
+    ],
 )
 def test_captions_that_share_slots_are_the_same_on_a_mesh(eight, name, monkeypatch):
     shape, tables, platform = MESHES[name]
