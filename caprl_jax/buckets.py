@@ -41,6 +41,6 @@ def by_length(function: Callable, count: int, mask: jax.Array, *args: Any) -> An
     sizes = lengths(mask.shape[-1], count)
     if len(sizes) == 1:
         return function(sizes[0], *args)
-    which = sum((longest(mask) > size).astype(jnp.int32) for size in sizes[:-1])
+    which = jnp.sum(longest(mask) > jnp.asarray(sizes[:-1]))
     with jax.named_scope(SCOPE):
         return jax.lax.switch(which, [functools.partial(function, size) for size in sizes], *args)

@@ -176,9 +176,9 @@ _ONE_OF = {
 }
 _POSITIVE = (
     "steps", "sampling.max_tokens", "caprl.group", "caprl.questions", "caprl.updates",
-    "caprl.micro_batches", "data.batch", "eval.images", "eval.batch",
-    "eval.group", "log_every", "checkpoint.every", "checkpoint.keep", "data.max_windows",
-    "data.max_prompt", "data.max_question", "data.rows", "data.columns", "judge.temperature",
+    "caprl.micro_batches", "data.batch", "eval.images", "eval.batch", "eval.group", "log_every",
+    "checkpoint.every", "checkpoint.keep", "data.max_windows", "data.max_prompt",
+    "data.max_question", "data.rows", "data.columns", "judge.temperature",
 )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def floor(costs: Costs, chip: Chip | None) -> Floor:
     return Floor(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
 
 
-def branches(vision: VisionConfig) -> hlo_costs.BranchWeights:
+def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     """How often each branch of a conditional of the models is taken.
 
     A vision layer attends in its windows or over the whole image; captions are taken to be as long
@@ -103,7 +103,7 @@ def phases(text: str, chip: Chip | None, turns: int, vision: VisionConfig) -> di
       turns: that the decoding loop is taken to run: no early stop.
       vision: the tower's sizes, which say how many of its layers attend over the whole image.
     """
-    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, turns, branches(vision))
+    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, turns, branch_weights(vision))
     return {name: floor(costs, chip) for name, costs in found.items()}
 
 

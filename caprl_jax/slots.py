@@ -93,7 +93,7 @@ def count(group: int, slots: int) -> int:
 
 
 def most_turns(group: int, slots: int, tokens: int) -> int:
-    """In which `group` captions of at most so many tokens are drawn, whatever their lengths are.
+    """Turns that `group` captions of at most so many tokens take, whatever their lengths are.
 
     Caption i (from 0) begins after i // slots times `tokens` turns at most: by then those more than
     `slots` - 1 before it have ended.
@@ -116,7 +116,7 @@ def turns(length: jax.Array, slots: int) -> jax.Array:
 def wasted(
     length: jax.Array, valid: jax.Array, pieces: int, slots: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """In how many turns slots waited for captions in others.
+    """How many of the slots' turns waited for captions in other slots.
 
     Args:
       length: int32 [b, g], tokens of each caption.

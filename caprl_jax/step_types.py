@@ -6,10 +6,9 @@ from typing import Any, Literal, get_args
 import flax.struct
 import jax
 
-from caprl_jax import judge
+from caprl_jax import judge, slots
 from caprl_jax.models.policy import Params, Prompt
 from caprl_jax.models.vision import Images
-from caprl_jax.slots import count
 
 Reuse = Literal["none", "prefill", "rollout"]
 REUSE = get_args(Reuse)  # from least to most memory
@@ -124,12 +123,11 @@ class Settings:
                 f"reuse={self.reuse} is for one update of a batch in one piece: set it to none, or "
                 f"{', '.join(many)} to 1"
             )
-
         if self.buckets < 1:
             raise ValueError(f"buckets={self.buckets} must be positive; 1 is no choice")
         if self.slots < 0:
             raise ValueError(f"slots={self.slots} must not be negative; 0 is one for each caption")
-        if self.reuse == "rollout" and count(self.group, self.slots) < self.group:
+        if self.reuse == "rollout" and slots.count(self.group, self.slots) < self.group:
             raise ValueError(
                 "reuse=rollout keeps what is known of all captions turn by turn: set slots from "
                 f"{self.slots} to 0, or reuse to prefill"

@@ -156,7 +156,7 @@ def _gradients_after(
 
         run = jax.value_and_grad(of, argnums=(0, 1, 2, 3), has_aux=True)
         (_, metrics), (grads, *of_trunk) = run(params, trunk.last, trunk.kv.k, trunk.kv.v)
-        return metrics, like_params(grads), of_trunk
+        return metrics, grads, of_trunk
 
     metrics, of_captions, of_trunk = buckets.by_length(
         of_length, lengths, learn.rollout.mask, params, learn, reading.trunk, reading.known

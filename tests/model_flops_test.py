@@ -39,7 +39,7 @@ def by_hand(config, built):
 
 def computed_again(config, built):
     """FLOPs of the traced update beyond what it needs."""
-    branches = floors.branches(built.parts.policy.vision.config)
+    branches = floors.branch_weights(built.parts.policy.vision.config)
     [whole] = (
         flops.jaxpr_flops(jax.make_jaxpr(function)(*args), 0, branches)
         for name, function, args, *_ in phases.phases(config, built, (-1,))

@@ -9,12 +9,17 @@ from caprl_jax.bench import model_flops, phases
 from . import shipped
 
 
+def tiny(changes):
+    config = shipped.module("tiny").get_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
 def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
     for pieces in (1, 2):
-        config = shipped.module("tiny").get_config()
-        config.update_from_flattened_dict({
+        config = tiny({
             "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
             "caprl.rollout_batches": pieces,
         })  # fmt: skip
@@ -33,8 +38,7 @@ def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch,
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
     for slots in (0, 2):
-        config = shipped.module("tiny").get_config()
-        config.update_from_flattened_dict({
+        config = tiny({
             "data.batch": 2, "caprl.slots": slots, "sampling.max_tokens": 16,
         })  # fmt: skip
         found[slots] = phases.measure(config, ("decode",), 1, True)["decode"]
@@ -48,8 +52,7 @@ def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch,
 def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device, reuse):
     """The phases sum up to the step."""
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
-    config = shipped.module("tiny").get_config()
-    config.update_from_flattened_dict({
+    config = tiny({
         "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
         "caprl.reuse": reuse, "caprl.kl": 0.0,
     })  # fmt: skip
@@ -66,8 +69,7 @@ def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device,
 
 @pytest.mark.parametrize("natural", [True, False])
 def test_natural_captions_end_about_halfway(natural, one_device):
-    config = shipped.module("tiny").get_config()
-    config.update_from_flattened_dict({"data.batch": 2, "sampling.max_tokens": 32})
+    config = tiny({"data.batch": 2, "sampling.max_tokens": 32})
     found = phases.measure(config, ("score",), 1, natural)["score"]
     asked = 2 * config.caprl.group * config.caprl.questions * config.data.max_question
     length = (found.tokens - asked) / (2 * config.caprl.group)

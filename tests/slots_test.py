@@ -1,6 +1,7 @@
 """Captions that share slots: who follows whom, how long it takes, and that captions are sound."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +156,13 @@ def test_what_is_known_of_captions_needs_a_slot_for_each():
     with pytest.raises(ValueError, match="slots=-1 must not be negative"):
         step.Settings(slots=-1)
     assert step.Settings(group=4, slots=4, reuse="rollout").slots == 4
+
+
+def test_nothing_is_dropped_silently_of_what_is_to_be_known(world):
+    trunk = jax.eval_shape(world.policy.trunk, world.params, world.batch.images, world.batch.prompt)
+    run = functools.partial(
+        rollout.sample_after, world.policy, key=jax.random.key(0), group=GROUP, stop=STOP,
+        sampling=SAMPLING, layout=None, valid=jnp.ones(4, bool), keep=True, slots=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="needs a slot for each"):
+        jax.eval_shape(run, world.params, trunk)

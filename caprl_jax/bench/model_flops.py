@@ -43,7 +43,7 @@ def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
         return logprobs.token_logprobs(hidden, policy.head(params), tokens)
 
     def count(function, *args):
-        branches = floors.branches(policy.vision.config)
+        branches = floors.branch_weights(policy.vision.config)
         return flops.jaxpr_flops(jax.make_jaxpr(function)(*args), 0, branches)
 
     reading = params, batch.images, batch.prompt

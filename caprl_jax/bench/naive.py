@@ -158,7 +158,7 @@ def smallest(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config on one device, with one image in each of its pieces."""
     config = config.copy_and_resolve_references()
     config.data.batch = config.eval.batch = math.lcm(*(pieces(config, name) for name in PIECES))
-    config.caprl.slots = 0  # one of each caption, as where every caption has a prompt of its own
+    config.caprl.slots = 0  # one for each caption, as where each has a prompt of its own
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 1
     return config
 
@@ -186,7 +186,7 @@ def _work(run: Callable, built: abstract.AbstractStep, tokens: int) -> Work:
     traced = run.trace(built.state, built.frozen, built.batch, built.key)
     text, vision = hlo_costs.hlo_text(traced.lower().compile()), built.parts.policy.vision.config
     turns = tokens // len(stages(tokens))  # of each of the loops that decode
-    counted = flops.jaxpr_flops(traced.jaxpr, turns, floors.branches(vision))
+    counted = flops.jaxpr_flops(traced.jaxpr, turns, floors.branch_weights(vision))
     return Work(floors.phases(text, None, tokens, vision), counted)
 
 

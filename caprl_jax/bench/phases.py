@@ -6,7 +6,8 @@ product and a large copy reach on this device in the same run. What stays in a c
 floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
 counted; MFU what it reaches without what the update computes twice (bench/model_flops.py), of the
 chip's published FLOP/s where they are known. With natural lengths the work is still that of
-captions as long as they may be, and which share of decoding's slots waited is told.
+captions as long as they may be (with caprl.buckets less is done, and HFU and MFU are too high),
+and which share of decoding's slots waited is told.
 """
 
 import dataclasses
