@@ -23,6 +23,9 @@ from .shipped import module
 
 FILE = Path(__file__).parent / "golden" / "step.json"
 NEAR = 1e-6  # relative, and absolute near zero: another CPU may round otherwise
+# What has passed through Adam: it makes whole steps of gradients that are nearly rounding errors.
+NEAR_AFTER = 1e-4
+AFTER = ("moved", "entropy", "kl", "loss", "grad_norm", "clip_fraction")
 GAP = 1e-5  # logp_gap is a mean of rounding errors alone: it is only asked to be small
 
 
@@ -118,6 +121,11 @@ def numbers(tree):
     return {jax.tree_util.keystr(path): float.fromhex(text) for path, text in leaves}
 
 
+def near(name):
+    """The bound for a number of this path."""
+    return NEAR_AFTER if any(f"'{part}'" in name for part in AFTER) else NEAR
+
+
 def assert_near(found, golden):
     """Every float is near the golden one; the message names all that are not."""
     here, there = numbers(found), numbers(golden)
@@ -127,7 +135,7 @@ def assert_near(found, golden):
     apart = [
         f"{name}: golden {there[name]!r}, found {here[name]!r}"
         for name in there
-        if not abs(here[name] - there[name]) <= NEAR * max(1, abs(there[name]))
+        if not abs(here[name] - there[name]) <= near(name) * max(1, abs(there[name]))
     ]
     assert not apart, "these differ from the golden step:\n" + "\n".join(apart)
 

@@ -1,0 +1,583 @@
+"""Supervised training: what it reads, what it loses by, and what one update changes."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from caprl_jax import config as config_lib
+from caprl_jax import mesh, sft, startup
+from caprl_jax.data import digits, digits_sft, pipeline
+from caprl_jax.data.digits import JUDGE_PROMPT
+from caprl_jax.data.questions import ABSTAIN, JudgePrompt
+from caprl_jax.data.records import LETTERS, Question
+from caprl_jax.data.tokens import Tokenizer, pad
+from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.policy import Policy, Prompt
+from caprl_jax.step_types import State
+
+from .conftest import make_world
+from .step_test import assert_close
+
+GRID = (3, 3)
+END = "<|im_end|>"
+LETTER_WEIGHT = 2.0
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+
+
+# What is read
+
+
+@pytest.fixture(scope="module")
+def record():
+    """A scene of two to five digits."""
+    return next(iter(digits.scenes("train", 1, GRID, (2, 5))))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """(tokenizer, image prompt, judge's prompt) of the tiny policy."""
+    c = config_lib.default()
+    c.data.max_windows, c.data.max_prompt = 4, 32
+    policy, directory = startup.read_model(c.policy.path, "", np.float32)
+    tokenizer = Tokenizer.from_pretrained(directory, 512)
+    prompt = JudgePrompt.create(tokenizer, JUDGE_PROMPT)
+    return tokenizer, startup.image_prompt(c, policy, directory, tokenizer), prompt
+
+
+def policy_task(**changes):
+    values = {"grid": GRID, "probes": 5, "captions": 3, "stated": (0.5, 0.3, 0.2), "count": 0.5}
+    return digits_sft.PolicyTask(**values | changes)
+
+
+def judge_task(prompt, **changes):
+    values = {"grid": GRID, "digits": (2, 5), "questions": 4, "open_questions": 3}
+    return digits_sft.JudgeTask(prompt=prompt, **values | changes)
+
+
+def text(pieces):
+    return "".join(t for t, _ in pieces)
+
+
+def learned(pieces):
+    """What is learned of some pieces."""
+    return [t for t, weight in pieces if weight]
+
+
+def test_a_policy_is_asked_what_cells_hold(record):
+    """A probe names a place for nothing, and learns the digit there or its absence."""
+    held = {f[0]: digits.statement(f).removeprefix(f[0]) for f in record.facts}
+    seen = set()
+    for seed in range(10):
+        probes = policy_task().branches(record, np.random.default_rng(seed))[:5]
+        for (place, none), (answer, one) in probes:
+            assert (none, one) == (0.0, 1.0)
+            assert answer == held.get(place.strip(), " nothing")
+        asked = {place.strip() for (place, _), _ in probes}
+        assert len(asked) == 5
+        seen |= asked
+    assert seen == set(digits.places(*GRID))
+
+
+def test_a_policys_captions_are_sparse_and_true(record):
+    """They state as many facts as was drawn, all true, and end with the stop token."""
+    facts, counts, totals = {tuple(f) for f in record.facts}, set(), set()
+    for seed in range(20):
+        branches = policy_task().branches(record, np.random.default_rng(seed))
+        assert len(branches) == 5 + 3
+        for caption, end in branches[5:]:
+            assert caption[1] == 1.0 and end == (END, 1.0)
+            said = digits.stated(caption[0])
+            stated = [s for s in said if not isinstance(s, int)]
+            assert set(stated) <= facts and len(set(stated)) == len(stated)
+            assert [s for s in said if isinstance(s, int)] in ([], [len(facts)])
+            counts.add(len(stated))
+            totals.add(len(said) > len(stated))
+    assert counts == set(range(1, min(3, len(facts)) + 1)) and totals == {False, True}
+
+
+def test_a_cells_word_is_its_colour_or_its_digit(record):
+    held = {f[0]: {f" {f[1]}", f" {digits.NUMBERS[f[2]]}"} for f in record.facts}
+    drawn = [policy_task().cells(record, np.random.default_rng(seed)) for seed in range(20)]
+    for place, words in zip(digits.places(*GRID), zip(*drawn), strict=True):
+        assert set(words) == held.get(place, {" nothing"})
+
+
+def asked(body):
+    """A question as the text that shows its lettered options."""
+    question = re.search(r"^(W|H)[^\n]*\?$", body, re.MULTILINE)[0]
+    options = tuple(re.findall(r"^[A-I]\) (.+?)(?:<\|im_end\|>)?$", body, re.MULTILINE))
+    return Question(question, options, 0)
+
+
+def test_a_judge_learns_the_letter_of_a_perfect_reader(shipped):
+    """It is learned twice as much as a word, and abstains where nothing is said."""
+    abstained = set()
+    for seed in range(10):
+        (caption,), branches = judge_task(shipped[2]).sample(np.random.default_rng(seed))
+        assert caption[1] == pytest.approx(0.1) and len(branches) == 2 + 4
+        for tail, letter in branches[2:]:
+            shown = asked(tail[0])
+            found = digits.lookup(caption[0], shown)
+            abstained.add(found is None)
+            option = shown.choices.index(ABSTAIN) if found is None else found
+            assert shown.choices[-1] == ABSTAIN and tail[1] == 0.0
+            assert letter == (f" {LETTERS[option]}", LETTER_WEIGHT)
+    assert abstained == {False, True}
+
+
+def test_a_judge_recalls_every_fact_in_either_direction(shipped):
+    """The drill holds the caption's facts, and of each one half is given, the other learned."""
+    halves = set()
+    for seed in range(10):
+        (caption,), branches = judge_task(shipped[2]).sample(np.random.default_rng(seed))
+        stated = [s for s in digits.stated(caption[0]) if not isinstance(s, int)]
+        drill = branches[0][1:]
+        found = []
+        for given, taught, comma in zip(drill[::3], drill[1::3], drill[2::3], strict=True):
+            assert (given[1], taught[1]) == (0.0, 1.0) and comma == (",", 0.0)
+            words = (given[0] + taught[0]).split()
+            by_place = words[0] in digits.places(*GRID)
+            halves.add(by_place)
+            found.append(" ".join(words if by_place else [words[2], *words[:2]]))
+        assert sorted(found) == sorted(map(digits.statement, stated))
+    assert halves == {False, True}
+
+
+def test_a_judge_answers_open_questions_in_words(shipped):
+    """The answer is what the caption says, or that it can't be told."""
+    told = set()
+    for seed in range(10):
+        (caption,), branches = judge_task(shipped[2]).sample(np.random.default_rng(seed))
+        pieces = branches[1]
+        assert len(pieces) == 2 * 3
+        for question, answer in zip(pieces[::2], pieces[1::2]):
+            assert (question[1], answer[1]) == (0.0, 1.0)
+            every = (*digits.COLORS, *digits.NUMBERS, *digits.places(*GRID))
+            found = digits.lookup(caption[0], Question(question[0].strip(), every, 0))
+            assert answer[0] == f" {ABSTAIN if found is None else every[found]}"
+            told.add(found is not None)
+    assert told == {False, True}
+
+
+def assert_encoded(tokenizer, example, branches):
+    """Each branch is its pieces' tokens and weights, padded with nothing."""
+    assert len(example.tokens) == len(branches)
+    for row, pieces in enumerate(branches):
+        ids = [(i, w) for t, w in pieces if t for i in tokenizer.encode(t)]
+        n = len(ids)
+        assert list(zip(example.tokens[row, :n], example.weight[row, :n], strict=True)) == ids
+        assert example.mask[row].tolist() == [True] * n + [False] * (example.mask.shape[1] - n)
+        assert not example.tokens[row, n:].any() and not example.weight[row, n:].any()
+
+
+def test_a_policys_example_has_the_tasks_branches_and_cells(shipped, record):
+    """Branches are encoded as they are; a cell's word is the target at its image token."""
+    tokenizer, inputs, _ = shipped
+    make = pipeline.SftExamples(policy_task(), tokenizer, inputs, (), 32, 24)
+    example = make(record, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    branches, words = policy_task().branches(record, rng), policy_task().cells(record, rng)
+    assert_encoded(tokenizer, example, branches)
+    assert example.prefix.shape == (0,)
+    jax.tree.map(np.testing.assert_array_equal, (example.images, example.prompt),
+                 tuple(inputs(record)[name] for name in ("images", "prompt")))  # fmt: skip
+    image = example.prompt.feature >= 0
+    np.testing.assert_array_equal(example.prompt_weight, image.astype(np.float32))
+    assert example.prompt_targets[image].tolist() == [tokenizer.encode(w)[0] for w in words]
+    assert not example.prompt_targets[~image].any()
+
+
+def test_features_that_are_no_cells_teach_nothing(shipped):
+    """Where an image has 9 features and the grid 4 cells, no image token has a weight."""
+    tokenizer, inputs, _ = shipped
+    scene = next(iter(digits.scenes("train", 1, (2, 2), (2, 2))))
+    shown = dataclasses.replace(scene, image=next(digits.scenes("train", 1, GRID, (2, 2))).image)
+    task = policy_task(grid=(2, 2), probes=2)
+    make = pipeline.SftExamples(task, tokenizer, inputs, (), 32, 24)
+    example = make(shown, np.random.default_rng(0))
+    assert np.sum(example.prompt.feature >= 0) == 9
+    assert not example.prompt_weight.any() and example.weight.any()
+
+
+def test_a_judges_trunk_predicts_its_own_next_tokens(shipped, record):
+    """Targets and weights are shifted by one; the last real token predicts nothing."""
+    tokenizer, _, prompt = shipped
+    task, prefix = judge_task(prompt, caption_weight=0.25), [7, 8, 9]
+    make = pipeline.SftExamples(task, tokenizer, None, prefix, 40, 64)
+    example = make(record, np.random.default_rng(5))
+    ((caption, _),), branches = task.sample(np.random.default_rng(5))
+    assert_encoded(tokenizer, example, branches)
+    ids = tokenizer.encode(caption)
+    n, trunk = len(ids), example.prompt
+    assert example.prefix.tolist() == prefix and example.images is None
+    assert trunk.tokens.tolist() == ids + [0] * (40 - n)
+    assert trunk.mask.tolist() == [True] * n + [False] * (40 - n)
+    assert trunk.positions.tolist() == list(range(40)) and trunk.next_position == n
+    assert (trunk.feature == -1).all()
+    assert example.prompt_targets.tolist() == ids[1:] + [0] * (41 - n)
+    assert example.prompt_weight.tolist() == [0.25] * (n - 1) + [0.0] * (41 - n)
+
+
+def test_what_is_longer_than_its_bucket_is_refused_with_both_lengths(shipped, record):
+    tokenizer, inputs, prompt = shipped
+    task, rng = judge_task(prompt), lambda: np.random.default_rng(5)
+    pieces, branches = task.sample(rng())
+    longest = max(len(digits_sft.encode(tokenizer, b)[0]) for b in branches)
+    make = pipeline.SftExamples(task, tokenizer, None, (), 40, longest - 1)
+    with pytest.raises(ValueError, match=f"branch of {longest} tokens .* than {longest - 1}$"):
+        make(record, rng())
+    dataclasses.replace(make, max_tokens=longest)(record, rng())  # one more is enough
+    length = len(digits_sft.encode(tokenizer, pieces)[0])
+    make = pipeline.SftExamples(task, tokenizer, None, (), length - 1, longest)
+    with pytest.raises(ValueError, match=f"caption of {length} tokens .* than {length - 1}$"):
+        make(record, rng())
+    task = policy_task()
+    longest = max(len(digits_sft.encode(tokenizer, b)[0]) for b in task.branches(record, rng()))
+    make = pipeline.SftExamples(task, tokenizer, inputs, (), 32, longest - 1)
+    with pytest.raises(ValueError, match=f"branch of {longest} tokens .* than {longest - 1}$"):
+        make(record, rng())
+
+
+def test_a_batch_has_one_prefix_and_blank_rows_keep_it(shipped, record):
+    tokenizer, _, prompt = shipped
+    make = pipeline.SftExamples(judge_task(prompt), tokenizer, None, [7, 8, 9], 40, 64)
+    one = make(record, np.random.default_rng(0))
+    none = pipeline.blank(one)
+    batch = pipeline.stack([one, none])
+    assert none.prefix.tolist() == batch.prefix.tolist() == [7, 8, 9]
+    rest = [jax.tree.leaves(e.replace(prefix=None)) for e in (batch, one, none)]
+    for both, first, second in zip(*rest, strict=True):
+        np.testing.assert_array_equal(both, np.stack([first, second]))
+        assert not second.any()
+
+
+# What is lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A policy, its parameters, and trees to learn from."""
+
+    policy: Policy
+    params: dict
+    examples: sft.Examples
+
+
+def ragged(rng, rows, columns, least=1):
+    """Random lengths' mask."""
+    return np.arange(columns) < rng.integers(least, columns + 1, (*rows, 1))
+
+
+@functools.cache
+def make_case(kind, g=2, t=5, s=4):
+    """Random trees for a model with images or of text alone; a third of the weights are 0."""
+    b = {"images": 8, "text": 3}[kind]
+    rng = np.random.default_rng(b)
+    if kind == "images":
+        world = make_world(b)
+        policy, params = world.policy, world.params
+        images, prompt = world.batch.images, world.batch.prompt
+    else:
+        policy = Policy(Decoder(DecoderConfig(60, 32, 2, 4, 2, 8, 48, 1e4, 1e-6, False)))
+        params = nn.meta.unbox(jax.jit(policy.init)(jax.random.key(1)))
+        params = jax.tree.map(lambda a: a * 1.5 if a.ndim > 2 else a, params)
+        images, mask = None, ragged(rng, (b,), 7, 2)
+        positions = np.broadcast_to(np.arange(7, dtype=np.int32), (b, 7))
+        prompt = Prompt(
+            rng.integers(0, 50, (b, 7)).astype(np.int32), mask, positions,
+            np.full((b, 7), -1, np.int32), mask.sum(1).astype(np.int32),
+        )  # fmt: skip
+
+    def weights(mask):
+        drawn = rng.uniform(0.5, 2, mask.shape) * (rng.random(mask.shape) > 1 / 3)
+        return np.where(mask, drawn, 0).astype(np.float32)
+
+    # A sharper head, so that some targets are likelier than all others together.
+    decoder = dict(params["decoder"])
+    decoder["head"] = decoder["head"] * 20
+    mask = ragged(rng, (b, g), t)
+    return Case(policy, dict(params) | {"decoder": decoder}, sft.Examples(
+        prefix=rng.integers(0, 50, s).astype(np.int32),
+        images=images,
+        prompt=prompt,
+        prompt_targets=rng.integers(0, 50, prompt.tokens.shape).astype(np.int32),
+        prompt_weight=weights(prompt.mask),
+        tokens=rng.integers(0, 50, (b, g, t)).astype(np.int32),
+        mask=mask,
+        weight=weights(mask),
+    ))  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["text", "images"])
+def case(request):
+    """Trees of both kinds of models."""
+    return make_case(request.param)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_losses(policy, params, examples):
+    """sft.losses."""
+    return sft.losses(policy, params, examples)
+
+
+def losses(case, **changes):
+    """sft.losses of the case's examples, with some of their fields changed."""
+    examples = case.examples.replace(**changes)
+    return jax.device_get(compiled_losses(case.policy, case.params, examples))
+
+
+LONGEST = 32  # of one text, in tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_logits(policy, params, images, prompt):
+    """The logits after each token of one text that is all trunk."""
+    return policy.logits(params, policy.trunk(params, images, prompt).hidden[0])
+
+
+def joined(case, row, after):
+    """(prefix, trunk and the tokens after it of one row, as a Prompt [1, ..]; trunk's end)."""
+    examples, real = case.examples, case.examples.prompt.mask[row]
+    own = jax.tree.map(np.asarray, examples.prompt)
+    s, n = len(examples.prefix), len(after)
+    following = int(own.next_position[row])
+
+    def text_positions(start, count):
+        flat = np.arange(start, start + count, dtype=np.int32)
+        return flat if own.positions.ndim == 2 else np.repeat(flat[:, None], 3, 1)
+
+    parts = {
+        "tokens": (examples.prefix, own.tokens[row][real], after),
+        "positions": (
+            text_positions(0, s), own.positions[row][real] + s, text_positions(following + s, n)
+        ),
+        "feature": (np.full(s, -1), own.feature[row][real], np.full(n, -1)),
+    }  # fmt: skip
+    end = s + int(real.sum())
+    arrays = {k: pad(np.concatenate(v), LONGEST)[None] for k, v in parts.items()}
+    mask = np.arange(LONGEST)[None] < end + n
+    return Prompt(mask=mask, next_position=np.int32([following + s + n]), **arrays), end
+
+
+def log_softmax(case, row, after):
+    """(float64 [LONGEST, vocab] log-probabilities after each token, trunk's end) of one text."""
+    prompt, end = joined(case, row, after)
+    images = jax.tree.map(lambda a: a[row : row + 1], case.examples.images)
+    logits = np.asarray(compiled_logits(case.policy, case.params, images, prompt), np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True), end
+
+
+def naive(case):
+    """(sum of weighted losses, total weight, weight of likeliest targets), one text at a time."""
+    e, s = case.examples, len(case.examples.prefix)
+    terms = []
+    for row in range(len(e.tokens)):
+        logp, end = log_softmax(case, row, [])
+        real = np.flatnonzero(e.prompt.mask[row])
+        for at, token in enumerate(real):
+            target = e.prompt_targets[row, token]
+            terms.append((e.prompt_weight[row, token], logp[s + at, target]))
+        for branch, mask, weight in zip(e.tokens[row], e.mask[row], e.weight[row]):
+            own = branch[mask]
+            logp, _ = log_softmax(case, row, own)
+            for i, target in enumerate(own):
+                terms.append((weight[i], logp[end - 1 + i, target]))
+    weights, logps = np.asarray(terms).T
+    return -np.sum(weights * logps), np.sum(weights), np.sum(weights * (logps > np.log(0.5)))
+
+
+def test_the_loss_is_that_of_every_text_by_itself(case):
+    """Prefix, trunk and branch in one row, one row at a time, by plain log_softmax."""
+    logp, end = log_softmax(case, 0, [])
+    likely = logp[len(case.examples.prefix) : end].argmax(-1)
+    real = np.asarray(case.examples.prompt.mask[0])
+    targets = np.array(case.examples.prompt_targets)
+    targets[0, real] = likely  # so that accuracy has something to count
+    case = dataclasses.replace(case, examples=case.examples.replace(prompt_targets=targets))
+    total, metrics = losses(case)
+    expected, weight, right = naive(case)
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert metrics["loss"] == (total, pytest.approx(weight, rel=1e-6))
+    assert 0 < right < weight
+    assert metrics["accuracy"] == (pytest.approx(right, rel=1e-5), metrics["loss"][1])
+    assert sft.total_weight(case.examples) == pytest.approx(weight, rel=1e-6)
+
+
+def test_the_loss_is_in_proportion_to_the_weights(case):
+    """Doubled weights double it; without weights there is none."""
+    e, total = case.examples, losses(case)[0]
+    twice = losses(case, weight=2 * e.weight, prompt_weight=2 * e.prompt_weight)[0]
+    assert twice == pytest.approx(2 * total, rel=1e-6)
+    zero = losses(case, weight=0 * e.weight, prompt_weight=0 * e.prompt_weight)
+    assert zero[0] == 0 and zero[1]["loss"] == (0, 0)
+
+
+def test_what_has_no_weight_does_not_count(case):
+    """Trunk targets without weight may be any, and so may a last token of a branch."""
+    e = case.examples
+    last = e.mask & ~np.pad(e.mask[..., 1:], [(0, 0), (0, 0), (0, 1)])
+    weight = np.where(last, 0, e.weight)
+    targets = np.where(e.prompt_weight > 0, e.prompt_targets, 3)
+    tokens = np.where(last, 3, e.tokens)
+    assert np.any(targets != e.prompt_targets) and np.any(tokens != e.tokens)
+    found = losses(case, weight=weight, prompt_targets=targets, tokens=tokens)[0]
+    assert found == pytest.approx(losses(case, weight=weight)[0], rel=1e-6)
+    with_weight = losses(case, tokens=tokens)[0]  # which it does with one
+    assert with_weight != pytest.approx(losses(case)[0], rel=1e-4)
+
+
+def test_padding_does_not_count(case):
+    """Neither what stands in it nor how much there is of it."""
+    e, p = case.examples, case.examples.prompt
+    filled = p.replace(tokens=np.where(p.mask, p.tokens, 11))
+    tokens = np.where(e.mask, e.tokens, 11)
+    assert np.any(tokens != e.tokens) and np.any(filled.tokens != p.tokens)
+    total, metrics = losses(case)
+    found, other = losses(case, prompt=filled, tokens=tokens)
+    assert found == pytest.approx(total, rel=1e-6) and other["loss"][1] == metrics["loss"][1]
+    longer = {
+        name: np.pad(getattr(e, name), [(0, 0), (0, 0), (0, 3)])
+        for name in ("tokens", "mask", "weight")
+    }
+    found, other = losses(case, **longer)
+    assert found == pytest.approx(total, rel=1e-6)
+    assert other["loss"][1] == pytest.approx(metrics["loss"][1], rel=1e-6)
+
+
+def test_a_shared_prefix_is_the_prefix_in_every_trunk(case):
+    """Read once for the batch, it teaches as if each trunk began with it."""
+    e, b, s = case.examples, len(case.examples.tokens), len(case.examples.prefix)
+
+    def before(first, rest):
+        return np.concatenate([np.broadcast_to(first, (b, s, *rest.shape[2:])), rest], axis=1)
+
+    start = np.arange(s, dtype=np.int32).reshape(s, *[1] * (e.prompt.positions.ndim - 2))
+    prompt = Prompt(
+        tokens=before(e.prefix, e.prompt.tokens),
+        mask=before(np.True_, e.prompt.mask),
+        positions=before(start, e.prompt.positions + s),
+        feature=before(np.int32(-1), e.prompt.feature),
+        next_position=e.prompt.next_position + s,
+    )
+    total, metrics = losses(case)
+    found, other = losses(
+        case, prefix=np.zeros(0, np.int32), prompt=prompt,
+        prompt_targets=before(np.int32(0), e.prompt_targets),
+        prompt_weight=before(np.float32(0), e.prompt_weight),
+    )  # fmt: skip
+    assert found == pytest.approx(total, rel=1e-5) and other["loss"][1] == metrics["loss"][1]
+    without = losses(case, prefix=np.zeros(0, np.int32))[0]
+    assert without != pytest.approx(total, rel=1e-4)  # and the prefix is read
+
+
+# What an update changes
+
+
+def one_update(policy, state, examples, on=None):
+    """sft.update."""
+    return sft.update(policy, OPTIMIZER, state, examples, on)
+
+
+compiled_update = jax.jit(one_update, static_argnums=0)
+
+
+def updated(case, examples, steps=1, on=None):
+    """(state, metrics of every step) after some updates on the same examples."""
+    state = State(jnp.zeros((), jnp.int32), case.params, OPTIMIZER.init(case.params))
+    if on is not None:
+        boxed = jax.eval_shape(case.policy.init, jax.random.key(0))
+        shardings = mesh.param_shardings(boxed, on)
+        state = state.replace(params=jax.device_put(state.params, shardings))
+        placed = mesh.put_batch(examples.replace(prefix=()), on)
+        prefix = jax.device_put(examples.prefix, mesh.replicated(on))
+        examples = placed.replace(prefix=prefix)
+    run = functools.partial(compiled_update, case.policy)
+    if on is not None:
+        run = jax.jit(functools.partial(one_update, case.policy, on=on))
+    metrics = []
+    for _ in range(steps):
+        state, measured = run(state, examples)
+        metrics.append(jax.device_get(measured))
+    return jax.device_get(state), metrics
+
+
+def moved(case, state):
+    """How far each parameter went."""
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, case.params)
+
+
+@pytest.fixture(scope="module")
+def pictured():
+    """Trees with images, 8 of them."""
+    return make_case("images")
+
+
+@pytest.fixture(scope="module")
+def alone(pictured):
+    """(state, metrics) of one update on one device."""
+    state, (metrics,) = updated(pictured, pictured.examples)
+    return state, metrics
+
+
+def test_an_update_moves_all_parameters_along_the_mean_loss(pictured, alone):
+    """It is one clipped step of SGD on the loss over the total weight."""
+    state, metrics = alone
+    e, params = pictured.examples, pictured.params
+    assert state.step == 1
+    assert all(np.any(d) for d in jax.tree.leaves(moved(pictured, state)))
+
+    def mean_loss(params):
+        return sft.losses(pictured.policy, params, e)[0] / sft.total_weight(e)
+
+    grads = jax.device_get(jax.jit(jax.grad(mean_loss))(params))
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+    assert metrics["grad_norm"] == (pytest.approx(norm, rel=1e-4), 1)
+    assert metrics["loss"][0] == pytest.approx(losses(pictured)[0], rel=1e-5)
+    scale = -0.5 * min(1, 1 / norm)
+    assert_close(moved(pictured, state), jax.tree.map(lambda g: scale * g, grads))
+
+
+def test_a_few_updates_lower_the_loss_on_their_batch(case):
+    optimised = [m["loss"][0] / m["loss"][1] for m in updated(case, case.examples, 6)[1]]
+    assert optimised[-1] < 0.9 * optimised[0]
+
+
+def test_rows_without_weight_change_nothing(pictured):
+    """With blank rows an update is that of the others; with rows of other text too."""
+    cut, prefix = (lambda a: a[:5]), pictured.examples.prefix
+    five = jax.tree.map(cut, pictured.examples.replace(prefix=()))
+    valid = np.arange(8) < 5
+
+    def keep(a, b):
+        return np.where(valid.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    whole = pictured.examples
+    other = jax.tree.map(lambda a: a[::-1], whole.replace(prefix=())).replace(
+        prompt_weight=np.zeros_like(whole.prompt_weight), weight=np.zeros_like(whole.weight)
+    )
+    blank = pipeline.blank(whole)
+    expected, (metrics,) = updated(pictured, five.replace(prefix=prefix))
+    for filler in (blank, other):
+        filled = jax.tree.map(keep, whole.replace(prefix=()), filler.replace(prefix=()))
+        found, (measured,) = updated(pictured, filled.replace(prefix=prefix))
+        assert_close(moved(pictured, found), moved(pictured, expected))
+        np.testing.assert_allclose(measured["loss"], metrics["loss"], rtol=1e-5)
+    found, (measured,) = updated(pictured, blank)
+    assert not any(np.any(d) for d in jax.tree.leaves(moved(pictured, found)))
+    assert measured["loss"] == (0, 0) and found.step == 1
+
+
+def test_an_update_on_eight_devices_is_that_on_one(pictured, alone):
+    """Rows, parameters and layers' channels cut in two each."""
+    on = mesh.layout(mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    state, (metrics,) = updated(pictured, pictured.examples, on=on)
+    assert_close(moved(pictured, state), moved(pictured, alone[0]))
+    for name in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], alone[1][name], rtol=1e-4, err_msg=name)
