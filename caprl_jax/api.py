@@ -6,8 +6,8 @@
     verdicts = judge.score(captions, questions)
 
 An object holds modules, parameters and tokenizer; its methods turn images and text into arrays and
-call functions that are pure and jitted. Who has arrays already calls those: caprl_jax.rollout,
-caprl_jax.judge, caprl_jax.step.
+call functions that are pure and jitted. Who has arrays already calls those: caprl_jax.rl.rollout,
+caprl_jax.judge, caprl_jax.rl.step.
 """
 
 import dataclasses
@@ -22,20 +22,22 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from caprl_jax import judge as judge_lib
-from caprl_jax import mesh as mesh_lib
-from caprl_jax import programs, rollout, startup
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
 from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
-from caprl_jax.models import logical
+from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models.families import ModelDirectoryError
-from caprl_jax.models.logical import Layout
-from caprl_jax.models.policy import Policy, Prompt
 from caprl_jax.models.vision import Images, batch_images, lay_out, windows_of
-from caprl_jax.sampling import Sampling
+from caprl_jax.models.vlm import Policy, Prompt
+from caprl_jax.parallel import axes as logical
+from caprl_jax.parallel import mesh as mesh_lib
+from caprl_jax.parallel.axes import Layout
+from caprl_jax.rl import judge as judge_lib
+from caprl_jax.rl import rollout
+from caprl_jax.run import compile as programs
+from caprl_jax.run import load as startup
 
 PROMPT = "Describe the image in detail."
 Picture = Image.Image | np.ndarray | bytes | str | Path
@@ -310,7 +312,7 @@ def load_policy(
       path: a directory in Hugging Face format, a gs:// URL of one, a hub id, or
         "asset:tiny/policy", the one that ships.
       dtype: of the computation; default bfloat16 on accelerators, float32 on CPU.
-      mesh: where the parameters go, as caprl_jax.mesh.make_mesh makes it; default all devices on
+      mesh: where the parameters go, as caprl_jax.parallel.mesh.make_mesh makes it; default all devices on
         the axis fsdp.
       revision: of a hub id.
       param_dtype: of the parameters; default that of the computation.
@@ -338,7 +340,7 @@ def load_judge(
 
     Args:
       prompt: the user's turn, with {caption} and {question}; empty is the project's own. The tiny
-        judge that ships, "asset:tiny/judge", wants caprl_jax.data.digits.JUDGE_PROMPT.
+        judge that ships, "asset:tiny/judge", wants caprl_jax.data.digits.world.JUDGE_PROMPT.
 
     Raises:
       ModelDirectoryError: there is no such model, or it is not supported.

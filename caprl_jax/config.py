@@ -7,13 +7,13 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax import mesh
+from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import UserError
-from caprl_jax.judge import MODES
 from caprl_jax.models.layers import REMAT
-from caprl_jax.policy_gradient import ADVANTAGES
-from caprl_jax.sampling import Sampling
-from caprl_jax.step_types import REUSE, Settings
+from caprl_jax.parallel import mesh
+from caprl_jax.rl.judge import MODES
+from caprl_jax.rl.policy_gradient import ADVANTAGES
+from caprl_jax.rl.types import REUSE, Settings
 
 
 class ConfigError(UserError):

@@ -15,8 +15,9 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from caprl_jax import distributed, train
-from caprl_jax.commands import in_one_paragraph, parse_config_flags, set_up_logging
+from caprl_jax import train
+from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags, set_up_logging
+from caprl_jax.parallel import processes as distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")

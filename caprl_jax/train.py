@@ -9,11 +9,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax import distributed, export, memory, metrics, objectives, programs, results
-from caprl_jax.checkpoint import Checkpoints
 from caprl_jax.config import validate
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.objectives import Objective
+from caprl_jax.parallel import processes as distributed
+from caprl_jax.run import build as objectives
+from caprl_jax.run import compile as programs
+from caprl_jax.run import export, memory, metrics
+from caprl_jax.run import summary as results
+from caprl_jax.run.build import Objective
+from caprl_jax.run.checkpoint import Checkpoints
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Measured:  2 CPU cores, 100 steps, 3 min with compilation: held-out accuracy of 
 """
 
 from caprl_jax.config import default
-from caprl_jax.data.digits import JUDGE_PROMPT
+from caprl_jax.data.digits.world import JUDGE_PROMPT
 
 
 def get_config():

@@ -14,7 +14,7 @@ Measured:  one CPU core, seed 0: recall 2000 steps in 29 min; letters 1000 steps
 """
 
 from caprl_jax.config import default
-from caprl_jax.data.digits import JUDGE_PROMPT
+from caprl_jax.data.digits.world import JUDGE_PROMPT
 
 
 def get_config(stage="recall"):

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 import caprl_jax
-from caprl_jax import mesh
-from caprl_jax.data import digits, records
-from caprl_jax.data.digits import JUDGE_PROMPT
+from caprl_jax.data import records
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.parallel import mesh
 
 SCENES = list(digits.scenes("heldout", 3, (3, 3), (2, 5)))
 

@@ -24,12 +24,12 @@ import pytest
 from absl import flags
 from flax import linen as nn
 
-from caprl_jax import judge
 from caprl_jax.data.tokens import PolicyPrompt
 from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.policy import Policy
 from caprl_jax.models.vision import VisionConfig, VisionTower, lay_out
-from caprl_jax.step import Batch, Frozen
+from caprl_jax.models.vlm import Policy
+from caprl_jax.rl import judge
+from caprl_jax.rl.step import Batch, Frozen
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # grain reads flags in its workers

@@ -15,8 +15,8 @@ from transformers.image_transforms import convert_to_rgb
 
 import caprl_jax
 from caprl_jax.data.images import ImageProcessor, UnreadableImage, decode_image
-from caprl_jax.models import sources
 from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.models.hf import download as sources
 
 POLICY = sources.fetch("asset:tiny/policy")
 

@@ -17,9 +17,9 @@ import {modules}
 DATA_STACK = {"grain", "tensorflow_datasets", "transformers", "orbax", "tensorboardX", "sklearn"}
 NOT_CORE = DATA_STACK | {"PIL", "tqdm", "jinja2", "safetensors", "huggingface_hub", "fsspec"}
 CORE = (
-    "caprl_jax.step", "caprl_jax.rollout", "caprl_jax.judge", "caprl_jax.policy_gradient",
-    "caprl_jax.rewards", "caprl_jax.step_types", "caprl_jax.update",
-    "caprl_jax.logprobs", "caprl_jax.mesh", "caprl_jax.models.hf",
+    "caprl_jax.rl.step", "caprl_jax.rl.rollout", "caprl_jax.judge", "caprl_jax.rl.policy_gradient",
+    "caprl_jax.rl.rewards", "caprl_jax.rl.types", "caprl_jax.rl.update",
+    "caprl_jax.models.logprobs", "caprl_jax.parallel.mesh", "caprl_jax.models.hf.files",
 )  # fmt: skip
 
 
@@ -32,9 +32,9 @@ def imports(modules, blocked):
     ("modules", "blocked"),
     [
         (CORE, DATA_STACK | {"ml_collections", "PIL", "tqdm", "jinja2"}),
-        (("caprl_jax.plan", "caprl_jax.programs"), NOT_CORE),
+        (("caprl_jax.plan", "caprl_jax.run.compile"), NOT_CORE),
         (("caprl_jax.bench.__main__",), NOT_CORE | {"torch", "trl", "matplotlib"}),
-        (("caprl_jax.objectives", "caprl_jax.checkpoint"), DATA_STACK - {"tensorboardX"}),
+        (("caprl_jax.run.build", "caprl_jax.run.checkpoint"), DATA_STACK - {"tensorboardX"}),
     ],
 )
 def test_imports_without(modules, blocked):

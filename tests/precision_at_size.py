@@ -32,9 +32,9 @@ def ours(directory: Path, dtype: str) -> np.ndarray:
     import jax
 
     import caprl_jax
-    from caprl_jax.models import hf
-    from caprl_jax.models.policy import Prompt, mrope_positions
+    from caprl_jax.models.hf import files as hf
     from caprl_jax.models.vision import batch_images, feature_order, lay_out, windows_of
+    from caprl_jax.models.vlm import Prompt, mrope_positions
 
     config = hf.read_config(directory)
     patches, ids = inputs(config)
@@ -59,7 +59,7 @@ def theirs(directory: Path, dtype: str) -> np.ndarray:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from caprl_jax.models import hf
+    from caprl_jax.models.hf import files as hf
 
     patches, ids = inputs(hf.read_config(directory))
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=getattr(torch, dtype))

@@ -13,9 +13,12 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from caprl_jax import random_model
-from caprl_jax.data import digits, records
-from caprl_jax.models import families, hf, sizes
+from caprl_jax.commands import random_model
+from caprl_jax.data import records
+from caprl_jax.data.digits import world as digits
+from caprl_jax.models import families
+from caprl_jax.models.hf import files as hf
+from caprl_jax.models.hf import sizes
 
 ROOT = Path(__file__).parent.parent
 QUESTION = pyarrow.struct([

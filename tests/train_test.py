@@ -12,9 +12,10 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax import train
 from caprl_jax.config import ConfigError
-from caprl_jax.data import digits
-from caprl_jax.data.digits import JUDGE_PROMPT
-from caprl_jax.models import families, hf
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.digits.world import JUDGE_PROMPT
+from caprl_jax.models import families
+from caprl_jax.models.hf import files as hf
 
 pytestmark = pytest.mark.slow  # each run compiles several programs
 

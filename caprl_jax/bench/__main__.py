@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from caprl_jax.bench import naive, peers, scaling
 from caprl_jax.bench.phases import PHASES, measure, tell
-from caprl_jax.commands import in_one_paragraph, parse_config_flags
+from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
 from caprl_jax.config import ConfigError, validate
 
 

@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from transformers import CompileConfig
 
-from caprl_jax import mesh, programs, rollout, startup
 from caprl_jax.bench import peers, torch_models
 from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.machine import facts
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work
-from caprl_jax.sampling import Sampling
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.parallel import mesh
+from caprl_jax.rl import rollout
+from caprl_jax.run import compile as programs
+from caprl_jax.run import load as startup
 
 _GREEDY = 8  # tokens compared
 

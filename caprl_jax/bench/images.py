@@ -18,13 +18,16 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from caprl_jax import abstract, startup
 from caprl_jax.bench.synthetic import grid_for
 from caprl_jax.config import ConfigError, validate
 from caprl_jax.data import pipeline
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.models import families, sizes, sources
+from caprl_jax.models import families
+from caprl_jax.models.hf import download as sources
+from caprl_jax.models.hf import sizes
+from caprl_jax.plan import shapes as abstract
+from caprl_jax.run import load as startup
 
 _PICTURES = 16  # of which the data consist, again and again
 _WARM = 1  # batches that aren't timed

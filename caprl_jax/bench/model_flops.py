@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import floors, flops, logprobs, programs
-from caprl_jax.abstract import AbstractStep
+from caprl_jax.models import logprobs
+from caprl_jax.plan import flops
+from caprl_jax.plan import roofline as floors
+from caprl_jax.plan.shapes import AbstractStep
+from caprl_jax.run import compile as programs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import abstract, floors, flops, hlo_costs, judge, policy_gradient, programs, step
 from caprl_jax.config import PIECES, pieces, validate
-from caprl_jax.models import logical
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.rollout import Rollout, Sampling, stages
+from caprl_jax.parallel import axes as logical
+from caprl_jax.plan import flops
+from caprl_jax.plan import roofline as floors
+from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan.hlo import costs as hlo_costs
+from caprl_jax.rl import judge, policy_gradient, step
+from caprl_jax.rl.rollout import Rollout, Sampling, stages
+from caprl_jax.run import compile as programs
 
 
 def letter_logits(

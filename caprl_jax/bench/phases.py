@@ -21,12 +21,18 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import abstract, chips, floors, hlo_costs, programs, rollout, slots, step
 from caprl_jax.bench import model_flops, synthetic
-from caprl_jax.chips import Chip
 from caprl_jax.config import validate
-from caprl_jax.models import logical
-from caprl_jax.sampling import Sampling
+from caprl_jax.decode import scheduling as slots
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.parallel import axes as logical
+from caprl_jax.parallel import hardware as chips
+from caprl_jax.parallel.hardware import Chip
+from caprl_jax.plan import roofline as floors
+from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan.hlo import costs as hlo_costs
+from caprl_jax.rl import rollout, step
+from caprl_jax.run import compile as programs
 
 PHASES = ("prefill", "decode", "score", "update", "step")
 

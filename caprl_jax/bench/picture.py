@@ -15,7 +15,7 @@ import matplotlib as mpl
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from caprl_jax.commands import in_one_paragraph
+from caprl_jax.commands.cli import in_one_paragraph
 from caprl_jax.errors import UserError
 
 COLORS = {"prefill": "#6b7280", "decode": "#2457c5", "score": "#0f8a5f", "update": "#c2570c"}

@@ -15,12 +15,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from caprl_jax import abstract
 from caprl_jax.bench import phases, synthetic
 from caprl_jax.bench.phases import PHASES, Timing
 from caprl_jax.config import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.vision import windows_of
+from caprl_jax.plan import shapes as abstract
 
 
 def _set(name: str) -> Callable[[ml_collections.ConfigDict, int], None]:

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from caprl_jax import abstract, judge, mesh, programs, step
-from caprl_jax.abstract import AbstractStep
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.policy import Prompt, mrope_positions
 from caprl_jax.models.vision import VisionConfig, feature_order, lay_out, windows_of
+from caprl_jax.models.vlm import Prompt, mrope_positions
+from caprl_jax.parallel import mesh
+from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan.shapes import AbstractStep
+from caprl_jax.rl import judge, step
+from caprl_jax.run import compile as programs
 
 WORDS = 16  # of a prompt, around its image
 

@@ -12,12 +12,15 @@ import ml_collections
 import numpy as np
 
 from caprl_jax import config as config_lib
-from caprl_jax import mesh, programs, startup, step
 from caprl_jax.bench import peers
 from caprl_jax.bench import work as work_lib
 from caprl_jax.bench.peers import Checked, Comparison, Pairs, WorkDiffers
 from caprl_jax.bench.turns import STEPS, Turn, moved, stride
 from caprl_jax.bench.work import Work, laid_out
+from caprl_jax.parallel import mesh
+from caprl_jax.rl import step
+from caprl_jax.run import compile as programs
+from caprl_jax.run import load as startup
 
 STEP = "a whole step"
 # What TRL's step is not told, or does in another way.

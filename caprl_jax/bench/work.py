@@ -10,16 +10,19 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from caprl_jax import judge, programs, random_model, startup
 from caprl_jax.bench.synthetic import grid_for
+from caprl_jax.commands import random_model
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.questions import present
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
-from caprl_jax.models import sizes
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.policy import Policy, Prompt
+from caprl_jax.models.hf import sizes
 from caprl_jax.models.vision import Images, batch_images, lay_out
+from caprl_jax.models.vlm import Policy, Prompt
+from caprl_jax.rl import judge
+from caprl_jax.run import compile as programs
+from caprl_jax.run import load as startup
 
 _QUESTION = Question("Which color is the sofa?", ("blue", "red", "green", "white"), 1)
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from caprl_jax.errors import UserError
 from caprl_jax.models.families import ModelDirectoryError
-from caprl_jax.models.hf import read_json
+from caprl_jax.models.hf.files import read_json
 
 _MAX_RATIO = 200
 

@@ -8,16 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from caprl_jax.data import digits, digits_sft, questions, records
+from caprl_jax.data import questions, records
+from caprl_jax.data.digits import sft as digits_sft
+from caprl_jax.data.digits import world as digits
 from caprl_jax.data.images import ImageProcessor, UnreadableImage, decode_image
 from caprl_jax.data.questions import JudgePrompt, Presented
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
-from caprl_jax.models.policy import Prompt
 from caprl_jax.models.vision import VisionConfig, lay_out
-from caprl_jax.sft import Examples
-from caprl_jax.step import Batch
+from caprl_jax.models.vlm import Prompt
+from caprl_jax.rl.sft import Examples
+from caprl_jax.rl.step import Batch
 
 MakeExample = Callable[[Record, np.random.Generator], Any]
 

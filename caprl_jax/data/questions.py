@@ -7,7 +7,7 @@ import numpy as np
 
 from caprl_jax.data.records import LETTERS, Question
 from caprl_jax.data.tokens import Tokenizer, pad
-from caprl_jax.judge import Instruction, Questions
+from caprl_jax.rl.judge import Instruction, Questions
 
 ABSTAIN = "cannot tell"
 INSTRUCTION = (

@@ -10,9 +10,9 @@ import numpy as np
 
 from caprl_jax.data.records import LETTERS
 from caprl_jax.models.families import ModelDirectoryError
-from caprl_jax.models.hf import read_json
-from caprl_jax.models.policy import Prompt, mrope_positions
+from caprl_jax.models.hf.files import read_json
 from caprl_jax.models.vision import VisionConfig, feature_order
+from caprl_jax.models.vlm import Prompt, mrope_positions
 
 IMAGE_TOKEN = "<|image_pad|>"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")

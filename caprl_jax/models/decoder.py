@@ -25,7 +25,7 @@ from caprl_jax.models.layers import (
     rematerialised,
     tell,
 )
-from caprl_jax.models.logical import BATCH, CACHED, constrain
+from caprl_jax.parallel.axes import BATCH, CACHED, constrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from caprl_jax.errors import UserError
 from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.policy import Policy
 from caprl_jax.models.vision import VisionConfig, VisionTower
+from caprl_jax.models.vlm import Policy
 
 
 class ModelDirectoryError(UserError):

@@ -22,7 +22,7 @@ import numpy as np
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment
 from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal, rematerialised
-from caprl_jax.models.logical import constrain
+from caprl_jax.parallel.axes import constrain
 
 
 @dataclasses.dataclass(frozen=True)

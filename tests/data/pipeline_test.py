@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax import startup
-from caprl_jax.data import digits, pipeline, records
-from caprl_jax.data.digits import JUDGE_PROMPT
+from caprl_jax.data import pipeline, records
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.run import load as startup
 
 COUNT = 20
 

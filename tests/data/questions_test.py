@@ -7,7 +7,7 @@ from caprl_jax.data import questions
 from caprl_jax.data.questions import ABSTAIN, PREFILL, JudgePrompt, draw, present
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.models import sources
+from caprl_jax.models.hf import download as sources
 
 QUESTION = Question("Which digit is north?", ("one", "two", "three", "four"), 2)
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from caprl_jax.data import digits, records
+from caprl_jax.data import records
+from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import MalformedRecord, Question, parse, parse_question
 
 RAW = {"question": "What?", "choices": ["A) a cat", "B) a dog"], "answer": "B"}

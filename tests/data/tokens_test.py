@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, vocabulary_difference
-from caprl_jax.models import families, hf, sources
+from caprl_jax.models import families
 from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.models.hf import download as sources
+from caprl_jax.models.hf import files as hf
 
 POLICY, JUDGE = sources.fetch("asset:tiny/policy"), sources.fetch("asset:tiny/judge")
 

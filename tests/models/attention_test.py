@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.flops import jaxpr_flops
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment, attend, attend_knowing, causal_mask
+from caprl_jax.plan.flops import jaxpr_flops
 
 
 def problem(t, kv_heads=2):

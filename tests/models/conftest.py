@@ -19,9 +19,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from caprl_jax.models import families, hf
-from caprl_jax.models.policy import Policy, Prompt, mrope_positions
+from caprl_jax.models import families
+from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vision import Images, batch_images, feature_order, lay_out, windows_of
+from caprl_jax.models.vlm import Policy, Prompt, mrope_positions
 
 IMAGE, VIDEO, START, END, STOP = 290, 291, 292, 293, 294
 GRIDS = [(6, 6), (10, 14), (4, 18), (12, 2)]  # patches: none of them a square of whole windows

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from caprl_jax.flops import jaxpr_flops
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.layers import KNOWN, REMAT
+from caprl_jax.plan.flops import jaxpr_flops
 
 QWEN2 = DecoderConfig(60, 32, 2, 4, 2, 8, 48, 1e4, 1e-6, False)
 QWEN3 = DecoderConfig(60, 32, 2, 4, 2, 8, 48, 1e4, 1e-6, False, qkv_bias=False, qk_norm=True)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from caprl_jax import rollout
+from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models import attention
 from caprl_jax.models.decoder import Block, Decoder
 from caprl_jax.models.vision import VisionBlock, feature_order
-from caprl_jax.sampling import Sampling
+from caprl_jax.rl import rollout
 
 from .conftest import GRIDS, STOP, make_inputs
 

@@ -13,12 +13,15 @@ from transformers import (
 )
 
 from caprl_jax import config as config_lib
-from caprl_jax import rollout, startup
-from caprl_jax.data import digits
+from caprl_jax.data.digits import world as digits
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.models import families, hf, sources
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.models import families
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.sampling import Sampling
+from caprl_jax.models.hf import download as sources
+from caprl_jax.models.hf import files as hf
+from caprl_jax.rl import rollout
+from caprl_jax.run import load as startup
 
 from ..serving import served
 

@@ -1,0 +1,117 @@
+"""Does a model fit this machine? Loads it, exports it, captions an image; prints time and memory.
+
+    python -m caprl_jax.checkup --model=DIR [--image=FILE] [--max_tokens=16] [--export=DIR]
+
+Host memory is Linux's peak resident set of each phase. On a CPU it holds the parameters too, so the
+table gives both the peak and what of it is not parameters; loading should need at most one stacked
+tensor and 1 GB beyond them.
+"""
+
+import contextlib
+import dataclasses
+import re
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+
+from caprl_jax.commands.cli import in_one_paragraph
+
+
+@dataclasses.dataclass
+class Phase:
+    """What one phase took: seconds and bytes of peak resident memory."""
+
+    name: str
+    seconds: float = 0.0
+    peak: int = 0
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[Phase]:
+    """Measures what happens inside; the peak starts anew where the system allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    found, began = Phase(name), time.perf_counter()
+    yield found
+    found.seconds, found.peak = time.perf_counter() - began, _peak()
+
+
+def main(_: list[str]) -> None:
+    """Runs the phases and prints their table, or says in one paragraph why not."""
+    with in_one_paragraph():
+        if flags.FLAGS.export and Path(flags.FLAGS.export).exists():
+            raise FileExistsError(f"{flags.FLAGS.export} exists already: give another --export")
+        measure()
+
+
+def measure() -> None:
+    """Runs the phases and prints their table."""
+    import caprl_jax
+    from caprl_jax.models.hf import files as hf
+
+    with phase("start") as start:
+        jax.devices()
+    with phase("load") as load:
+        policy = caprl_jax.load_policy(
+            flags.FLAGS.model, flags.FLAGS.dtype or None, revision=flags.FLAGS.revision,
+            param_dtype=flags.FLAGS.param_dtype or None,
+        )  # fmt: skip
+        jax.block_until_ready(policy.params)
+    phases = [start, load]
+    if flags.FLAGS.export:
+        with phase("export") as found:
+            hf.save(
+                flags.FLAGS.export, policy.modules, policy.params, policy.directory,
+                ml_dtypes.bfloat16,
+            )  # fmt: skip
+        phases.append(found)
+    noise = np.random.default_rng(0).integers(
+        0, 256, (flags.FLAGS.side, flags.FLAGS.side, 3), np.uint8
+    )
+    for name in ("caption, compiling", "caption again"):
+        with phase(name) as found:
+            [[text]] = policy.caption(
+                [flags.FLAGS.image or noise], max_tokens=flags.FLAGS.max_tokens
+            )
+        phases.append(found)
+    leaves = jax.tree.leaves(policy.params)
+    size, largest = sum(a.nbytes for a in leaves), max(a.nbytes for a in leaves)
+    print(f"caption: {text!r}")
+    print(f"parameters {size / 1e9:.2f} GB, largest stacked tensor {largest / 1e9:.2f} GB")
+    print(f"{'phase':<20}{'seconds':>9}{'peak GB':>9}{'beyond parameters':>19}")
+    for p in phases:
+        beyond = "" if p is start else f"{(p.peak - size) / 1e9:.2f}"
+        print(f"{p.name:<20}{p.seconds:>9.1f}{p.peak / 1e9:>9.2f}{beyond:>19}")
+    free = shutil.disk_usage(policy.directory).free
+    print(f"free disk beside the model: {free / 1e9:.0f} GB; device: {jax.devices()[0]}")
+
+
+def define_flags() -> None:
+    """Only when this is the program: other modules define flags of the same names."""
+    flags.DEFINE_string("model", None, "A policy: directory, gs:// or hub id.", required=True)
+    flags.DEFINE_string("revision", "", "Of a hub id.")
+    flags.DEFINE_string("image", None, "A file; default a picture of noise.")
+    flags.DEFINE_integer("side", 448, "Of the noise, in pixels.")
+    flags.DEFINE_integer("max_tokens", 16, "Of the caption.")
+    flags.DEFINE_string("dtype", "", "Of the computation; default as load_policy's.")
+    flags.DEFINE_string("param_dtype", "", "Of the parameters; default as load_policy's.")
+    flags.DEFINE_string("export", None, "Also write the model there, in bfloat16.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

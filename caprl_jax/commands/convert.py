@@ -1,0 +1,110 @@
+"""Checkpoints to Hugging Face directories, and Hugging Face directories to checkpoints.
+
+    python -m caprl_jax.convert --checkpoint=WORKDIR[/STEP] --out=DIR [--dtype=bfloat16]
+    python -m caprl_jax.convert --model=DIR --out=DIR2 [--dtype=bfloat16]
+
+The first writes a run's policy as transformers and vLLM read it. The second writes a model's
+weights as Orbax does, which many processes read in parallel; policy.path and load_policy take the
+result, a local directory, like the original.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+
+from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
+from caprl_jax.config import ConfigError, default
+from caprl_jax.models.hf import files as hf
+from caprl_jax.parallel import mesh
+from caprl_jax.run import checkpoint, export
+from caprl_jax.run import load as startup
+
+
+def find_step(path: Path) -> tuple[Path, int]:
+    """(workdir, step) of WORKDIR, WORKDIR/STEP or WORKDIR/checkpoints/STEP; the last by default.
+
+    Raises:
+      ConfigError: there is no such checkpoint.
+    """
+    workdir, step = path, None
+    if path.name.isdigit() and not (path / "checkpoints").is_dir():
+        step = int(path.name)
+        workdir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    there = checkpoint.steps(workdir)
+    if not there or (step is not None and step not in there):
+        raise ConfigError(
+            f"{path} is no checkpoint: {workdir} has "
+            + (f"those of steps {', '.join(map(str, there))}" if there else "none")
+        )
+    return workdir, there[-1] if step is None else step
+
+
+def to_hugging_face(path: Path, out: Path, dtype: str, source: str | None = None) -> None:
+    """Writes the policy of a run's checkpoint to out."""
+    workdir, step = find_step(path)
+    with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
+        saved = checkpoints.config(step)
+        config = default()
+        with config.unlocked():
+            config.update(ml_collections.ConfigDict(saved))
+        config.export.dtype = dtype
+        policy, directory = startup.read_model(
+            source or config.policy.path, "" if source else config.policy.revision, np.float32
+        )
+        on = mesh.layout(mesh.make_mesh({"fsdp": -1}))
+        shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
+        params = checkpoints.restore_params(step, hf.abstract_params(policy), shardings)
+    figures = export.figures(workdir, step)
+    export.export(out, config, policy, params, directory, step, figures)
+
+
+def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
+    """Writes a model directory whose weights are an Orbax checkpoint."""
+    policy, directory = startup.read_model(path, revision, np.float32)
+    on = mesh.layout(mesh.make_mesh({"fsdp": -1}))
+    params = startup.load_frozen(policy, directory, on, np.dtype(dtype))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.save_params(partial / checkpoint.PARAMS, params)
+    hf.copy_companions(directory, partial)
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": dtype}
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    partial.rename(out)
+
+
+def main(_: list[str]) -> None:
+    """Converts what the flags name, or says in one paragraph why not."""
+    set_up_logging()
+    out = Path(flags.FLAGS.out)
+    if (flags.FLAGS.checkpoint is None) == (flags.FLAGS.model is None):
+        sys.exit("error: give either --checkpoint=WORKDIR[/STEP] or --model=DIR")
+    if out.exists():
+        sys.exit(f"error: {out} exists already: remove it, or give another --out")
+    with in_one_paragraph():
+        if flags.FLAGS.checkpoint is not None:
+            checkpoint_path = Path(flags.FLAGS.checkpoint)
+            to_hugging_face(checkpoint_path, out, flags.FLAGS.dtype, flags.FLAGS.source)
+        else:
+            to_orbax(flags.FLAGS.model, flags.FLAGS.revision, out, flags.FLAGS.dtype)
+    print(f"made {out}")
+
+
+def define_flags() -> None:
+    """Only when this is the program: other modules define flags of the same names."""
+    flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its steps.")
+    flags.DEFINE_string("model", None, "A directory, gs:// URL or hub id.")
+    flags.DEFINE_string("revision", "", "Of a hub id.")
+    flags.DEFINE_string("out", None, "Directory to make; must not exist.", required=True)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
+    flags.DEFINE_string("source", None, "Where the run's base model lies now, if it has moved.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,150 @@
+"""What the embedded world's tiny models learn before RL, as weighted pieces of text.
+
+The judge reads captions with random subsets of a scene's facts, recalls them in other orders, and
+answers questions about them, in words and by letter, abstaining where the fact is absent. The
+policy states what each cell holds, and captions its images sparsely: mostly one or two digits.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.digits.world import Fact
+from caprl_jax.data.questions import ABSTAIN, JudgePrompt, present
+from caprl_jax.data.records import LETTERS, Question, Record
+from caprl_jax.data.tokens import Tokenizer
+
+Piece = tuple[str, float]  # (text, weight of its tokens in the loss)
+Pieces = Sequence[Piece]
+
+_END = "<|im_end|>"
+_LETTER_WEIGHT = 2.0
+
+
+def encode(tokenizer: Tokenizer, pieces: Pieces) -> tuple[list[int], list[float]]:
+    """Pieces -> (ids, weight of each); every piece is tokenised by itself."""
+    ids, weights = [], []
+    for text, weight in pieces:
+        piece = tokenizer.encode(text) if text else []
+        ids += piece
+        weights += [weight] * len(piece)
+    return ids, weights
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyTask:
+    """Branches for the policy: what each of some cells holds, and sparse captions.
+
+    Attributes:
+      grid: rows and columns.
+      probes: cells asked per image.
+      captions: captions per image.
+      stated: probability of stating 1, 2, 3, .. facts.
+      count: probability of stating the count.
+    """
+
+    grid: tuple[int, int]
+    probes: int
+    captions: int
+    stated: tuple[float, ...]
+    count: float
+
+    def cells(self, record: Record, rng: np.random.Generator) -> list[str]:
+        """One word on each cell, in row-major order: its colour or its digit, or " nothing".
+
+        Read off the image's own features, it teaches the tower before any text can ask for a place.
+        """
+        words = {f[0]: (f" {f[1]}", f" {digits.NUMBERS[f[2]]}") for f in record.facts}
+        return [
+            words[place][rng.integers(2)] if place in words else " nothing"
+            for place in digits.places(*self.grid)
+        ]
+
+    def branches(self, record: Record, rng: np.random.Generator) -> list[Pieces]:
+        """A record's branches."""
+        facts = [tuple(f) for f in record.facts]
+        held = {f[0]: digits.statement(f).removeprefix(f[0]) for f in facts}
+        cells = rng.permutation(digits.places(*self.grid))[: self.probes]
+        probes = [((f" {place}", 0.0), (held.get(place, " nothing"), 1.0)) for place in cells]
+        captions = [((self._caption(facts, rng), 1.0), (_END, 1.0)) for _ in range(self.captions)]
+        return [*probes, *captions]
+
+    def _caption(self, facts: list[Fact], rng: np.random.Generator) -> str:
+        stated = 1 + rng.choice(len(self.stated), p=self.stated)
+        chosen = rng.permutation(len(facts))[:stated]
+        count = len(facts) if rng.random() < self.count else None
+        return digits.caption([facts[i] for i in chosen], count)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeTask:
+    """Trunk and branches for the judge: a caption, questions about it, recall drills.
+
+    Attributes:
+      grid: rows and columns.
+      digits: least and most digits of a scene.
+      prompt: the judge's.
+      questions: per caption, answered by a letter.
+      open_questions: per caption, answered in words.
+      caption_weight: of the caption's own tokens in the loss.
+    """
+
+    grid: tuple[int, int]
+    digits: tuple[int, int]
+    prompt: JudgePrompt
+    questions: int
+    open_questions: int
+    caption_weight: float = 0.1
+
+    def scene(self, rng: np.random.Generator) -> tuple[list[Fact], list[Fact], int | None]:
+        """(facts, those that the caption states in its order, the count if it states that).
+
+        Scenes are new each time, not the record's: text is all that the judge sees, and it must not
+        know by heart what a caption leaves out. A fifth of the captions say a fact twice, as a
+        policy in training does.
+        """
+        facts = digits.random_facts(rng, self.grid, self.digits)
+        kept = rng.permutation(len(facts))[: rng.integers(0, len(facts) + 1)]
+        if rng.random() < 0.3:
+            kept = np.sort(rng.permutation(len(facts)))
+        if len(kept) and rng.random() < 0.2:
+            kept = np.insert(kept, rng.integers(1, len(kept) + 1), kept[0])
+        return facts, [facts[i] for i in kept], len(facts) if rng.random() < 0.5 else None
+
+    def sample(self, rng: np.random.Generator) -> tuple[Pieces, list[Pieces]]:
+        """(trunk, branches)."""
+        facts, stated, count = self.scene(rng)
+        caption = digits.caption(stated, count)
+        asked = digits.questions(facts, self.grid, rng)
+        known = [q for q in asked if digits.lookup(caption, q) is not None]
+        unknown = [q for q in asked if digits.lookup(caption, q) is None]
+        branches = [self._drill(stated, rng), self._open(caption, asked, rng)]
+        for _ in range(self.questions):
+            pool = known if known and (not unknown or rng.random() < 0.6) else unknown
+            shown = present(pool[rng.integers(len(pool))], rng)
+            answer = shown.truth if pool is known else len(shown.options) - 1
+            letter = f" {LETTERS[answer]}"
+            branches.append(((self.prompt.tail_text(shown), 0.0), (letter, _LETTER_WEIGHT)))
+        return ((caption, self.caption_weight),), branches
+
+    def _open(self, caption: str, asked: Sequence[Question], rng: np.random.Generator) -> Pieces:
+        """Questions answered in words, without options: the lookup that a letter then points to."""
+        pieces: list[Piece] = []
+        for i in rng.permutation(len(asked))[: self.open_questions]:
+            found = digits.lookup(caption, asked[i])
+            answer = ABSTAIN if found is None else asked[i].choices[found]
+            pieces += [(f"\n{asked[i].text}", 0.0), (f" {answer}", 1.0)]
+        return pieces
+
+    def _drill(self, stated: list[Fact], rng: np.random.Generator) -> Pieces:
+        """The caption's facts again in another order: by place, or by colour and digit."""
+        pieces: list[Piece] = [("\n", 0.0)]
+        for i in rng.permutation(len(stated)):
+            place, inked = stated[i][0], digits.statement(stated[i]).removeprefix(stated[i][0])
+            if rng.random() < 0.5:
+                pieces += [(f" {place}", 0.0), (inked, 1.0), (",", 0.0)]
+            else:
+                pieces += [(inked, 0.0), (f" {place}", 1.0), (",", 0.0)]
+        return pieces

@@ -1,0 +1,157 @@
+"""Drawing tokens from logits: what competes, and one draw among it."""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from caprl_jax.parallel import axes as logical
+from caprl_jax.parallel.axes import constrain
+
+_RUN = 128  # neighbours in the vocabulary that are drawn together
+_DEVICES = 8  # that a vocabulary may be cut over, a power of 2, without cutting such a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How captions are drawn.
+
+    Attributes:
+      max_tokens: length t of the caption's bucket; longer captions are truncated.
+      temperature: of the softmax; 0 is greedy.
+      top_k: only the k most likely tokens compete; 0 is off.
+      top_p: only the smallest set of tokens with this much probability competes; 1 is off.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"{self}: max_tokens is at least 1, temperature and top_k at least 0, "
+                "top_p in (0, 1]"
+            )
+
+
+def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Sets what top-k and then top-p exclude to -inf; [..., vocab] -> [..., vocab]."""
+    vocab = logits.shape[-1]
+    if 0 < top_k < vocab:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def draw(
+    key: jax.Array, logits: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draws a token each.
+
+    Args:
+      key: for the draw.
+      logits: float32 [*batch, vocab]; the batch axes are the tree's.
+      sampling: temperature and filters.
+
+    Returns:
+      [*batch] each: (token int32, log-probability at temperature 1, log-probability as drawn).
+    """
+    chex.assert_type(logits, jnp.float32)
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    if sampling.temperature == 0:
+        token = _largest(logits)
+        return token, _at(logp, token), jnp.zeros_like(logits[..., 0])
+    filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    # Random numbers for the whole vocabulary cost a TPU little, runs of it copies of the logits.
+    # Functions of this call's own: JAX keeps what known ones traced to, under another mesh too.
+    token = jax.lax.platform_dependent(
+        key, filtered, tpu=lambda *a: by_noise(*a), default=lambda *a: by_inversion(*a)
+    )
+    return token, _at(logp, token), _at(jax.nn.log_softmax(filtered, axis=-1), token)
+
+
+def by_noise(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """The Gumbel-max trick (arXiv 1411.0030), as jax.random.categorical does it.
+
+    Logits float32 [*batch, vocab] -> int32 [*batch].
+    """
+    return _largest(logits + jax.random.gumbel(key, logits.shape, logits.dtype))
+
+
+def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Inverse transform sampling (Devroye 1986, chapter 3) in two steps.
+
+    Logits float32 [*batch, vocab] -> int32 [*batch]; the batch axes are the tree's.
+    The vocabulary lies in runs of neighbours: one uniform number picks a run by its probability,
+    another a token in it. These are two random numbers a row, where noise is one a logit.
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    runs, count, part = _runs(weights)
+    # On every device of the vocabulary: a running sum would be passed from one to the next.
+    batch = logical.BATCH[: logits.ndim - 1]
+    sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
+    which, within = jax.random.uniform(key, (2, *sums.shape[:-1]))
+    run = pick(which, sums)
+    chosen = jnp.take_along_axis(runs, run[..., None, None], axis=-2)[..., 0, :]
+    at = (run % count) * _RUN + pick(within, constrain(chosen, *batch, None))
+    return run // count * part + at
+
+
+def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
+    """Inverse transform sampling: index i with probability weights[i] / sum(weights).
+
+    Args:
+      uniform: float32 [*batch], in [0, 1).
+      weights: float32 [*batch, n], not negative, one at least positive.
+
+    Returns:
+      int32 [*batch], the first index whose running sum is beyond that part of the whole; never one
+      of weight 0.
+    """
+    below = jnp.cumsum(weights, axis=-1)
+    # A running sum in floating point may grow at a weight of 0, or nowhere beyond the part sought.
+    beyond = (below > uniform[..., None] * below[..., -1:]) & (weights > 0)
+    found = jnp.any(beyond, axis=-1)
+    index = jnp.where(found, jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1))
+    return index.astype(jnp.int32)
+
+
+def _runs(weights: jax.Array) -> tuple[jax.Array, int, int]:
+    """Neighbours together, none of which lie on two devices.
+
+    Args:
+      weights: [*batch, vocab].
+
+    Returns:
+      ([*batch, runs, _RUN], filled up with zeros; runs of a part of the vocabulary; tokens of one).
+    """
+    batch, vocab = weights.shape[:-1], weights.shape[-1]
+    parts = math.gcd(vocab, _DEVICES)
+    part = weights.reshape(*batch, parts, -1)
+    count = -(-part.shape[-1] // _RUN)
+    fill = [(0, 0)] * (part.ndim - 1) + [(0, count * _RUN - part.shape[-1])]
+    return jnp.pad(part, fill).reshape(*batch, parts * count, _RUN), count, part.shape[-1]
+
+
+def _at(values: jax.Array, token: jax.Array) -> jax.Array:
+    """values [*batch, vocab] at token [*batch]."""
+    # A masked sum stays on the devices that hold its part of the vocabulary.
+    here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    return jnp.sum(jnp.where(here == token[..., None], values, 0), axis=-1)
+
+
+def _largest(values: jax.Array) -> jax.Array:
+    """jnp.argmax, in two sums that a vocabulary cut over devices need not be moved for."""
+    here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    top = jnp.max(values, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(values == top, here, values.shape[-1] - 1), axis=-1)

@@ -1,0 +1,186 @@
+"""What lies where in a model's safetensors files: one Tensor for each of our parameters."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.families import Family, patch_kernel
+from caprl_jax.models.vision import VisionConfig
+from caprl_jax.models.vlm import Policy
+
+
+def canonical(name: str) -> str:
+    """One spelling for all naming schemes: saved by old and new transformers, and in-memory."""
+    name = name.replace("model.language_model.", "model.", 1)
+    return name.replace("model.visual.", "visual.", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """How one of our parameters lies in a file.
+
+    Attributes:
+      path: where it is in our tree.
+      name: its name in the file; {i} stands for the layer if it is one of a stack.
+      shape: its shape in the file.
+      axes: for each axis of the file, which of ours (of one layer) it joins, in order. Where the
+        file has more axes, a convolution, all but its first are one here.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether ours has a leading axis of layers."""
+        return "{i}" in self.name
+
+    def names(self, layers: Sequence[int]) -> list[str]:
+        """The names in the file of the given layers; one name if it is not stacked."""
+        return [self.name.format(i=i) for i in layers] if self.stacked else [self.name]
+
+    def read(self, lazy: Any, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """A part of our tensor, touching only the rows and columns of the file that it needs.
+
+        Args:
+          lazy: sliceable, of self.shape, as safetensors' get_slice gives it.
+          shape: of ours, of one layer.
+          index: of the part, a slice for each of our axes.
+        """
+        index = tuple(slice(*s.indices(size)) for s, size in zip(index, shape, strict=True))
+        cut, rest = [], [slice(None)] * len(shape)
+        for group in self.axes:
+            first, inner = group[0], math.prod(shape[a] for a in group[1:])
+            if all(index[a] == slice(0, shape[a], 1) for a in group[1:]):
+                cut.append(slice(index[first].start * inner, index[first].stop * inner))
+            else:  # not one run of the file's axis: read all of it, then pick
+                cut.append(slice(None))
+                for a in group:
+                    rest[a] = index[a]
+        if len(self.axes) < len(self.shape):
+            found = lazy[:].reshape(self.shape[0], -1)[tuple(cut)]
+        else:
+            found = lazy[tuple(cut)]
+        order = [a for group in self.axes for a in group]
+        sizes = [shape[a] if rest[a] != slice(None) else _length(index[a]) for a in order]
+        return found.reshape(sizes).transpose(np.argsort(order))[tuple(rest)]
+
+    def to_file(self, tensor: np.ndarray) -> np.ndarray:
+        """Ours, of one layer -> the file's layout."""
+        order = [a for group in self.axes for a in group]
+        return np.ascontiguousarray(tensor.transpose(order).reshape(self.shape))
+
+
+def _length(s: slice) -> int:
+    return s.stop - s.start
+
+
+def _linear(path, name, outputs, inputs, bias=True) -> list[Tensor]:
+    """A kernel [*inputs, *outputs] and its bias [*outputs], as Linear makes them."""
+    n, m = len(inputs), len(outputs)
+    axes = (tuple(range(n, n + m)), tuple(range(n)))
+    shape = (math.prod(outputs), math.prod(inputs))
+    kernel = Tensor((*path, "kernel"), f"{name}.weight", shape, axes)
+    if not bias:
+        return [kernel]
+    return [kernel, Tensor((*path, "bias"), f"{name}.bias", shape[:1], (tuple(range(m)),))]
+
+
+def _norm(path, name, width, bias=False) -> list[Tensor]:
+    scale = Tensor((*path, "scale"), f"{name}.weight", (width,), ((0,),))
+    return [scale, Tensor((*path, "bias"), f"{name}.bias", (width,), ((0,),))][: 1 + bias]
+
+
+def _table(path, name, rows, width) -> Tensor:
+    return Tensor(path, name, (rows, width), ((0,), (1,)))
+
+
+def tensors(policy: Policy, config: Mapping[str, Any]) -> list[Tensor]:
+    """The file layout of every parameter, by canonical names.
+
+    Args:
+      policy: as `build` makes it.
+      config: its config.json.
+    """
+    found = _decoder_tensors(policy.decoder.config)
+    if policy.vision is not None:
+        found += _vision_tensors(policy.vision.config, patch_kernel(config["vision_config"]))
+    return found
+
+
+def saved_name(name: str, of: Family) -> str:
+    """A canonical name as the family's files spell it."""
+    if name.startswith("visual."):
+        return of.vision_prefix + name.removeprefix("visual.")
+    return of.text_prefix + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def _decoder_tensors(c: DecoderConfig) -> list[Tensor]:
+    ours, theirs = ("decoder", "layers"), "model.layers.{i}"
+    attn, mlp, d = f"{theirs}.self_attn", f"{theirs}.mlp", c.head_dim
+    out = [
+        _table(("decoder", "embedding"), "model.embed_tokens.weight", c.vocab, c.width),
+        *_norm((*ours, "attention_norm"), f"{theirs}.input_layernorm", c.width),
+        *_linear((*ours, "q"), f"{attn}.q_proj", (c.heads, d), (c.width,), c.qkv_bias),
+        *_linear((*ours, "k"), f"{attn}.k_proj", (c.kv_heads, d), (c.width,), c.qkv_bias),
+        *_linear((*ours, "v"), f"{attn}.v_proj", (c.kv_heads, d), (c.width,), c.qkv_bias),
+        *_linear((*ours, "o"), f"{attn}.o_proj", (c.width,), (c.heads, d), c.o_bias),
+        *_norm((*ours, "mlp_norm"), f"{theirs}.post_attention_layernorm", c.width),
+        *_linear((*ours, "gate"), f"{mlp}.gate_proj", (c.feed_forward,), (c.width,), False),
+        *_linear((*ours, "up"), f"{mlp}.up_proj", (c.feed_forward,), (c.width,), False),
+        *_linear((*ours, "down"), f"{mlp}.down_proj", (c.width,), (c.feed_forward,), False),
+        *_norm(("decoder", "norm"), "model.norm", c.width),
+    ]
+    if c.qk_norm:
+        for n in ("q", "k"):
+            out += _norm((*ours, f"{n}_norm"), f"{attn}.{n}_norm", d)
+    if not c.tied:
+        out.append(_table(("decoder", "head"), "lm_head.weight", c.vocab, c.width))
+    return out
+
+
+def _vision_tensors(c: VisionConfig, kernel: tuple[int, int, int, int]) -> list[Tensor]:
+    ours, theirs = ("vision", "blocks"), "visual.blocks.{i}"
+    heads, third = (c.heads, c.width // c.heads), c.layer_norm
+    patch = _linear(
+        ("vision", "patch"), "visual.patch_embed.proj", (c.width,), (c.patch_dim,), c.patch_bias
+    )
+    patch[0] = dataclasses.replace(patch[0], shape=(c.width, *kernel))
+    up, down = ("linear_fc1", "linear_fc2") if third else ("up_proj", "down_proj")
+    mlp, f = f"{theirs}.mlp", (c.feed_forward,)
+    out = [
+        *patch,
+        *_norm((*ours, "attention_norm"), f"{theirs}.norm1", c.width, third),
+        *_linear((*ours, "qkv"), f"{theirs}.attn.qkv", (3, *heads), (c.width,)),
+        *_linear((*ours, "o"), f"{theirs}.attn.proj", (c.width,), heads),
+        *_norm((*ours, "mlp_norm"), f"{theirs}.norm2", c.width, third),
+        *([] if third else _linear((*ours, "gate"), f"{mlp}.gate_proj", f, (c.width,))),
+        *_linear((*ours, "up"), f"{mlp}.{up}", f, (c.width,)),
+        *_linear((*ours, "down"), f"{mlp}.{down}", (c.width,), f),
+    ]
+    if c.position_side:
+        rows = c.position_side**2
+        out.append(_table(("vision", "positions"), "visual.pos_embed.weight", rows, c.width))
+    out += _merger_tensors("merger", "visual.merger", c, c.width)
+    for i in range(len(c.deep_layers)):
+        name = f"visual.deepstack_merger_list.{i}"
+        out += _merger_tensors(f"deep_{i}", name, c, c.width * c.merge**2)
+    return out
+
+
+def _merger_tensors(ours: str, theirs: str, c: VisionConfig, normed: int) -> list[Tensor]:
+    third, path, merged = c.layer_norm, ("vision", ours), c.width * c.merge**2
+    norm, first, second = (
+        ("norm", "linear_fc1", "linear_fc2") if third else ("ln_q", "mlp.0", "mlp.2")
+    )
+    return [
+        *_norm((*path, "norm"), f"{theirs}.{norm}", normed, third),
+        *_linear((*path, "in"), f"{theirs}.{first}", (merged,), (merged,)),
+        *_linear((*path, "out"), f"{theirs}.{second}", (c.out_width,), (merged,)),
+    ]

@@ -1,0 +1,214 @@
+"""The mesh, and what lies where on it: parameters, optimizer state, batches, by one table of rules.
+
+Logical axes of parameters: embed, vocab, heads, kv_heads, mlp, merged, patch, norm, layers; of
+activations and records: images, captions, questions; and caches, the images axis of caches.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from caprl_jax.errors import UserError
+from caprl_jax.parallel.axes import Layout, Rules
+
+AXES = ("data", "fsdp", "tensor")
+# Matrices are cut over fsdp on one side and over tensor on the other; images follow their weights.
+RULES = {
+    "images": "data,fsdp",
+    "caches": "data,fsdp",
+    "captions": "",
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "merged": "fsdp",
+}
+DECODE_RULES = RULES | {"embed": "", "merged": ""}  # gathered over fsdp once, before decoding
+_NEVER_CUT = ("patch", "norm", "layers", None)
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor.
+
+    On TPUs neighbours on the mesh are neighbours on the interconnect. Devices of several slices
+    are cut along data, the only axis whose traffic may cross the slower network between them.
+
+    Args:
+      shape: size of each axis; one may be -1, which takes what is left.
+      devices: all of the process's backend by default.
+
+    Raises:
+      UserError: the sizes don't multiply to the number of devices, or data is not a multiple of
+        the number of slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    known = max(int(np.prod([s for s in sizes if s != -1])), 1)
+    if (
+        min(sizes) < -1
+        or 0 in sizes
+        or sizes.count(-1) > 1
+        or len(devices) % known
+        or (-1 not in sizes and known != len(devices))
+    ):
+        raise UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} doesn't fit {len(devices)} devices: the "
+            "sizes must be positive and multiply to it, and at most one may be -1"
+        )
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    return Mesh(_arrange(sizes, devices), AXES)
+
+
+def _arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} is no multiple of the {slices} slices: only data may cross the "
+            f"network between slices; the nearest that works is {-(-sizes[0] // slices) * slices}"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    inside = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+
+
+def layout(
+    on: Mesh,
+    rules: Mapping[str, str] | None = None,
+    decode_rules: Mapping[str, str] | None = None,
+) -> Layout:
+    """The mesh under tables of rules.
+
+    Args:
+      on: the mesh.
+      rules: logical axis -> mesh axes, as "data,fsdp"; what is missing is as in RULES.
+      decode_rules: while decoding; what is missing is as in DECODE_RULES.
+
+    Raises:
+      UserError: a rule names no axis of RULES or of the mesh.
+    """
+    return Layout(on, _table(RULES, rules or {}), _table(DECODE_RULES, decode_rules or {}))
+
+
+def _table(defaults: Mapping[str, str], changed: Mapping[str, str]) -> Rules:
+    table = {}
+    for name, axes in (dict(defaults) | dict(changed)).items():
+        split = tuple(a.strip() for a in axes.split(",") if a.strip())
+        if name not in RULES or not set(split) <= set(AXES) or len(set(split)) < len(split):
+            raise UserError(
+                f"rule {name}={axes!r}: logical axes are {', '.join(RULES)}; each takes some of "
+                f"{', '.join(AXES)}, joined by commas"
+            )
+        table[name] = split
+    return table
+
+
+def param_shardings(boxed: Any, on: Layout) -> Any:
+    """Shardings of a tree of boxed parameters (arrays or shapes with logical names).
+
+    Key-value heads fewer than the devices that they would be cut over are replicated: the 3B
+    model's 2 under tensor=4, say.
+
+    Raises:
+      UserError: two axes of one parameter on one mesh axis, or a size that doesn't divide.
+    """
+    specs = nn.get_partition_spec(boxed)
+    shapes = jax.tree.map(lambda a: a.shape, nn.meta.unbox(boxed))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, names, shape: NamedSharding(on.mesh, _param_spec(path, names, shape, on)),
+        specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )  # fmt: skip
+
+
+def _param_spec(path, names: PartitionSpec, shape: tuple[int, ...], on: Layout) -> PartitionSpec:
+    names = [*names, *[None] * (len(shape) - len(names))]
+    cut: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        pieces = 1 if name in _NEVER_CUT else on.size(name)
+        if name == "kv_heads" and size < pieces:
+            _tell_replicated(size, pieces)
+            pieces = 1
+        if size % pieces:
+            raise UserError(
+                f"{name}={size} of parameter {_named(path)} {shape} doesn't divide over the "
+                f"{pieces} devices of {','.join(on.rules[name])}: the nearest that works is "
+                f"{nearest_divisor(size, pieces)}; or leave {name} whole in the table of rules"
+            )
+        cut.append(on.rules[name] if pieces > 1 else None)
+    used = [axis for axes in cut for axis in axes or ()]
+    if len(set(used)) < len(used):
+        raise UserError(f"parameter {_named(path)} {shape}: {names} on {cut}: one mesh axis twice")
+    return PartitionSpec(*cut)
+
+
+def _named(path) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+@functools.cache
+def _tell_replicated(heads: int, pieces: int) -> None:
+    logging.info("%d key-value heads on %d devices: every device holds them all", heads, pieces)
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of size nearest to wanted; the larger one of two."""
+    return min((d for d in range(size, 0, -1) if size % d == 0), key=lambda d: abs(d - wanted))
+
+
+def replicated(on: Layout) -> NamedSharding:
+    """The same on every device."""
+    return on.sharding()
+
+
+def batch_multiple(on: Layout) -> int:
+    """What a batch's number of images must be a multiple of."""
+    return int(np.lcm(on.size("images"), on.decoding.size("images")))
+
+
+def put_batch(batch: Any, on: Layout) -> Any:
+    """Places a host batch, each process giving its own images; scalars and None pass."""
+    sharding = on.sharding("images")
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+
+def batch_rows(on: Layout, size: int) -> np.ndarray:
+    """int [r]: which of a batch's `size` images this process gives to put_batch, in order."""
+    parts = on.sharding("images").addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
+def put_whole(batch: Any, on: Layout) -> Any:
+    """put_batch of a batch that every process holds whole."""
+    sharding = on.sharding("images")
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), batch
+    )
+
+
+def fetch_batch(batch: Any, on: Layout) -> Any:
+    """The inverse of put_batch: each process gets its own images, as numpy."""
+    if jax.process_count() == 1:
+        return jax.device_get(batch)
+
+    def own(a):
+        parts = {part.index[0].start or 0: part.data for part in a.addressable_shards}
+        return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
+
+    return jax.tree.map(own, _same(on.sharding("images"))(batch))
+
+
+@functools.cache
+def _same(sharding: NamedSharding) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=sharding)

@@ -1,0 +1,226 @@
+"""What one instruction of a compiled program does: its products, and the bytes of HBM it moves."""
+
+import math
+import re
+from collections.abc import Iterator
+
+from caprl_jax.plan.flops import convolution_flops, window_pairs
+from caprl_jax.plan.hlo.text import HBM, Array, Computation, Instruction, Program
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast", "ragged-all-to-all",
+)  # fmt: skip
+
+# They move nothing themselves: names for memory, or callers of computations that are counted.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "opt-barrier", "add-dependency", "partition-id", "replica-id",
+    "async-start",
+}  # fmt: skip
+# Inside a fusion, element i of these comes from one element: what is read after them is read here.
+_ONE_TO_ONE = {"bitcast", "convert", "copy", "reshape", "transpose", "negate"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+_MOVES = _ONE_TO_ONE - {"negate"} | _SLICES - {"gather"} | {
+    "parameter", "tuple", "get-tuple-element", "dynamic-update-slice", "concatenate", "fusion",
+}  # fmt: skip
+
+
+def collective_kind(opcode: str) -> str:
+    """all-gather for all-gather and all-gather-start; empty for others, -done among them."""
+    kind = opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else ""
+
+
+def inside(program: Program, computation: Computation, instruction: Instruction) -> Iterator:
+    """(computation, instruction) of what a fusion runs, fusions within it too; else itself."""
+    if instruction.opcode != "fusion":
+        yield computation, instruction
+        return
+    called = program.computations[instruction.called]
+    for inner in called.instructions.values():
+        yield from inside(program, called, inner)
+
+
+def flops(computation: Computation, instruction: Instruction) -> int:
+    """Operations of a dot or convolution, 2 for each product; 0 for anything else."""
+    if instruction.opcode == "dot":
+        left = computation.operand(instruction, 0).arrays[0].dims
+        contracted = [left[axis] for axis in instruction.numbers("lhs_contracting_dims")]
+        return 2 * instruction.arrays[0].size * math.prod(contracted)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    if "__cublas" in instruction.attributes:  # a GPU's library; A x B of one batch, M x K and K x N
+        left, right = (computation.operand(instruction, k).arrays[0] for k in (0, 1))
+        axes = re.search(r'"lhs_batch_dimensions":\[([^\]]*)\]', instruction.attributes)
+        axes = re.findall(r"\d+", axes[1]) if axes else []
+        batch = math.prod(left.dims[int(axis)] for axis in axes)
+        out = instruction.arrays[0].size  # left * right = batch^2 M K^2 N = (batch M N) batch K^2
+        return 2 * out * math.isqrt(left.size * right.size // (out * batch))
+    # XLA writes a product with a vector as multiply and reduce, and keeps the product's name.
+    if instruction.opcode == "reduce" and instruction.op_name.endswith("dot_general"):
+        return 2 * computation.operand(instruction, 0).arrays[0].size
+    return 0
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> int:
+    left, kernel = (computation.operand(instruction, k).arrays[0].dims for k in (0, 1))
+    out, attributes = instruction.arrays[0].dims, instruction.attributes
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(re.findall(r"(\w+)=(\S+)", window[1] if window else ""))
+
+    def field(key: str, axis: int, default: str) -> int:
+        values = fields[key].split("x") if key in fields else None
+        return int((values[axis] if values else default).split("_")[0])
+
+    pairs = [
+        window_pairs(left[labels[0].index(str(i))], kernel[labels[1].index(str(i))],
+                     out[labels[2].index(str(i))], field("stride", i, "1"), field("pad", i, "0"),
+                     field("lhs_dilate", i, "1"), field("rhs_dilate", i, "1"))
+        for i in range(len(out) - 2)
+    ]  # fmt: skip
+    groups = int(instruction.attribute("batch_group_count") or 1)
+    batch, features = left[labels[0].index("b")] // groups, out[labels[2].index("f")]
+    return convolution_flops(batch, features, kernel[labels[1].index("i")], pairs)
+
+
+def hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that an instruction outside fusions reads from and writes to HBM, an estimate.
+
+    Operands and results as their shapes say, without padding; a fusion as one; of a slice, gather,
+    update or scatter only what it touches. Arrays that the layout places elsewhere (a TPU's VMEM)
+    cost nothing, and the copies between there and HBM what they move.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+        return 0
+    operands = [computation.instructions[name] for name in instruction.operands]
+    sources = [a for operand in operands for a in operand.arrays]
+    if opcode == "fusion":
+        return _fusion_bytes(program, instruction, sources)
+    if opcode in _SLICES:
+        (out,) = instruction.arrays
+        return _cost(sources[0], out.size) + _cost(out) + sum(map(_cost, sources[1:]))
+    if opcode == "dynamic-update-slice":
+        return _cost(sources[1]) + _cost(sources[0], sources[1].size)
+    if opcode == "scatter":
+        return sum(map(_cost, sources[1:])) + _cost(sources[0], sources[-1].size)
+    if opcode == "copy-start":
+        return _cost(sources[0]) + _cost(instruction.arrays[0])
+    if opcode == "slice-start":
+        out = instruction.arrays[len(operands)]
+        return _cost(sources[0], out.size) + _cost(out)
+    results = instruction.arrays
+    if opcode.endswith("-start") and len(results) > len(sources):
+        results = results[len(sources) : 2 * len(sources)]
+    return sum(map(_cost, sources)) + sum(map(_cost, results))
+
+
+def copied_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that an instruction writes to HBM which it only moved or cast; 0 if it computes.
+
+    Copies, transposes, casts and slices, alone or fused: nothing but scalars is computed in them.
+    What a TPU fetches into its VMEM is not written to HBM.
+    """
+    for _, inner in inside(program, computation, instruction):
+        large = any(a.size > 1 for a in inner.arrays)
+        if large and inner.opcode not in _MOVES:
+            return 0
+    if instruction.opcode == "fusion":
+        called = program.computations[instruction.called]
+        return _results_bytes(program, instruction, called, called.instructions[called.root])
+    if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done", "-update")):
+        return 0
+    (result,) = instruction.arrays
+    return _cost(result, _written(program, computation, instruction))
+
+
+def _cost(array: Array, elements: int | None = None) -> int:
+    if array.space != HBM:
+        return 0
+    return array.bytes if elements is None else int(elements * array.itemsize)
+
+
+def _fusion_bytes(program: Program, fusion: Instruction, sources: list[Array]) -> int:
+    called = program.computations[fusion.called]
+    moved = sum(
+        _cost(source, _read(program, called, called.parameters[k]))
+        for k, source in enumerate(sources)
+        if source.space == HBM and k in called.parameters
+    )
+    root = called.instructions[called.root]
+    if _asynchronous(root):  # its start results in (operand, result, flags..), its end in result
+        return moved + sum(map(_cost, fusion.arrays[1:2]))
+    return moved + _results_bytes(program, fusion, called, root)
+
+
+def _results_bytes(
+    program: Program, fusion: Instruction, called: Computation, root: Instruction
+) -> int:
+    tuples = root.opcode == "tuple"
+    roots = [called.instructions[name] for name in root.operands] if tuples else [root]
+    return sum(
+        _cost(array, _written(program, called, value))
+        for array, value in zip(fusion.arrays, roots)
+        if value.opcode != "parameter"  # passed through
+    )
+
+
+def _read(program: Program, computation: Computation, value: Instruction) -> int:
+    """Elements of a value inside a fusion that are used."""
+    size = sum(a.size for a in value.arrays)
+    if computation.root == value.name:
+        return size
+    found = 0
+    for user in computation.users.get(value.name, ()):
+        found += _read_by(program, computation, value, user, size)
+        if found >= size:
+            return size
+    return found
+
+
+def _read_by(
+    program: Program, computation: Computation, value: Instruction, user: Instruction, size: int
+) -> int:
+    first = user.operands[0] == value.name
+    if user.opcode in _ONE_TO_ONE:
+        return _read(program, computation, user)
+    if user.opcode in _SLICES and first:
+        return user.arrays[0].size
+    if user.opcode == "dynamic-update-slice" and first:
+        return 0
+    if user.opcode == "scatter" and first:
+        return 0
+    if user.opcode == "tuple" or (user.opcode == "custom-call" and _asynchronous(user)):
+        return 0
+    if user.opcode == "fusion":
+        called = program.computations[user.called]
+        places = [k for k, name in enumerate(user.operands) if name == value.name]
+        return sum(_read(program, called, called.parameters[k]) for k in places)
+    return 0 if _goes_on(user) else size
+
+
+def _written(program: Program, computation: Computation, value: Instruction) -> int:
+    """Elements of a fusion's result that it writes: of an update in place, the update's."""
+    size = sum(a.size for a in value.arrays)
+    if value.opcode == "dynamic-update-slice":
+        return computation.operand(value, 1).arrays[0].size
+    if value.opcode == "scatter":
+        return computation.operand(value, len(value.operands) - 1).arrays[0].size
+    if value.opcode in _ONE_TO_ONE:
+        return min(size, _written(program, computation, computation.operand(value, 0)))
+    if value.opcode == "fusion":
+        called = program.computations[value.called]
+        return min(size, _written(program, called, called.instructions[called.root]))
+    return 0 if _goes_on(value) or _asynchronous(value) else size
+
+
+def _asynchronous(instruction: Instruction) -> bool:
+    return '"AsyncCollective' in instruction.attributes
+
+
+def _goes_on(instruction: Instruction) -> bool:
+    """A collective that another fusion has started, and this one carries on beside its own work."""
+    started = re.search(r'"flag_start":"(-?\d+)"', instruction.attributes)
+    return bool(collective_kind(instruction.opcode)) and bool(started) and int(started[1]) >= 0

@@ -1,0 +1,295 @@
+"""Tells, before anything is booked, whether a config fits a topology, and how fast it could be.
+
+python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--json=FILE] [--suggest]
+
+The run's real step is compiled for the topology, which need not be there: the verdict is the
+compiler's. Floors are the work of the compiled program, loops counted with their trips and every
+caption as long as its bucket, at the chip's published peaks; several slices are taken for one.
+Policy and judge are taken to share a tokenizer, as they do where a step is one program. What a run
+does beside its steps, evaluations above all, is not planned.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
+from caprl_jax.config import pieces, validate
+from caprl_jax.decode import scheduling as slots
+from caprl_jax.errors import UserError
+from caprl_jax.parallel import hardware as chips
+from caprl_jax.parallel import mesh
+from caprl_jax.parallel.axes import CACHED
+from caprl_jax.plan import roofline as floors
+from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan.hlo import costs as hlo_costs
+from caprl_jax.run.memory import as_flags, changes, is_short
+
+GIB = 2**30
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a compilation told.
+
+    Attributes:
+      fits: the compiler's verdict; of a device of this process, whether it has that much; None
+        where neither can tell.
+      refusal: its words, if it refused.
+      compile_seconds: how long it took.
+      memory: bytes on each chip by what they are for; empty if refused.
+      floors: of each phase; empty if refused.
+      chip: its name, as published or as JAX calls it.
+      chips: how many.
+      hbm: the chip's published bytes; 0 if unknown.
+      mesh: sizes by axis.
+      tokens: of a step's prompts and captions, every caption with its own prompt, as EasyR1 counts.
+      overrides: of the config, that --suggest made.
+      next: overrides to try, if it doesn't fit.
+    """
+
+    fits: bool | None
+    refusal: str
+    compile_seconds: float
+    memory: dict[str, int]
+    floors: dict[str, floors.Floor]
+    chip: str
+    chips: int
+    hbm: float
+    mesh: dict[str, int]
+    tokens: int
+    overrides: dict[str, Any]
+    next: list[dict[str, Any]]
+
+    @property
+    def step_seconds(self) -> float:
+        """The floor of a step: its phases follow each other."""
+        return sum(f.floor for f in self.floors.values())
+
+
+def make(
+    config: ml_collections.ConfigDict, topology: str, overrides: dict[str, Any] | None = None
+) -> Plan:
+    """Compiles the config's step for the topology.
+
+    Args:
+      config: of the run.
+      topology: as for chips.devices.
+      overrides: to change in it.
+
+    Raises:
+      UserError: config or topology can't be, whatever the memory.
+    """
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(overrides or {})
+    validate(config)
+    devices = chips.devices(topology)
+    known = chips.chip(devices[0])
+    built = abstract.build(config, devices)
+    began = time.perf_counter()
+    compiled, refusal = _compile(built)
+    seconds = time.perf_counter() - began
+    memory: dict[str, int] = {}
+    found: dict[str, floors.Floor] = {}
+    if compiled is not None:
+        memory = _memory(built, compiled.memory_analysis(), caches(config, built))
+        text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
+        c = config.caprl
+        turns = slots.most_turns(c.group, c.slots, config.sampling.max_tokens)
+        found = floors.phases(text, known, turns, vision)
+    captions = config.data.batch * config.caprl.group
+    spread = mesh.batch_multiple(built.parts.layout)
+    return Plan(
+        fits=compiled is not None and _inside(memory, devices[0]),
+        refusal=refusal,
+        compile_seconds=seconds,
+        memory=memory,
+        floors=found,
+        chip=known.name if known else devices[0].device_kind,
+        chips=len(devices),
+        hbm=known.hbm if known else 0.0,
+        mesh=dict(built.parts.layout.mesh.shape),
+        tokens=captions * (config.data.max_prompt + config.sampling.max_tokens),
+        overrides=overrides or {},
+        next=list(changes(config, spread)),
+    )
+
+
+def _compile(built: abstract.AbstractStep) -> tuple[Any, str]:
+    """(the compiled step, "") or (None, what the compiler said of the memory)."""
+    lowered = built.lower()
+    try:
+        return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as e:
+        if not is_short(e) and "hbm" not in str(e).lower():
+            raise
+        lines = [s.strip() for s in str(e).splitlines() if re.search(r"exceed|Used|memory", s)]
+        return None, " ".join(lines[:3]) or str(e).splitlines()[0]
+
+
+def _inside(memory: dict[str, int], device: Any) -> bool | None:
+    """The TPU's compiler refuses what is too large; others' leave it to be compared."""
+    if device.platform == "tpu":
+        return True
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else sum(memory.values()) <= limit
+
+
+def _on_one(tree: Any) -> int:
+    """Bytes on each device of a tree of shapes with shardings."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * _itemsize(a.dtype)
+        for a in jax.tree.leaves(tree)
+    )
+
+
+def _itemsize(dtype: Any) -> int:
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def _memory(built: abstract.AbstractStep, found: Any, cached: int) -> dict[str, int]:
+    parts = {
+        "parameters": _on_one(built.state.params),
+        "optimizer": _on_one(built.state.opt_state),
+        "judge": _on_one((built.frozen.judge, built.frozen.instruction)),
+        "reference": _on_one(built.frozen.reference),
+        "batch": _on_one(built.batch),
+    }
+    return parts | {
+        "layout and rest": found.argument_size_in_bytes - sum(parts.values()),
+        "caches": cached,  # they lie among the temporaries
+        "temporaries": found.temp_size_in_bytes - cached,
+        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+    }
+
+
+def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> int:
+    """Bytes on each chip of the prompts' and captions' keys and values while decoding."""
+    c, on = built.parts.policy.decoder.config, built.parts.layout.decoding
+    b = config.data.batch // pieces(config, "rollout_batches")
+    drawn = slots.count(config.caprl.group, config.caprl.slots)
+
+    def one(batch: tuple[int, ...], length: int) -> int:
+        shape = (c.layers, *batch, length, c.kv_heads, c.head_dim)
+        names = (None, *CACHED[: len(batch)], None, "kv_heads", None)
+        sharding = jax.sharding.NamedSharding(on.mesh, on.spec(names, shape))
+        return (
+            2
+            * math.prod(sharding.shard_shape(shape))
+            * jnp.dtype(built.parts.policy.decoder.dtype).itemsize
+        )
+
+    return one((b,), config.data.max_prompt) + one((b, drawn), config.sampling.max_tokens)
+
+
+def tell(name: str, topology: str, plan: Plan) -> str:
+    """The plan as text."""
+    lines = [
+        f"{name} on {topology}: {plan.chips} x {plan.chip}, mesh "
+        + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
+        f"compiled in {plan.compile_seconds:.0f} s",
+    ]
+    if plan.refusal:
+        lines += [f"does not fit: the compiler says: {plan.refusal}", "what to change, in turn:"]
+        return "\n".join([*lines, *(f"  {as_flags(change)}" for change in plan.next)])
+    total = sum(plan.memory.values())
+    lines += ["", f"{'per chip':24}{'GiB':>8}"]
+    lines += [f"{what:24}{size / GIB:8.2f}" for what, size in plan.memory.items() if size]
+    of = f" of {plan.hbm / GIB:.0f}" if plan.hbm else ""
+    verdict = {True: "fits", False: "too much", None: "what there is isn't known"}[plan.fits]
+    lines += [f"{'total':24}{total / GIB:8.2f}{of}: {verdict}"]
+    if plan.floors:
+        lines += ["", *_floor_lines(plan)]
+    return "\n".join(lines)
+
+
+def _floor_lines(plan: Plan) -> list[str]:
+    head = f"{'phase':10}{'TFLOP':>9}{'HBM GB':>9}{'links GB':>9}{'floor s':>9}  {'bound by':9}"
+    lines = [head + " received by kind, GB"]
+    for name, f in plan.floors.items():
+        kinds = ", ".join(f"{k} {b / 1e9:.1f}" for k, b in f.link_bytes.items() if b > 5e7)
+        lines.append(
+            f"{name:10}{f.flops / 1e12:9.1f}{f.hbm_bytes / 1e9:9.1f}"
+            f"{sum(f.link_bytes.values()) / 1e9:9.1f}{f.floor:9.2f}  {f.bound:9} {kinds}"
+        )
+    missed = sorted({what for f in plan.floors.values() for what in f.uncounted})
+    if missed:
+        lines += [f"not counted, or guessed: {', '.join(missed)}"]
+    if not plan.step_seconds:
+        return [*lines, "no floors: the peaks of this device are not known here"]
+    rate = plan.tokens / plan.step_seconds
+    used = sum(f.seconds["compute"] for f in plan.floors.values()) / plan.step_seconds
+    return [
+        *lines,
+        f"{'step':10}{'':27}{plan.step_seconds:9.2f}  at least, with captions as long as their "
+        f"bucket; at most {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, {used:.0%} of its "
+        "peak FLOP/s",
+    ]
+
+
+def as_json(name: str, topology: str, plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, with seconds and bounds computed."""
+    out = {"config": name, "topology": topology} | dataclasses.asdict(plan)
+    for phase, f in plan.floors.items():
+        out["floors"][phase] |= {"floor": f.floor, "bound": f.bound}
+    return out | {"step_seconds": plan.step_seconds, "total": sum(plan.memory.values())}
+
+
+def suggest(config: ml_collections.ConfigDict, topology: str, name: str, plan: Plan) -> Plan:
+    """Tries changes until one fits, and prints the overrides that did."""
+    made: dict[str, Any] = {}
+    for change in plan.next:
+        try:
+            plan = make(config, topology, made | change)
+        except UserError as e:  # a mesh that these sizes don't divide over, say
+            print(f"\n{as_flags(made | change)}: {e}")
+            continue
+        made |= change
+        print(f"\nwith {as_flags(made)}:\n{tell(name, topology, plan)}", flush=True)
+        if plan.fits:
+            return plan
+    print("\nnothing that was tried fits: take more chips, a smaller batch or larger memory")
+    return plan
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+    flags.DEFINE_string("topology", "local", "v5e:4x4, v5p:2x2x2, cpu:8, .., or local.")
+    flags.DEFINE_string("json", None, "Where to write the plan as JSON too.")
+    flags.DEFINE_bool("suggest", False, "Try changes until one fits.")
+
+
+def main(argv: list[str]) -> None:
+    """Plans, prints, and exits with 1 where the config doesn't fit."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    topology, config = flags.FLAGS.topology, flags.FLAGS.config
+    name = flags.FLAGS["config"].config_filename
+    with in_one_paragraph():
+        chips.before_jax(topology)
+        plan = make(config, topology)
+        print(tell(name, topology, plan), flush=True)
+        if plan.fits is False and flags.FLAGS.suggest:
+            plan = suggest(config, topology, name, plan)
+    if flags.FLAGS.json:
+        found = as_json(name, topology, plan)
+        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(1 if plan.fits is False else 0)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_config_flags)

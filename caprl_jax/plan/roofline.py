@@ -1,0 +1,123 @@
+"""How fast a compiled step could be: each phase's work against a chip's published peaks."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from caprl_jax.models.vision import VisionConfig
+from caprl_jax.parallel.hardware import Chip
+from caprl_jax.plan.hlo import costs as hlo_costs
+from caprl_jax.plan.hlo.costs import Collective, Costs
+from caprl_jax.rl import length_buckets as buckets
+
+PHASES = ("prefill", "decode", "score", "update")
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """One phase on one chip.
+
+    Attributes:
+      flops: of matrix products.
+      hbm_bytes: from and to memory.
+      link_bytes: that it receives over its links, by kind of collective.
+      seconds: by what they are spent on: compute, memory, links, each at its peak; empty for a
+        chip whose peaks are unknown.
+      uncounted: what the program calls whose work isn't known here, or loops of unknown length.
+    """
+
+    flops: float
+    hbm_bytes: float
+    link_bytes: Mapping[str, float]
+    seconds: Mapping[str, float]
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=self.seconds.get, default="unknown")
+
+    @property
+    def floor(self) -> float:
+        """Seconds, if the three overlap perfectly."""
+        return max(self.seconds.values(), default=0.0)
+
+
+def received(collective: Collective) -> float:
+    """Bytes that a device must receive for one collective, in all of its executions.
+
+    Of n devices each lacks (n - 1) / n of what is gathered, or of the parts that it sums; an
+    all-reduce sums a part and gathers the others.
+    """
+    n = collective.group_size
+    share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
+    part = share.get(collective.kind, (n - 1) / n)
+    return collective.bytes * collective.executions * part
+
+
+def floor(costs: Costs, chip: Chip | None) -> Floor:
+    """The floor of a phase's costs."""
+    links: dict[str, float] = {}
+    for c in costs.collectives:
+        links[c.kind] = links.get(c.kind, 0.0) + received(c)
+    seconds = (
+        {}
+        if chip is None
+        else {
+            "compute": costs.flops / chip.flops,
+            "memory": costs.hbm_bytes / chip.hbm_bytes,
+            "links": sum(links.values()) / chip.link_bytes,
+        }
+    )
+    # Some custom calls compute nothing: checks of indices, and the like.
+    unknown = [
+        name for name in costs.unpriced if re.search(r"gemm|matmul|conv|attention|fmha", name)
+    ]
+    unknown += [f"the costlier branch of {c.name}" for c in costs.conditionals]
+    return Floor(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
+
+
+def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
+    """How often each branch of a conditional of the models is taken.
+
+    A vision layer attends in its windows or over the whole image; captions are taken to be as long
+    as they may be.
+    """
+    full = len(vision.full_layers) / vision.layers
+
+    def weights(op_name: str, branches: int) -> Any:
+        if re.search(rf"{buckets.SCOPE}(/cond)?$", op_name):
+            return (*[0.0] * (branches - 1), 1.0)
+        tower = "VisionTower" in op_name and branches == 2
+        return (1 - full, full) if tower else None
+
+    return weights
+
+
+def phases(text: str, chip: Chip | None, turns: int, vision: VisionConfig) -> dict[str, Floor]:
+    """The floor of each phase of a compiled step; what is outside of them is "other".
+
+    Args:
+      text: of the compiled program, as hlo_costs.hlo_text.
+      chip: peaks.
+      turns: that the decoding loop is taken to run: no early stop.
+      vision: the tower's sizes, which say how many of its layers attend over the whole image.
+    """
+    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, turns, branch_weights(vision))
+    return {name: floor(costs, chip) for name, costs in found.items()}
+
+
+def together(parts: Iterable[Floor]) -> Floor:
+    """Several phases as one, whose compute, memory traffic and links may overlap."""
+    flops = hbm = 0.0
+    uncounted: tuple[str, ...] = ()
+    links: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for part in parts:
+        flops, hbm = flops + part.flops, hbm + part.hbm_bytes
+        uncounted += part.uncounted
+        for total, own in ((links, part.link_bytes), (seconds, part.seconds)):
+            for name, value in own.items():
+                total[name] = total.get(name, 0.0) + value
+    return Floor(flops, hbm, links, seconds, uncounted)

@@ -1,0 +1,290 @@
+"""The report of a run: one HTML file that explains itself to a stranger, and a table of text."""
+
+import base64
+import dataclasses
+import io
+import itertools
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from caprl_jax.report import charts as curves
+from caprl_jax.report.charts import Chart, Series
+
+_PERCENT = ("accuracy", "precision", "recall", "ceiling", "disagreement", "differ")
+_LABELS = {
+    "heldout_accuracy": "held-out accuracy",
+    "ceiling": "ceiling: accuracy with complete true captions",
+    "caption_length": "caption length, tokens",
+    "fact_precision": "stated facts that are true",
+    "fact_recall": "true facts that are stated",
+    "judge_lookup_disagreement": "judge misreads the caption",
+    "splice_ids_differ": "prompts whose whole text has other tokens",
+    "splice_letters_differ": "answers that differ with those tokens",
+    "records_set_aside": "records set aside",
+    "steps": "steps",
+    "wall_seconds": "wall time",
+}
+_TILES = (
+    ("caption_length", "Caption length", "tokens in a greedy held-out caption"),
+    ("fact_precision", "True facts", "share of what the captions state that is true"),
+    ("fact_recall", "Stated facts", "share of what the images show that the captions state"),
+    ("judge_lookup_disagreement", "Judge misreads", "answers a perfect reader would not give"),
+)
+_SMALL = (
+    ("kl", "KL to the initial policy", "nats a token: how far the policy has moved"),
+    ("entropy", "Entropy", "nats a token: 0 is a policy that no longer explores"),
+    ("abstain_rate", "Abstentions", "share of questions the judge says the caption leaves open"),
+    ("zero_variance_groups", "Groups without signal", "images whose captions all earn the same"),
+    ("grad_norm", "Gradient norm", "before clipping"),
+    ("truncation_rate", "Truncated captions", "share that ran into the length limit"),
+    ("logp_gap", "Rollout against update", "mean gap in log-probability: numerical noise only"),
+    ("loss", "Loss", "what the optimizer minimises"),
+    ("accuracy", "Accuracy in training", "on the training batches"),
+)
+_WIDE, _NARROW = (560, 280), (360, 170)  # pixels of a chart
+_LISTED = 200  # records set aside that are listed
+_LARGEST = 768  # pixels of an image's longer side
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The judge's answer to one question.
+
+    Attributes:
+      question: its text.
+      options: as the judge saw them, lettered: "A) red".
+      letter: the judge's choice.
+      truth: the right letter.
+      abstained: the choice is "cannot tell", which scores nothing.
+      p_truth: probability the judge gave to the truth.
+    """
+
+    question: str
+    options: list[str]
+    letter: str
+    truth: str
+    abstained: bool
+    p_truth: float
+
+    @property
+    def verdict(self) -> str:
+        """right, wrong or abstained."""
+        return "abstained" if self.abstained else "right" if self.letter == self.truth else "wrong"
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A caption of a held-out image and what the judge made of it.
+
+    Attributes:
+      text: without special tokens.
+      length: in tokens.
+      accuracy: share of the questions answered correctly.
+      answers: one per question.
+    """
+
+    text: str
+    length: int
+    accuracy: float
+    answers: list[Answer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One held-out image with its captions by the policy before and after training."""
+
+    image_png: bytes
+    before: Caption
+    after: Caption
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _shown(name: str, value: Any) -> str:
+    """A summary's value for people; what isn't a number is shown as it is."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool | str) or not isinstance(value, int | float | np.number):
+        return value if isinstance(value, str) else json.dumps(value, default=str)
+    if not math.isfinite(value):
+        return "not finite"
+    if name.endswith("seconds"):
+        return _duration(float(value))
+    if any(part in name for part in _PERCENT):
+        return f"{100 * value:.1f}%"
+    return f"{value:,}" if isinstance(value, int | np.integer) else f"{value:.4g}"
+
+
+def _label(name: str) -> str:
+    plain = name.removesuffix("_sampled")
+    if plain not in _LABELS:
+        return name.replace("_", " ")
+    return _LABELS[plain] + (" (sampled captions)" if plain != name else "")
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, before, after) of every figure, the known ones first; one without a before has ""."""
+    cells: dict[str, list[str]] = {}
+    for key, value in summary.items():
+        name, column = key, 1
+        for i, suffix in enumerate(("_before", "_after")):
+            if key.endswith(suffix):
+                name, column = key.removesuffix(suffix), i
+        cells.setdefault(name, ["", ""])[column] = _shown(name, value)
+    order = [n for known in _LABELS for n in (known, f"{known}_sampled") if n in cells]
+    order += [n for n in cells if n not in order]
+    return [(name, *cells[name]) for name in order]
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """The summary as plain text, a line per figure, before and after side by side."""
+    rows = [("", "before", "after")] + [(_label(n), b, a) for n, b, a in _rows(summary)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        f"{label:<{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}".rstrip()
+        for label, before, after in rows
+    )
+
+
+def _large_charts(summary: Mapping[str, Any], history: list[dict]) -> list[Chart]:
+    def heldout(key: str, label: str, before: str) -> Series:
+        style = {"kind": "dots", "color": curves.ORANGE}
+        return curves.series(history, f"eval/{key}_greedy", label, summary.get(before), **style)
+
+    ceiling = curves.number(summary.get("ceiling"))
+    level = [] if ceiling is None else [(0, ceiling)]
+    reward = [
+        Series("ceiling", level, "level", curves.GREY),
+        curves.series(history, "reward", "training reward"),
+        heldout("accuracy", "held-out accuracy, greedy", "heldout_accuracy_before"),
+    ]
+    length = [
+        curves.series(history, "caption_length", "training captions"),
+        heldout("caption_length", "held-out captions, greedy", "caption_length_before"),
+    ]
+    charts = [
+        curves.chart("Reward and held-out accuracy", "mean over captions", reward, _WIDE),
+        curves.chart("Caption length", "tokens, mean over captions", length, _WIDE),
+    ]
+    return [c for c in charts if c]
+
+
+def _small_charts(history: list[dict]) -> list[Chart]:
+    charts = (curves.chart(t, n, [curves.series(history, k, t)], _NARROW) for k, t, n in _SMALL)
+    return [c for c in charts if c]
+
+
+def _image(encoded: bytes) -> dict[str, Any] | None:
+    """A PNG data URI and the width to show it at; None when it can't be read."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+        if image.format != "PNG" or max(image.size) > _LARGEST:
+            image = image.convert("RGB")
+            image.thumbnail((_LARGEST, _LARGEST))
+            out = io.BytesIO()
+            image.save(out, "PNG")
+            encoded = out.getvalue()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    scale = max(252 // max(image.size), 1)  # whole multiples keep pixels square
+    uri = "data:image/png;base64," + base64.b64encode(encoded).decode()
+    return {"uri": uri, "width": min(scale * image.width, 320), "pixelated": scale > 1}
+
+
+def _pairs(before: list[Answer], after: list[Answer]) -> list[tuple[Answer | None, Answer | None]]:
+    """Answers to the same question side by side; None where one caption wasn't asked it."""
+    waiting: dict[str, list[Answer]] = {}
+    for answer in after:
+        waiting.setdefault(answer.question, []).append(answer)
+    pairs = [(a, waiting[a.question].pop(0) if waiting.get(a.question) else None) for a in before]
+    return pairs + [(None, a) for a in itertools.chain(*waiting.values())]
+
+
+def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracies as tracks on a scale of 0 to 1, and the other figures as tiles."""
+    tracks = []
+    for name, label in (("heldout_accuracy", "Greedy"), ("heldout_accuracy_sampled", "Sampled")):
+        ends = {when: curves.number(summary.get(f"{name}_{when}")) for when in ("before", "after")}
+        # The shorter bar is drawn last, over the longer one.
+        bars = sorted(((v, when) for when, v in ends.items() if v is not None), reverse=True)
+        if bars:
+            tracks.append({"label": f"{label} captions", "bars": bars, **ends})
+    cells = {name: (before, after) for name, before, after in _rows(summary)}
+    tiles = [(title, note, *cells[name]) for name, title, note in _TILES if name in cells]
+    return {"tracks": tracks, "tiles": tiles, "ceiling": curves.number(summary.get("ceiling"))}
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _template() -> jinja2.Template:
+    source = resources.files("caprl_jax").joinpath("assets/report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["percent"] = _percent
+    return environment.from_string(source)
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    summary: Mapping[str, Any],
+    history: list[dict],
+    samples: Sequence[Sample],
+    set_aside: list[dict],
+    config_text: str,
+) -> None:
+    """Writes the report of a run as one HTML file that needs nothing else.
+
+    Args:
+      path: of the file; replaced as a whole if there.
+      title: names the run.
+      summary: figures by name; NAME_before and NAME_after stand side by side. The headline does
+        without those that are missing, and the table at the end shows all there are.
+      history: the lines of metrics.jsonl, by step.
+      samples: held-out images with captions before and after; none is fine.
+      set_aside: {"id", "reason"} of the records that couldn't be used.
+      config_text: shown as it is.
+    """
+    rows, headline = _rows(summary), _headline(summary)
+    last = history[-1].get("time") if history else None
+    html = _template().render(
+        title=title,
+        ended=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last)) if last else "",
+        reinforced=bool(samples or headline["tracks"]) or any("reward" in h for h in history),
+        figures={name: after for name, _, after in rows},
+        headline=headline,
+        large=_large_charts(summary, history),
+        small=_small_charts(history),
+        samples=[
+            (s, _image(s.image_png), _pairs(s.before.answers, s.after.answers)) for s in samples
+        ],
+        marks={"right": "✓", "wrong": "✗", "abstained": "?"},
+        set_aside=set_aside[:_LISTED],
+        unlisted=len(set_aside[_LISTED:]),
+        rows=[(_label(row[0]), *row) for row in rows],
+        config_text=config_text,
+    )
+    partial = path.with_suffix(".partial")
+    # An untrained policy may write what isn't Unicode; that mustn't cost the report.
+    partial.write_text(html, encoding="utf-8", errors="replace")
+    partial.replace(path)

@@ -1,0 +1,105 @@
+"""Supervised training over the tree: weighted next-token loss on a trunk and its branches.
+
+The policy's trunk is an image and its prompt, its branches are captions; the judge's trunk is a
+caption, its branches are questions. A prefix shared by the whole batch (the judge's instruction) is
+read once.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from caprl_jax.models import logprobs
+from caprl_jax.models.attention import KV
+from caprl_jax.models.vision import Images
+from caprl_jax.models.vlm import Params, Policy, Prompt, root_kv
+from caprl_jax.parallel import axes as logical
+from caprl_jax.parallel.axes import Layout
+from caprl_jax.rl import update as update_lib
+from caprl_jax.rl.types import Metrics, State
+
+
+@flax.struct.dataclass
+class Examples:
+    """Trees to learn from.
+
+    Attributes:
+      prefix: int32 [s], s may be 0; text that all trunks share and nothing is learned on.
+      images: Images [b, ..], or None.
+      prompt: Prompt [b, p]; the trunk's tokens, positions counted from the prefix's end.
+      prompt_targets: int32 [b, p], what each trunk token predicts: mostly the next one.
+      prompt_weight: float32 [b, p], the loss's weight of each of these predictions.
+      tokens: int32 [b, g, t], the branches' tokens.
+      mask: bool [b, g, t].
+      weight: float32 [b, g, t], the loss's weight of each branch token.
+    """
+
+    prefix: jax.Array
+    images: Images | None
+    prompt: Prompt
+    prompt_targets: jax.Array
+    prompt_weight: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+    weight: jax.Array
+
+
+def _shared(policy: Policy, params: Params, prefix: jax.Array) -> tuple[KV, ...]:
+    if not prefix.shape[0]:
+        return ()
+    return (root_kv(policy.decoder, params["decoder"], prefix),)
+
+
+def losses(
+    policy: Policy, params: Params, examples: Examples
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Summed weighted negative log-likelihood, and (sum, count) metrics.
+
+    Returns:
+      (float32 [] sum of weight * nll in nats, {"loss", "accuracy": (sum, total weight)}).
+    """
+    past = _shared(policy, params, examples.prefix)
+    s = examples.prefix.shape[0]
+    prompt = examples.prompt.replace(
+        positions=examples.prompt.positions + s, next_position=examples.prompt.next_position + s
+    )
+    trunk = policy.trunk(params, examples.images, prompt, past)
+    branch = policy.branches(params, trunk, examples.tokens, examples.mask, past)
+    head = policy.head(params)
+    parts = [
+        (branch, examples.tokens, examples.weight),
+        (trunk.hidden, examples.prompt_targets, examples.prompt_weight),
+    ]
+    nll = weight = right = jnp.zeros((), jnp.float32)
+    for hidden, targets, w in parts:
+        logp, _ = logprobs.token_logprobs(hidden, head, targets)
+        nll, weight = nll - jnp.sum(w * logp), weight + jnp.sum(w)
+        # A target of probability over one half is the most likely one.
+        right = right + jnp.sum(w * (logp > jnp.log(0.5)))
+    return nll, {"loss": (nll, weight), "accuracy": (right, weight)}
+
+
+def total_weight(examples: Examples) -> jax.Array:
+    """float32 []: what to divide the summed loss by."""
+    return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight)
+
+
+def update(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    examples: Examples,
+    layout: Layout | None = None,
+) -> tuple[State, Metrics]:
+    """One supervised update: weighted mean negative log-likelihood over the tree."""
+
+    def loss(params):
+        with logical.using(layout):
+            return losses(policy, params, examples)
+
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    total = jnp.maximum(total_weight(examples), 1e-6)
+    grads = jax.tree.map(lambda g: g / total, grads)
+    params, opt_state, more = update_lib.apply(optimizer, state.params, state.opt_state, grads)
+    return State(state.step + 1, params, opt_state), metrics | more

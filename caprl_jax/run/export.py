@@ -1,0 +1,111 @@
+"""A run's model as a Hugging Face directory, with a card that says where it comes from."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from caprl_jax.models.hf import files as hf
+from caprl_jax.models.vlm import Policy
+from caprl_jax.parallel import processes as distributed
+from caprl_jax.run import metrics
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+base_model: {base}
+tags: [caprl_jax, image-captioning, reinforcement-learning]
+---
+
+# {title}
+
+{what}
+
+| | |
+|---|---|
+| base model | {base} |
+| data | {data} |
+| judge | {judge} |
+| step | {step} of {steps} |
+
+## Held-out figures
+
+{figures}
+
+## Configuration
+
+```json
+{config}
+```
+"""
+_WHAT = {
+    "caprl": "An image captioner trained with caprl_jax by CapRL (arXiv 2509.22647): a judge that "
+    "reads only the caption answers questions about the image, and its accuracy is the reward.",
+    "sft": "A model trained with caprl_jax by supervised learning.",
+}
+
+
+def figures(workdir: Path, step: int) -> dict[str, float | None]:
+    """The last held-out figures up to a step, from a run's metrics; empty if there are none.
+
+    None is a figure that was not finite.
+    """
+    found: dict[str, float | None] = {}
+    for line in metrics.read(workdir):
+        if line["step"] <= step:
+            new = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
+            found = (new and new | {"measured at step": line["step"]}) or found
+    return found
+
+
+def model_card(
+    config: ml_collections.ConfigDict, step: int, heldout: dict[str, float | None]
+) -> str:
+    """README.md of an exported model, with the YAML head that the hub reads."""
+    base = config.policy.path + (f" ({config.policy.revision})" if config.policy.revision else "")
+    finite = {name: value for name, value in heldout.items() if value is not None}
+    rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in finite.items()]
+    caprl = config.objective == "caprl"
+    return _CARD.format(
+        task="image-text-to-text" if caprl or config.data.task == "caption" else "text-generation",
+        base=base,
+        title=f"{Path(config.policy.path).name}, trained by caprl_jax",
+        what=_WHAT[config.objective],
+        data=config.data.path or config.data.source,
+        judge=config.judge.path if caprl else "none",
+        step=step,
+        steps=config.steps,
+        figures="\n".join(["| | |", "|---|---|", *rows]) if rows else "None were measured.",
+        config=config.to_json(indent=2),
+    )
+
+
+def export(
+    directory: Path,
+    config: ml_collections.ConfigDict,
+    policy: Policy,
+    params: Any,
+    source: Path,
+    step: int,
+    heldout: dict[str, float | None],
+) -> Path:
+    """Writes the model as it is after `step` steps, unless that was done before.
+
+    All processes must call it; the first one writes.
+
+    Args:
+      directory: to be made.
+      config: of the run.
+      policy: modules.
+      params: unboxed parameters.
+      source: the directory the run started from.
+      step: how many steps were done.
+      heldout: figures for the card.
+    """
+    if not distributed.agreed(directory.exists()):
+        dtype, card = np.dtype(config.export.dtype), model_card(config, step, heldout)
+        hf.save(directory, policy, params, source, dtype, card=card)
+        logging.info("exported to %s", directory)
+    return directory

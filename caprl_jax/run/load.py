@@ -1,0 +1,170 @@
+"""What every run does before its first step: read models and data, and refuse what can't run."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from caprl_jax.config import ConfigError, about
+from caprl_jax.data import pipeline, records
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.images import ImageProcessor
+from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt
+from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.sources import files
+from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
+from caprl_jax.models import families
+from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.models.hf import download as sources
+from caprl_jax.models.hf import files as hf
+from caprl_jax.models.vision import VisionConfig
+from caprl_jax.models.vlm import Policy
+from caprl_jax.parallel import mesh
+from caprl_jax.parallel import processes as distributed
+from caprl_jax.parallel.axes import Layout
+from caprl_jax.rl import step
+from caprl_jax.run import checkpoint
+
+
+def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy, Path]:
+    """Modules of a model, without parameters, and its directory; path as for sources.fetch."""
+    directory = sources.fetch(path, revision)
+    where = directory / "config.json"
+    return families.build(hf.read_config(directory), dtype, where=where, **options), directory
+
+
+def load_frozen(policy: Policy, directory: Path, on: Layout, dtype: Any) -> Any:
+    """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
+    shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
+    return _read_params(policy, directory, dtype, shardings)
+
+
+def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
+    """Weights as safetensors, or as Orbax wrote them (convert.py)."""
+    if not (directory / checkpoint.PARAMS).is_dir():
+        return hf.load_params(directory, policy, dtype, shardings, progress=distributed.is_first())
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
+        hf.abstract_params(policy), shardings,
+    )  # fmt: skip
+    return checkpoint.load_params(directory / checkpoint.PARAMS, target)
+
+
+def initial_state(
+    config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, on: Layout
+) -> step.State:
+    """Parameters (pretrained or random) and optimizer state, float32, on the mesh."""
+
+    def init(key):
+        params = policy.init(key)
+        return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    key = jax.random.key(config.seed)
+    shardings = mesh.param_shardings(jax.eval_shape(init, key), on)
+    if config.policy.init == "random":
+        return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
+    params = _read_params(policy, directory, np.float32, shardings.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(on))
+    return step.State(zero, params, opt_state)
+
+
+def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> JudgePrompt:
+    """The judge's prompt; a template without its fields is a ConfigError."""
+    with about("judge.prompt"):
+        return JudgePrompt.create(tokenizer, config.judge.prompt)
+
+
+def examples(config, inputs: ImagePrompt, judge: JudgePrompt) -> CaprlExamples:
+    """What makes a batch's rows of records, as the config says."""
+    return CaprlExamples(
+        inputs, judge, config.caprl.questions, config.data.replacement,
+        config.data.shuffle_options, config.caprl.group if config.data.per_caption else 0,
+        config.data.max_question,
+    )  # fmt: skip
+
+
+SOURCES = {"digits": digits.prepare, "files": files.prepare}
+
+
+def dataset(config: ml_collections.ConfigDict, set_aside: SetAside) -> Any:
+    """The prepared tensorflow-datasets builder of the config's data, written on first use.
+
+    Raises:
+      ConfigError: there is no such data.
+    """
+    with about("data"):
+        prepare = SOURCES[config.data.source]
+        return distributed.in_turns(lambda: prepare(config.data, set_aside))
+
+
+def image_processor(directory: Path, vision: VisionConfig) -> ImageProcessor:
+    """The processor of a policy's directory, checked against its tower."""
+    processor = ImageProcessor.from_pretrained(directory)
+    if processor.patch_dim != vision.patch_dim or processor.merge_size != vision.merge:
+        raise ModelDirectoryError(
+            f"{directory}: preprocessor_config.json makes patches of {processor.patch_dim} values, "
+            f"{processor.merge_size} x {processor.merge_size} a feature; config.json's vision "
+            f"tower takes {vision.patch_dim} and {vision.merge} x {vision.merge}"
+        )
+    return processor
+
+
+def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) -> ImagePrompt:
+    """Image and prompt buckets, checked against the largest image the processor makes."""
+    vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
+    bounds = config.data.min_pixels, config.data.max_pixels
+    processor = image_processor(directory, vision).bounded(*bounds)
+    prompt = PolicyPrompt.create(tokenizer, config.policy.prompt, vision, mrope)
+    patches = processor.max_pixels // processor.patch_size**2
+    features = patches // vision.merge**2
+    if prompt.length(features) > config.data.max_prompt:
+        raise ConfigError(
+            f"a prompt takes up to {prompt.length(features)} tokens ({features} of an image of "
+            f"max_pixels), more than config.data.max_prompt={config.data.max_prompt}: raise it to "
+            f"that, or lower config.data.max_pixels from {processor.max_pixels}"
+        )
+    least = -(-patches // vision.window**2)
+    if least > config.data.max_windows:
+        raise ConfigError(
+            f"an image of max_pixels takes at least {least} windows, more than "
+            f"config.data.max_windows={config.data.max_windows}: raise it (an image whose sides "
+            f"are not whole windows takes some more), or lower config.data.max_pixels from "
+            f"{processor.max_pixels}"
+        )
+    return ImagePrompt(processor, prompt, vision, config.data.max_windows, config.data.max_prompt)
+
+
+def check_data(config: ml_collections.ConfigDict, source: Any, make: pipeline.MakeExample) -> None:
+    """Makes examples of the first records, so that no run starts on data that can't feed it.
+
+    Raises:
+      ConfigError: none of them can be used, or one has too few questions.
+    """
+    reasons, checked = [], min(64, len(source))
+    for i in range(checked):
+        try:
+            record = records.parse(source[i])
+            _check_questions(config, record)
+            make(record, np.random.default_rng(0))
+        except ConfigError:
+            raise
+        except ValueError as e:  # malformed, unreadable, longer than its bucket
+            reasons.append(str(e))
+    if len(reasons) == checked:
+        why = f"the first: {reasons[0]}" if reasons else "there are none"
+        raise ConfigError(f"none of the first {checked} records of config.data can be used; {why}")
+
+
+def _check_questions(config: ml_collections.ConfigDict, record: records.Record) -> None:
+    if not config.data.replacement and len(record.questions) < config.caprl.questions:
+        raise ConfigError(
+            f"config.caprl.questions={config.caprl.questions} are to be drawn without "
+            f"replacement, but record {record.id} has {len(record.questions)}: lower it, or "
+            "set config.data.replacement=true"
+        )

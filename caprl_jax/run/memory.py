@@ -1,0 +1,77 @@
+"""What to change in a config that needs more memory than there is."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from caprl_jax.config import PIECES, ConfigError, pieces
+from caprl_jax.models.layers import REMAT
+from caprl_jax.parallel import mesh
+from caprl_jax.rl.types import REUSE
+from caprl_jax.run import compile as programs
+
+
+def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str, Any]]:
+    """Overrides to try in turn where a config doesn't fit, each on top of those before it.
+
+    Args:
+      config: that didn't fit.
+      spread: devices that images are cut over, of which a piece needs one each.
+    """
+    for reuse in reversed(REUSE[: REUSE.index(config.caprl.reuse)]):
+        yield {"caprl.reuse": reuse}
+    kinds = list(REMAT)
+    for remat in kinds[kinds.index(config.policy.remat) + 1 :]:
+        yield {"policy.remat": remat}
+    even = programs.even_pieces(config.data.batch, spread)
+    reading = [name for name in PIECES if name != "rollout_batches"]
+    for count in even:
+        if count > max(pieces(config, name) for name in reading):
+            yield {f"caprl.{name}": count for name in reading}
+    for count in even[:4]:  # each piece reads the weights again for every token
+        if count > config.caprl.rollout_batches:
+            yield {"caprl.rollout_batches": count}
+    for axis in (2, 4, 8):
+        if axis > config.mesh.tensor:
+            yield {"mesh.tensor": axis}
+    for shorter in (config.sampling.max_tokens // 2, config.sampling.max_tokens // 4):
+        yield {"sampling.max_tokens": shorter}
+
+
+def as_flags(overrides: dict[str, Any]) -> str:
+    """--config.key=value for each."""
+    return " ".join(f"--config.{k}={str(v).lower()}" for k, v in overrides.items())
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether a device's, or its compiler's, error is that memory doesn't suffice."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def advised(config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Around a run: running out of memory becomes an error that says what to change.
+
+    All batches have the shapes of the config's buckets, so what the first step fits into, the last
+    one does.
+
+    Raises:
+      ConfigError: memory didn't suffice.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if not is_short(e):
+            raise
+        told = next((line for line in str(e).splitlines() if "RESOURCE_EXHAUSTED" in line), "")
+        tries = "a smaller config.data.batch"
+        if config.objective == "caprl":
+            spread = mesh.batch_multiple(programs.layout(config))
+            tries = "; then ".join(as_flags(change) for change in changes(config, spread))
+        raise ConfigError(
+            f"the devices have too little memory ({told[:300]}): try, each on top of those before, "
+            f"{tries}. python -m caprl_jax.plan says what fits, before anything is booked"
+        ) from e

@@ -1,0 +1,206 @@
+"""Metrics: divided once, written to metrics.jsonl and TensorBoard, shown in a progress bar."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from caprl_jax.parallel import processes as distributed
+
+_FILE = "metrics.jsonl"
+_SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "seconds_step": "s/step"}
+
+
+def reduce(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """(sum, count) -> sum / count, as Python floats; what was never counted is left out."""
+    return {k: float(s) / float(n) for k, (s, n) in metrics.items() if float(n) != 0}
+
+
+class Pace:
+    """Seconds a step since the last logged one, of which some waited for data.
+
+    Steps run behind the host's back until their metrics are fetched, so only the time between two
+    fetches says how long the steps in between took.
+    """
+
+    def __init__(self):
+        """Starts the clock."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._waited, self._away, self._steps = time.perf_counter(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around fetching the next batch; counts a step."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step: evaluation, checkpoints."""
+        began = time.perf_counter()
+        yield
+        self._away += time.perf_counter() - began
+
+    def lap(self) -> dict[str, float]:
+        """Means since the last lap, {"seconds_data", "seconds_step"}; starts anew."""
+        steps = max(self._steps, 1)
+        total = time.perf_counter() - self._began - self._away
+        out = {"seconds_data": self._waited / steps, "seconds_step": total / steps}
+        self._restart()
+        return out
+
+
+def _parse(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file; one at the end that an interrupted run half wrote is dropped."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            entry["step"]
+        except (ValueError, KeyError, TypeError) as e:
+            if number == len(lines):
+                return
+            # Only the end can be half written, so this is damage; dropping it would hide it.
+            raise ValueError(
+                f"{path}, line {number} of {len(lines)}, is no metrics line ({e}): delete that "
+                f"line to go on without it; it begins {line[:60]!r}"
+            ) from e
+        yield entry
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of WORKDIR/metrics.jsonl, by step; empty without a file.
+
+    Raises:
+      ValueError: a line other than the last is damaged.
+    """
+    return list(_parse(workdir / _FILE))
+
+
+class MetricWriter:
+    """Writes one JSON line a step to WORKDIR/metrics.jsonl, and events to WORKDIR/tensorboard.
+
+    A line is {"step": int, "time": seconds since 1970, name: float or null, ..}; null is a number
+    that wasn't finite. Writing to the last step again adds to its line, so no step is there twice.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int | None = None):
+        """Opens the files, and drops what an interrupted run wrote after its last checkpoint.
+
+        Args:
+          workdir: made if it isn't there.
+          resume_step: the step of the restored checkpoint; None begins anew.
+
+        Raises:
+          ValueError: metrics.jsonl is damaged.
+        """
+        workdir.mkdir(parents=True, exist_ok=True)
+        path, last = workdir / _FILE, -1 if resume_step is None else resume_step
+        kept = [_dump(line) for line in read(workdir) if line["step"] <= last]
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(path)
+        self._file = path.open("r+b")
+        self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        self._start = sum(map(len, kept[:-1]))  # where the last step's line begins
+        self._end = sum(map(len, kept))
+        # TensorBoard too hides what the interrupted run's event files hold after that step.
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1)
+
+    def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Writes values of a step, named prefix + key, and flushes the JSON line.
+
+        Raises:
+          ValueError: the step lies before one already written.
+        """
+        last = self._line.get("step")
+        if last is not None and step < last:
+            raise ValueError(
+                f"metrics of step {step} after those of step {last}: steps can't go back"
+            )
+        if step != last:
+            self._line, self._start = {"step": step}, self._end
+        self._line["time"] = round(time.time(), 3)
+        for name, value in values.items():
+            value = float(value)
+            self._line[prefix + name] = value if math.isfinite(value) else None
+            if math.isfinite(value):  # tensorboardX warns about every other one
+                self._board.add_scalar(prefix + name, value, step)
+        self._overwrite(_dump(self._line))
+
+    def _overwrite(self, line: bytes) -> None:
+        # Cut only after writing: whenever the run is killed, whole lines or a half last one remain.
+        self._file.seek(self._start)
+        self._file.write(line)
+        self._file.flush()
+        self._end = self._file.tell()
+        self._file.truncate(self._end)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Unwritten:
+    """In a process that isn't the first: takes what a MetricWriter takes."""
+
+    def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Does nothing."""
+
+
+def writer(
+    workdir: Path, resume_step: int | None = None
+) -> contextlib.AbstractContextManager[MetricWriter | _Unwritten]:
+    """A MetricWriter in the first process; in others one that writes nothing."""
+    if distributed.is_first():
+        return MetricWriter(workdir, resume_step)
+    return contextlib.nullcontext(_Unwritten())
+
+
+def _dump(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, allow_nan=False).encode() + b"\n"
+
+
+class Progress(tqdm):
+    """A bar of steps that shows the main figures and the time left."""
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Moves the bar to a step; figures that aren't among the values aren't shown."""
+        figures = {short: f"{values[n]:.3g}" for n, short in _SHOWN.items() if n in values}
+        self.set_postfix(figures, refresh=False)
+        self.update(step - self.n)
+
+
+def progress(total: int, initial: int = 0) -> Progress:
+    """A bar from step `initial` to step `total`, on stderr; rarely redrawn when that is a file.
+
+    The first process alone shows one.
+    """
+    return Progress(
+        disable=not distributed.is_first(),
+        total=total,
+        initial=initial,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        maxinterval=60,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+    )

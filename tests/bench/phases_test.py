@@ -1,0 +1,76 @@
+"""The bench's phases are the step's."""
+
+import jax
+import pytest
+
+from caprl_jax.bench import model_flops, phases
+from caprl_jax.plan import shapes as abstract
+
+from .. import shipped
+
+
+def tiny(changes):
+    config = shipped.module("tiny").get_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
+    monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
+    found = {}
+    for pieces in (1, 2):
+        config = tiny({
+            "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
+            "caprl.rollout_batches": pieces,
+        })  # fmt: skip
+        found[pieces] = phases.measure(config, ("prefill", "decode", "score"), 1, False)
+    for name, whole in found[1].items():
+        assert found[2][name].floor.flops == whole.floor.flops
+        assert found[2][name].tokens == whole.tokens
+        assert whole.seconds == [1.0]
+    spent = {name: timing.seconds for name, timing in found[2].items()}
+    assert spent == {"prefill": [2.0], "decode": [2.0], "score": [1.0]}
+    assert all(name in phases.tell(found[2]) for name in found[2])
+
+
+def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch, one_device):
+    """The work is of full captions; of natural ones it is told how many waited."""
+    monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
+    found = {}
+    for slots in (0, 2):
+        config = tiny({
+            "data.batch": 2, "caprl.slots": slots, "sampling.max_tokens": 16,
+        })  # fmt: skip
+        found[slots] = phases.measure(config, ("decode",), 1, True)["decode"]
+    alone, shared = found[0], found[2]
+    assert shared.floor.flops == pytest.approx(alone.floor.flops, rel=0.01)
+    assert shared.wasted < alone.wasted - 0.1
+    assert f"{shared.wasted:.0%} of its slots waited" in phases.tell({"decode": shared})
+
+
+@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
+def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device, reuse):
+    """The phases sum up to the step."""
+    monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
+    config = tiny({
+        "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
+        "caprl.reuse": reuse, "caprl.kl": 0.0,
+    })  # fmt: skip
+    timed = phases.measure(config, phases.PHASES, 1, 0)
+    found = {name: t.floor.flops for name, t in timed.items()}
+    assert found.pop("step") == pytest.approx(sum(found.values()), rel=1e-3)
+    # All are taken to last a second: shares of the peak add up as FLOPs do.
+    useful = {name: t.mfu / timed["decode"].mfu * found["decode"] for name, t in timed.items()}
+    assert useful.pop("step") == pytest.approx(sum(useful.values()), rel=1e-3)
+    needed = model_flops.update(config, abstract.build(config, jax.devices()))
+    assert useful.pop("update") == pytest.approx(needed, rel=1e-3)
+    assert useful == pytest.approx({name: found[name] for name in useful}, rel=1e-6)
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_natural_captions_end_about_halfway(natural, one_device):
+    config = tiny({"data.batch": 2, "sampling.max_tokens": 32})
+    found = phases.measure(config, ("score",), 1, natural)["score"]
+    asked = 2 * config.caprl.group * config.caprl.questions * config.data.max_question
+    length = (found.tokens - asked) / (2 * config.caprl.group)
+    assert (4 < length < 28) if natural else length == 32

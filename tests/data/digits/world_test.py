@@ -1,0 +1,88 @@
+"""The embedded world: scenes that split cleanly, and captions and questions that agree."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.records import Question
+
+GRID, COUNTS = (3, 3), (2, 5)
+FACTS = [("north", "red", 3), ("center", "blue", 3), ("southeast", "red", 7)]
+
+
+def scenes(split, count=20, grid=GRID):
+    return list(digits.scenes(split, count, grid, COUNTS))
+
+
+def test_train_and_held_out_scenes_show_disjoint_handwriting():
+    train, held = (digits._instances(split)[0] for split in ("train", "heldout"))
+    assert len(train) + len(held) == 1797
+    same = {a.tobytes() for a in train} & {a.tobytes() for a in held}
+    assert not same
+
+
+def test_scenes_are_the_same_every_time_and_differ_from_each_other():
+    again, first = scenes("train"), scenes("train")
+    assert again == first
+    assert len({r.image for r in first} | {r.image for r in scenes("heldout")}) == 40
+
+
+def test_digits_stand_where_the_facts_say_in_the_colour_they_say():
+    for record in scenes("train"):
+        pixels = np.asarray(Image.open(io.BytesIO(record.image)), np.float32)
+        assert pixels.shape == (84, 84, 3)
+        cells = pixels.reshape(3, 28, 3, 28, 3).transpose(0, 2, 1, 3, 4).reshape(9, -1, 3)
+        held = {place: color for place, color, _ in record.facts}
+        for place, cell in zip(digits.places(*GRID), cells, strict=True):
+            brightest = cell[np.argsort(cell.sum(-1))[-20:]].mean(0)
+            assert (brightest.sum() > 150) == (place in held)
+            if place in held:
+                distance = {c: np.abs(brightest - rgb).sum() for c, rgb in digits.COLORS.items()}
+                assert min(distance, key=distance.get) == held[place]
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
+def test_a_complete_true_caption_answers_every_question(grid):
+    for record in scenes("heldout", grid=grid):
+        text = digits.caption(record.facts, len(record.facts))
+        assert len(record.questions) == 1 + 3 * len(record.facts)
+        for question in record.questions:
+            assert digits.lookup(text, question) == question.answer
+            assert len(question.choices) == len(set(question.choices)) == 4
+
+
+def test_a_caption_without_the_fact_answers_nothing():
+    for record in scenes("heldout"):
+        assert all(digits.lookup("digits: ", q) is None for q in record.questions)
+        wrong = digits.caption([("north", "red", 3)], None)
+        known = [q for q in record.questions if digits.lookup(wrong, q) is not None]
+        assert all("north" in q.text or q.text == "Where is the red three?" for q in known)
+
+
+def test_precision_and_recall_by_hand():
+    """Two of three facts and a wrong count; one statement wrong, one repeated, one no statement."""
+    said = (
+        "digits: north red three, north red three, center blue four, up down, "
+        "southeast red seven, total two"
+    )
+    assert digits.precision_recall(said, FACTS) == (3, 6, 2, 4)
+    complete = digits.caption(FACTS, 3)
+    assert digits.precision_recall(complete, FACTS) == (4, 4, 4, 4)
+    assert digits.precision_recall("", FACTS) == (0, 0, 0, 4)
+
+
+def test_a_reader_takes_the_first_of_contradicting_statements():
+    question = Question("Which digit is north?", ("four", "three"), 1)
+    assert digits.lookup("digits: north red four, north red three", question) == 0
+    assert digits.lookup("digits: north red five", question) is None
+
+
+def test_no_coloured_digit_twice_so_its_place_is_unambiguous():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        facts = digits.random_facts(rng, GRID, COUNTS)
+        assert COUNTS[0] <= len(facts) <= COUNTS[1]
+        assert len({f[1:] for f in facts}) == len({f[0] for f in facts}) == len(facts)

@@ -1,0 +1,91 @@
+"""The mesh, and where the rules put parameters and batches on it."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from caprl_jax.errors import UserError
+from caprl_jax.parallel import mesh
+
+
+def boxed(shape, names):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, np.float32), names)
+
+
+def spec(shape, names, **axes):
+    return mesh.param_shardings({"w": boxed(shape, names)}, mesh.layout(mesh.make_mesh(axes)))[
+        "w"
+    ].spec
+
+
+def test_one_axis_takes_what_is_left():
+    assert dict(mesh.make_mesh({"data": 2, "fsdp": -1}).shape) == {
+        "data": 2,
+        "fsdp": 4,
+        "tensor": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "shape", [{"data": 3}, {"fsdp": 4}, {"data": -1, "fsdp": -1}, {"tensor": 16}]
+)
+def test_a_mesh_that_does_not_fit_is_refused(shape):
+    with pytest.raises(ValueError, match="doesn't fit 8 devices"):
+        mesh.make_mesh(shape)
+
+
+def test_parameters_lie_as_the_rules_say():
+    assert spec((8, 16), ("embed", "mlp"), fsdp=4, tensor=2) == PartitionSpec(
+        ("fsdp",), ("tensor",)
+    )
+    assert spec((3, 8), ("layers", "norm"), fsdp=4, tensor=2) == PartitionSpec(None, None)
+
+
+def test_what_an_axis_does_not_divide_is_replicated():
+    """The 3B model's two key-value heads under tensor=4."""
+    found = spec((2048, 2, 128), ("embed", "kv_heads", None), fsdp=2, tensor=4)
+    assert found == PartitionSpec(("fsdp",), None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "axes", "nearest"),
+    [((12, 28), ("embed", "heads"), {"tensor": 8}, 7), ((6, 4), ("embed", "mlp"), {"fsdp": 8}, 6)],
+)
+def test_what_an_axis_does_not_divide_is_refused(shape, names, axes, nearest):
+    with pytest.raises(UserError, match=f"parameter w .*nearest that works is {nearest};"):
+        spec(shape, names, **axes)
+
+
+@pytest.mark.parametrize("rule", [{"head": "tensor"}, {"heads": "model"}, {"heads": "data,data"}])
+def test_a_rule_of_no_axis_is_refused(rule):
+    with pytest.raises(UserError, match="joined by commas"):
+        mesh.layout(mesh.make_mesh({"data": 8}), rule)
+
+
+def test_an_activation_yields_what_is_taken_or_does_not_divide():
+    rules = {"caches": "data,fsdp,tensor"}
+    on = mesh.layout(mesh.make_mesh({"fsdp": 4, "tensor": 2}), rules)
+    names = ("caches", "captions", None, "heads", None)
+    assert on.spec(names, (8, 3, 5, 8, 3)) == PartitionSpec(
+        ("data", "fsdp", "tensor"), None, None, None, None
+    )
+    # Of several axes the last ones go first, and are free for those that come after.
+    assert on.spec(names, (4, 3, 5, 8, 3)) == PartitionSpec(
+        ("data", "fsdp"), None, None, ("tensor",), None
+    )
+    assert on.spec(names, (2, 3, 5, 7, 3)) == PartitionSpec(("data",), None, None, None, None)
+
+
+def test_one_mesh_axis_twice_in_a_parameter_is_refused():
+    with pytest.raises(ValueError, match="one mesh axis twice"):
+        spec((8, 8), ("heads", "mlp"), tensor=2, fsdp=4)
+
+
+def test_batches_lie_over_data_and_fsdp():
+    on = mesh.layout(mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert mesh.batch_multiple(on) == 4
+    placed = mesh.put_batch({"x": np.arange(8), "none": None}, on)
+    assert placed["none"] is None
+    assert {s.data.tolist()[0] for s in placed["x"].addressable_shards} == {0, 2, 4, 6}

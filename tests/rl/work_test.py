@@ -1,0 +1,223 @@
+"""Work, not time: what the compiled step computes and moves, and what decoding must not copy.
+
+Where a change is meant to alter the figures, `python -m caprl_jax.bench --config=configs/tiny.py
+--naive` prints the new ones.
+"""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from caprl_jax.bench import naive
+from caprl_jax.decode import caches as decoding
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.models import families
+from caprl_jax.models.attention import KV
+from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.vision import VisionConfig, VisionTower
+from caprl_jax.models.vlm import Policy, Trunk
+from caprl_jax.parallel import hardware as chips
+from caprl_jax.parallel import mesh
+from caprl_jax.plan import plan
+from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan.hlo import costs as hlo_costs
+from caprl_jax.plan.hlo import work as hlo_work
+from caprl_jax.rl import rollout
+
+from .. import shipped
+from ..plan.plan_test import TABLES, tpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a rollout: a decoder, b images of p tokens, g captions of t."""
+
+    decoder: DecoderConfig
+    dtype: type
+    b: int
+    g: int
+    p: int
+    t: int
+
+    def cache(self, captions):
+        """Elements of a layer's keys, of all captions or prompts."""
+        c = self.decoder
+        rows = self.b * self.g * self.t if captions else self.b * self.p
+        return rows * c.kv_heads * c.head_dim
+
+    def weights(self):
+        """Elements of a layer's matrices, by name."""
+        c = self.decoder
+        q, k = (c.width * n * c.head_dim for n in (c.heads, c.kv_heads))
+        f = c.width * c.feed_forward
+        return {"q": q, "k": k, "v": k, "o": q, "gate": f, "up": f, "down": f}
+
+
+def decode_text(size, on, apart=None):
+    """The compiled text of a group's decoding after a trunk that is there; apart as for weights."""
+    c, vision = size.decoder, VisionConfig(12, 16, 2, 4, 24, size.decoder.width, 4, 2, (1,))
+    policy = Policy(Decoder(c, size.dtype), VisionTower(vision, size.dtype))
+    params = abstract.params(policy.init, on)
+
+    def of(dtype, *shape, before=()):
+        spec = jax.sharding.PartitionSpec(*before, on.rules["images"])
+        sharding = jax.sharding.NamedSharding(on.mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    kv = of(size.dtype, c.layers, size.b, size.p, c.kv_heads, c.head_dim, before=(None,))
+    trunk = Trunk(
+        None, of(size.dtype, size.b, c.width), KV(kv, kv, of(bool, size.b, size.p)),
+        of(jnp.int32, size.b),
+    )  # fmt: skip
+
+    def run(params, trunk, key):
+        with jax.named_scope("decode"):
+            weights = decoding.weights(policy, params, on, apart)
+            valid = jnp.ones(size.b, bool)
+            sampling = Sampling(size.t)
+            return rollout.decode(policy, weights, trunk, key, size.g, (5,), sampling, valid)
+
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(on))
+    return hlo_costs.hlo_text(jax.jit(run).lower(params, trunk, key).compile())
+
+
+def copies(text, least, layers):
+    """What is only moved in the decode loops, of at least so many bytes.
+
+    Returns:
+      (Counter of bytes written for each loop over layers, the same for all that is in the decode
+      loops beside them, bytes that a token reads and writes in the least of the decode loops).
+    """
+    by_layer, beside, moved = {}, collections.Counter(), collections.Counter()
+    program = hlo_costs.parse(text)
+    for v in hlo_costs.visits(program, unknown_trips=1):
+        if not any("/decode/" in loop.op_name for loop in v.loops):
+            continue
+        in_layers = v.loops[-1].trips == layers
+        found = by_layer.setdefault(v.loops, collections.Counter()) if in_layers else beside
+        where = program, v.computation, v.instruction
+        size = hlo_work.copied_bytes(*where)
+        found.update([size] if size >= least else [])
+        moved[v.loops[0]] += v.executions * hlo_work.hbm_bytes(*where)
+    return list(by_layer.values()), beside, min(moved.values())  # raises where no loop was found
+
+
+CPU = Size(DecoderConfig(256, 256, 3, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4)), jnp.float32, 8, 4,
+           40, 48)  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_cpu_copies_neither_weights_nor_caches_of_layers_that_lie_apart(apart, monkeypatch):
+    """Out of a stack of layers it copies each layer's for every token, which is why they don't."""
+    on = mesh.layout(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]), mesh.RULES, mesh.DECODE_RULES)
+    weights = collections.Counter(4 * n for n in CPU.weights().values())
+    if apart:  # in three stages; stacked in one, so that caches are of no weight's size
+        monkeypatch.setattr(rollout, "STAGE", 16)
+    text = decode_text(CPU, on, apart)
+    by_layer, beside, moved = copies(text, min(weights), CPU.decoder.layers)
+    assert not beside
+    assert bool(by_layer) != apart
+    for found in by_layer:
+        assert all(found[size] == count for size, count in weights.items())
+        caches = found - weights
+        assert sum(caches.values()) <= 4  # keys and values, of prompts and captions
+        assert max(caches) <= 4 * CPU.cache(captions=True)
+    assert moved >= CPU.decoder.layers * sum(4 * n for n in CPU.weights().values())
+
+
+# Larger than a TPU's VMEM all together, so that what is copied is copied in HBM.
+TPU = Size(DecoderConfig(4096, 2048, 6, 16, 2, 128, 8192, 1e4, 1e-6, True, (16, 24, 24)),
+           jnp.bfloat16, 16, 8, 256, 4096)  # fmt: skip
+
+
+@pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
+def test_a_tpu_copies_neither_weights_nor_caches(tables):
+    devices = tpu("v5e:2x4")
+    on = mesh.layout(mesh.make_mesh({"fsdp": -1, "tensor": 2}, devices), *tables)
+    weights, caches = TPU.weights(), [TPU.cache(captions) for captions in (False, True)]
+    least = 2 * min(*weights.values(), *caches) // len(devices)  # the smallest part of one
+    by_layer, beside, moved = copies(decode_text(TPU, on), least, TPU.decoder.layers)
+    assert by_layer and not any(by_layer) and not beside
+    # And they are there to be copied: most of the weights stay in HBM, which every token reads.
+    part = 2 * TPU.decoder.layers * sum(weights.values()) // on.mesh.shape["tensor"]
+    assert moved >= part / 2
+
+
+# Of one image: (tree, naive), as the bench prints them.
+PINNED_TFLOP = {
+    "prefill": (0.00008562, 0.00068498),
+    "decode": (0.0003230, 0.0003230),
+    "score": (0.002610, 0.020507),
+    "update": (0.002860, 0.006878),
+}
+PINNED_GB = {
+    "prefill": (0.01728, 0.06760),
+    "decode": (0.1935, 0.2030),
+    "score": (0.3780, 2.7845),
+    "update": (0.7425, 1.3928),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """configs/tiny.py."""
+    return shipped.module("tiny").get_config()
+
+
+@pytest.fixture(scope="module")
+def compared(tiny):
+    return naive.compare(tiny)
+
+
+def test_flops_and_bytes_are_as_recorded(compared):
+    for pinned, unit, name in ((PINNED_TFLOP, 1e12, "flops"), (PINNED_GB, 1e9, "hbm_bytes")):
+        for phase, expected in pinned.items():
+            both = (work.phases[phase] for work in (compared.tree, compared.naive))
+            found = tuple(getattr(floor, name) / unit for floor in both)
+            assert found == pytest.approx(expected, rel=0.05), (phase, name)
+
+
+@pytest.mark.slow  # it compiles the same step once more
+def test_the_trees_figures_are_the_plans(tiny, compared, monkeypatch):
+    monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:1])
+    assert plan.make(naive.smallest(tiny), "local").floors == compared.tree.phases
+
+
+def test_what_is_repeated_is_counted(tiny, compared):
+    """By hand: a prompt for each caption, and a whole sequence for each question.
+
+    The tree's judge has read its instruction before, once a run.
+    """
+    both = {name: (f, compared.naive.phases[name]) for name, f in compared.tree.phases.items()}
+    g, n = tiny.caprl.group, tiny.caprl.questions
+    assert both["prefill"][1].flops == g * both["prefill"][0].flops
+    assert both["decode"][1].flops == pytest.approx(both["decode"][0].flops, rel=1e-3)
+    s, t, q = abstract.INSTRUCTION, tiny.sampling.max_tokens, tiny.data.max_question
+    c = families.build(abstract.model_config(tiny.judge.path)).decoder.config
+    one = functools.partial(judge_flops, c)
+    asked = one(q, s + t, ends=1) + 2 * abstract.LETTERS * c.width
+    tree = g * one(t, s, ends=0) + g * n * asked
+    whole = one(s, 0, ends=s) + one(t, s, ends=0) + asked
+    # Of products with one row, the last layer's attention, the compiler forgets whose they are.
+    score = [sum(both[phase][i].flops for phase in ("score", "other")) for i in range(2)]
+    assert score == [tree, g * n * whole]
+    assert 2 < both["update"][1].flops / both["update"][0].flops < g
+    for work in (compared.tree, compared.naive):
+        assert work.traced_flops == work.whole.flops
+    told = naive.tell(compared)
+    assert all(phase in told for phase in both if phase != "other") and f"{g:.2f}" in told
+
+
+def judge_flops(c, length, past, ends):
+    """Of `length` tokens after `past` others, causal blocks counted whole.
+
+    The last layer computes keys and values of all of them, and the rest of `ends` alone.
+    """
+    heads = c.head_dim * c.heads
+    keys = 2 * c.width * c.head_dim * c.kv_heads
+    rest = c.width * (2 * heads + 3 * c.feed_forward) + 2 * heads * (past + length)
+    return 2 * (c.layers * length * keys + ((c.layers - 1) * length + ends) * rest)

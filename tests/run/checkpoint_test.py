@@ -1,0 +1,64 @@
+"""What may change between a run and its continuation."""
+
+import json
+
+import pytest
+
+from caprl_jax import config as config_lib
+from caprl_jax.config import ConfigError
+from caprl_jax.run import checkpoint
+
+from .. import shipped
+
+
+def values(config):
+    """As a checkpoint holds them."""
+    return json.loads(config.to_json())
+
+
+def read(name, argument=""):
+    return values(shipped.module(name).get_config(argument))
+
+
+@pytest.mark.parametrize("hardware", ["v6e_16", "v5p_8", "v5p_64", "h200_8"])
+def test_a_run_goes_on_on_other_chips(hardware):
+    here, there = read("3b"), read("3b", hardware)
+    assert checkpoint.differences(here, there) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"caprl.micro_batches": 4, "caprl.prefill_batches": 2, "caprl.score_batches": 8},
+        {"data.threads": 1, "policy.remat": "full", "caprl.reuse": "rollout"},
+        {"caprl.buckets": 4},
+        {"steps": 7, "mesh.fsdp": 2, "mesh.rules.mlp": "", "eval.batch": 4},
+    ],
+)
+def test_what_results_do_not_depend_on_may_change(changes):
+    c = config_lib.default()
+    before = values(c)
+    c.update_from_flattened_dict(changes)
+    assert values(c) != before
+    assert checkpoint.differences(before, values(c)) == []
+
+
+def test_a_run_from_before_a_key_did_what_its_default_says():
+    c = config_lib.default()
+    before = values(c)
+    del before["caprl"]["slots"]
+    assert checkpoint.differences(before, values(c)) == []
+    c.caprl.slots = 2
+    assert checkpoint.differences(before, values(c)) == ["caprl.slots was 0, is 2"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"caprl.group": 4}, {"data.batch": 64}, {"policy.freeze_vision": True}, {"seed": 9}]
+)
+def test_anything_else_makes_another_run(changes):
+    c = config_lib.default()
+    before = values(c)
+    c.update_from_flattened_dict(changes)
+    (key,) = changes
+    with pytest.raises(ConfigError, match=f"another config: {key} was "):
+        checkpoint._check_same(before, values(c))

@@ -1,0 +1,120 @@
+"""Two programs through text give what one program gives, where the tokenizers are the same."""
+
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from caprl_jax.config import ConfigError
+from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.models.hf import download as sources
+from caprl_jax.run import build as objectives
+from caprl_jax.run.through_text import Retokeniser
+
+from ..train_test import tiny
+
+POLICY, JUDGE = sources.fetch("asset:tiny/policy"), sources.fetch("asset:tiny/judge")
+
+
+@pytest.fixture(scope="module")
+def renumbered(tmp_path_factory):
+    """The shipped judge with the ids of two ordinary tokens exchanged, weights accordingly."""
+    import safetensors.numpy
+
+    directory = tmp_path_factory.mktemp("models") / "judge"
+    shutil.copytree(JUDGE, directory)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    first, second = vocab["Ġred"], vocab["Ġblue"]
+    vocab["Ġred"], vocab["Ġblue"] = second, first
+    path.write_text(json.dumps(content))
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name][[first, second]] = tensors[name][[second, first]]
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def test_retokenising_gives_the_judges_ids_and_says_what_it_cut(renumbered):
+    policy, other = (Tokenizer.from_pretrained(d, 512) for d in (POLICY, renumbered))
+    texts = ["digits: west red three", "digits: east blue one, west red two, total two"]
+    ids = [[*policy.encode(t), *policy.encode("<|im_end|>")] for t in texts]
+    tokens = np.zeros((1, 2, 16), np.int64)
+    for i, own in enumerate(ids):
+        tokens[0, i, : len(own)] = own
+    mask = np.arange(16) < np.asarray([[[len(i)] for i in ids]])
+    found, real, cut = Retokeniser(policy, other, 8)(tokens, mask)
+    expected = [other.encode(t) for t in texts]
+    assert found.shape == (1, 2, 8) and len(expected[0]) <= 8 < len(expected[1])
+    assert found[0, 0][real[0, 0]].tolist() == expected[0] != policy.encode(texts[0])
+    assert found[0, 1].tolist() == expected[1][:8]
+    assert cut.tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
+def test_two_programs_share_no_reading(tmp_path, renumbered, reuse):
+    c = tiny(tmp_path, **{
+        "judge.path": str(renumbered), "caprl.updates": 1, "caprl.reuse": reuse,
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match=r"tokenizers differ (?s:.*)caprl.reuse to none"):
+        objectives.caprl(c, SetAside())
+
+
+@pytest.mark.slow
+def test_two_programs_equal_one(tmp_path, renumbered, caplog):
+    """With the same judge under other ids, a step through text is the step on device."""
+    # Greedy letters and captions that stop early: nothing is cut or drawn in between.
+    settings = {"sampling.max_tokens": 24, "steps": 2, "judge.max_caption": 40}
+    results = []
+    for judge in ("asset:tiny/judge", str(renumbered)):
+        c = tiny(tmp_path, **settings, **{"judge.path": judge})
+        with caplog.at_level(logging.WARNING):
+            objective = objectives.caprl(c, SetAside())
+        state = objective.state
+        initial = jax.device_get(state.params)
+        key = jax.device_put(jax.random.key(0), state.step.sharding)
+        data = objective.data(0)
+        for _ in range(2):
+            batch = objective.place(next(data))
+            with jax.transfer_guard("disallow"):
+                state, metrics = objective.step(state, batch, key)
+        data.close()
+        assert objective.traces() == 1
+        evaluated, _ = objective.evaluate(state.params)
+        results.append((jax.device_get((state.params, metrics)), evaluated))
+    assert "tokenizers differ" in caplog.text and "two programs" in caplog.text
+    (one, metrics), evaluated = results[0]
+    (two, other), evaluated_two = results[1]
+    cut = other.pop("captions_cut")
+    assert cut[0] == 0 and cut[1] == 16
+    for gap in (metrics.pop("logp_gap"), other.pop("logp_gap")):  # itself rounding noise
+        assert gap[0] / gap[1] < 1e-5
+    assert metrics.keys() == other.keys()
+    for name, (total, count) in metrics.items():
+        np.testing.assert_allclose(other[name], (total, count), rtol=1e-3, atol=1e-5, err_msg=name)
+    # Where a gradient is nearly zero Adam makes a step of its noise: so all together, not each.
+    apart = optax.tree.norm(jax.tree.map(np.subtract, two, one))
+    moved = optax.tree.norm(jax.tree.map(np.subtract, one, initial))
+    assert moved > 0.1 and apart < 2e-3 * moved
+    for name in ("accuracy_greedy", "accuracy_sampled"):
+        assert abs(evaluated[name] - evaluated_two[name]) < 0.02
+
+
+@pytest.mark.slow
+def test_splicing_is_measured_and_catches_a_boundary_that_moves(tmp_path):
+    """The shipped prompt splices cleanly; one with a space before the caption does not."""
+    c = tiny(tmp_path)
+    objective = objectives.caprl(c, SetAside())
+    found, _ = objective.evaluate(objective.state.params)
+    assert found["splice_ids_differ"] == 0 and found["splice_letters_differ"] == 0
+    # A space joins the word after it, in whole text.
+    c.judge.prompt = c.judge.prompt.replace("\n{caption}", " {caption}")
+    objective = objectives.caprl(c, SetAside())
+    found, _ = objective.evaluate(objective.state.params)
+    assert found["splice_ids_differ"] > 0.5
