@@ -1,9 +1,13 @@
 """CapRL in JAX: reinforcement learning of image captions, scored by a judge that reads."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from caprl_jax.api import LoadedJudge, LoadedPolicy, load_judge, load_policy
+
+# `python -m caprl_jax.convert` finds commands/convert.py.
+__path__.append(str(Path(__file__).parent / "commands"))
 
 __all__ = ["LoadedJudge", "LoadedPolicy", "load_judge", "load_policy"]
 

@@ -12,12 +12,12 @@ caprl_jax.judge, caprl_jax.rl.step.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
@@ -27,26 +27,23 @@ from caprl_jax.data import records
 from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
+from caprl_jax.decode.lengths import bucket
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.models.families import ModelDirectoryError
-from caprl_jax.models.vision import Images, batch_images, lay_out, windows_of
+from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.models.vision import Images, batch_images, pad_to_windows, window_count
 from caprl_jax.models.vlm import Policy, Prompt
-from caprl_jax.parallel import axes as logical
+from caprl_jax.parallel import axes
 from caprl_jax.parallel import mesh as mesh_lib
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl import judge as judge_lib
-from caprl_jax.rl import rollout
-from caprl_jax.run import compile as programs
-from caprl_jax.run import load as startup
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.rl.judge import Judge, Judging, Mode, judge
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Batch, Captions, Decoding, Questions, Rollout, Verdicts
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import load
+from caprl_jax.settings import make
 
 PROMPT = "Describe the image in detail."
 Picture = Image.Image | np.ndarray | bytes | str | Path
-
-
-def _bucket(size: int) -> int:
-    """size rounded up to 1, 2, 3, 4, 6, 8, 12, 16, ..: few shapes, so few programs."""
-    power = 1 << max(math.ceil(math.log2(max(size, 1))) - 1, 0)
-    return next(b for b in (power, power + power // 2, 2 * power) if b >= size)
 
 
 def _picture(image: Picture) -> Image.Image:
@@ -72,7 +69,7 @@ class LoadedPolicy:
       params: their parameters.
       tokenizer: of its directory.
       processor: of its directory.
-      layout: where the parameters lie.
+      rules: mesh and shard rules of the parameters.
       directory: where they were read.
     """
 
@@ -80,7 +77,7 @@ class LoadedPolicy:
     params: Any
     tokenizer: Tokenizer
     processor: ImageProcessor
-    layout: Layout
+    rules: ShardRules
     directory: Path
 
     def inputs(self, images: Sequence[Picture], prompt: str = PROMPT) -> tuple[Images, Prompt]:
@@ -100,10 +97,10 @@ class LoadedPolicy:
         mrope = self.modules.decoder.config.mrope_section is not None
         filler = PolicyPrompt.create(self.tokenizer, prompt, vision, mrope)
         found = [self.processor(_picture(image)) for image in images]
-        windows = _bucket(max(windows_of(grid, vision) for _, grid in found))
+        windows = bucket(max(window_count(grid, vision) for _, grid in found))
         features = max(rows * columns for _, (rows, columns) in found) // vision.merge**2
-        length = _bucket(filler.length(features))
-        laid = batch_images([lay_out(p, grid, vision, windows) for p, grid in found])
+        length = bucket(filler.length(features))
+        laid = batch_images([pad_to_windows(p, grid, vision, windows) for p, grid in found])
         prompts = [filler.fill(grid, length) for _, grid in found]
         return laid, jax.tree.map(lambda *a: np.stack(a), *prompts)
 
@@ -111,12 +108,10 @@ class LoadedPolicy:
         self,
         images: Sequence[Picture],
         prompt: str = PROMPT,
+        *,
         group: int = 1,
-        max_tokens: int = 512,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int = 0,
+        **sampling: Any,
     ) -> list[list[str]]:
         """Captions, `group` for each image: [b][group] texts.
 
@@ -124,14 +119,16 @@ class LoadedPolicy:
           images: as for inputs.
           prompt: the user's text after the image.
           group: captions per image; they share one reading of it.
-          max_tokens: longer captions are cut.
-          temperature: of the softmax; 0 is greedy.
-          top_k: see sampling.Sampling.
-          top_p: see sampling.Sampling.
-          seed: of the draws.
+          seed: seed of the draws.
+          **sampling: fields of decode.sampling.Sampling: max_tokens (512; longer captions are cut),
+            temperature (here 0, greedy), top_k, top_p.
+
+        Raises:
+          ConfigError: a field of sampling is unknown or out of range.
         """
-        sampling = Sampling(max_tokens, temperature, top_k, top_p)
-        found = self.sample(*self.inputs(images, prompt), jax.random.key(seed), group, sampling)
+        how = make(Sampling, {"temperature": 0.0} | sampling)
+        key = jax.random.key(seed)
+        found = self.sample(*self.inputs(images, prompt), group=group, sampling=how, key=key)
         tokens, mask = jax.device_get((found.tokens, found.mask))
         return [
             [self.tokenizer.decode(ids[real]) for ids, real in zip(*image, strict=True)]
@@ -142,21 +139,20 @@ class LoadedPolicy:
         self,
         images: Images,
         prompt: Prompt,
-        key: jax.Array,
+        *,
         group: int,
         sampling: Sampling,
-    ) -> rollout.Rollout:
-        """rollout.sample on arrays as `inputs` makes them; Rollout [b, group, t], first b rows."""
+        key: jax.Array,
+    ) -> Rollout:
+        """rl.rollout on arrays as `inputs` makes them: Rollout [b, group, t], first b rows."""
         count = prompt.tokens.shape[0]
-        images, prompt = self._placed((images, prompt))
-        found = _sample(
-            self.modules, group, self.tokenizer.stop, sampling, self.layout, self.params, images,
-            prompt, key,
-        )  # fmt: skip
+        images, prompt = _put((images, prompt), self.rules)
+        decoding = Decoding(group, self.tokenizer.stop, sampling)
+        found = _sample(self.rules, self.modules, decoding, self.params, images, prompt, key)
         return jax.tree.map(lambda a: a[:count], found)
 
     def logits(self, images: Sequence[Picture], texts: Sequence[str], prompt: str = PROMPT):
-        """What the policy predicts at each token of a given caption of each image.
+        """The policy's logits at each token of a given caption of each image.
 
         Args:
           images: as for inputs, b of them.
@@ -170,37 +166,35 @@ class LoadedPolicy:
         if len(texts) != len(images):
             raise ValueError(f"{len(texts)} texts for {len(images)} images: one each is needed")
         ids = [self.tokenizer.encode_caption(text) for text in texts]
-        length = _bucket(max(map(len, ids)))
+        length = bucket(max(map(len, ids)))
         tokens = np.stack([pad(i, length) for i in ids])
         mask = np.arange(length) < np.asarray([[len(i)] for i in ids])
-        arrays = self._placed((*self.inputs(images, prompt), tokens[:, None], mask[:, None]))
-        found = _logits(self.modules, self.layout, self.params, *arrays)
+        arrays = (*self.inputs(images, prompt), tokens[:, None], mask[:, None])
+        found = _logits(self.rules, self.modules, self.params, *_put(arrays, self.rules))
         return found[: len(texts), 0], tokens, mask
 
-    def _placed(self, arrays: Any) -> Any:
-        return _put(arrays, self.layout)
 
-
-def _put(arrays: Any, layout: Layout) -> Any:
+def _put(arrays: Any, rules: ShardRules) -> Any:
     """Fills the batch axis up to a multiple of the mesh's, with copies, and places it."""
-    multiple = mesh_lib.batch_multiple(layout)
+    multiple = mesh_lib.batch_multiple(rules)
 
     def filled(a):
         return np.resize(a, (-(-len(a) // multiple) * multiple, *a.shape[1:]))
 
-    return mesh_lib.put_batch(jax.tree.map(filled, arrays), layout)
+    return mesh_lib.put_batch(jax.tree.map(filled, arrays), rules)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _sample(modules, group, stop, sampling, layout, params, images, prompt, key):
-    return rollout.sample(
-        modules, params, images, prompt, key, group, stop, sampling, layout=layout
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(rules, modules, decoding, params, images, prompt, key):
+    valid = jnp.ones(prompt.tokens.shape[0], bool)
+    batch = Batch(images, prompt, questions=None, valid=valid)
+    with axes.using(rules):
+        return rollout(modules, params, batch, decoding=decoding, key=key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(modules, layout, params, images, prompt, tokens, mask):
-    with logical.using(layout):
+def _logits(rules, modules, params, images, prompt, tokens, mask):
+    with axes.using(rules):
         trunk = modules.trunk(params, images, prompt)
         return modules.logits(params, modules.branches(params, trunk, tokens, mask))
 
@@ -214,7 +208,7 @@ class LoadedJudge:
       params: their parameters.
       tokenizer: of its directory.
       prompt: around captions and questions.
-      layout: where the parameters lie.
+      rules: mesh and shard rules of the parameters.
       directory: where they were read.
     """
 
@@ -222,26 +216,27 @@ class LoadedJudge:
     params: Any
     tokenizer: Tokenizer
     prompt: JudgePrompt
-    layout: Layout
+    rules: ShardRules
     directory: Path
 
     @functools.cached_property
-    def instruction(self) -> judge_lib.Instruction:
-        """The prompt's fixed part, read once."""
-        prompt = jax.device_put(self.prompt.instruction(), mesh_lib.replicated(self.layout))
-        return programs.read_instruction(
-            self.modules.decoder, self.params["decoder"], prompt, self.layout
-        )
+    def model(self) -> Judge:
+        """The judge for rl.judge.judge, its instruction read once."""
+        prompt = jax.device_put(self.prompt.instruction(), mesh_lib.replicated(self.rules))
+        decoder, params = self.modules.decoder, self.params["decoder"]
+        read = compile_lib.read_instruction(decoder, params, prompt, self.rules)
+        return Judge(decoder, params, read)
 
     def score(
         self,
         captions: Sequence[Sequence[str]] | Sequence[str],
         questions: Sequence[Sequence[Mapping[str, Any]]],
-        mode: judge_lib.Mode = "expected",
+        *,
+        mode: Mode = "expected",
         temperature: float = 0.6,
         shuffle: bool = True,
         seed: int = 0,
-    ) -> judge_lib.Verdicts:
+    ) -> Verdicts:
         """Has captions judged on questions, each caption on all of its image's.
 
         Args:
@@ -268,39 +263,36 @@ class LoadedJudge:
             )
         tokens, mask = self._tokens(groups)
         asked = self._questions(questions, np.random.default_rng(seed) if shuffle else None)
-        arrays = _put((tokens, mask, asked), self.layout)
-        found = _score(
-            self.modules.decoder, mode, temperature, self.layout, self.params["decoder"],
-            self.instruction, *arrays, jax.random.key(seed),
-        )  # fmt: skip
+        arrays = _put((Captions(tokens, mask), asked), self.rules)
+        judging = make(Judging, {"mode": mode, "temperature": temperature})
+        found = _score(self.rules, judging, self.model, *arrays, jax.random.key(seed))
         return jax.tree.map(lambda a: a[: len(groups)], jax.device_get(found))
 
     def _tokens(self, groups: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
         ids = [[self.tokenizer.encode_caption(text) for text in group] for group in groups]
-        length = _bucket(max(len(i) for group in ids for i in group))
+        length = bucket(max(len(i) for group in ids for i in group))
         tokens = np.stack([np.stack([pad(i, length) for i in group]) for group in ids])
         lengths = np.asarray([[[len(i)] for i in group] for group in ids])
         return tokens, np.arange(length) < lengths
 
-    def _questions(self, asked, rng: np.random.Generator | None) -> judge_lib.Questions:
+    def _questions(self, asked, rng: np.random.Generator | None) -> Questions:
         parsed = [[records.parse_question(q) for q in own] for own in asked]
         shown = [[questions_lib.present(q, rng) for q in own] for own in parsed]
         most = max(map(len, shown))
-        longest = _bucket(max(len(self.prompt.tail(p)) for own in shown for p in own))
+        longest = bucket(max(len(self.prompt.tail(p)) for own in shown for p in own))
         rows = [self.prompt.arrays(own, most, longest) for own in shown]
         return jax.tree.map(lambda *a: np.stack(a), *rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _score(decoder, mode, temperature, layout, params, instruction, tokens, mask, questions, key):
-    with logical.using(layout):
-        return judge_lib.score(
-            decoder, params, instruction, tokens, mask, questions, key, mode, temperature
-        )
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(rules, judging, model, captions, questions, key):
+    with axes.using(rules):
+        return judge(model, captions, questions, judging=judging, key=key)
 
 
 def load_policy(
     path: str | Path,
+    *,
     dtype: Any = None,
     mesh: Mesh | None = None,
     revision: str = "",
@@ -312,24 +304,25 @@ def load_policy(
       path: a directory in Hugging Face format, a gs:// URL of one, a hub id, or
         "asset:tiny/policy", the one that ships.
       dtype: of the computation; default bfloat16 on accelerators, float32 on CPU.
-      mesh: where the parameters go, as caprl_jax.parallel.mesh.make_mesh makes it; default all devices on
-        the axis fsdp.
+      mesh: where the parameters go, as caprl_jax.parallel.mesh.make_mesh makes it; default all
+        devices on the axis fsdp.
       revision: of a hub id.
       param_dtype: of the parameters; default that of the computation.
 
     Raises:
       ModelDirectoryError: there is no such model, or it is not supported.
     """
-    loaded = _load(path, dtype, mesh, revision, param_dtype)
+    loaded = _load(path, revision, mesh, dtype, param_dtype)
     modules, directory = loaded[0], loaded[-1]
     if modules.vision is None:
         raise ModelDirectoryError(f"{path} holds a model without vision: load_judge reads it")
-    processor = startup.image_processor(directory, modules.vision.config)
+    processor = load.image_processor(directory, modules.vision.config)
     return LoadedPolicy(*loaded[:3], processor, *loaded[3:])
 
 
 def load_judge(
     path: str | Path,
+    *,
     dtype: Any = None,
     mesh: Mesh | None = None,
     revision: str = "",
@@ -346,7 +339,7 @@ def load_judge(
       ModelDirectoryError: there is no such model, or it is not supported.
       ValueError: prompt lacks its fields.
     """
-    loaded = _load(path, dtype, mesh, revision, param_dtype)
+    loaded = _load(path, revision, mesh, dtype, param_dtype)
     if loaded[0].vision is not None:
         raise ModelDirectoryError(
             f"{path} holds a model with vision: a judge never sees the image. load_policy reads it"
@@ -354,10 +347,10 @@ def load_judge(
     return LoadedJudge(*loaded[:3], JudgePrompt.create(loaded[2], prompt), *loaded[3:])
 
 
-def _load(path, dtype, mesh, revision, param_dtype):
-    on = mesh_lib.layout(mesh_lib.make_mesh({"fsdp": -1}) if mesh is None else mesh)
-    dtype = programs.default_dtype() if dtype is None else dtype
-    modules, directory = startup.read_model(str(path), revision, dtype)
+def _load(path, revision, mesh, dtype, param_dtype):
+    rules = mesh_lib.shard_rules(mesh_lib.make_mesh({"fsdp": -1}) if mesh is None else mesh)
+    dtype = compile_lib.default_dtype() if dtype is None else dtype
+    modules, directory = load.read_model(str(path), revision, dtype)
     tokenizer = Tokenizer.from_pretrained(directory, modules.decoder.config.vocab)
-    params = startup.load_frozen(modules, directory, on, param_dtype or dtype)
-    return modules, params, tokenizer, on, directory
+    params = load.load_frozen(modules, directory, rules, param_dtype or dtype)
+    return modules, params, tokenizer, rules, directory

@@ -1,185 +1,196 @@
-"""Every key that a config may set, its default, and the checks that need nothing else."""
+"""Configs: made from the settings of each room, checked, and described by them.
 
-import contextlib
-import difflib
+A file in configs/ starts from `default()` and changes what its run needs. Every key is a field of one
+of the dataclasses in `sections()`, which holds its default, meaning and range.
+"""
+
+import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 
+from caprl_jax.data.settings import Data, Sft
+from caprl_jax.data.sources import SOURCES
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import UserError
-from caprl_jax.models.layers import REMAT
-from caprl_jax.parallel import mesh
-from caprl_jax.rl.judge import MODES
-from caprl_jax.rl.policy_gradient import ADVANTAGES
-from caprl_jax.rl.types import REUSE, Settings
+from caprl_jax.errors import ConfigError, did_you_mean
+from caprl_jax.parallel.settings import MeshSettings
+from caprl_jax.registry import Choice, Registry
+from caprl_jax.rl.advantages import ADVANTAGES
+from caprl_jax.rl.kl import KL_ESTIMATORS
+from caprl_jax.rl.losses import AGGREGATIONS, LOSSES
+from caprl_jax.rl.rewards import REWARDS, Term
+from caprl_jax.rl.settings import Caprl
+from caprl_jax.run.optimizer import Optimizer
+from caprl_jax.run.settings import (
+    Checkpointing,
+    Evaluation,
+    Export,
+    General,
+    JudgeSettings,
+    PolicySettings,
+)
+from caprl_jax.run.sinks import SINKS
+from caprl_jax.settings import default_of, is_section, make, of
 
+__all__ = ["ConfigError", "default", "validate"]
 
-class ConfigError(UserError):
-    """A config that can't run; the message names the key and the way out."""
-
-
-@contextlib.contextmanager
-def about(key: str) -> Iterator[None]:
-    """Turns a ValueError into a ConfigError that names the key, or section, it is about."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as e:
-        raise ConfigError(f"config.{key}: {e}") from e
-
-
-def default() -> ml_collections.ConfigDict:
-    """All keys with their defaults; a file in configs/ changes what its run needs."""
-    c = ml_collections.ConfigDict()
-    c.seed = 0
-    c.objective = "caprl"  # or "sft"
-    c.steps = 100
-    c.log_every = 1
-    c.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
-
-    c.policy = ml_collections.ConfigDict()
-    # A directory in Hugging Face format, a gs:// URL of one, a hub id, or asset: (shipped).
-    c.policy.path = "asset:tiny/policy"
-    c.policy.revision = ""  # of a hub id: branch, tag or commit
-    c.policy.init = "pretrained"  # or "random": only config.json, tokenizer and processor are read
-    c.policy.prompt = "Describe the image in detail."
-    c.policy.freeze_vision = False
-    # What the gradient of each layer computes again: "none" but attention's scores; all but
-    # products with weights, "products"; or all that is inside a layer, "full".
-    c.policy.remat = "none"
-
-    c.judge = ml_collections.ConfigDict()
-    c.judge.path = "asset:tiny/judge"
-    c.judge.revision = ""
-    c.judge.prompt = ""  # user turn with {caption} and {question}; empty: data/questions.py's own
-    c.judge.mode = "expected"  # or "sampled", "greedy"
-    c.judge.temperature = 0.6
-    # Bucket of a caption in the judge's tokens, where its tokenizer is not the policy's; 0 is twice
-    # sampling.max_tokens.
-    c.judge.max_caption = 0
-
-    c.sampling = ml_collections.ConfigDict()
-    c.sampling.max_tokens = 512
-    c.sampling.temperature = 1.0
-    c.sampling.top_k = 0
-    c.sampling.top_p = 1.0
-
-    c.caprl = ml_collections.ConfigDict()
-    c.caprl.group = 8  # captions per image, G
-    # Captions of an image drawn at once; the next begins as one ends, so that few wait for the
-    # longest. 0: all. Quicker where decoding is bound by FLOPs and lengths differ.
-    c.caprl.slots = 0
-    c.caprl.questions = 4  # per caption, N
-    c.caprl.advantage = "grpo"  # or "rloo"
-    c.caprl.clip = 0.2
-    c.caprl.kl = 0.0  # coefficient of the KL to the initial policy; 0 holds no reference
-    c.caprl.updates = 1  # per rollout
-    c.caprl.micro_batches = 1  # pieces of the batch for the update's gradients,
-    c.caprl.rollout_batches = 1  # for captioning, where caches for all don't fit,
-    c.caprl.prefill_batches = 0  # for reading images and prompts; 0: as many,
-    c.caprl.score_batches = 0  # and for the judge; 0: as many
-    # Lengths for which judge and update are compiled, in even steps up to the longest a caption may
-    # have: a piece of the batch is cut to the shortest that holds its captions.
-    c.caprl.buckets = 1
-    # Of what the update computes gradients alone, since captioning has computed the rest: "none",
-    # "prefill" (images and prompts) or "rollout" (captions too: a token then takes every product of
-    # the decoder in memory). Needs updates = 1 and a batch in one piece.
-    c.caprl.reuse = "none"
-    c.caprl.accuracy_weight = 1.0
-    c.caprl.length_weight = 0.0
-    c.caprl.length_full = 2048  # tokens up to which the length reward is 1
-    c.caprl.length_none = 3072  # tokens from which it is 0
-
-    c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.learning_rate = 1e-6
-    c.optimizer.schedule = "cosine"  # or "constant"; both after the warm-up
-    c.optimizer.warmup_steps = 20
-    c.optimizer.final = 0.1  # of the learning rate, at the end of the cosine
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.95
-    c.optimizer.weight_decay = 0.0
-    c.optimizer.clip_norm = 1.0
-
-    c.data = ml_collections.ConfigDict()
-    c.data.source = "digits"  # or "files": parquet or JSON lines, see data/files.py
-    c.data.path = ""  # of files: one, a pattern, or a directory
-    c.data.data_dir = ""  # where datasets lie; empty: tensorflow-datasets' default
-    c.data.rows = 3
-    c.data.columns = 3
-    c.data.digits = (2, 5)  # least and most per scene
-    c.data.train = 4096  # scenes
-    c.data.heldout = 128  # scenes, or rows of the files
-    c.data.task = "caption"  # what sft learns: "caption" (a policy) or "judge"
-    c.data.batch = 128  # images per step, over all processes
-    c.data.epochs = 0  # passes over the data; 0: as many as the steps need
-    c.data.replacement = True  # draw questions with replacement
-    c.data.shuffle_options = True
-    c.data.per_caption = False  # each caption its own questions, instead of one set per image
-    c.data.min_pixels = 0  # least area of an image; 0: as preprocessor_config.json says
-    c.data.max_pixels = 0  # and largest; larger ones are scaled down
-    c.data.max_windows = 16  # buckets: an image's windows (of Qwen3-VL: its features),
-    c.data.max_prompt = 1280  # a prompt's tokens, image included,
-    c.data.max_question = 256  # a question's tokens
-    c.data.threads = 4
-
-    c.sft = ml_collections.ConfigDict()
-    c.sft.max_tokens = 48  # bucket of a branch
-    c.sft.questions = 4  # per caption, for the judge: answered by letter
-    c.sft.open_questions = 4  # per caption, for the judge: answered in words
-    c.sft.probes = 5  # cells asked per image, for the policy
-    c.sft.captions = 3  # per image, for the policy
-    c.sft.stated = (0.55, 0.35, 0.1)  # probability of stating 1, 2, .. facts
-    c.sft.count = 0.2  # probability of stating the count
-
-    c.eval = ml_collections.ConfigDict()
-    c.eval.every = 100  # steps; 0: only before and after
-    c.eval.images = 64
-    c.eval.batch = 32
-    c.eval.group = 4  # sampled captions per image
-    c.eval.shown = 8  # images in the report
-
-    c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.every = 100  # steps; one is always written at the end
-    c.checkpoint.keep = 2
-
-    c.export = ml_collections.ConfigDict()
-    c.export.when = "end"  # write the trained model to WORKDIR/export; or "checkpoints", "never"
-    c.export.dtype = "float32"  # of its weights; or "bfloat16"
-
-    c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = 1
-    c.mesh.fsdp = -1  # what is left
-    c.mesh.tensor = 1
-    # Which mesh axes each logical axis is cut over (mesh.py), in training and scoring,
-    c.mesh.rules = ml_collections.ConfigDict(mesh.RULES)
-    # and while captions are decoded: weights are cast and moved there once before.
-    c.mesh.decode_rules = ml_collections.ConfigDict(mesh.DECODE_RULES)
-    return c.lock()
-
-
-_ONE_OF = {
-    "objective": ("caprl", "sft"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "policy.init": ("pretrained", "random"),
-    "policy.remat": tuple(REMAT),
-    "judge.mode": MODES,
-    "caprl.advantage": tuple(ADVANTAGES),
-    "caprl.reuse": REUSE,
-    "optimizer.schedule": ("cosine", "constant"),
-    "export.when": ("end", "checkpoints", "never"),
-    "export.dtype": ("float32", "bfloat16"),
-    "data.source": ("digits", "files"),
-    "data.task": ("caption", "judge"),
+CHOICES: dict[str, Registry] = {  # keys of the section caprl that name an entry with options
+    "advantage": ADVANTAGES,
+    "loss": LOSSES,
+    "aggregation": AGGREGATIONS,
+    "kl_estimator": KL_ESTIMATORS,
 }
-_POSITIVE = (
-    "steps", "sampling.max_tokens", "caprl.group", "caprl.questions", "caprl.updates",
-    "caprl.micro_batches", "data.batch", "eval.images", "eval.batch", "eval.group", "log_every",
-    "checkpoint.every", "checkpoint.keep", "data.max_windows", "data.max_prompt",
-    "data.max_question", "data.rows", "data.columns", "judge.temperature",
-)  # fmt: skip
+SLICES = ("micro_batches", "prefill_batches", "score_batches", "rollout_batches")
+
+
+def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
+    """The dataclasses whose fields are the keys of each section; "" is the top level.
+
+    Args:
+      objective: "caprl" or "sft", which alone has the section `sft`.
+      source: a data source, whose own keys stand in the section `data`.
+
+    Raises:
+      ConfigError: there is no such source.
+    """
+    found: dict[str, tuple[type, ...]] = {
+        "": (General,),
+        "policy": (PolicySettings,),
+        "judge": (JudgeSettings,),
+        "sampling": (Sampling,),
+        "caprl": (Caprl,),
+        "optimizer": (Optimizer,),
+        "data": (Data, SOURCES.options_type(source)),
+        "eval": (Evaluation,),
+        "checkpoint": (Checkpointing,),
+        "export": (Export,),
+        "mesh": (MeshSettings,),
+    }
+    return found | ({"sft": (Sft,)} if objective == "sft" else {})
+
+
+def default(objective: str = "caprl", source: str = "digits") -> ml_collections.ConfigDict:
+    """All keys with their defaults.
+
+    Args:
+      objective: "caprl" or "sft".
+      source: a data source, by name or import path.
+    """
+    c = ml_collections.ConfigDict()
+    for name, classes in sections(objective, source).items():
+        section = c if not name else ml_collections.ConfigDict()
+        for field in (f for cls in classes for f in dataclasses.fields(cls)):
+            value = default_of(field)
+            section[field.name] = (
+                ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+            )
+        if name:
+            c[name] = section
+    c.objective, c.data.source = objective, source
+    return _opened(c.lock())
+
+
+def _opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with those sections unlocked whose keys are the user's own."""
+    options = (config.caprl[f"{name}_options"] for name in CHOICES)
+    for section in (config.sinks, config.caprl.rewards, *options):
+        section.unlock()
+    return config
+
+
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Fills in place what chosen entries leave to their defaults, so that every key is there.
+
+    Reward terms and sinks become {term or sink, weight, options}, and options get all of their keys.
+
+    Raises:
+      ConfigError: an entry or an option is unknown.
+    """
+    with config.unlocked():
+        for name, registry in CHOICES.items():
+            with about(f"caprl.{name}_options"):
+                choice = registry.choose(config.caprl[name], config.caprl[f"{name}_options"])
+            _fill(config.caprl[f"{name}_options"], dataclasses.asdict(choice.options))
+        for name in config.caprl.rewards:
+            term = _entry(config, "caprl.rewards", "term", name, REWARDS)
+            defaults = {"term": term.name, "weight": 1.0}
+            _fill(config.caprl.rewards[name], defaults, dataclasses.asdict(term.options))
+        for name in config.sinks:
+            sink = _entry(config, "sinks", "sink", name, SINKS)
+            _fill(config.sinks[name], {"sink": sink.name}, dataclasses.asdict(sink.options))
+    return _opened(config)
+
+
+def _fill(section: ml_collections.ConfigDict, values: dict, options: dict | None = None) -> None:
+    for key, value in values.items():
+        if key not in section:
+            section[key] = value
+    if options is not None:
+        if "options" not in section:
+            section.options = ml_collections.ConfigDict()
+        _fill(section.options, options)
+
+
+def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) -> Choice:
+    """The entry of a section of entries {kind, options, ..} by name, with its options checked."""
+    entry = get(config, where)[name]
+    if not is_section(entry):
+        raise ConfigError(
+            f"config.{where}.{name}={entry!r} must be a dict of {kind}, weight and options"
+        )
+    allowed = (kind, "weight", "options") if kind == "term" else (kind, "options")
+    for key in entry:
+        if key not in allowed:
+            raise ConfigError(
+                f"config.{where}.{name}.{key} is unknown; there is {did_you_mean(key, allowed)}"
+            )
+    with about(f"{where}.{name}"):
+        return registry.choose(entry.get(kind, name), entry.get("options", {}))
+
+
+def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
+    """The reward terms of a config, in the order of their names."""
+    rewards = config.caprl.rewards
+    return tuple(
+        Term(
+            name,
+            _entry(config, "caprl.rewards", "term", name, REWARDS),
+            float(rewards[name].get("weight", 1.0)),
+        )
+        for name in sorted(rewards)
+    )
+
+
+def choice(config: ml_collections.ConfigDict, name: str) -> Choice:
+    """The chosen entry of caprl.NAME: "advantage", "loss", "aggregation" or "kl_estimator"."""
+    with about(f"caprl.{name}_options"):
+        return CHOICES[name].choose(config.caprl[name], config.caprl[f"{name}_options"])
+
+
+def sinks(config: ml_collections.ConfigDict) -> dict[str, Choice]:
+    """The metric sinks of a config by name."""
+    return {name: _entry(config, "sinks", "sink", name, SINKS) for name in sorted(config.sinks)}
+
+
+class about:  # noqa: N801
+    """Context that turns a ValueError into a ConfigError that names the section it is about."""
+
+    def __init__(self, key: str):
+        """`key` is dotted; "" is the top level."""
+        self._key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, ConfigError) and str(error).startswith("config."):
+            return
+        if isinstance(error, ValueError):
+            prefix = f"config.{self._key}" if self._key else "config"
+            names_key = re.match(r"[a-z_]\w*(=|: | is unknown| is missing)", str(error))
+            raise ConfigError(f"{prefix}{'.' if names_key else ': '}{error}") from error
 
 
 def get(config: ml_collections.ConfigDict, key: str) -> Any:
@@ -189,48 +200,94 @@ def get(config: ml_collections.ConfigDict, key: str) -> Any:
     return config
 
 
-PIECES = ("micro_batches", "prefill_batches", "score_batches", "rollout_batches")
-
-
-def pieces(config: ml_collections.ConfigDict, name: str) -> int:
-    """In how many pieces a phase reads the batch; 0 is as many as micro_batches."""
+def slices_of(config: ml_collections.ConfigDict, name: str) -> int:
+    """The number of slices of caprl.NAME, where 0 is as many as micro_batches."""
     return config.caprl[name] or config.caprl.micro_batches
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks what can be checked without reading a file.
+    """Checks everything that can be checked without reading a file.
 
     Raises:
-      ConfigError: naming the key, its value and what it may be.
+      ConfigError: naming the key, its value, and what it may be.
     """
-    for key, allowed in _ONE_OF.items():
-        if get(config, key) not in allowed:
-            near = difflib.get_close_matches(str(get(config, key)), allowed, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"config.{key}={get(config, key)!r} is not one of {allowed}{hint}")
-    for key in _POSITIVE:
-        if get(config, key) <= 0:
-            raise ConfigError(f"config.{key}={get(config, key)} must be positive")
-    if config.caprl.group < 2 and config.objective == "caprl":
-        raise ConfigError(
-            "config.caprl.group=1: advantages compare captions, so it must be 2 or more"
-        )
-    for axis in mesh.AXES:
-        if config.mesh[axis] != -1 and config.mesh[axis] < 1:
-            raise ConfigError(f"config.mesh.{axis}={config.mesh[axis]} is neither positive nor -1")
-    for name in PIECES:
-        if config.caprl[name] < 0:
-            raise ConfigError(f"config.caprl.{name}={config.caprl[name]} must not be negative")
-        if config.data.batch % pieces(config, name):
+    with about(""):
+        make(General, {k: config[k] for k in _names((General,)) if k in config})
+    with about("data"):
+        known = sections(config.objective, config.data.source)
+    for name, classes in known.items():
+        if name:
+            _check_section(config, name, classes)
+    if unknown := [k for k in config if k not in known and k not in _names((General,))]:
+        raise ConfigError(f"config.{unknown[0]} is unknown with objective {config.objective!r}")
+    for name in CHOICES:
+        choice(config, name)
+    if not config.caprl.rewards:
+        raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
+    terms(config), sinks(config)
+    for name in SLICES:
+        if config.data.batch % slices_of(config, name):
             raise ConfigError(
                 f"config.data.batch={config.data.batch} is not a multiple of "
-                f"config.caprl.{name}={pieces(config, name)}"
+                f"config.caprl.{name}={slices_of(config, name)}"
             )
-    with about("caprl"):
-        asked = {name: pieces(config, name) for name in PIECES}
-        names = ("group", "slots", "buckets", "updates", "reuse")
-        Settings(**asked, **{name: config.caprl[name] for name in names})
-    with about("sampling"):
-        Sampling(**config.sampling)
-    if config.caprl.length_none <= config.caprl.length_full:
-        raise ConfigError("config.caprl.length_none must be larger than config.caprl.length_full")
+
+
+def _names(classes: tuple[type, ...]) -> set[str]:
+    return {f.name for cls in classes for f in dataclasses.fields(cls)}
+
+
+def _check_section(config: Any, name: str, classes: tuple[type, ...]) -> None:
+    if name not in config:
+        raise ConfigError(f"config.{name} is missing: start from caprl_jax.config.default()")
+    section = config[name]
+    for key in section:
+        if key not in _names(classes):
+            hint = did_you_mean(key, sorted(_names(classes)))
+            if name == "data":
+                hint += f" (with source {section.source!r}: default(source=..) makes its keys)"
+            raise ConfigError(f"config.{name}.{key} is unknown; there is {hint}")
+    with about(name):
+        for cls in classes:
+            make(cls, {k: section[k] for k in _names((cls,)) if k in section})
+
+
+def may_change(key: str, config: ml_collections.ConfigDict) -> bool:
+    """Whether a resumed run may change a dotted key: results don't depend on it but for rounding."""
+    section, _, rest = key.partition(".")
+    known = sections(config.objective, config.data.source)
+    classes, name = (known[section], rest) if section in known else (known[""], section)
+    first = name.split(".")[0]
+    fields = [f for cls in classes for f in dataclasses.fields(cls) if f.name == first]
+    return bool(fields) and of(fields[0]).resume
+
+
+def rows(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, meaning with range) of every key of a config."""
+    for section, classes in sections(config.objective, config.data.source).items():
+        values = config[section] if section else config
+        for field in (f for cls in classes for f in dataclasses.fields(cls)):
+            known, value = of(field), values[field.name]
+            bounds = known.range()
+            meaning = known.meaning + (f" ({bounds})" if bounds else "")
+            key = f"{section}.{field.name}" if section else field.name
+            if is_section(value):
+                yield from ((f"{key}.{k}", v, meaning) for k, v in _flat(value))
+            else:
+                yield key, value, meaning + (" [may change on resume]" if known.resume else "")
+
+
+def _flat(section: Any) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if is_section(value):
+            yield from ((f"{key}.{k}", v) for k, v in _flat(value))
+        else:
+            yield key, value
+
+
+def describe(config: ml_collections.ConfigDict) -> str:
+    """A table of all keys of a config, their values and meanings."""
+    table = [(key, repr(value), meaning) for key, value, meaning in rows(config)]
+    widths = [max(len(row[i]) for row in table) for i in range(2)]
+    widths[1] = min(widths[1], 40)
+    return "\n".join(f"{k:<{widths[0]}}  {v:<{widths[1]}}  {m}" for k, v, m in table)

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from caprl_jax import train
+from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags, set_up_logging
-from caprl_jax.parallel import processes as distributed
+from caprl_jax.parallel import processes
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port that process 0 serves.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.")
@@ -39,14 +38,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     set_up_logging()
     with in_one_paragraph():
-        distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    with distributed.together(), in_one_paragraph():
-        workdir = Path(_WORKDIR.value or _fresh_workdir(flags.FLAGS["config"].config_filename))
-        if distributed.is_first():
+        processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    with processes.together(), in_one_paragraph():
+        workdir = Path(_WORKDIR.value or _fresh_workdir(cli.config_name()))
+        if processes.is_first():
             kind, count = jax.devices()[0], jax.device_count()
             print(f"JAX {jax.__version__}: {count} x {kind.device_kind} ({kind.platform})")
             print(f"workdir: {workdir}", flush=True)
-        train.run(_CONFIG.value, workdir)
+        train.run(flags.FLAGS.config, workdir)
 
 
 if __name__ == "__main__":

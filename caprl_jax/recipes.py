@@ -2,7 +2,8 @@
 
 import ml_collections
 
-from caprl_jax.config import ConfigError, default
+from caprl_jax.config import default
+from caprl_jax.errors import ConfigError
 
 
 def choose(argument: str, *groups: tuple[str, ...]) -> list[str]:
@@ -60,7 +61,7 @@ def released(policy: str, judge: str, side: int, windows: int) -> ml_collections
       side: pixels on a feature's side; images have at most 1024 features.
       windows: data.max_windows for them.
     """
-    c = default()
+    c = default(source="files")
     c.policy.path, c.policy.remat = policy, "full"
     c.judge.path, c.judge.mode = judge, "sampled"
     c.steps = 1800  # where the shipped checkpoint was taken; a pass over the data is about 588
@@ -68,7 +69,6 @@ def released(policy: str, judge: str, side: int, windows: int) -> ml_collections
     c.caprl.group = 8
     c.caprl.advantage = "rloo"
     c.caprl.questions = 8
-    c.data.source = "files"
     c.data.batch = 128
     c.data.shuffle_options = False
     c.data.max_pixels = 1024 * side * side

@@ -1,6 +1,7 @@
 """The host loop: next batch, step, log; at times evaluate and checkpoint; at the end report."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -9,22 +10,24 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax.config import validate
+from caprl_jax import config as config_lib
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.parallel import processes as distributed
-from caprl_jax.run import build as objectives
-from caprl_jax.run import compile as programs
-from caprl_jax.run import export, memory, metrics
-from caprl_jax.run import summary as results
-from caprl_jax.run.build import Objective
+from caprl_jax.parallel import processes
+from caprl_jax.rl.sft import sft_step
+from caprl_jax.rl.step import caprl_step
+from caprl_jax.run import build, compile, export, memory, metrics, summary
+from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints
+
+# What a run trains: its builder, and the step that is compiled.
+OBJECTIVES = {"caprl": (build.caprl, caprl_step), "sft": (build.sft, sft_step)}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains what the config says in workdir, resuming a run that lies there.
 
     Args:
-      config: as caprl_jax.config.default, every key set.
+      config: as caprl_jax.config.default makes it.
       workdir: for metrics, checkpoints, export, summary.json and report.html.
 
     Returns:
@@ -35,100 +38,114 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       Stopped: by SIGTERM, with a checkpoint written.
     """
     started = time.time()
-    validate(config)
-    if distributed.is_first():
+    config_lib.validate(config)
+    config_lib.complete(config)
+    if processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-    distributed.wait()
-    programs.keep_compiled(workdir.parent / "compiled")
-    set_aside = SetAside(workdir / distributed.own_name("set_aside.jsonl"))
-    objective = objectives.OBJECTIVES[config.objective](config, set_aside)
+    processes.wait()
+    compile.keep_compiled(workdir.parent / "compiled")
+    set_aside = SetAside(workdir / processes.own_name("set_aside.jsonl"))
+    builder, step = OBJECTIVES[config.objective]
+    task, state = builder(config, set_aside, step)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    loop = Loop(config, workdir, task, checkpoints)
     with memory.advised(config), contextlib.closing(checkpoints):
-        before = results.remembered(
-            workdir / "before.json", objective.evaluate, objective.state.params
-        )
-        state = objective.state
-        objective.state = None  # the step donates it
-        if checkpoints.latest() is not None:
-            state = checkpoints.restore(checkpoints.latest(), state, config)
-            logging.info("resumed after step %d", int(state.step))
-        with metrics.writer(workdir, int(state.step) or None) as writer:
-            state = loop(config, workdir, objective, state, checkpoints, writer)
-            after = objective.evaluate(state.params)
-            writer.write(int(state.step), after[0], prefix="eval/")
+        before = summary.remembered(workdir / "before.json", task.evaluate, state.params)
+        state, after = loop.train(state)
+        ceiling = task.ceiling()
     if config.export.when != "never":
-        export_state(config, workdir, objective, state)
-    distributed.wait()  # until all have told what they set aside
-    if not distributed.is_first():
+        loop.export(state)
+    processes.wait()  # until all have told what they set aside
+    if not processes.is_first():
         return {}
-    return results.finish(
-        config, workdir, objective, before, after, set_aside, time.time() - started
-    )
+    figures = summary.Figures(before, after, ceiling, time.time() - started)
+    return summary.finish(config, workdir, task.heldout, figures, set_aside)
 
 
-def loop(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    objective: Objective,
-    state: Any,
-    checkpoints: Checkpoints,
-    writer: metrics.MetricWriter,
-) -> Any:
-    """Steps from state.step to config.steps, or to the end of the data; returns the last state."""
-    done = int(state.step)
-    replicated = jax.tree.leaves(state)[0].sharding
-    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated)(config.seed)
-    pace = metrics.Pace()
-    with (
-        contextlib.closing(objective.data(done)) as data,
-        distributed.Notice() as notice,
-        metrics.progress(config.steps, done) as bar,
-    ):
-        for step in range(done + 1, config.steps + 1):
-            with pace.waiting():
-                batch = next(data, None)
-                placed = None if batch is None else objective.place(batch)
-            if batch is None:
-                logging.info(
-                    "the data ends after %d epochs, at step %d", config.data.epochs, step - 1
-                )
-                break
-            # What the loop means to move it moves explicitly; anything else is a mistake.
-            with jax.transfer_guard("disallow"):
-                state, measured = objective.step(state, placed, key)
-            if step % config.log_every == 0 or step == config.steps:
-                measured = jax.device_get(measured)
-                values = metrics.reduce(measured) | pace.lap()
-                values["recompiles"] = objective.traces() - 1
-                if "caption_length" in values:
-                    tokens = float(measured["caption_length"][0])
-                    values["tokens_per_second"] = tokens / values["seconds_step"]
-                writer.write(step, values)
-                bar.show(step, values)
-            with pace.paused():
-                if config.eval.every and step % config.eval.every == 0 and step < config.steps:
-                    writer.write(step, objective.evaluate(state.params)[0], prefix="eval/")
-                if step % config.checkpoint.every == 0:
-                    checkpoints.save(step, state, config)
-                    # The last one waits for its held-out figures.
-                    if config.export.when == "checkpoints" and step < config.steps:
-                        export_state(config, workdir, objective, state)
-            if notice.reached(step):
-                break
-    last = int(state.step)
-    if last > (checkpoints.latest() or 0):
-        checkpoints.save(last, state, config)
-    if notice.stops and last < config.steps:
-        raise distributed.Stopped(f"stopped after step {last} of {config.steps}")
-    return state
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The loop over steps of one run."""
 
+    config: ml_collections.ConfigDict
+    workdir: Path
+    task: Task
+    checkpoints: Checkpoints
 
-def export_state(
-    config: ml_collections.ConfigDict, workdir: Path, objective: Objective, state: Any
-) -> None:
-    """Writes the model as it is now to WORKDIR/export/STEP."""
-    step = int(state.step)
-    directory, source = workdir / "export" / str(step), objective.source
-    heldout = export.figures(workdir, step)
-    export.export(directory, config, objective.policy, state.params, source, step, heldout)
+    def train(self, state: Any) -> tuple[Any, Any]:
+        """Resumes if there is a checkpoint, and trains to the end: (state, last evaluation)."""
+        config, latest = self.config, self.checkpoints.latest()
+        if latest is not None:
+            state = self.checkpoints.restore(latest, state, config)
+            logging.info("resumed after step %d", int(state.step))
+        sinks, done = config_lib.sinks(config), int(state.step) or None
+        with metrics.writer(self.workdir, done, sinks) as writer:
+            state = self.steps(state, writer)
+            after = self.task.evaluate(state.params)
+            writer.write(int(state.step), after[0], prefix="eval/")
+        return state, after
+
+    def steps(self, state: Any, writer: metrics.MetricWriter) -> Any:
+        """Steps from state.step to config.steps, or to the end of the data; returns the state."""
+        config, task, done = self.config, self.task, int(state.step)
+        replicated = jax.tree.leaves(state)[0].sharding
+        key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated)(config.seed)
+        pace = metrics.Pace()
+        with (
+            contextlib.closing(task.data(done)) as data,
+            processes.Notice() as notice,
+            metrics.progress(config.steps, done) as bar,
+        ):
+            for step in range(done + 1, config.steps + 1):
+                with pace.waiting():
+                    batch = next(data, None)
+                    placed = None if batch is None else task.place(batch)
+                if batch is None:
+                    logging.info(
+                        "the data end after %d epochs, at step %d", config.data.epochs, step - 1
+                    )
+                    break
+                # What the loop means to move it moves explicitly; anything else is a mistake.
+                with jax.transfer_guard("disallow"):
+                    state, measured = task.step(state, placed, key)
+                if step % config.log_every == 0 or step == config.steps:
+                    self._log(step, jax.device_get(measured), pace.lap(), writer, bar)
+                with pace.paused():
+                    self._now_and_then(step, state, writer)
+                if notice.reached(step):
+                    break
+        return self._end(state, notice.stops)
+
+    def _log(self, step: int, measured: Any, pace: dict[str, float], writer, bar) -> None:
+        values = metrics.reduce(measured) | pace
+        values["recompiles"] = self.task.traces() - 1
+        values |= metrics.token_rates(measured, values["seconds_step"])
+        writer.write(step, values)
+        bar.show(step, values)
+
+    def _now_and_then(self, step: int, state: Any, writer: metrics.MetricWriter) -> None:
+        """Evaluates, writes checkpoints and exports, where the config wants it after this step."""
+        config, last = self.config, step >= self.config.steps
+        if config.eval.every and step % config.eval.every == 0 and not last:
+            writer.write(step, self.task.evaluate(state.params)[0], prefix="eval/")
+        if step % config.checkpoint.every == 0:
+            self.checkpoints.save(step, state, config)
+            # The last one waits for its held-out figures.
+            if config.export.when == "checkpoints" and not last:
+                self.export(state)
+
+    def _end(self, state: Any, stopped: bool) -> Any:
+        last = int(state.step)
+        if last > (self.checkpoints.latest() or 0):
+            self.checkpoints.save(last, state, self.config)
+        if stopped and last < self.config.steps:
+            raise processes.Stopped(f"stopped after step {last} of {self.config.steps}")
+        return state
+
+    def export(self, state: Any) -> None:
+        """Writes the model as it is now to WORKDIR/export/STEP."""
+        step, task = int(state.step), self.task
+        card = export.model_card(self.config, step, export.figures(self.workdir, step))
+        model = export.Trained(task.policy, state.params, task.source)
+        directory = self.workdir / "export" / str(step)
+        export.export(directory, model, self.config.export.dtype, card)

@@ -18,8 +18,7 @@ def get_config(argument=""):
     [size] = choose(argument, ("50m", "500m"))
     c = default()
     c.policy.path, c.judge.path = f"peer-vl-{size}", f"peer-{size}"
-    c.policy.remat = "products"  # 16% of a step with reuse=prefill; TRL's is quickest without
-    c.caprl.reuse = "rollout"
+    c.policy.remat = "products"  # quicker here than none; TRL is quickest without
     c.caprl.score_batches = 2  # an image's questions at a time stay in the caches: 3% of scoring
     c.dtype = "float32"
     c.sampling.max_tokens = 64

@@ -18,11 +18,10 @@ from caprl_jax.data.digits.world import JUDGE_PROMPT
 
 
 def get_config(stage="recall"):
-    c = default()
-    c.objective = "sft"
+    c = default(objective="sft")
     c.log_every = 20
     c.judge.prompt = JUDGE_PROMPT
-    c.data.task = "judge"
+    c.sft.task = "judge"
     c.data.batch = 24
     c.data.max_question = 40
     c.optimizer.warmup_steps = 100

@@ -10,12 +10,11 @@ from caprl_jax.config import default
 
 
 def get_config():
-    c = default()
-    c.objective = "sft"
+    c = default(objective="sft")
     c.steps = 2000
     c.log_every = 20
     c.policy.init = "random"
-    c.data.task = "caption"
+    c.sft.task = "caption"
     c.data.batch = 24
     c.data.train = 8192
     c.data.max_windows = 4

@@ -11,7 +11,7 @@ import caprl_jax
 from caprl_jax.data import records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.digits.world import JUDGE_PROMPT
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.parallel import mesh
 
 SCENES = list(digits.scenes("heldout", 3, (3, 3), (2, 5)))
@@ -91,7 +91,7 @@ def test_any_mesh_gives_the_same_captions(policy):
     other = caprl_jax.load_policy(
         "asset:tiny/policy", mesh=mesh.make_mesh({"data": 4, "tensor": 2})
     )
-    assert policy.layout.mesh.shape["fsdp"] == 8
+    assert policy.rules.mesh.shape["fsdp"] == 8
     kernel = other.params["decoder"]["layers"]["gate"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[-1] * 2 == kernel.shape[-1]
     images = pictures()

@@ -3,14 +3,17 @@
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax.config import ConfigError, about, validate
+from caprl_jax.config import about, validate
+from caprl_jax.errors import ConfigError
 
 from . import shipped
 
 
 def changed(**changes):
     c = config_lib.default()
-    c.update_from_flattened_dict(changes)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        config_lib.get(c, ".".join(parents))[last] = value
     return c
 
 
@@ -20,25 +23,17 @@ def changed(**changes):
         ({"objective": "capr"}, "did you mean 'caprl'"),
         ({"caprl.advantage": "grp0"}, "did you mean 'grpo'"),
         ({"judge.mode": "argmax"}, "config.judge.mode='argmax' is not one of"),
-        ({"caprl.group": 1}, "must be 2 or more"),
+        ({"caprl.group": 1}, "config.caprl.group=1 must be at least 2"),
         ({"sampling.max_tokens": 0}, "config.sampling.max_tokens=0 must be positive"),
-        ({"sampling.top_p": 1.5}, "config.sampling: .*top_p in"),
+        ({"sampling.top_p": 1.5}, "config.sampling.top_p=1.5 must be above 0, at most 1"),
         ({"caprl.micro_batches": 3}, "not a multiple"),
-        (
-            {"caprl.reuse": "prefill", "caprl.updates": 2},
-            "config.caprl: reuse=prefill is for one update .* updates to 1",
-        ),
-        (
-            {"caprl.reuse": "rollout", "data.batch": 8, "caprl.rollout_batches": 2},
-            "rollout_batches to 1",
-        ),
-        ({"caprl.buckets": 0}, "config.caprl: buckets=0 must be positive"),
-        ({"caprl.slots": -1}, "config.caprl: slots=-1 must not be negative"),
-        (
-            {"caprl.reuse": "rollout", "caprl.slots": 4},
-            "config.caprl: reuse=rollout .* slots from 4 to 0, or reuse to prefill",
-        ),
-        ({"caprl.length_full": 4000}, "length_none must be larger"),
+        ({"caprl.length_buckets": 0}, "config.caprl.length_buckets=0 must be positive"),
+        ({"caprl.slots": -1}, "config.caprl.slots=-1 must be at least 0"),
+        ({"caprl.rewards.accuracy.wight": 1}, "config.caprl.rewards.accuracy.wight is unknown; .*did you mean 'weight'"),
+        ({"caprl.rewards.accuracy.term": "acuracy"}, "rewards.accuracy: .*did you mean 'accuracy'"),
+        ({"caprl.loss_options.clp": 1}, "config.caprl.loss_options.clp is unknown; there is 'clip'"),
+        ({"sinks.tensorboard.sink": "wandb"}, "config.sinks.tensorboard: 'wandb' is not one of"),
+        ({"data.source": "parquet"}, "config.data.*'parquet' is not one of 'digits', 'files'"),
     ],
 )
 def test_a_config_that_can_not_run_is_refused_by_name(change, message):

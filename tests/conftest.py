@@ -26,10 +26,10 @@ from flax import linen as nn
 
 from caprl_jax.data.tokens import PolicyPrompt
 from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.vision import VisionConfig, VisionTower, lay_out
+from caprl_jax.models.vision import VisionConfig, VisionTower, pad_to_windows
 from caprl_jax.models.vlm import Policy
-from caprl_jax.rl import judge
-from caprl_jax.rl.step import Batch, Frozen
+from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.types import Batch, Instruction, Questions
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # grain reads flags in its workers
@@ -47,8 +47,7 @@ class World:
 
     policy: Policy
     params: dict
-    judge: Decoder
-    frozen: Frozen
+    judge: Judge
     batch: Batch
 
 
@@ -61,7 +60,7 @@ def _policy(key):
 
 def _questions(rng, b, n, q):
     lengths = rng.integers(3, q + 1, (b, n))
-    return judge.Questions(
+    return Questions(
         tokens=rng.integers(0, 50, (b, n, q)).astype(np.int32),
         mask=np.arange(q)[None, None] < lengths[..., None],
         truth=rng.integers(0, 3, (b, n)).astype(np.int32),
@@ -86,13 +85,14 @@ def make_world(images: int = 4, seed: int = 0) -> World:
         before = rng.integers(0, 50, rng.integers(2, 6))
         ids = np.concatenate([before, [59], rng.integers(0, 50, rng.integers(2, 6))])
         prompt = PolicyPrompt(ids.astype(np.int32), 59, vision, True)
-        rows.append((lay_out(patches, grid, vision, 2), prompt.fill(grid, bucket)))
+        rows.append((pad_to_windows(patches, grid, vision, 2), prompt.fill(grid, bucket)))
     stacked = jax.tree.map(lambda *a: np.stack(a), *rows)
-    instruction = judge.Instruction(
+    instruction = Instruction(
         rng.integers(0, 50, 7).astype(np.int32), np.arange(10, 14), np.arange(55, 60)
     )
     batch = Batch(*stacked, _questions(rng, images, 3, 6), np.ones(images, bool))
-    return World(policy, params, decoder, Frozen(judge_params["params"], instruction), batch)
+    judge = Judge(decoder, judge_params["params"], instruction)
+    return World(policy, params, judge, batch)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Model directories and images as bad as people have them: a promised error or result for each."""
+"""Bad model directories and images each end in the promised error or result."""
 
 import io
 import json
@@ -15,14 +15,14 @@ from transformers.image_transforms import convert_to_rgb
 
 import caprl_jax
 from caprl_jax.data.images import ImageProcessor, UnreadableImage, decode_image
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.hf import download as sources
 
 POLICY = sources.fetch("asset:tiny/policy")
 
 
 def _json(name, **changes):
-    """Changes of a JSON file; dots in names go down, None removes."""
+    """Edit of a JSON file; __ in names goes down a level, and None removes a key."""
 
     def edit(directory: Path):
         path = directory / name
@@ -132,7 +132,7 @@ def _company(directory: Path):
 
 NORM = "model.norm.weight"
 VISION = "vision_config__"
-# name: (what is done to a copy of the shipped policy, what is said; None where it must work)
+# name: (edit of a copy of the shipped policy, part of the error; None if it must load)
 DIRECTORIES = {
     "empty": (_emptied, "is not a model directory"),
     "a file": (_as_file, "is not a model directory"),
@@ -159,7 +159,8 @@ DIRECTORIES = {
     "sections short": (_config(rope_scaling__mrope_section=[4, 6, 7]), "does not add up"),
     "sections none": (_config(rope_scaling__mrope_section=7), "mrope_section"),
     "window in use": (
-        _config(use_sliding_window=True, max_window_layers=1), "sliding-window attention is in use"
+        _config(use_sliding_window=True, max_window_layers=1),
+        "sliding-window attention is in use",
     ),
     "window in no layer": (_config(use_sliding_window=True, max_window_layers=3), None),
     "another activation": (_config(hidden_act="gelu"), "hidden_act 'gelu'"),
@@ -181,28 +182,30 @@ DIRECTORIES = {
         "is not a readable safetensors file",
     ),
     "header too long": (
-        _file("model.safetensors", struct.pack("<Q", 1 << 40)), "is not a readable safetensors"
+        _file("model.safetensors", struct.pack("<Q", 1 << 40)),
+        "is not a readable safetensors",
     ),
     "weights cut in the header": (_cut(500), "is cut short"),
     "weights cut in a tensor": (_cut(1_000_000), "is cut short"),
     "weights twice": (_twice, "is in again.safetensors and in model.safetensors"),
     "a shard missing": (_index, "names 1 of 2 files that are not there, first model-2"),
     "an index cut short": (
-        _file("model.safetensors.index.json", b"{"), "index.json is not valid JSON"
+        _file("model.safetensors.index.json", b"{"),
+        "index.json is not valid JSON",
     ),
     "a tensor missing": (_tensors(lambda t: t.pop(NORM)), f"missing {NORM}"),
     "a tensor left over": (
-        _tensors(lambda t: t.update(adapter=np.ones(3, np.float32))), "left over adapter"
+        _tensors(lambda t: t.update(adapter=np.ones(3, np.float32))),
+        "left over adapter",
     ),
     "a tensor of another shape": (
-        _tensors(lambda t: t.update({NORM: np.ones(3, np.float32)})), r"shape \(3,\)"
+        _tensors(lambda t: t.update({NORM: np.ones(3, np.float32)})),
+        r"shape \(3,\)",
     ),
     "a tensor of small integers": (_tensors(_int8), "lm_head.weight is of type I8"),
     "another vocabulary": (_config(vocab_size=600), "config.json says"),
     "half precision": (_tensors(_float16), None),
-    "a tied head again": (
-        _all(_tensors(_head_again), _config(tie_word_embeddings=True)), None
-    ),
+    "a tied head again": (_all(_tensors(_head_again), _config(tie_word_embeddings=True)), None),
     "a link": (_linked, None),
     "company": (_company, None),
     "no tokenizer": (_file("tokenizer.json", None), "has no tokenizer"),
@@ -211,13 +214,15 @@ DIRECTORIES = {
     "no chat template": (_file("chat_template.jinja", None), "no chat template"),
     "a template cut short": (_file("chat_template.jinja", b"{% for x in"), "chat template"),
     "a template without images": (
-        _file("chat_template.jinja", b"{{ messages[0].role }}"), "renders an image as 0"
+        _file("chat_template.jinja", b"{{ messages[0].role }}"),
+        "renders an image as 0",
     ),
     "no processor": (_file("preprocessor_config.json", None), "does not exist"),
     "processor cut short": (_file("preprocessor_config.json", b"{"), "is not valid JSON"),
     "processor a list": (_file("preprocessor_config.json", b"[]"), "not a JSON object"),
     "processor without resizing": (
-        _json("preprocessor_config.json", do_resize=False), "do_resize=false"
+        _json("preprocessor_config.json", do_resize=False),
+        "do_resize=false",
     ),
     "other patches": (_json("preprocessor_config.json", patch_size=16), "makes patches of 1536"),
     "patch size a text": (_json("preprocessor_config.json", patch_size="14"), "patch_size"),
@@ -231,22 +236,25 @@ DIRECTORIES = {
     "model_type a list": (_config(model_type=["qwen2"]), "model_type"),
     "layer types a number": (_config(layer_types=3), "layer_types"),
     "window without its layers": (
-        _config(use_sliding_window=True, max_window_layers=[]), "sliding-window"
+        _config(use_sliding_window=True, max_window_layers=[]),
+        "sliding-window",
     ),
     "an index of nothing": (
-        _file("model.safetensors.index.json", b'{"weight_map": null}'), "has no weight_map"
+        _file("model.safetensors.index.json", b'{"weight_map": null}'),
+        "has no weight_map",
     ),
     "a tied head that is trained": (_config(tie_word_embeddings=True), "is not the embedding"),
     "generation config cut short": (_file("generation_config.json", b"{"), "is not valid JSON"),
     "stop token a text": (
-        _json("generation_config.json", eos_token_id="<|im_end|>"), "eos_token_id"
+        _json("generation_config.json", eos_token_id="<|im_end|>"),
+        "eos_token_id",
     ),
     "stop token outside": (_json("generation_config.json", eos_token_id=9999), "eos_token_id"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("edit", "message"), DIRECTORIES.values(), ids=DIRECTORIES)
-def test_a_hostile_directory_ends_as_promised(edit, message, tmp_path):
+def test_hostile_directory_ends_as_promised(edit, message, tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(POLICY, directory)
     edit(directory)
@@ -287,7 +295,7 @@ KEYED = Image.new("P", (40, 40), 0)
 KEYED.putpalette([255, 0, 0] * 256)
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
-# name: (bytes, what is said, or the colour in the middle)
+# name: (bytes, part of the error or the colour in the middle)
 PICTURES = {
     "nothing": (b"", "can't be decoded"),
     "text": (b"hello", "can't be decoded"),
@@ -315,9 +323,7 @@ PICTURES = {
     "palette": (_saved(KEYED), (255, 0, 0)),
     "palette, transparent": (_saved(KEYED, transparency=0), (255, 255, 255)),
     "colour key": (_saved(RED, transparency=(255, 0, 0)), (255, 255, 255)),
-    "16 bits": (
-        _saved(Image.fromarray(np.full((40, 40), 0x8001, np.uint16))), (128, 128, 128)
-    ),
+    "16 bits": (_saved(Image.fromarray(np.full((40, 40), 0x8001, np.uint16))), (128, 128, 128)),
     "float": (_saved(Image.fromarray(np.full((40, 40), 99.0, np.float32)), "TIFF"), (99, 99, 99)),
     "gif of frames": (_animated("GIF"), (255, 0, 0)),
     "png of frames": (_animated("PNG"), (255, 0, 0)),
@@ -325,11 +331,11 @@ PICTURES = {
     "bmp": (_saved(RED, "BMP"), (255, 0, 0)),
     "turned": (_saved(RED, exif=EXIF), (255, 0, 0)),
     "bytes after the end": (_saved(RED) + b"\x00" * 99, (255, 0, 0)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("data", "promised"), PICTURES.values(), ids=PICTURES)
-def test_a_hostile_image_ends_as_promised(data, promised):
+def test_hostile_image_ends_as_promised(data, promised):
     processor = ImageProcessor.from_pretrained(POLICY)
     if isinstance(promised, str):
         with pytest.raises(UnreadableImage, match=promised):
@@ -345,5 +351,5 @@ def test_a_hostile_image_ends_as_promised(data, promised):
     assert len(patches) == grid[0] * grid[1] and np.all(np.isfinite(patches))
 
 
-def test_there_are_at_least_sixty():
+def test_there_are_at_least_sixty_hostile_cases():
     assert len(DIRECTORIES) + len(PICTURES) >= 60 and len(DIRECTORIES) >= 40

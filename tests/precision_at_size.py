@@ -33,14 +33,14 @@ def ours(directory: Path, dtype: str) -> np.ndarray:
 
     import caprl_jax
     from caprl_jax.models.hf import files as hf
-    from caprl_jax.models.vision import batch_images, feature_order, lay_out, windows_of
+    from caprl_jax.models.vision import batch_images, feature_order, pad_to_windows, window_count
     from caprl_jax.models.vlm import Prompt, mrope_positions
 
     config = hf.read_config(directory)
     patches, ids = inputs(config)
     policy = caprl_jax.load_policy(directory, dtype=dtype, param_dtype=dtype)
     vision = policy.modules.vision.config
-    images = batch_images([lay_out(patches, GRID, vision, windows_of(GRID, vision))])
+    images = batch_images([pad_to_windows(patches, GRID, vision, window_count(GRID, vision))])
     positions, following = mrope_positions(ids, config["image_token_id"], GRID, vision.merge)
     feature = np.full(len(ids), -1)
     feature[ids == config["image_token_id"]] = feature_order(GRID, vision)

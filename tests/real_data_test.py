@@ -1,4 +1,4 @@
-"""configs/3b.py on what people have: a model directory of the real layout, CapRL-QA-75K's rows."""
+"""configs/3b.py trains on model directories in the published format and CapRL-QA-75K's rows."""
 
 import io
 import json
@@ -21,18 +21,18 @@ from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf import sizes
 
 ROOT = Path(__file__).parent.parent
-QUESTION = pyarrow.struct([
-    ("question", pyarrow.string()), ("choices", pyarrow.list_(pyarrow.string())),
-    ("answer", pyarrow.string()),
-])  # fmt: skip
-SCHEMA = pyarrow.schema([
-    ("image", pyarrow.struct([("bytes", pyarrow.binary())])),
-    ("prompt", pyarrow.list_(pyarrow.struct([(k, pyarrow.string()) for k in ("role", "content")]))),
-    ("data_source", pyarrow.string()),
-    ("reward_model", pyarrow.struct([
-        ("ground_truth", pyarrow.list_(QUESTION)), ("style", pyarrow.string()),
-    ])),
-])  # fmt: skip
+TEXT = pyarrow.string()
+QUESTION = pyarrow.struct({"question": TEXT, "choices": pyarrow.list_(TEXT), "answer": TEXT})
+MESSAGE = pyarrow.struct({"role": TEXT, "content": TEXT})
+REWARD_MODEL = pyarrow.struct({"ground_truth": pyarrow.list_(QUESTION), "style": TEXT})
+SCHEMA = pyarrow.schema(
+    {
+        "image": pyarrow.struct({"bytes": pyarrow.binary()}),
+        "prompt": pyarrow.list_(MESSAGE),
+        "data_source": TEXT,
+        "reward_model": REWARD_MODEL,
+    }
+)
 
 
 def _first_question(row, **change):
@@ -44,7 +44,7 @@ def _image(row, data):
     row["image"] = {"bytes": data}
 
 
-# Ways a row is damaged, and what is said of it.
+# name: (damage to a row, part of the reason)
 DAMAGE = {
     "no image": (lambda r: r.update(image=None), "has no image"),
     "empty bytes": (lambda r: _image(r, b""), "has no image"),
@@ -56,13 +56,14 @@ DAMAGE = {
     "answer missing": (lambda r: _first_question(r, answer=None), "isn't among its options"),
     "one option": (lambda r: _first_question(r, choices=["A) 1"], answer="A"), "has 1 options"),
     "an option twice": (
-        lambda r: _first_question(r, choices=["A) 1", "B) 1"], answer="A"), "repeats an option"
+        lambda r: _first_question(r, choices=["A) 1", "B) 1"], answer="A"),
+        "repeats an option",
     ),
-}  # fmt: skip
+}
 
 
 def write_rows(directory: Path, count: int) -> dict[str, str]:
-    """Rows in CapRL-QA-75K's schema, every tenth damaged; {row id: what should be said of it}."""
+    """Writes rows in CapRL-QA-75K's schema, every tenth damaged; returns {row id: reason}."""
     directory.mkdir()
     rng, expected, rows = np.random.default_rng(0), {}, []
     for i, record in enumerate(digits.scenes("train", count, (3, 3), (2, 5))):
@@ -71,17 +72,19 @@ def write_rows(directory: Path, count: int) -> dict[str, str]:
         encoded = io.BytesIO()
         picture.save(encoded, "JPEG" if i % 2 else "PNG")
         asked = [records.unparse_question(q) for q in record.questions[:5]]
-        rows.append({
-            "image": {"bytes": encoded.getvalue()},
-            "prompt": [{"role": "user", "content": "<image>Describe."}],
-            "data_source": "synthetic",
-            "reward_model": {"ground_truth": asked, "style": "rule"},
-        })  # fmt: skip
+        rows.append(
+            {
+                "image": {"bytes": encoded.getvalue()},
+                "prompt": [{"role": "user", "content": "<image>Describe."}],
+                "data_source": "synthetic",
+                "reward_model": {"ground_truth": asked, "style": "rule"},
+            }
+        )
         if i % 10 == 7:
-            damage, said = list(DAMAGE.values())[i // 10 % len(DAMAGE)]
+            damage, reason = list(DAMAGE.values())[i // 10 % len(DAMAGE)]
             damage(rows[-1])
-            file, at = divmod(i, count // 2)
-            expected[f"train-{file:05d}-of-00002-{at:06d}"] = said
+            file, row = divmod(i, count // 2)
+            expected[f"train-{file:05d}-of-00002-{row:06d}"] = reason
     for file in range(2):
         part = rows[file * count // 2 : (file + 1) * count // 2]
         table = pyarrow.Table.from_pylist(part, schema=SCHEMA)
@@ -90,17 +93,24 @@ def write_rows(directory: Path, count: int) -> dict[str, str]:
 
 
 TINY_TEXT = [
-    "hidden_size=64", "intermediate_size=96", "num_hidden_layers=2", "num_attention_heads=4",
-]  # fmt: skip
+    "hidden_size=64",
+    "intermediate_size=96",
+    "num_hidden_layers=2",
+    "num_attention_heads=4",
+]
 TINY_TOWER = [
-    "rope_scaling.mrope_section=[2,3,3]", "vision_config.depth=2", "vision_config.hidden_size=32",
-    "vision_config.num_heads=2", "vision_config.intermediate_size=48",
-    "vision_config.fullatt_block_indexes=[1]", "vision_config.out_hidden_size=64",
-]  # fmt: skip
+    "rope_scaling.mrope_section=[2,3,3]",
+    "vision_config.depth=2",
+    "vision_config.hidden_size=32",
+    "vision_config.num_heads=2",
+    "vision_config.intermediate_size=48",
+    "vision_config.fullatt_block_indexes=[1]",
+    "vision_config.out_hidden_size=64",
+]
 
 
 def tiny_models(directory: Path) -> tuple[Path, Path]:
-    """(policy, judge): everything as in the published directories but the sizes."""
+    """Makes (policy, judge) like the published directories, except for the sizes."""
     for name, settings in (("qwen2.5-vl-3b", TINY_TEXT + TINY_TOWER), ("qwen2.5-3b", TINY_TEXT)):
         config = random_model.changed(sizes.CONFIGS[name], settings)
         random_model.make(directory / name, config)
@@ -108,27 +118,38 @@ def tiny_models(directory: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_the_3b_config_trains_on_rows_of_which_a_tenth_is_damaged(tmp_path):
+def test_3b_config_trains_although_a_tenth_of_the_rows_is_damaged(tmp_path):
     expected = write_rows(tmp_path / "qa", 2000)
     assert len(expected) == 200
     policy, judge = tiny_models(tmp_path)
     workdir = tmp_path / "run"
     options = {
-        "policy.path": policy, "judge.path": judge, "data.path": tmp_path / "qa", "steps": 10,
-        "data.data_dir": tmp_path / "data", "data.batch": 8, "caprl.group": 2, "eval.every": 0,
-        "caprl.micro_batches": 2, "sampling.max_tokens": 12, "data.max_pixels": 112 * 112,
-        "data.max_prompt": 64, "data.max_windows": 4, "eval.images": 8, "eval.batch": 8,
-    }  # fmt: skip
+        "policy.path": policy,
+        "judge.path": judge,
+        "data.path": tmp_path / "qa",
+        "steps": 10,
+        "data.data_dir": tmp_path / "data",
+        "data.batch": 8,
+        "caprl.group": 2,
+        "eval.every": 0,
+        "caprl.micro_batches": 2,
+        "sampling.max_tokens": 12,
+        "data.max_pixels": 112 * 112,
+        "data.max_prompt": 64,
+        "data.max_windows": 4,
+        "eval.images": 8,
+        "eval.batch": 8,
+    }
     command = [sys.executable, "-m", "caprl_jax.main", f"--config={ROOT / 'configs/3b.py'}:h200_8"]
     command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in options.items())]
     environment = os.environ | {"XLA_FLAGS": ""}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr[-3000:]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
     listing = [json.loads(x) for x in (workdir / "set_aside.jsonl").read_text().splitlines()]
     reasons = {x["id"]: x["reason"] for x in listing}
     assert reasons.keys() == expected.keys()
-    for identity, said in expected.items():
-        assert said in reasons[identity], identity
+    for identity, reason in expected.items():
+        assert reason in reasons[identity], identity
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["steps"] == 10 and summary["records_set_aside"] == 200
     infos = [json.loads(p.read_text()) for p in (tmp_path / "data").rglob("dataset_info.json")]

@@ -11,9 +11,9 @@ import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import train
-from caprl_jax.config import ConfigError
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.digits.world import JUDGE_PROMPT
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
 
@@ -52,7 +52,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     lines = [json.loads(x) for x in (parts / "metrics.jsonl").read_text().splitlines()]
     expected = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2, 3, 4]
-    clock = ("time", "seconds_data", "seconds_step", "tokens_per_second")
+    clock = ("time", "seconds_data", "seconds_step", "tokens_per_second",
+             "generated_tokens_per_second")  # fmt: skip
     for found, whole_line in zip(lines, expected, strict=True):
         # The first part ended after step 2, and so was evaluated there too.
         assert found.keys() - whole_line.keys() <= {k for k in found if k.startswith("eval/")}

@@ -23,17 +23,16 @@ from typing import Any
 import jax
 import ml_collections
 from absl import app, flags
-from ml_collections import config_flags
 
 from caprl_jax.bench import naive, peers, scaling
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
-from caprl_jax.config import ConfigError, validate
+from caprl_jax.config import validate
+from caprl_jax.errors import ConfigError
 
 
 def define_flags() -> None:
     """This command's flags."""
-    config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
     flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
     flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
     flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")

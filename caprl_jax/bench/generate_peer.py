@@ -19,9 +19,11 @@ from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.parallel import mesh
-from caprl_jax.rl import rollout
-from caprl_jax.run import compile as programs
-from caprl_jax.run import load as startup
+from caprl_jax.parallel.jit import jit
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Batch, Decoding, Rollout
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import load
 
 _GREEDY = 8  # tokens compared
 
@@ -32,28 +34,28 @@ class Ours:
     def __init__(self, work: Work):
         """Reads the weights."""
         config, self._work = work.config, work
-        self._on = programs.layout(config)
-        dtype = programs.compute_dtype(config)
-        self.params = startup.load_frozen(work.policy, work.policy_path, self._on, dtype)
-        self._images, self._prompt = mesh.put_whole((work.images, work.prompt), self._on)
+        self._rules, dtype = compile_lib.shard_rules(config), compile_lib.compute_dtype(config)
+        self.params = load.load_frozen(work.policy, work.policy_path, self._rules, dtype)
+        batch = Batch(work.images, work.prompt, None, np.ones(config.data.batch, bool))
+        self._batch = mesh.put_whole(batch, self._rules)
         self._key, self._draws = jax.random.key(config.seed), 0
         self._jitted = functools.lru_cache(self._jit)
 
     def _jit(self, tokens: int, temperature: float) -> Callable:
-        w, group = self._work, self._work.config.caprl.group
-        sampling = Sampling(tokens, temperature)
+        policy, group = self._work.policy, self._work.config.caprl.group
         # No token ends a caption: as many are drawn as are asked for.
-        return programs.jit(
-            lambda params, images, prompt, key: rollout.sample(
-                w.policy, params, images, prompt, key, group, (w.vocab,), sampling, layout=self._on
-            ), self._on,
-        )  # fmt: skip
+        decoding = Decoding(group, (self._work.vocab,), Sampling(tokens, temperature))
 
-    def __call__(self, tokens: int, temperature: float = 1.0) -> rollout.Rollout:
+        def draw(params, batch, key):
+            return rollout(policy, params, batch, decoding=decoding, key=key)
+
+        return jit(draw, self._rules)
+
+    def __call__(self, tokens: int, temperature: float = 1.0) -> Rollout:
         """So many tokens of each caption."""
         self._draws += 1
         key = jax.random.fold_in(self._key, self._draws)
-        return self._jitted(tokens, temperature)(self.params, self._images, self._prompt, key)
+        return self._jitted(tokens, temperature)(self.params, self._batch, key)
 
 
 class Theirs:

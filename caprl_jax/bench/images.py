@@ -19,15 +19,16 @@ import numpy as np
 from PIL import Image
 
 from caprl_jax.bench.synthetic import grid_for
-from caprl_jax.config import ConfigError, validate
+from caprl_jax.config import validate
 from caprl_jax.data import pipeline
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import sizes
-from caprl_jax.plan import shapes as abstract
-from caprl_jax.run import load as startup
+from caprl_jax.plan import shapes
+from caprl_jax.run import load
 
 _PICTURES = 16  # of which the data consist, again and again
 _WARM = 1  # batches that aren't timed
@@ -78,7 +79,7 @@ def records(side: int, seed: int = 0) -> list[dict[str, Any]]:
     ]  # fmt: skip
     text = json.dumps(asked)
     return [
-        {"id": f"picture-{i}", "image": photograph(side, rng), "questions": text, "facts": "[]"}
+        {"id": f"picture-{i}", "image": photograph(side, rng), "questions": text, "facts": "[]", "extras": "{}"}
         for i in range(_PICTURES)
     ]
 
@@ -92,7 +93,7 @@ def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[pipeline.
     Raises:
       ConfigError: models or buckets can't be.
     """
-    sizes_of = [abstract.model_config(path) for path in (config.policy.path, config.judge.path)]
+    sizes_of = [shapes.model_config(path) for path in (config.policy.path, config.judge.path)]
     policy, judge = (families.build(c) for c in sizes_of)
     processor = sizes.preprocessor(sizes_of[0])
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -100,8 +101,8 @@ def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[pipeline.
         Tokenizer.from_pretrained(sources.fetch(f"asset:tiny/{name}"), model.decoder.config.vocab)
         for name, model in (("policy", policy), ("judge", judge))
     )
-    inputs = startup.image_prompt(config, policy, folder, tokenizer)
-    make = startup.examples(config, inputs, startup.judge_prompt(config, judges))
+    inputs = load.image_prompt(config, policy, folder, tokenizer)
+    make = load.examples(config, inputs, load.judge_prompt(config, judges))
     vision = policy.vision.config
     return make, grid_for(config, vision)[0] * make.inputs.processor.patch_size
 
@@ -117,7 +118,8 @@ def measure(config: ml_collections.ConfigDict, batches: int) -> Pace:
         make, side = examples(config, Path(folder))
     set_aside, threads = SetAside(), config.data.threads
     source = records(side)
-    made = pipeline.train_iterator(source, make, config.data.batch, config.seed, set_aside, threads)
+    feed = pipeline.Feed(config.data.batch, config.seed, threads)
+    made = pipeline.train_iterator(source, make, feed, set_aside)
     seconds = []
     for _ in range(_WARM + batches):
         began = time.perf_counter()

@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from caprl_jax.models import logprobs
-from caprl_jax.plan import flops
-from caprl_jax.plan import roofline as floors
+from caprl_jax.plan import flops, roofline
 from caprl_jax.plan.shapes import AbstractStep
-from caprl_jax.run import compile as programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Forward:
 
 def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
     """The forward pass of a config's update."""
-    policy, params, batch = built.parts.policy, built.state.params, built.batch
+    policy, params, batch = built.policy, built.state.params, built.batch
     shape = batch.valid.shape[0], config.caprl.group, config.sampling.max_tokens
     tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))
 
@@ -46,7 +44,7 @@ def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
         return logprobs.token_logprobs(hidden, policy.head(params), tokens)
 
     def count(function, *args):
-        branches = floors.branch_weights(policy.vision.config)
+        branches = roofline.branch_weights(policy.vision.config)
         return flops.jaxpr_flops(jax.make_jaxpr(function)(*args), 0, branches)
 
     reading = params, batch.images, batch.prompt
@@ -56,14 +54,9 @@ def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
 
 
 def update(config: ml_collections.ConfigDict, built: AbstractStep) -> float:
-    """What a config's updates need, on all devices together.
-
-    What `caprl.reuse` takes from captioning isn't needed again; a frozen tower has no gradient.
-    """
-    settings, needed = programs.settings(config), forward(config, built)
-    read = needed.images + needed.prompts
-    trained = needed.prompts + needed.captions
-    trained += 0 if built.parts.policy.freeze_vision else needed.images
-    once = {"none": read + needed.captions, "prefill": needed.captions, "rollout": 0.0}
-    reference = read + needed.captions if settings.kl else 0.0
-    return reference + settings.updates * (once[settings.reuse] + 2 * trained)
+    """FLOPs that a config's updates need, on all devices together; a frozen tower has no gradient."""
+    needed = forward(config, built)
+    whole = needed.images + needed.prompts + needed.captions
+    trained = whole - (needed.images if built.policy.freeze_vision else 0)
+    reference = whole if config.caprl.kl else 0.0
+    return reference + config.caprl.updates * (whole + 2 * trained)

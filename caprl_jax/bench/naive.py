@@ -7,41 +7,43 @@ their size is ever held or run.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax.config import PIECES, pieces, validate
-from caprl_jax.models.decoder import Decoder
-from caprl_jax.parallel import axes as logical
-from caprl_jax.plan import flops
-from caprl_jax.plan import roofline as floors
-from caprl_jax.plan import shapes as abstract
-from caprl_jax.plan.hlo import costs as hlo_costs
-from caprl_jax.rl import judge, policy_gradient, step
-from caprl_jax.rl.rollout import Rollout, Sampling, stages
-from caprl_jax.run import compile as programs
+from caprl_jax.config import SLICES, slices_of, validate
+from caprl_jax.decode.loop import stages
+from caprl_jax.models.vlm import Params, Policy
+from caprl_jax.parallel import slices
+from caprl_jax.plan import flops, roofline, shapes
+from caprl_jax.plan.hlo import costs
+from caprl_jax.rl import judge as judge_lib
+from caprl_jax.rl.judge import Judge, Judging
+from caprl_jax.rl.rollout import rollout as tree_rollout
+from caprl_jax.rl.step import Verbs
+from caprl_jax.rl.types import (
+    Batch,
+    Captions,
+    Decoding,
+    Metrics,
+    Questions,
+    Rollout,
+    State,
+    Verdicts,
+)
+from caprl_jax.rl.update import Learner
+from caprl_jax.rl.update import update as tree_update
 
 
 def letter_logits(
-    decoder: Decoder,
-    params: dict,
-    instruction: judge.Instruction,
-    tokens: jax.Array,
-    mask: jax.Array,
-    questions: judge.Questions,
+    model: Judge, tokens: jax.Array, mask: jax.Array, questions: Questions
 ) -> jax.Array:
-    """As judge.letter_logits, each question after an instruction and caption of its own.
+    """rl.judge.letter_logits with an instruction and a caption of its own for each question.
 
     Args:
-      decoder: the judge.
-      params: its parameters.
-      instruction: the prompt's fixed part.
+      model: the judge.
       tokens: int32 [r, t], a caption for each question.
       mask: bool [r, t].
       questions: [r].
@@ -51,28 +53,22 @@ def letter_logits(
     """
 
     def one(root, tokens, mask, question):
-        own = instruction.with_tokens(root)
-        return judge.letter_logits(
-            decoder, params, own, tokens[None, None], mask[None, None],
-            jax.tree.map(lambda a: a[None, None], question),
-        )[0, 0, 0]  # fmt: skip
+        own = model.replace(instruction=model.instruction.with_tokens(root))
+        captions = Captions(tokens[None, None], mask[None, None])
+        question = jax.tree.map(lambda a: a[None, None], question)
+        return judge_lib.letter_logits(own, captions, question)[0, 0, 0]
 
-    root = jnp.broadcast_to(instruction.tokens, (tokens.shape[0], *instruction.tokens.shape))
-    # Behind the barrier the compiler can't see that all pieces have the same, and read it once.
+    root = model.instruction.tokens
+    root = jnp.broadcast_to(root, (tokens.shape[0], *root.shape))
+    # Behind the barrier the compiler can't see that all rows have the same, and read it once.
     root, tokens = jax.lax.optimization_barrier((root, tokens))
     return jax.vmap(one)(root, tokens, mask, questions)
 
 
-def judged(
-    decoder: Decoder,
-    settings: step.Settings,
-    frozen: step.Frozen,
-    captions: Rollout,
-    questions: judge.Questions,
-    key: jax.Array,
-    layout: logical.Layout | None = None,
-) -> judge.Verdicts:
-    """As step.judged, of captions [b, g, t], with nothing shared."""
+def judge(
+    model: Judge, captions: Rollout, questions: Questions, *, judging: Judging, key: jax.Array
+) -> Verdicts:
+    """rl.judge.judge of captions [b, g, t] with nothing shared."""
     b, g, t = captions.tokens.shape
     if questions.truth.ndim == 2:
         questions = jax.tree.map(lambda a: jnp.repeat(a[:, None], g, axis=1), questions)
@@ -81,49 +77,46 @@ def judged(
     tokens, mask = (
         jnp.repeat(a.reshape(b * g, t), n, axis=0) for a in (captions.tokens, captions.mask)
     )
-    with logical.using(layout), jax.named_scope("score"):
-        logits = logical.in_pieces(
-            lambda piece: letter_logits(decoder, frozen.judge, frozen.instruction, *piece),
-            (tokens, mask, rows), settings.score_batches,
-        )  # fmt: skip
+    with jax.named_scope("score"):
+        logits = slices.map_slices(
+            lambda part: letter_logits(model, *part), (tokens, mask, rows), slices.current().score
+        )
         logits = logits.reshape(b, g, n, -1)
-        mode, temperature = settings.judge_mode, settings.judge_temperature
-        return judge.verdicts(logits, questions, key, mode, temperature)
+        return judge_lib.verdicts(logits, questions, judging=judging, key=key)
 
 
-def caprl_step(
-    policy: Any,
-    judge_decoder: Decoder,
-    optimizer: Any,
-    settings: step.Settings,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    state: step.State,
-    frozen: step.Frozen,
-    batch: step.Batch,
-    key: jax.Array,
-    layout: logical.Layout | None = None,
-) -> tuple[step.State, step.Metrics]:
-    """As step.caprl_step, with a batch of settings.group times the images and groups of one.
+def rollout(
+    policy: Policy, params: Params, batch: Batch, *, decoding: Decoding, key: jax.Array
+) -> Rollout:
+    """rl.rollout.rollout with an image and prompt of its own for each caption: [b, g, t].
 
-    Advantages alone see the group; they are a few operations a caption. The draws are those of the
-    tree too, for a random number depends on its place in the array and not on the array's shape
-    (unless settings.rollout_batches cuts the images, or captions share slots).
+    The draws are those of the tree, because a random number depends on its place in the array and
+    not on the array's shape (unless slices cut the rollout, or captions share slots).
     """
-    b, g = batch.valid.shape[0], settings.group
-    alone = dataclasses.replace(settings, group=1)
-    copies = jax.tree.map(lambda a: jnp.repeat(a, g, axis=0), batch.replace(questions=None))
-    sample_key, judge_key = jax.random.split(key)
-    rows = step.roll_out(policy, alone, sampling, stop, state.params, copies, sample_key, layout)
-    captions = jax.tree.map(lambda a: a.reshape(b, g, *a.shape[2:]), rows)
-    verdicts = judged(judge_decoder, settings, frozen, captions, batch.questions, judge_key, layout)
-    reward, _ = step.reward_terms(settings, verdicts, captions)
-    advantages = jax.vmap(policy_gradient.ADVANTAGES[settings.advantage])(reward)
-    state, metrics = step.improve(
-        policy, optimizer, alone, state, frozen, copies, rows, advantages.reshape(-1, 1), layout
+    b, g = batch.valid.shape[0], decoding.group
+    alone = dataclasses.replace(decoding, group=1)
+    rows = tree_rollout(policy, params, _copies(batch, g), decoding=alone, key=key)
+    return jax.tree.map(lambda a: a.reshape(b, g, *a.shape[2:]), rows)
+
+
+def update(
+    learner: Learner, state: State, batch: Batch, *, captions: Rollout, advantages: jax.Array
+) -> tuple[State, Metrics]:
+    """rl.update.update with an image and prompt of its own for each caption."""
+    g = advantages.shape[1]
+    rows = jax.tree.map(lambda a: a.reshape(-1, 1, *a.shape[2:]), captions)
+    return tree_update(
+        learner, state, _copies(batch, g), captions=rows, advantages=advantages.reshape(-1, 1)
     )
-    drawn = dataclasses.replace(settings, rollout_batches=1, slots=0)
-    return state, metrics | step.rollout_metrics(captions, verdicts, reward, batch.valid, drawn)
+
+
+def _copies(batch: Batch, group: int) -> Batch:
+    """Each image `group` times, without questions."""
+    return jax.tree.map(lambda a: jnp.repeat(a, group, axis=0), batch.replace(questions=None))
+
+
+# Advantages see the group; they are a few operations per caption.
+NAIVE = Verbs(rollout=rollout, judge=judge, update=update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +128,13 @@ class Work:
       traced_flops: of the whole step, counted in another way, from its jaxpr.
     """
 
-    phases: dict[str, floors.Floor]
+    phases: dict[str, roofline.Floor]
     traced_flops: float
 
     @property
-    def whole(self) -> floors.Floor:
+    def whole(self) -> roofline.Floor:
         """All phases together."""
-        return floors.together(self.phases.values())
+        return roofline.together(self.phases.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +153,9 @@ class Comparison:
 
 
 def smallest(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config on one device, with one image in each of its pieces."""
+    """The config on one device, with one image in each of its slices."""
     config = config.copy_and_resolve_references()
-    config.data.batch = config.eval.batch = math.lcm(*(pieces(config, name) for name in PIECES))
+    config.data.batch = config.eval.batch = math.lcm(*(slices_of(config, n) for n in SLICES))
     config.caprl.slots = 0  # one for each caption, as where each has a prompt of its own
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 1
     return config
@@ -176,23 +169,18 @@ def compare(config: ml_collections.ConfigDict) -> Comparison:
     """
     config = smallest(config)
     validate(config)
-    built = abstract.build(config, jax.devices("cpu")[:1])
-    p = built.parts
-    plain = functools.partial(
-        caprl_step, p.policy, p.judge, p.optimizer, programs.settings(config),
-        Sampling(**config.sampling), p.stop, layout=p.layout,
-    )  # fmt: skip
-    naive = programs.jit_step(plain, built.state, p.layout)
-    found = (_work(run, built, config.sampling.max_tokens) for run in (built.run, naive))
-    return Comparison(config.data.batch, *found)
+    built = shapes.build(config, jax.devices("cpu")[:1])
+    naive = dataclasses.replace(built, run=built.run.replace(verbs=NAIVE))
+    tokens = config.sampling.max_tokens
+    return Comparison(config.data.batch, *(_work(step, tokens) for step in (built, naive)))
 
 
-def _work(run: Callable, built: abstract.AbstractStep, tokens: int) -> Work:
-    traced = run.trace(built.state, built.frozen, built.batch, built.key)
-    text, vision = hlo_costs.hlo_text(traced.lower().compile()), built.parts.policy.vision.config
-    turns = tokens // len(stages(tokens))  # of each of the loops that decode
-    counted = flops.jaxpr_flops(traced.jaxpr, turns, floors.branch_weights(vision))
-    return Work(floors.phases(text, None, tokens, vision), counted)
+def _work(built: shapes.AbstractStep, tokens: int) -> Work:
+    traced = built.program.trace(*built.args)
+    text, vision = costs.hlo_text(traced.lower().compile()), built.policy.vision.config
+    iterations = tokens // len(stages(tokens))  # of each of the loops that decode
+    counted = flops.jaxpr_flops(traced.jaxpr, iterations, roofline.branch_weights(vision))
+    return Work(roofline.phases(text, None, tokens, vision), counted)
 
 
 def tell(found: Comparison) -> str:

@@ -6,7 +6,7 @@ product and a large copy reach on this device in the same run. What stays in a c
 floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
 counted; MFU what it reaches without what the update computes twice (bench/model_flops.py), of the
 chip's published FLOP/s where they are known. With natural lengths the work is still that of
-captions as long as they may be (with caprl.buckets less is done, and HFU and MFU are too high),
+captions as long as they may be (with caprl.length_buckets less is done, and HFU and MFU are too high),
 and which share of decoding's slots waited is told.
 """
 
@@ -23,16 +23,22 @@ import ml_collections
 
 from caprl_jax.bench import model_flops, synthetic
 from caprl_jax.config import validate
-from caprl_jax.decode import scheduling as slots
-from caprl_jax.decode.sampling import Sampling
-from caprl_jax.parallel import axes as logical
-from caprl_jax.parallel import hardware as chips
+from caprl_jax.decode import loop, scheduling
+from caprl_jax.parallel import hardware
 from caprl_jax.parallel.hardware import Chip
-from caprl_jax.plan import roofline as floors
-from caprl_jax.plan import shapes as abstract
-from caprl_jax.plan.hlo import costs as hlo_costs
-from caprl_jax.rl import rollout, step
-from caprl_jax.run import compile as programs
+from caprl_jax.parallel.jit import bind
+from caprl_jax.parallel.slices import split
+from caprl_jax.plan import roofline, shapes
+from caprl_jax.plan.hlo import costs
+from caprl_jax.plan.shapes import AbstractStep
+from caprl_jax.rl import rollout
+from caprl_jax.rl import update as update_lib
+from caprl_jax.rl.advantages import advantage
+from caprl_jax.rl.judge import judge
+from caprl_jax.rl.rewards import reward
+from caprl_jax.rl.step import caprl_step
+from caprl_jax.rl.types import Scored
+from caprl_jax.run import compile as compile_lib
 
 PHASES = ("prefill", "decode", "score", "update", "step")
 
@@ -54,7 +60,7 @@ class Timing:
     seconds: list[float]
     compile_seconds: float
     tokens: float
-    floor: floors.Floor
+    floor: roofline.Floor
     temporaries: int
     mfu: float
     wasted: float | None = None
@@ -91,83 +97,88 @@ def ceilings(dtype: Any, repeats: int = 5) -> Chip:
         return held[0]
 
     copy = min(seconds_of(moved, repeats))
-    known = chips.chip(device)
+    known = hardware.chip(device)
     link = known.link_bytes if known else float("inf")
     return Chip(device.device_kind, 2 * n**3 / product, 0.0, 2 * m / copy, link)
 
 
-def phases(
-    config: ml_collections.ConfigDict, built: abstract.AbstractStep, stop: tuple[int, ...]
-) -> Iterator[tuple[str, Callable, tuple, float, int]]:
-    """(name, function to jit, arguments, tokens, runs a step) of each phase, fed by those before.
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A phase to be timed.
 
-    A batch that is captioned in pieces is prefilled and decoded in such pieces here too; one is
+    Attributes:
+      name: one of PHASES.
+      function: to be jitted.
+      args: its arguments.
+      tokens: that it reads or writes.
+      runs: how often a step runs it.
+    """
+
+    name: str
+    function: Callable
+    args: tuple
+    tokens: float
+    runs: int
+
+
+def phases(
+    config: ml_collections.ConfigDict, built: AbstractStep, stop: tuple[int, ...]
+) -> Iterator[Phase]:
+    """The phases of a step, each with arguments that the phases before have made.
+
+    A batch that is captioned in slices is prefilled and decoded in such slices here too; one is
     timed, and stands for the others.
     """
-    p, constants = built.parts, programs.settings(config)
-    on, sampling = p.layout, Sampling(**config.sampling)
-    batch = synthetic.batch(config, built)
-    state = synthetic.state(built)
-    frozen = synthetic.frozen(built, state.params)
-    key = jax.random.key(0)
+    cuts, count = compile_lib.slices(config), compile_lib.slices(config).rollout
+    batch, state = synthetic.batch(config, built), synthetic.state(built)
+    run = synthetic.run(built, state.params)
+    run = run.replace(decoding=dataclasses.replace(run.decoding, stop=stop))
+    policy, key = run.learner.policy, jax.random.key(0)
     b, g, t = config.data.batch, config.caprl.group, config.sampling.max_tokens
-    asked = config.caprl.questions * config.data.max_question
-    pieces = constants.rollout_batches
+    p, asked = config.data.max_prompt, config.caprl.questions * config.data.max_question
     first = batch
-    if pieces > 1:
-        first = jax.jit(lambda whole: jax.tree.map(lambda a: a[0], logical.split(whole, pieces)))(
-            batch
-        )
+    if count > 1:
+        cut = jax.jit(lambda whole: jax.tree.map(lambda a: a[0], split(whole, count)))
+        first = cut(batch)
+
+    def bound(function):
+        return bind(function, built.rules, cuts)
 
     def prefill(params, batch):
-        of = p.policy, params, batch.images, batch.prompt
-        with logical.using(on), jax.named_scope("prefill"):
-            if constants.reuse == "none":
-                return rollout.prefill(*of, constants.prefills), None
-            reading = rollout.read(*of)
-            return reading.trunk, reading
+        with jax.named_scope("prefill"):
+            return rollout.prefill(policy, params, batch.images, batch.prompt)
 
     def decode(params, trunk, key):
-        valid = jnp.ones(b // pieces, bool)
-        keep = constants.reuse == "rollout"
-        return rollout.sample_after(
-            p.policy, params, trunk, key, g, stop, sampling, on, valid, keep, constants.slots
+        valid = jnp.ones(b // count, bool)
+        return loop.decode(policy, params, trunk, decoding=run.decoding, valid=valid, key=key)
+
+    def score(model, captions, questions, key):
+        return judge(model, captions, questions, judging=run.judging, key=key)
+
+    def update(run, state, batch, captions, verdicts):
+        scored = Scored(batch, captions, verdicts, run.models)
+        rewards = reward(run.rewards, scored)
+        advantages = advantage(run.advantage, rewards.total, batch.valid)
+        return update_lib.update(
+            run.learner, state, batch, captions=captions, advantages=advantages
         )
 
-    def score(frozen, captions, questions, key):
-        return step.judged(
-            p.judge, constants, frozen, captions.tokens, captions.mask, questions, key, on
-        )
-
-    def update(state, frozen, batch, captions, verdicts, reading):
-        return step.learn(
-            p.policy, p.optimizer, constants, state, frozen, batch, captions, verdicts, on, reading
-        )
-
-    yield "prefill", prefill, (state.params, first), b * config.data.max_prompt, pieces
-    trunk, reading = jax.jit(prefill)(state.params, first)
-    yield "decode", decode, (state.params, trunk, key), b * g * t, pieces
-    captions, known = jax.jit(decode)(state.params, trunk, key)
-    reading = reading and reading.replace(known=known)
-    del trunk, first, known
-    if pieces > 1:
-        captions = jax.tree.map(lambda a: jnp.concatenate([a] * pieces), captions)
+    prefill, decode, score, update = map(bound, (prefill, decode, score, update))
+    yield Phase("prefill", prefill, (state.params, first), b * p, count)
+    trunk = jax.jit(prefill)(state.params, first)
+    yield Phase("decode", decode, (state.params, trunk, key), b * g * t, count)
+    captions = jax.jit(decode)(state.params, trunk, key)
+    del trunk, first
+    if count > 1:
+        captions = jax.tree.map(lambda a: jnp.concatenate([a] * count), captions)
     written = float(jnp.sum(captions.length))
-    yield "score", score, (frozen, captions, batch.questions, key), written + b * g * asked, 1
-    verdicts = jax.jit(score)(frozen, captions, batch.questions, key)
-    learned = b * config.data.max_prompt + written
-    yield "update", update, (state, frozen, batch, captions, verdicts, reading), learned, 1
-    del reading
-    whole = b * g * config.data.max_prompt + written  # as EasyR1 counts: each with its prompt
-    yield "step", _step(config, built, stop), (state, frozen, batch, key), whole, 1
-
-
-def _step(config, built: abstract.AbstractStep, stop) -> Callable:
-    p = built.parts
-    return functools.partial(
-        step.caprl_step, p.policy, p.judge, p.optimizer, programs.settings(config),
-        Sampling(**config.sampling), stop, layout=p.layout,
-    )  # fmt: skip
+    args = run.judge, captions, batch.questions, key
+    yield Phase("score", score, args, written + b * g * asked, 1)
+    verdicts = jax.jit(score)(*args)
+    args = run, state, batch, captions, verdicts
+    yield Phase("update", update, args, b * p + written, 1)
+    # As EasyR1 counts: each caption with its prompt.
+    yield Phase("step", bound(caprl_step), (run, state, batch, key), b * g * p + written, 1)
 
 
 def measure(
@@ -181,45 +192,47 @@ def measure(
       ConfigError: the config can't be.
     """
     validate(config)
-    built = abstract.build(config, jax.devices())
-    vocab = built.parts.policy.decoder.config.vocab
+    built = shapes.build(config, jax.devices())
+    vocab, vision = built.policy.decoder.config.vocab, built.policy.vision.config
     # Random weights end a caption with any token alike: as many stop tokens as make its mean
     # length half of the bucket.
     count = max(1, round(2 * vocab / config.sampling.max_tokens)) if natural else 0
     stop = tuple(range(count)) if natural else (vocab,)
-    top = ceilings(programs.compute_dtype(config))
-    out = {}
+    top = ceilings(compile_lib.compute_dtype(config))
     c = config.caprl
-    turns = slots.most_turns(c.group, c.slots, config.sampling.max_tokens)
-    needed = model_flops.update(config, built) / built.parts.layout.mesh.size
-    known = chips.chip(jax.devices()[0])
+    iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
+    needed = model_flops.update(config, built) / built.rules.mesh.size
+    known = hardware.chip(jax.devices()[0])
     peak = known.flops if known else top.flops
-    for name, function, args, tokens, runs in phases(config, built, stop):
-        if name not in wanted:
+    out = {}
+    for phase in phases(config, built, stop):
+        if phase.name not in wanted:
             continue
         began = time.perf_counter()
-        compiled = jax.jit(function).lower(*args).compile()
+        compiled = jax.jit(phase.function).lower(*phase.args).compile()
         took = time.perf_counter() - began
-        text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
-        found = floors.phases(text, top, turns, vision)
-        seconds = seconds_of(functools.partial(compiled, *args), repeats)
-        work = floors.together([*found.values()] * runs)
+        found = roofline.phases(costs.hlo_text(compiled), top, iterations, vision)
+        seconds = seconds_of(functools.partial(compiled, *phase.args), repeats)
+        work = roofline.together([*found.values()] * phase.runs)
         useful = work.flops
         if updating := found["update"].flops:
             useful += needed - updating
-        out[name] = Timing(
-            [runs * s for s in seconds], took, tokens, work,
-            compiled.memory_analysis().temp_size_in_bytes,
-            useful / peak / (runs * statistics.median(seconds)),
-        )  # fmt: skip
-        if natural and name == "decode":
-            out[name].wasted = _wasted(compiled(*args)[0].length, c.slots)
+        out[phase.name] = Timing(
+            seconds=[phase.runs * s for s in seconds],
+            compile_seconds=took,
+            tokens=phase.tokens,
+            floor=work,
+            temporaries=compiled.memory_analysis().temp_size_in_bytes,
+            mfu=useful / peak / (phase.runs * statistics.median(seconds)),
+        )
+        if natural and phase.name == "decode":
+            out["decode"].wasted = _wasted(compiled(*phase.args).length, c.slots)
     return out
 
 
 def _wasted(length: jax.Array, count: int) -> float:
     """Of captions drawn at once, in so many slots an image."""
-    waited, whole = slots.wasted(length, jnp.ones(len(length), bool), 1, count)
+    waited, whole = scheduling.wasted(length, jnp.ones(len(length), bool), 1, count)
     return float(waited / whole)
 
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from caprl_jax.bench import phases, synthetic
 from caprl_jax.bench.phases import PHASES, Timing
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
-from caprl_jax.models.vision import windows_of
-from caprl_jax.plan import shapes as abstract
+from caprl_jax.models.vision import window_count
+from caprl_jax.plan import shapes
 
 
 def _set(name: str) -> Callable[[ml_collections.ConfigDict, int], None]:
@@ -35,10 +35,10 @@ def set_image(config: ml_collections.ConfigDict, tokens: int) -> None:
     """
     if math.isqrt(tokens) ** 2 != tokens:
         raise ConfigError(f"an image of {tokens} tokens is no square")
-    vision = families.build(abstract.model_config(config.policy.path)).vision.config
+    vision = families.build(shapes.model_config(config.policy.path)).vision.config
     side = math.isqrt(tokens) * vision.merge
     config.data.max_prompt = tokens + synthetic.WORDS
-    config.data.max_windows = windows_of((side, side), vision)
+    config.data.max_windows = window_count((side, side), vision)
 
 
 # name: (for people, how a config is changed, sizes)

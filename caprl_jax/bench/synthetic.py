@@ -10,53 +10,53 @@ import ml_collections
 import numpy as np
 
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.vision import VisionConfig, feature_order, lay_out, windows_of
+from caprl_jax.models.vision import VisionConfig, feature_order, pad_to_windows, window_count
 from caprl_jax.models.vlm import Prompt, mrope_positions
 from caprl_jax.parallel import mesh
-from caprl_jax.plan import shapes as abstract
-from caprl_jax.plan.shapes import AbstractStep
-from caprl_jax.rl import judge, step
-from caprl_jax.run import compile as programs
+from caprl_jax.plan.shapes import INSTRUCTION, LETTERS, SPECIAL, AbstractStep
+from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.step import Run
+from caprl_jax.rl.types import Batch, Instruction, Questions, State
+from caprl_jax.run import compile as compile_lib
 
 WORDS = 16  # of a prompt, around its image
 
 
-def state(built: AbstractStep, seed: int = 0) -> step.State:
+def state(built: AbstractStep, seed: int = 0) -> State:
     """Random parameters and fresh optimizer state, made where they lie."""
-    policy, optimizer = built.parts.policy, built.parts.optimizer
+    policy, optimizer = built.policy, built.run.learner.optimizer
 
     def init(key):
         params = nn.meta.unbox(policy.init(key))
-        return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(init, out_shardings=_shardings(built.state))(jax.random.key(seed))
 
 
-def frozen(built: AbstractStep, params: Any, seed: int = 1) -> step.Frozen:
-    """A random judge and instruction; the reference, if there is one, is `params`."""
-    decoder, shapes = built.parts.judge, built.frozen
+def run(built: AbstractStep, params: Any, seed: int = 1) -> Run:
+    """The run with a random judge and instruction; the reference, if there is one, is `params`."""
+    shapes, rules = built.run.judge, built.rules
+    decoder = shapes.decoder
 
     def init(key):
         found = decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
-        return jax.tree.map(lambda a, s: a.astype(s.dtype), nn.meta.unbox(found), shapes.judge)
+        return jax.tree.map(lambda a, s: a.astype(s.dtype), nn.meta.unbox(found), shapes.params)
 
-    made = jax.jit(init, out_shardings=_shardings(shapes.judge))(jax.random.key(seed))
+    made = jax.jit(init, out_shardings=_shardings(shapes.params))(jax.random.key(seed))
     rng, vocab = np.random.default_rng(seed), decoder.config.vocab
-    ids = rng.permutation(vocab)[: abstract.LETTERS + abstract.SPECIAL].astype(np.int32)
-    instruction = judge.Instruction(
-        rng.integers(0, vocab, abstract.INSTRUCTION).astype(np.int32),
-        *np.split(ids, [abstract.LETTERS]),
-    )
-    reference = None
-    if shapes.reference is not None:
+    ids = rng.permutation(vocab)[: LETTERS + SPECIAL].astype(np.int32)
+    tokens = rng.integers(0, vocab, INSTRUCTION).astype(np.int32)
+    instruction = Instruction(tokens, *np.split(ids, [LETTERS]))
+    placed = jax.device_put(instruction, mesh.replicated(rules))
+    read = compile_lib.read_instruction(decoder, made, placed, rules)
+    learner = built.run.learner
+    if (wanted := learner.reference) is not None:
         cast = jax.jit(
-            lambda p: jax.tree.map(lambda a, s: a.astype(s.dtype), p, shapes.reference),
-            out_shardings=_shardings(shapes.reference),
+            lambda p: jax.tree.map(lambda a, s: a.astype(s.dtype), p, wanted),
+            out_shardings=_shardings(wanted),
         )
-        reference = cast(params)
-    placed = jax.device_put(instruction, mesh.replicated(built.parts.layout))
-    read = programs.read_instruction(decoder, made, placed, built.parts.layout)
-    return step.Frozen(made, read, reference)
+        learner = learner.replace(reference=cast(params))
+    return built.run.replace(learner=learner, judge=Judge(decoder, made, read))
 
 
 def _shardings(shapes: Any) -> Any:
@@ -66,29 +66,29 @@ def _shardings(shapes: Any) -> Any:
 def grid_for(config: ml_collections.ConfigDict, vision: VisionConfig) -> tuple[int, int]:
     """(rows, columns) in patches of the largest square image that the config's buckets take."""
     side = math.isqrt(max(config.data.max_prompt - WORDS, 1))
-    while side > 1 and windows_of((side * vision.merge,) * 2, vision) > config.data.max_windows:
+    while side > 1 and window_count((side * vision.merge,) * 2, vision) > config.data.max_windows:
         side -= 1
     return side * vision.merge, side * vision.merge
 
 
-def batch(config: ml_collections.ConfigDict, built: AbstractStep, seed: int = 2) -> step.Batch:
+def batch(config: ml_collections.ConfigDict, built: AbstractStep, seed: int = 2) -> Batch:
     """Random images of the largest size, full prompts and questions, on the mesh."""
-    rng, vision = np.random.default_rng(seed), built.parts.policy.vision.config
+    rng, vision = np.random.default_rng(seed), built.policy.vision.config
     grid, b = grid_for(config, vision), config.data.batch
     pixels = rng.standard_normal((grid[0] * grid[1], vision.patch_dim), np.float32)
-    image = lay_out(pixels, grid, vision, config.data.max_windows)
-    one = step.Batch(
+    image = pad_to_windows(pixels, grid, vision, config.data.max_windows)
+    one = Batch(
         image, _prompt(config, built, grid, rng), _questions(config, built, rng), np.True_
     )
 
     def repeat(a):  # all images alike: their work is, and that is what is measured
         return np.broadcast_to(a, (b, *a.shape))
 
-    return mesh.put_whole(jax.tree.map(repeat, one), built.parts.layout)
+    return mesh.put_whole(jax.tree.map(repeat, one), built.rules)
 
 
 def _prompt(config, built: AbstractStep, grid, rng) -> Prompt:
-    decoder, vision = built.parts.policy.decoder.config, built.parts.policy.vision.config
+    decoder, vision = built.policy.decoder.config, built.policy.vision.config
     p, order = config.data.max_prompt, feature_order(grid, vision)
     feature = np.full(p, -1, np.int32)
     feature[4 : 4 + len(order)] = order
@@ -100,12 +100,12 @@ def _prompt(config, built: AbstractStep, grid, rng) -> Prompt:
     return Prompt(tokens, np.ones(p, bool), positions, feature, np.int32(after))
 
 
-def _questions(config, built: AbstractStep, rng) -> judge.Questions:
+def _questions(config, built: AbstractStep, rng) -> Questions:
     shape = (config.caprl.questions,)
     if config.data.per_caption:
         shape = (config.caprl.group, *shape)
-    tokens = rng.integers(0, built.parts.judge.config.vocab, (*shape, config.data.max_question))
-    return judge.Questions(
+    tokens = rng.integers(0, built.run.judge.decoder.config.vocab, (*shape, config.data.max_question))
+    return Questions(
         tokens.astype(np.int32), np.ones(tokens.shape, bool),
         rng.integers(0, 4, shape).astype(np.int32), np.full(shape, 5, np.int32),
         np.ones(shape, bool),

@@ -18,15 +18,17 @@ from caprl_jax.bench.peers import Checked, Comparison, Pairs, WorkDiffers
 from caprl_jax.bench.turns import STEPS, Turn, moved, stride
 from caprl_jax.bench.work import Work, laid_out
 from caprl_jax.parallel import mesh
-from caprl_jax.rl import step
-from caprl_jax.run import compile as programs
-from caprl_jax.run import load as startup
+from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.step import caprl_step
+from caprl_jax.rl.types import Batch, Metrics
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import load
 
 STEP = "a whole step"
 # What TRL's step is not told, or does in another way.
 _TAKEN = {
     "objective": "caprl", "caprl.updates": 1, "caprl.kl": 0.0, "caprl.advantage": "grpo",
-    "caprl.accuracy_weight": 1.0, "caprl.length_weight": 0.0, "judge.mode": "expected",
+    "caprl.loss": "clipped", "caprl.aggregation": "caption_mean", "judge.mode": "expected",
     "policy.freeze_vision": False, "sampling.top_k": 0, "sampling.top_p": 1.0,
     "optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
 }  # fmt: skip
@@ -63,6 +65,9 @@ def require_comparable(config: ml_collections.ConfigDict) -> None:
     """Raises WorkDiffers, naming what a config asks that TRL's step wouldn't do alike."""
     asked = {key: config_lib.get(config, key) for key in _TAKEN}
     wrong = [f"{key}={asked[key]} ({one})" for key, one in _TAKEN.items() if asked[key] != one]
+    weights = {term.choice.name: term.weight for term in config_lib.terms(config)}
+    if weights != {"accuracy": 1.0}:
+        wrong.append(f"caprl.rewards={weights} (accuracy alone)")
     if wrong:
         raise WorkDiffers(f"--peer=trl compares other settings, in brackets: {', '.join(wrong)}")
 
@@ -113,7 +118,7 @@ def checked_step(work: Work, ours: "Ours", captions: np.ndarray) -> Turn:
     count = sum(a.size for a in jax.tree.leaves(params))
     ours()
     after = jax.device_get(samples(ours.state.params))
-    letters = work_lib.letters(work, ours.frozen.judge, captions)
+    letters = work_lib.letters(work, ours.run.judge.params, captions)
     return Turn(parameters=count, moved=moved(before, after), logits=logits, letters=letters)
 
 
@@ -129,28 +134,28 @@ class Ours:
     def __init__(self, work: Work):
         """Reads the weights."""
         config, self._work = work.config, work
-        self._on = programs.layout(config)
-        optimizer = programs.optimizer(config, config.caprl.updates)
-        self.state = startup.initial_state(
-            config, work.policy, work.policy_path, optimizer, self._on
-        )
-        model, _ = startup.read_model(str(work.judge_path), "", programs.compute_dtype(config))
-        params = startup.load_frozen(
-            model, work.judge_path, self._on, programs.compute_dtype(config)
-        )
-        put = jax.device_put(work.instruction, mesh.replicated(self._on))
-        read = programs.read_instruction(work.judge, params["decoder"], put, self._on)
-        self.frozen = step.Frozen(params["decoder"], read)
+        self._rules, dtype = compile_lib.shard_rules(config), compile_lib.compute_dtype(config)
+        model, _ = load.read_model(str(work.judge_path), "", dtype)
+        params = load.load_frozen(model, work.judge_path, self._rules, dtype)["decoder"]
+        put = jax.device_put(work.instruction, mesh.replicated(self._rules))
+        read = compile_lib.read_instruction(work.judge, params, put, self._rules)
+        judge = Judge(work.judge, params, read)
         # No token ends a caption: TRL's are as long as they may be too.
-        parts = programs.Parts(work.policy, work.judge, optimizer, self._on, (work.vocab,))
-        self._run, _ = programs.one_program(config, parts, self.state)
+        self.run = compile_lib.make_run(config, work.policy, judge, (work.vocab,))
+        optimizer = self.run.learner.optimizer
+        self.state = load.initial_state(
+            config, work.policy, work.policy_path, optimizer, self._rules
+        )
+        self._program, _ = compile_lib.one_program(
+            caprl_step, config, self.run, self.state, self._rules
+        )
         self._key = jax.random.key(config.seed)
 
-    def __call__(self) -> step.Metrics:
+    def __call__(self) -> Metrics:
         """A step from pictures to new weights."""
         w = self._work
         laid = laid_out(w.config, w.processor, w.filler, w.pictures)
-        batch = step.Batch(*laid, w.questions, np.ones(len(w.pictures), bool))
-        batch = mesh.put_whole(batch, self._on)
-        self.state, metrics = self._run(self.state, self.frozen, batch, self._key)
+        batch = Batch(*laid, w.questions, np.ones(len(w.pictures), bool))
+        batch = mesh.put_whole(batch, self._rules)
+        self.state, metrics = self._program(self.run, self.state, batch, self._key)
         return jax.block_until_ready(jax.device_get(metrics))

@@ -18,6 +18,7 @@ from caprl_jax.bench.machine import facts
 from caprl_jax.bench.peers import Checked
 from caprl_jax.bench.turns import STEPS, Turn, moved, stride
 from caprl_jax.bench.work import Work
+from caprl_jax.config import choice
 
 # Captions that TRL learns from at once; of 16, 4 were quicker than 2 and than all.
 _PIECE = 4
@@ -141,7 +142,7 @@ def settings(work: Work, folder: str) -> Any:
         max_completion_length=c.sampling.max_tokens, shuffle_dataset=False,
         gradient_checkpointing=False, temperature=c.sampling.temperature,
         generation_kwargs={"suppress_tokens": special}, cache_implementation="static",
-        beta=0.0, loss_type="grpo", epsilon=c.caprl.clip, num_iterations=c.caprl.updates,
+        beta=0.0, loss_type="grpo", epsilon=choice(c, "loss").options.clip, num_iterations=c.caprl.updates,
         learning_rate=o.learning_rate, lr_scheduler_type="constant", adam_beta1=o.b1,
         adam_beta2=o.b2, weight_decay=o.weight_decay, max_grad_norm=o.clip_norm,
         dataloader_pin_memory=False,

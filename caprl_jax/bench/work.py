@@ -18,11 +18,12 @@ from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.hf import sizes
-from caprl_jax.models.vision import Images, batch_images, lay_out
+from caprl_jax.models.vision import Images, batch_images, pad_to_windows
 from caprl_jax.models.vlm import Policy, Prompt
 from caprl_jax.rl import judge
-from caprl_jax.run import compile as programs
-from caprl_jax.run import load as startup
+from caprl_jax.rl.types import Captions, Instruction, Questions
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import load
 
 _QUESTION = Question("Which color is the sofa?", ("blue", "red", "green", "white"), 1)
 
@@ -58,8 +59,8 @@ class Work:
     images: Images
     prompt: Prompt
     text: str
-    questions: judge.Questions
-    instruction: judge.Instruction
+    questions: Questions
+    instruction: Instruction
 
     @property
     def vocab(self) -> int:
@@ -90,15 +91,15 @@ def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work
     Raises:
       ModelDirectoryError, ConfigError: the models or buckets can't be.
     """
-    dtype = programs.compute_dtype(config)
+    dtype = compile_lib.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     path = directory(config.policy.path, folder)
-    policy, policy_path = startup.read_model(path, config.policy.revision, dtype, **options)
+    policy, policy_path = load.read_model(path, config.policy.revision, dtype, **options)
     path = directory(config.judge.path, folder)
-    judged, judge_path = startup.read_model(path, config.judge.revision, dtype)
+    judged, judge_path = load.read_model(path, config.judge.revision, dtype)
     tokenizer = Tokenizer.from_pretrained(policy_path, policy.decoder.config.vocab)
     rng, vision = np.random.default_rng(seed), policy.vision.config
-    processor = startup.image_processor(policy_path, vision)
+    processor = load.image_processor(policy_path, vision)
     side = grid_for(config, vision)[0] * processor.patch_size
     noise = rng.integers(0, 256, (config.data.batch, side, side, 3), np.uint8)
     pictures = [Image.fromarray(pixels) for pixels in noise]
@@ -122,7 +123,7 @@ def laid_out(
     """What a run's readers make of a batch's pictures."""
     found = [processor(picture) for picture in pictures]
     windows, length = config.data.max_windows, config.data.max_prompt
-    images = batch_images([lay_out(p, g, filler.vision, windows) for p, g in found])
+    images = batch_images([pad_to_windows(p, g, filler.vision, windows) for p, g in found])
     prompts = [filler.fill(grid, length) for _, grid in found]
     return images, jax.tree.map(lambda *a: np.stack(a), *prompts)
 
@@ -138,13 +139,12 @@ def first_logits(work: Work, params: Any) -> np.ndarray:
 
 def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
     """What our judge thinks of captions: int [b, g, t] -> probabilities [b, g, n, letters]."""
-    captions, questions = captions.astype(np.int32), work.questions
+    tokens, questions = captions.astype(np.int32), work.questions
 
     def probabilities(params):
-        mask = jnp.ones(captions.shape, bool)
-        logits = judge.letter_logits(
-            work.judge, params, work.instruction, captions, mask, questions
-        )
+        model = judge.Judge(work.judge, params, work.instruction)
+        captions = Captions(tokens, jnp.ones(tokens.shape, bool))
+        logits = judge.letter_logits(model, captions, questions)
         count = jnp.broadcast_to(questions.letters[:, None], logits.shape[:-1])
         return jax.nn.softmax(judge.among_options(logits, count, work.config.judge.temperature))
 
@@ -153,9 +153,9 @@ def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
 
 def _asked(
     config: ml_collections.ConfigDict, path: Path, decoder: Decoder, rng: Any
-) -> tuple[judge.Questions, judge.Instruction]:
+) -> tuple[Questions, Instruction]:
     """One question of which the options are shuffled anew each time: all are equally long."""
-    prompt = startup.judge_prompt(config, Tokenizer.from_pretrained(path, decoder.config.vocab))
+    prompt = load.judge_prompt(config, Tokenizer.from_pretrained(path, decoder.config.vocab))
     count, length = config.caprl.questions, config.data.max_question
     rows = [
         prompt.arrays([present(_QUESTION, rng) for _ in range(count)], count, length)

@@ -74,10 +74,8 @@ def measure() -> None:
     phases = [start, load]
     if flags.FLAGS.export:
         with phase("export") as found:
-            hf.save(
-                flags.FLAGS.export, policy.modules, policy.params, policy.directory,
-                ml_dtypes.bfloat16,
-            )  # fmt: skip
+            target = hf.Target(Path(flags.FLAGS.export), ml_dtypes.bfloat16)
+            hf.save(target, policy.modules, policy.params, policy.directory)
         phases.append(found)
     noise = np.random.default_rng(0).integers(
         0, 256, (flags.FLAGS.side, flags.FLAGS.side, 3), np.uint8

@@ -19,11 +19,10 @@ import numpy as np
 from absl import app, flags
 
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
-from caprl_jax.config import ConfigError, default
+from caprl_jax.errors import ConfigError
 from caprl_jax.models.hf import files as hf
 from caprl_jax.parallel import mesh
-from caprl_jax.run import checkpoint, export
-from caprl_jax.run import load as startup
+from caprl_jax.run import checkpoint, export, load
 
 
 def find_step(path: Path) -> tuple[Path, int]:
@@ -49,26 +48,22 @@ def to_hugging_face(path: Path, out: Path, dtype: str, source: str | None = None
     """Writes the policy of a run's checkpoint to out."""
     workdir, step = find_step(path)
     with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
-        saved = checkpoints.config(step)
-        config = default()
-        with config.unlocked():
-            config.update(ml_collections.ConfigDict(saved))
-        config.export.dtype = dtype
-        policy, directory = startup.read_model(
+        config = ml_collections.ConfigDict(checkpoints.config(step))
+        policy, directory = load.read_model(
             source or config.policy.path, "" if source else config.policy.revision, np.float32
         )
-        on = mesh.layout(mesh.make_mesh({"fsdp": -1}))
-        shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
+        rules = mesh.shard_rules(mesh.make_mesh({"fsdp": -1}))
+        shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)
         params = checkpoints.restore_params(step, hf.abstract_params(policy), shardings)
-    figures = export.figures(workdir, step)
-    export.export(out, config, policy, params, directory, step, figures)
+    card = export.model_card(config, step, export.figures(workdir, step))
+    export.export(out, export.Trained(policy, params, directory), dtype, card)
 
 
 def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
     """Writes a model directory whose weights are an Orbax checkpoint."""
-    policy, directory = startup.read_model(path, revision, np.float32)
-    on = mesh.layout(mesh.make_mesh({"fsdp": -1}))
-    params = startup.load_frozen(policy, directory, on, np.dtype(dtype))
+    policy, directory = load.read_model(path, revision, np.float32)
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": -1}))
+    params = load.load_frozen(policy, directory, rules, np.dtype(dtype))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint.save_params(partial / checkpoint.PARAMS, params)

@@ -68,7 +68,9 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
         for name, content in files.items():
             if content is not None:
                 (companions / name).write_text(json.dumps(content, indent=2) + "\n")
-        hf.save(out, policy, flax.traverse_util.unflatten_dict(lazy), companions, dtype)
+        hf.save(
+            hf.Target(out, dtype), policy, flax.traverse_util.unflatten_dict(lazy), companions
+        )
 
 
 def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:

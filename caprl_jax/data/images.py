@@ -1,4 +1,4 @@
-"""Image bytes -> RGB -> the patches that Qwen's vision towers take, as transformers makes them."""
+"""Converts image bytes to RGB, and RGB to the patches that transformers makes for Qwen's towers."""
 
 import dataclasses
 import io
@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from caprl_jax.errors import UserError
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.models.hf.files import read_json
 
 _MAX_RATIO = 200
@@ -20,14 +19,14 @@ class UnreadableImage(UserError):
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Encoded bytes -> RGB.
+    """Decodes encoded bytes to RGB.
 
-    EXIF orientation is applied, transparency goes onto white, of an animation the first frame
-    counts; Pillow's limit against decompression bombs holds. All as transformers does, but for 16
-    bits a channel, which are scaled to 8 where transformers would clip them to white.
+    Like transformers, it applies EXIF orientation, pastes transparent images onto white, takes the
+    first frame of an animation, and keeps Pillow's limit against decompression bombs. Unlike
+    transformers, which clips 16 bits a channel to white, it scales them to 8.
 
     Raises:
-      UnreadableImage: not an image, truncated, or too large to be safe.
+      UnreadableImage: the bytes are not an image, truncated, or too large to be safe.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -37,10 +36,10 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded or still to be decoded Pillow image -> RGB, as decode_image says.
+    """Converts a Pillow image, decoded or not, to RGB; see decode_image.
 
     Raises:
-      UnreadableImage: its bytes are no whole image, or too large to be safe.
+      UnreadableImage: its bytes are not an image, truncated, or too large to be safe.
     """
     try:
         image = ImageOps.exif_transpose(image)
@@ -52,15 +51,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except Exception as e:  # Pillow's decoders raise whatever bad bytes lead them to
+    except Exception as e:  # Pillow's decoders raise errors of any type on bad bytes
         raise UnreadableImage(f"the image can't be decoded: {e}") from e
 
 
 def _processor_config(directory: Path) -> tuple[Path, dict]:
-    """The image processor's file and settings: like transformers', nested ones come first."""
-    both = directory / "processor_config.json"
-    if both.is_file() and isinstance(read_json(both).get("image_processor"), dict):
-        return both, read_json(both)["image_processor"]
+    """The image processor's file and settings; like transformers, it prefers nested settings."""
+    nested = directory / "processor_config.json"
+    if nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
+        return nested, read_json(nested)["image_processor"]
     path = directory / "preprocessor_config.json"
     if not path.is_file():
         raise ModelDirectoryError(f"{path} does not exist: a policy's directory needs it")
@@ -70,14 +69,14 @@ def _processor_config(directory: Path) -> tuple[Path, dict]:
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """The size an image is resized to: multiples of factor, within the pixel bounds, same ratio.
+    """Size to resize an image to: multiples of factor within the pixel bounds, at the same ratio.
 
     Args:
-      height: in pixels.
-      width: in pixels.
+      height: the image's height in pixels.
+      width: the image's width in pixels.
       factor: side of a feature in pixels, patch_size * merge_size.
-      min_pixels: least area.
-      max_pixels: largest area.
+      min_pixels: minimum area.
+      max_pixels: maximum area.
 
     Returns:
       (height, width) in pixels.
@@ -104,18 +103,18 @@ def smart_resize(
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """The image processor of a model directory (defaults as Qwen2VLImageProcessor's).
+    """The image processor of a model directory, with Qwen2VLImageProcessor's defaults.
 
     Attributes:
       patch_size: side of a patch in pixels.
       merge_size: patches on a feature's side.
-      temporal_patch_size: frames of a patch; an image is repeated to fill them.
-      min_pixels: least area after resizing.
-      max_pixels: largest area after resizing.
-      image_mean: of each channel, on the scale of rescaled pixels.
-      image_std: of each channel.
-      rescale_factor: from uint8.
-      resample: Pillow's filter, 3 is bicubic.
+      temporal_patch_size: frames of a patch; the processor repeats an image to fill them.
+      min_pixels: minimum area after resizing.
+      max_pixels: maximum area after resizing.
+      image_mean: mean of each channel, on the scale of rescaled pixels.
+      image_std: standard deviation of each channel.
+      rescale_factor: factor from uint8 to rescaled pixels.
+      resample: Pillow's filter; 3 is bicubic.
     """
 
     patch_size: int = 14
@@ -130,60 +129,60 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "ImageProcessor":
-        """Reads processor_config.json, or preprocessor_config.json as older versions write it.
+        """Reads processor_config.json, or the preprocessor_config.json of older versions.
 
         Raises:
-          ModelDirectoryError: missing or unreadable, or it leaves out a stage that is done here.
+          ModelDirectoryError: the file is missing or unreadable, or it turns off a stage.
         """
-        path, found = _processor_config(Path(directory))
+        path, config = _processor_config(Path(directory))
         for stage in ("do_resize", "do_rescale", "do_normalize"):
-            if not found.get(stage, True):
+            if not config.get(stage, True):
                 raise ModelDirectoryError(f"{path} sets {stage}=false, which is not supported")
-        size = found.get("size") or {}
+        size = config.get("size") or {}
         if not isinstance(size, dict):
             raise ModelDirectoryError(
-                f"{path}: size can't be {size!r}: it is an object of two bounds"
+                f"{path}: size can't be {size!r}: it must be an object of two bounds"
             )
         bounds = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
         for ours, theirs in bounds.items():
-            if found.get(ours) is None and theirs in size:
-                found[ours] = size[theirs]
+            if config.get(ours) is None and theirs in size:
+                config[ours] = size[theirs]
         names = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in found.items() if k in names and v is not None}
+        values = {k: v for k, v in config.items() if k in names and v is not None}
         for key in ("image_mean", "image_std"):
             if key in values:
                 values[key] = tuple(values[key]) if isinstance(values[key], list) else ()
-        made = cls(**values)
-        made._check(path)
-        return made
+        processor = cls(**values)
+        processor._check(path)
+        return processor
 
     def _check(self, path: Path) -> None:
-        """Refuses what no image could be processed with, naming the field."""
+        """Refuses invalid settings; the error names the field."""
         numbers = int | float
-        sizes = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
-        whole = {name: getattr(self, name) for name in sizes}
-        right = {name: type(value) is int and value > 0 for name, value in whole.items()}
+        names = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
+        sizes = {name: getattr(self, name) for name in names}
+        valid = {name: type(value) is int and value > 0 for name, value in sizes.items()}
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            right[name] = len(values) == 3 and all(isinstance(v, numbers) for v in values)
-        right["image_std"] = right["image_std"] and all(v > 0 for v in self.image_std)
-        right["rescale_factor"] = isinstance(self.rescale_factor, numbers)
-        right["resample"] = self.resample in list(Image.Resampling)
-        for name, fine in right.items():
-            if not fine:
+            valid[name] = len(values) == 3 and all(isinstance(v, numbers) for v in values)
+        valid["image_std"] = valid["image_std"] and all(v > 0 for v in self.image_std)
+        valid["rescale_factor"] = isinstance(self.rescale_factor, numbers)
+        valid["resample"] = self.resample in list(Image.Resampling)
+        for name, is_valid in valid.items():
+            if not is_valid:
                 raise ModelDirectoryError(f"{path}: {name} can't be {getattr(self, name)!r}")
 
     def bounded(self, min_pixels: int, max_pixels: int) -> "ImageProcessor":
-        """The same with other bounds on an image's area; 0 keeps its own.
+        """Processor with other bounds on an image's area; 0 keeps a bound.
 
         Raises:
-          ModelDirectoryError: no image would be within the bounds.
+          ModelDirectoryError: no image fits the bounds.
         """
         least, most = min_pixels or self.min_pixels, max_pixels or self.max_pixels
         if not self.factor**2 <= most or least > most:
             raise ModelDirectoryError(
-                f"images of at least {least} and at most {most} pixels, in multiples of "
-                f"{self.factor} a side: there are none"
+                f"no image has at least {least} and at most {most} pixels with sides that are "
+                f"multiples of {self.factor}"
             )
         return dataclasses.replace(self, min_pixels=least, max_pixels=most)
 
@@ -194,29 +193,29 @@ class ImageProcessor:
 
     @property
     def patch_dim(self) -> int:
-        """Values of a patch."""
+        """Number of values in a patch."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of patches that an image of this size becomes."""
+        """Grid (rows, columns) of patches for an image of this size."""
         resized = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return resized[0] // self.patch_size, resized[1] // self.patch_size
 
     def __call__(self, image: Image.Image | np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """Resizes, normalises and cuts an RGB image.
+        """Resizes and normalises an RGB image, and cuts it into patches.
 
         Args:
           image: Pillow RGB, or uint8 [height, width, 3].
 
         Returns:
-          (float32 [patches, patch_dim], (rows, columns)); the merge_size^2 patches of a feature
-          are consecutive. Equal to Qwen2VLImageProcessorPil to the last bit.
+          (float32 [patches, patch_dim], (rows, columns)). The merge_size^2 patches of a feature are
+          consecutive. The patches equal Qwen2VLImageProcessorPil's to the last bit.
         """
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         rows, columns = self.grid(image.height, image.width)
         size = columns * self.patch_size, rows * self.patch_size
         pixels = np.asarray(image.resize(size, Image.Resampling(self.resample)))
-        # Rescaled in double and normalised in single precision, as transformers does.
+        # Like transformers: rescale in double precision, then normalise in single precision.
         pixels = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
         pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         merge, side = self.merge_size, self.patch_size

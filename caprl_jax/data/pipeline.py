@@ -1,4 +1,4 @@
-"""Grain pipelines: stored records -> shuffled, sharded, seeded batches of arrays."""
+"""Grain pipelines from stored records to shuffled, sharded, seeded batches of arrays."""
 
 import dataclasses
 import sys
@@ -16,10 +16,10 @@ from caprl_jax.data.questions import JudgePrompt, Presented
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
-from caprl_jax.models.vision import VisionConfig, lay_out
+from caprl_jax.models.vision import VisionConfig, pad_to_windows
 from caprl_jax.models.vlm import Prompt
 from caprl_jax.rl.sft import Examples
-from caprl_jax.rl.step import Batch
+from caprl_jax.rl.types import Batch
 
 MakeExample = Callable[[Record, np.random.Generator], Any]
 
@@ -27,7 +27,7 @@ MakeExample = Callable[[Record, np.random.Generator], Any]
 def guarded(
     make: MakeExample, set_aside: SetAside, instead: Any = None
 ) -> Callable[[Mapping, Any], Any]:
-    """Stored element -> example; or `instead`, with the record set aside."""
+    """Wraps make to take stored elements; sets unusable records aside and returns `instead`."""
 
     def convert(raw: Mapping[str, Any], rng: np.random.Generator) -> Any:
         try:
@@ -42,14 +42,14 @@ def guarded(
 
 @dataclasses.dataclass(frozen=True)
 class ImagePrompt:
-    """Record -> image and prompt arrays of fixed buckets.
+    """Makes a record's image and prompt arrays, padded to fixed sizes.
 
     Attributes:
-      processor: of the policy's directory.
+      processor: the policy's image processor.
       prompt: the caption request.
       vision: sizes of the tower.
-      max_windows: bucket of an image.
-      max_prompt: bucket of the prompt, image included.
+      max_windows: padded size of an image, in windows.
+      max_prompt: length bucket of the prompt, image included.
     """
 
     processor: ImageProcessor
@@ -59,57 +59,79 @@ class ImagePrompt:
     max_prompt: int
 
     def __call__(self, record: Record) -> dict[str, Any]:
-        """{"images", "prompt"} without batch axis."""
+        """Dict of Images and Prompt, {"images", "prompt"}, without batch axis."""
         patches, grid = self.processor(decode_image(record.image))
-        images = lay_out(patches, grid, self.vision, self.max_windows)
+        images = pad_to_windows(patches, grid, self.vision, self.max_windows)
         return {"images": images, "prompt": self.prompt.fill(grid, self.max_prompt)}
 
 
 @dataclasses.dataclass(frozen=True)
-class CaprlExamples:
-    """Record -> Batch of one image, without batch axis.
+class QuestionDraw:
+    """Draws a record's questions and presents them.
 
     Attributes:
-      inputs: image and prompt.
+      count: questions per caption, N.
+      replacement: whether to draw with replacement.
+      shuffle: whether to shuffle options at each presentation.
+      sets: 0 if an image's captions share one set of questions, else the number of captions.
+    """
+
+    count: int
+    replacement: bool
+    shuffle: bool
+    sets: int = 0
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> list[Presented]:
+        """Draws one set of questions."""
+        drawn = questions.draw(record.questions, self.count, rng, self.replacement)
+        return [questions.present(q, rng if self.shuffle else None) for q in drawn]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaprlExamples:
+    """Makes a Batch of one image from a record, without batch axis.
+
+    Attributes:
+      inputs: makes image and prompt.
       judge: the judge's prompt.
-      draws: questions per caption, N.
-      replacement: draw with replacement.
-      shuffle: shuffle the options at each presentation.
-      group: 0 if an image's captions share their questions, else the number of captions.
-      max_question: bucket of a question.
+      draw: draws the questions.
+      max_question: length bucket of a question.
+      extras: names of the records' extras to put in the batch.
     """
 
     inputs: ImagePrompt
     judge: JudgePrompt
-    draws: int
-    replacement: bool
-    shuffle: bool
-    group: int
+    draw: QuestionDraw
     max_question: int
+    extras: tuple[str, ...] = ()
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
-        """Draws and presents the questions by rng."""
-        sets = [self._questions(record, rng) for _ in range(max(self.group, 1))]
-        asked = jax.tree.map(lambda *a: np.stack(a), *sets) if self.group else sets[0]
-        return Batch(questions=asked, valid=np.True_, **self.inputs(record))
+        """Makes the Batch; rng draws and shuffles the questions."""
+        sets = [
+            self.judge.arrays(self.draw(record, rng), self.draw.count, self.max_question)
+            for _ in range(max(self.draw.sets, 1))
+        ]
+        asked = jax.tree.map(lambda *a: np.stack(a), *sets) if self.draw.sets else sets[0]
+        extras = {name: self._extra(record, name) for name in self.extras}
+        return Batch(questions=asked, valid=np.True_, extras=extras, **self.inputs(record))
 
-    def _questions(self, record: Record, rng: np.random.Generator):
-        drawn = questions.draw(record.questions, self.draws, rng, self.replacement)
-        shown = [questions.present(q, rng if self.shuffle else None) for q in drawn]
-        return self.judge.arrays(shown, self.draws, self.max_question)
+    def _extra(self, record: Record, name: str) -> np.ndarray:
+        if name not in record.extras:
+            raise MalformedRecord(f"the record has no extra {name!r}, which data.extras asks for")
+        return np.asarray(record.extras[name], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class SftExamples:
-    """Record -> sft.Examples of one tree, without batch axis.
+    """Makes sft.Examples of one tree from a record, without batch axis.
 
     Attributes:
-      task: gives the pieces of text.
-      tokenizer: of the model in training.
-      inputs: image and prompt; None for a text-only trunk.
+      task: makes the weighted texts of trunk and branches.
+      tokenizer: tokenizer of the model in training.
+      inputs: makes image and prompt; None for a text-only trunk.
       prefix: ids before every trunk.
-      max_prompt: bucket of the trunk.
-      max_tokens: bucket of a branch.
+      max_prompt: length bucket of the trunk.
+      max_tokens: length bucket of a branch.
     """
 
     task: digits_sft.PolicyTask | digits_sft.JudgeTask
@@ -120,10 +142,10 @@ class SftExamples:
     max_tokens: int
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Examples:
-        """Builds the tree by rng."""
+        """Builds a tree at random by rng."""
         if self.inputs is None:
-            pieces, branches = self.task.sample(rng)
-            trunk, targets, trunk_weight = self._text_trunk(pieces)
+            texts, branches = self.task.sample(rng)
+            trunk, targets, trunk_weight = self._text_trunk(texts)
         else:
             branches = self.task.branches(record, rng)
             trunk = self.inputs(record)
@@ -147,15 +169,15 @@ class SftExamples:
         )
 
     def _cells(self, record: Record, rng: np.random.Generator, prompt: Prompt):
-        """(targets, weights) at image tokens, where each feature is a cell; else no weights."""
+        """(targets, weights) of the prompt's tokens; only images with a feature a cell have any."""
         targets, weight = np.zeros(self.max_prompt, np.int32), np.zeros(self.max_prompt, np.float32)
-        at, words = np.flatnonzero(prompt.feature >= 0), self.task.cells(record, rng)
-        if len(at) == len(words):
-            targets[at], weight[at] = [self.tokenizer.encode(w)[0] for w in words], 1
+        image, words = np.flatnonzero(prompt.feature >= 0), self.task.cells(record, rng)
+        if len(image) == len(words):
+            targets[image], weight[image] = [self.tokenizer.encode(w)[0] for w in words], 1
         return targets, weight
 
-    def _text_trunk(self, pieces: digits_sft.Pieces):
-        ids, weights = digits_sft.encode(self.tokenizer, pieces)
+    def _text_trunk(self, texts: digits_sft.Pieces):
+        ids, weights = digits_sft.encode(self.tokenizer, texts)
         if len(ids) > self.max_prompt:
             raise ValueError(f"a caption of {len(ids)} tokens is longer than {self.max_prompt}")
         positions = np.arange(self.max_prompt, dtype=np.int32)
@@ -171,77 +193,105 @@ class SftExamples:
 
 
 def stack(examples: Sequence[Any]) -> Any:
-    """Adds the batch axis; what all examples share, a prefix, has none."""
+    """Stacks examples along a new batch axis; a prefix, which all examples share, gets none."""
     batch = jax.tree.map(lambda *a: np.stack(a), *examples)
     return batch.replace(prefix=examples[0].prefix) if isinstance(batch, Examples) else batch
 
 
 def blank(example: Any) -> Any:
-    """Zeros in its place, which valid=False and weight=0 keep out of every sum."""
+    """Example of zeros with the same shapes; valid=False and weight=0 keep it out of every sum."""
     zeros = jax.tree.map(np.zeros_like, example)
     return zeros.replace(prefix=example.prefix) if isinstance(example, Examples) else zeros
 
 
-def _any_example(source: Sequence[Mapping[str, Any]], make: MakeExample) -> Any:
-    """One of the first usable record, for its shapes."""
+def _first_example(source: Sequence[Mapping[str, Any]], make: MakeExample) -> Any:
+    """Example of the first usable record."""
     convert = guarded(make, SetAside())
     for i in range(len(source)):
-        found = convert(source[i], np.random.default_rng(0))
-        if found is not None:
-            return found
+        example = convert(source[i], np.random.default_rng(0))
+        if example is not None:
+            return example
     raise MalformedRecord(f"none of the {len(source)} records to train on can be used")
+
+
+def _require_shapes(make: MakeExample, like: Any) -> MakeExample:
+    """Wraps make to refuse examples whose arrays don't have the shapes of `like`."""
+    shapes = jax.tree.map(np.shape, like)
+
+    def checked(record: Record, rng: np.random.Generator) -> Any:
+        example = make(record, rng)
+        if jax.tree.map(np.shape, example) != shapes:
+            raise MalformedRecord("an extra has another length than in the first record")
+        return example
+
+    return checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Order and speed of training data.
+
+    Attributes:
+      batch: images per batch, over all processes.
+      seed: seed of the shuffle and of every example's rng.
+      threads: number of images to make in parallel, up to a batch ahead of the step.
+      epochs: passes over the data; None never ends. Blank examples fill the last batch.
+      rows: rows of each batch that this process makes; None means all rows.
+    """
+
+    batch: int
+    seed: int
+    threads: int
+    epochs: int | None = None
+    rows: Sequence[int] | None = None
 
 
 def train_iterator(
     source: Sequence[Mapping[str, Any]],
     make: MakeExample,
-    batch: int,
-    seed: int,
+    feed: Feed,
     set_aside: SetAside,
-    threads: int,
-    epochs: int | None = None,
-    rows: Sequence[int] | None = None,
     start: int = 0,
 ):
-    """A Grain iterator over this process's rows of shuffled batches.
+    """Makes a Grain iterator over this process's rows of shuffled batches.
 
-    Where an image comes in the run depends on the seed alone: neither on the number of processes
-    nor on what can't be used, whose row stays blank. So every process makes as many batches, and
-    the number of steps done says where to go on.
+    The order of the images depends only on the seed, not on the number of processes or on unusable
+    records: their rows stay blank. Therefore every process makes the same number of batches, and a
+    resumed run needs only the number of finished steps.
 
     Args:
       source: random access to stored elements.
-      make: record -> example.
-      batch: images per batch, over all processes.
-      seed: of the shuffle and of every example's rng.
-      set_aside: where unusable records go.
-      threads: images made at the same time, up to a batch ahead of the step.
-      epochs: passes over the data; None never ends. The last batch is filled up.
-      rows: of each batch; None is all.
-      start: batches to leave out.
+      make: makes an example from a record.
+      feed: order and speed of the data.
+      set_aside: collects unusable records.
+      start: number of batches to skip.
 
     Returns:
       grain DatasetIterator.
 
     Raises:
-      MalformedRecord: no record can be used.
+      MalformedRecord: no record is usable.
     """
     import grain  # imported where used
 
-    instead = blank(_any_example(source, make))
-    data = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
-    data = data.random_map(guarded(make, set_aside, instead))
-    rows, total = range(batch) if rows is None else [int(r) for r in rows], len(data)
-    batches = min(-(-total // batch), sys.maxsize // batch)  # Grain's endless data are sys.maxsize
+    first = _first_example(source, make)
+    instead, batch = blank(first), feed.batch
+    data = grain.MapDataset.source(source).seed(feed.seed).shuffle().repeat(feed.epochs)
+    data = data.random_map(guarded(_require_shapes(make, first), set_aside, instead))
+    rows = range(batch) if feed.rows is None else [int(r) for r in feed.rows]
+    total = len(data)
+    # Grain gives endless data the length sys.maxsize.
+    batches = min(-(-total // batch), sys.maxsize // batch)
 
-    def made(number: int) -> Any:
+    def example(number: int) -> Any:
         place = number // len(rows) * batch + rows[number % len(rows)]
         return data[place] if place < total else instead
 
-    images = grain.MapDataset.range(min(start, batches) * len(rows), batches * len(rows)).map(made)
-    # Images wait one by one, not in batches: one of 3b.py has 24 MB, and a host may feed 128.
-    ahead = max(len(rows), threads)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    numbers = grain.MapDataset.range(min(start, batches) * len(rows), batches * len(rows))
+    images = numbers.map(example)
+    # Single images are prefetched, not batches: an image of 3b.py has 24 MB, a host may feed 128.
+    ahead = max(len(rows), feed.threads)
+    options = grain.ReadOptions(num_threads=feed.threads, prefetch_buffer_size=ahead)
     return iter(images.to_iter_dataset(options).batch(len(rows), batch_fn=stack))
 
 
@@ -250,9 +300,9 @@ class HeldOut:
     """Held-out images with all of their questions.
 
     Attributes:
-      records: in order.
-      presented: of each record, its questions as shown.
-      batches: Batch of equal size each, the last one filled up.
+      records: the records, in order.
+      presented: each record's questions as the judge sees them.
+      batches: batches of equal size; blank examples fill the last one.
     """
 
     records: list[Record]
@@ -260,71 +310,79 @@ class HeldOut:
     batches: list[Batch]
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOutSize:
+    """Size of a held-out set.
+
+    Attributes:
+      images: number of images.
+      batch: images per batch.
+      max_question: length bucket of a question.
+    """
+
+    images: int
+    batch: int
+    max_question: int
+
+
 def held_out(
     source: Sequence[Mapping[str, Any]],
     inputs: ImagePrompt,
     judge: JudgePrompt,
-    images: int,
-    batch: int,
-    max_question: int,
+    size: HeldOutSize,
     set_aside: SetAside,
 ) -> HeldOut:
-    """The first `images` usable held-out records; options are shuffled by the record's index."""
-    kept, presented, made = [], [], []
+    """Reads the first usable held-out records; each index seeds the shuffling of its options."""
+    kept, presented, arrays = [], [], []
 
     def make(record, rng):
         shown = [questions.present(q, rng) for q in record.questions]
-        judge.arrays(shown, len(shown), max_question)  # refuses what is longer than its bucket
+        judge.arrays(shown, len(shown), size.max_question)  # refuses questions that are too long
         return record, shown, inputs(record)
 
     convert = guarded(make, set_aside)
     for i in range(len(source)):
-        if len(kept) == images:
+        if len(kept) == size.images:
             break
-        found = convert(source[i], np.random.default_rng(i))
-        if found is not None:
-            kept.append(found[0])
-            presented.append(found[1])
-            made.append(found[2])
+        example = convert(source[i], np.random.default_rng(i))
+        if example is not None:
+            kept.append(example[0])
+            presented.append(example[1])
+            arrays.append(example[2])
     if not kept:
         raise MalformedRecord(f"no held-out record can be used: {set_aside.listing()[:3]}")
-    return HeldOut(kept, presented, _batches(judge, presented, made, batch, max_question))
+    return HeldOut(kept, presented, _batches(judge, presented, arrays, size))
 
 
 def _batches(
     judge: JudgePrompt,
     presented: list[list[Presented]],
     inputs: list[dict[str, Any]],
-    batch: int,
-    max_question: int,
+    size: HeldOutSize,
 ) -> list[Batch]:
-    most = max(len(p) for p in presented)
+    most, batch = max(len(p) for p in presented), size.batch
     examples = [
-        Batch(questions=judge.arrays(shown, most, max_question), valid=np.True_, **arrays)
+        Batch(questions=judge.arrays(shown, most, size.max_question), valid=np.True_, **arrays)
         for shown, arrays in zip(presented, inputs, strict=True)
     ]
     examples += [blank(examples[0])] * (-len(examples) % batch)
     return [stack(examples[i : i + batch]) for i in range(0, len(examples), batch)]
 
 
-def text_quiz(
-    task: digits_sft.JudgeTask, captions: int, batch: int, max_question: int
-) -> tuple[HeldOut, list[str]]:
-    """Captions without images and all questions of their scenes, to examine a judge on.
+def text_quiz(task: digits_sft.JudgeTask, size: HeldOutSize) -> tuple[HeldOut, list[str]]:
+    """Makes a quiz for a judge: captions without images, and all questions of their scenes.
 
     Returns:
-      (HeldOut whose batches have no images, one caption of each scene).
+      (HeldOut whose batches have no images, one caption for each scene).
     """
     kept, presented, texts = [], [], []
-    for i in range(captions):
-        # Scenes of training come from other seeds: Grain derives its own from the config's.
-        rng = np.random.default_rng([captions, i])
+    for i in range(size.images):
+        # Training scenes have other seeds: Grain derives them from the config's seed.
+        rng = np.random.default_rng([size.images, i])
         facts, stated, count = task.scene(rng)
         asked = digits.questions(facts, task.grid, rng)
         kept.append(Record(f"quiz-{i:05d}", b"", asked, facts))
         presented.append([questions.present(q, rng) for q in asked])
         texts.append(digits.caption(stated, count))
-    empty = [{"images": None, "prompt": None}] * captions
-    return HeldOut(
-        kept, presented, _batches(task.prompt, presented, empty, batch, max_question)
-    ), texts
+    empty = [{"images": None, "prompt": None}] * size.images
+    return HeldOut(kept, presented, _batches(task.prompt, presented, empty, size)), texts

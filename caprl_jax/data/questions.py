@@ -1,4 +1,4 @@
-"""Questions on the host: drawn, shuffled, lettered, rendered in the judge's prompt, tokenised."""
+"""Prepares questions on the host: draws, shuffles, letters, renders and tokenises them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 from caprl_jax.data.records import LETTERS, Question
 from caprl_jax.data.tokens import Tokenizer, pad
-from caprl_jax.rl.judge import Instruction, Questions
+from caprl_jax.rl.types import Instruction, Questions
 
 ABSTAIN = "cannot tell"
 INSTRUCTION = (
@@ -24,11 +24,11 @@ _EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Presented:
-    """A question as one caption's judge sees it.
+    """A question as the judge of one caption sees it.
 
     Attributes:
       text: the question.
-      options: texts in the order shown, the abstain option last.
+      options: texts of the options in the order shown, with the abstain option last.
       truth: index of the truth in options.
     """
 
@@ -37,12 +37,12 @@ class Presented:
     truth: int
 
     def lettered(self) -> list[str]:
-        """["A) ..", "B) ..", ..]."""
+        """Options with their letters, ["A) ..", "B) ..", ..]."""
         return [f"{letter}) {o}" for letter, o in zip(LETTERS, self.options, strict=False)]
 
 
 def present(question: Question, rng: np.random.Generator | None) -> Presented:
-    """Shuffles the options (not with rng None) and appends the abstain option."""
+    """Shuffles the options, unless rng is None, and appends the abstain option."""
     count = len(question.choices)
     order = np.arange(count) if rng is None else rng.permutation(count)
     options = tuple(question.choices[i] for i in order)
@@ -53,10 +53,10 @@ def present(question: Question, rng: np.random.Generator | None) -> Presented:
 def draw(
     questions: Sequence[Question], n: int, rng: np.random.Generator, replacement: bool
 ) -> list[Question]:
-    """n questions, uniformly.
+    """Draws n questions uniformly.
 
     Raises:
-      ValueError: fewer than n to draw from without replacement.
+      ValueError: there are fewer than n questions to draw without replacement.
     """
     if not replacement and n > len(questions):
         raise ValueError(
@@ -77,10 +77,10 @@ def _example(question: Question) -> str:
 
 
 def default_prompt() -> str:
-    """The judge's user turn with its two worked examples, lettered as real questions are.
+    """The judge's default prompt, with two worked examples in the format of real questions.
 
     Returns:
-      A template with the fields {caption} and {question}, in this order.
+      Template of the user message with the fields {caption} and {question}, in this order.
     """
     examples = "".join(_example(q) for q in _EXAMPLES)
     shown = f"<caption>\n{_EXAMPLE_CAPTION}\n</caption>\n"
@@ -89,10 +89,10 @@ def default_prompt() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class JudgePrompt:
-    """The judge's prompt as ids around the caption and the question.
+    """The judge's prompt: the text around the caption and the question, and its tokenizer.
 
     Attributes:
-      tokenizer: the judge's.
+      tokenizer: the judge's tokenizer.
       before: text up to the caption.
       between: text from the caption to the question.
       after: text from the question to the letter.
@@ -105,10 +105,10 @@ class JudgePrompt:
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, template: str = "") -> "JudgePrompt":
-        """Renders the template (default_prompt() if empty) as one user turn, answer pre-filled.
+        """Renders the template, or default_prompt() if empty, and appends the start of the answer.
 
         Raises:
-          ValueError: the template lacks {caption} or {question}, or has them the other way round.
+          ValueError: the template doesn't have {caption} once and then {question} once.
         """
         template = template or default_prompt()
         marks = ("{caption}", "{question}")
@@ -116,7 +116,7 @@ class JudgePrompt:
             marks[1]
         ):
             raise ValueError(
-                "judge.prompt must hold {caption} once and, after it, {question} once; it is: "
+                "judge.prompt must hold {caption} once and, after it, {question} once, but it is: "
                 f"{template!r}"
             )
         text = tokenizer.chat(template) + PREFILL
@@ -125,7 +125,7 @@ class JudgePrompt:
         return cls(tokenizer, before, between, after)
 
     def instruction(self) -> Instruction:
-        """The fixed part as arrays."""
+        """Arrays of the prompt's fixed part."""
         return Instruction(
             tokens=np.asarray(self.tokenizer.encode(self.before), np.int32),
             letters=np.asarray(self.tokenizer.letters(), np.int32),
@@ -133,26 +133,26 @@ class JudgePrompt:
         )
 
     def tail_text(self, presented: Presented) -> str:
-        """What stands between the end of the caption and the letter."""
+        """Text between the end of the caption and the letter."""
         return self.between + _body(presented) + self.after
 
     def tail(self, presented: Presented) -> list[int]:
-        """tail_text as ids."""
+        """Ids of tail_text."""
         return self.tokenizer.encode(self.tail_text(presented))
 
     def arrays(self, presented: Sequence[Presented], n: int, q: int) -> Questions:
-        """One image's questions, padded to n questions of q tokens; no batch axis.
+        """Arrays of one image's questions, padded to n questions of q tokens; no batch axis.
 
         Raises:
-          ValueError: a question is longer than its bucket.
+          ValueError: a question is longer than q tokens.
         """
         tokens, mask = np.zeros((n, q), np.int32), np.zeros((n, q), bool)
         for i, p in enumerate(presented):
             tail = self.tail(p)
             if len(tail) > q:
                 raise ValueError(
-                    f"the question {p.text[:80]!r} takes {len(tail)} tokens, more than its bucket: "
-                    f"raise data.max_question from {q}"
+                    f"the question {p.text[:80]!r} takes {len(tail)} tokens, more than its length "
+                    f"bucket: raise data.max_question from {q}"
                 )
             tokens[i, : len(tail)], mask[i, : len(tail)] = tail, True
         return Questions(

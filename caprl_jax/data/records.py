@@ -1,4 +1,4 @@
-"""A record of the data: an image and its multiple-choice questions; written once, read by index."""
+"""A record: an image and its multiple-choice questions; parses, writes and reads records."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ class Question:
 
     Attributes:
       text: the question.
-      choices: the options' texts, without letters.
+      choices: texts of the options, without letters.
       answer: index of the truth in choices.
     """
 
@@ -33,23 +33,25 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An image, its questions and, in worlds that know it, the truth.
+    """An image, its questions and, if the source knows it, the truth.
 
     Attributes:
       id: unique in its split.
       image: encoded bytes (PNG, JPEG, ...).
-      questions: at least one.
-      facts: what the image shows, in the source's own form; empty if unknown.
+      questions: at least one question.
+      facts: true facts of the image, in the source's own format; empty if unknown.
+      extras: numbers, or lists of numbers, by name; reward terms may read them.
     """
 
     id: str
     image: bytes
     questions: tuple[Question, ...]
     facts: Any = ()
+    extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parse_question(raw: Mapping[str, Any]) -> Question:
-    """{"question", "choices": ["A) ..", ..], "answer": "B"} -> Question.
+    """Parses a question {"question", "choices": ["A) ..", ..], "answer": "B"}.
 
     Raises:
       MalformedRecord: a field is missing, an option repeats, or the answer isn't among the options.
@@ -78,7 +80,7 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
 
 
 def parse(raw: Mapping[str, Any]) -> Record:
-    """A stored element -> Record.
+    """Parses a stored element.
 
     Raises:
       MalformedRecord: questions or facts don't parse, or there are no questions.
@@ -91,16 +93,56 @@ def parse(raw: Mapping[str, Any]) -> Record:
         identity, image = text(raw["id"]), bytes(raw["image"])
         questions = json.loads(text(raw["questions"]))
         facts = json.loads(text(raw["facts"]))
+        extras = json.loads(text(raw.get("extras", "{}")))
     except (KeyError, TypeError, ValueError) as e:
         raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
     if not isinstance(questions, list) or not questions:
-        raise MalformedRecord("has no questions")
+        raise MalformedRecord("the record has no questions")
     parsed = tuple(parse_question(q) for q in questions)
-    return Record(identity, image, parsed, facts)
+    return Record(identity, image, parsed, facts, parse_extras(extras))
+
+
+def parse_extras(raw: Any) -> dict[str, Any]:
+    """Parses a record's extras: numbers or lists of numbers by name; None gives no extras.
+
+    Raises:
+      MalformedRecord: the extras have another form.
+    """
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float)
+
+    try:  # some tools store nested columns as JSON text
+        extras = json.loads(raw) if isinstance(raw, str) and raw else raw or {}
+    except ValueError as e:
+        raise MalformedRecord(f"the extras are no valid JSON: {e}") from e
+    if not isinstance(extras, Mapping):
+        raise MalformedRecord(f"the extras are {extras!r:.80}, not numbers by name")
+    for name, value in extras.items():
+        listed = isinstance(value, list) and all(map(is_number, value))
+        if not listed and not is_number(value):
+            raise MalformedRecord(f"extra {name!r} is {value!r:.80}, not numbers")
+    return dict(extras)
+
+
+def stored(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Converts records in memory to stored elements, for small sources."""
+    return [unparse(record) for record in records]
+
+
+def unparse(record: Record) -> dict[str, Any]:
+    """Converts a Record to a stored element; the inverse of parse."""
+    return {
+        "id": record.id,
+        "image": record.image,
+        "questions": json.dumps([unparse_question(q) for q in record.questions]),
+        "facts": json.dumps(record.facts),
+        "extras": json.dumps(record.extras),
+    }
 
 
 def unparse_question(question: Question) -> dict[str, Any]:
-    """The inverse of parse_question."""
+    """Converts a Question to its stored form; the inverse of parse_question."""
     lettered = [f"{letter}) {c}" for letter, c in zip(LETTERS, question.choices, strict=False)]
     return {
         "question": question.text,
@@ -129,7 +171,8 @@ def builder(
     import tensorflow_datasets as tfds  # imported where used: embedding the core doesn't need it
 
     text = tfds.features.Text
-    features = {"id": text(), "image": tfds.features.Image(), "questions": text(), "facts": text()}
+    features = {name: text() for name in ("id", "questions", "facts", "extras")}
+    features["image"] = tfds.features.Image()
 
     # Registering would allow one such class in a process, and it is never looked up by name.
     class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -145,16 +188,7 @@ def builder(
 
         def _generate_examples(self, make):
             for record in make():
-                questions = [unparse_question(q) for q in record.questions]
-                yield (
-                    record.id,
-                    {
-                        "id": record.id,
-                        "image": record.image,
-                        "questions": json.dumps(questions),
-                        "facts": json.dumps(record.facts),
-                    },
-                )
+                yield record.id, unparse(record)
 
     Records.name = name
     return Records(data_dir=data_dir, file_format="array_record")

@@ -1,4 +1,4 @@
-"""The list of records that can't be used, and why."""
+"""Listing of unusable records, with the reason for each."""
 
 import json
 import threading
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 class SetAside:
-    """Records that can't be used: counted, kept in set_aside.jsonl, never fatal by themselves."""
+    """Collects unusable records and writes them to set_aside.jsonl; they never stop the run."""
 
     def __init__(self, path: Path | None = None):
-        """Goes on with what an earlier part of the run has written to path."""
+        """Reads path if it exists, from an earlier part of the run; add() appends to it."""
         self._lock = threading.Lock()
         self._path = path
         self.reasons: dict[str, str] = {}
@@ -17,13 +17,13 @@ class SetAside:
             self.read(path)
 
     def read(self, path: Path) -> None:
-        """Adds what a listing holds, without writing it again."""
+        """Adds the entries of a listing, without writing them again."""
         for line in path.read_text().splitlines():
             entry = json.loads(line)
             self.reasons[entry["id"]] = entry["reason"]
 
     def add(self, identity: str, reason: str) -> None:
-        """Notes a record once."""
+        """Adds a record, unless it is already there."""
         with self._lock:
             if identity in self.reasons:
                 return
@@ -33,6 +33,6 @@ class SetAside:
                     f.write(json.dumps({"id": identity, "reason": reason}) + "\n")
 
     def listing(self) -> list[dict[str, str]]:
-        """[{"id", "reason"}], by id."""
+        """Entries {"id", "reason"}, sorted by id."""
         with self._lock:
             return [{"id": i, "reason": r} for i, r in sorted(self.reasons.items())]

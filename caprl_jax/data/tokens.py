@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from caprl_jax.data.records import LETTERS
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.hf.files import read_json
 from caprl_jax.models.vision import VisionConfig, feature_order
 from caprl_jax.models.vlm import Prompt, mrope_positions
@@ -20,10 +20,10 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A directory's tokenizer, and the ids this project asks of it.
+    """A model directory's tokenizer, with the special ids that this project uses.
 
     Attributes:
-      directory: where it was read; errors name it.
+      directory: the model directory, for error messages.
       inner: transformers' tokenizer.
       stop: ids that end a caption.
       special: ids that never reach the judge.
@@ -33,7 +33,7 @@ class Tokenizer:
     inner: Any
     stop: tuple[int, ...]
     special: tuple[int, ...]
-    # How special tokens are read is a state of the inner tokenizer, and reader threads share it.
+    # Reading special tokens changes the state of the inner tokenizer, which threads share.
     _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
@@ -41,15 +41,16 @@ class Tokenizer:
         """Reads tokenizer files and checks them against the model's vocabulary.
 
         Raises:
-          ModelDirectoryError: unreadable files, more tokens than the model has, no chat template.
+          ModelDirectoryError: the files are missing or unreadable, have more tokens than the model,
+            or have no chat template.
         """
         from transformers import AutoTokenizer  # imported where used
 
         directory = Path(directory)
-        # Without them transformers makes an empty tokenizer, and says nothing.
+        # Without these files transformers returns an empty tokenizer and no error.
         if not any((directory / name).is_file() for name in _VOCABULARIES):
             raise ModelDirectoryError(
-                f"{directory} has no tokenizer: none of {', '.join(_VOCABULARIES)} is there"
+                f"{directory} has no tokenizer: it holds none of {', '.join(_VOCABULARIES)}"
             )
         try:
             inner = AutoTokenizer.from_pretrained(str(directory))
@@ -59,7 +60,7 @@ class Tokenizer:
         if largest >= vocab:
             raise ModelDirectoryError(
                 f"{directory}: the tokenizer has ids up to {largest}, the model's vocabulary has "
-                f"{vocab} rows: tokenizer and model don't belong together"
+                f"{vocab} rows: the tokenizer belongs to another model"
             )
         if not inner.chat_template:
             raise ModelDirectoryError(f"{directory}: the tokenizer has no chat template")
@@ -67,23 +68,23 @@ class Tokenizer:
         return cls(directory, inner, stop, special)
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids; special tokens written in the text become their ids."""
+        """Converts text to ids; special tokens in the text become their ids."""
         with self._lock:
             return self.inner.encode(text, add_special_tokens=False)
 
     def encode_caption(self, text: str) -> list[int]:
-        """Text -> ids, special tokens read as plain characters: for text that models wrote."""
+        """Converts text that a model wrote to ids; special tokens count as plain characters."""
         with self._lock:
             return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids -> text without special tokens, stripped."""
+        """Converts ids to stripped text without special tokens."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def chat(self, content: Any) -> str:
-        """One user turn and the opening of the assistant's, by the directory's own template.
+        """Renders a user message and the start of the assistant's with the chat template.
 
-        Where the template knows of thinking (Qwen3), it is told to leave it out.
+        A template with a thinking mode (Qwen3) renders without it.
 
         Raises:
           ModelDirectoryError: the template can't be rendered.
@@ -92,18 +93,18 @@ class Tokenizer:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         try:
             return template(messages, **options)
-        except Exception as e:  # a template is a program, and fails in its own ways
+        except Exception as e:  # a template is a program, which may raise any error
             raise ModelDirectoryError(
                 f"{self.directory}: the chat template can't be rendered: {type(e).__name__}: {e}"
             ) from e
 
     def letters(self) -> list[int]:
-        """Ids of " A", " B", ...: each must be one token."""
+        """Ids of " A", " B", ..., each of which must be one token."""
         ids = [self.encode(f" {letter}") for letter in LETTERS]
         if any(len(i) != 1 for i in ids):
             raise ModelDirectoryError(
                 f"{self.directory}: the tokenizer splits the letters ' A' to ' I': a judge can't "
-                "answer by one token"
+                "answer with one token"
             )
         return [i[0] for i in ids]
 
@@ -114,7 +115,7 @@ def _special_ids(inner: Any) -> set[int]:
 
 
 def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:
-    """generation_config.json's end-of-sequence ids, else the tokenizer's."""
+    """End-of-sequence ids of generation_config.json, or else of the tokenizer."""
     path = directory / "generation_config.json"
     ids = read_json(path).get("eos_token_id") if path.is_file() else None
     ids = inner.eos_token_id if ids is None else ids
@@ -122,15 +123,15 @@ def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:
     if not ids or any(type(i) is not int or not 0 <= i < vocab for i in ids):
         raise ModelDirectoryError(
             f"{directory}: eos_token_id {list(ids)} of generation_config.json, or of the "
-            f"tokenizer, is not ids within the vocabulary of {vocab}"
+            f"tokenizer, does not hold ids within the vocabulary of {vocab}"
         )
     return ids
 
 
 def vocabulary_difference(policy: Tokenizer, judge: Tokenizer) -> str | None:
-    """Why the policy's ids can't pass to the judge as they are; None if they can.
+    """Describes a token with different ids for policy and judge; None if all ids agree.
 
-    Special tokens may differ: they never reach the judge.
+    Special tokens may differ, as they never reach the judge.
     """
     ours, theirs = policy.inner.get_vocab(), judge.inner.get_vocab()
     special = {policy.inner.convert_ids_to_tokens(i) for i in policy.special}
@@ -142,7 +143,7 @@ def vocabulary_difference(policy: Tokenizer, judge: Tokenizer) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyPrompt:
-    """The caption request as ids, to be filled with an image.
+    """The caption request as ids, with a placeholder for an image.
 
     Attributes:
       ids: int32 [tokens], with one image placeholder.
@@ -158,34 +159,34 @@ class PolicyPrompt:
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, text: str, vision: VisionConfig, mrope: bool):
-        """Renders one user turn of an image and a text."""
+        """Renders a user message of an image and a text."""
         content = [{"type": "image"}, {"type": "text", "text": text}]
         ids = np.asarray(tokenizer.encode(tokenizer.chat(content)), np.int32)
         image_token = tokenizer.inner.convert_tokens_to_ids(IMAGE_TOKEN)
-        found = int(np.sum(ids == image_token))
-        if found != 1:
+        count = int(np.sum(ids == image_token))
+        if count != 1:
             raise ModelDirectoryError(
-                f"{tokenizer.directory}: the chat template renders an image as {found} "
+                f"{tokenizer.directory}: the chat template renders an image as {count} "
                 f"{IMAGE_TOKEN} tokens, not one"
             )
         return cls(ids, image_token, vision, mrope)
 
     def length(self, features: int) -> int:
-        """Tokens of the prompt around an image of so many features."""
+        """Number of tokens in the prompt with an image of `features` features."""
         return len(self.ids) - 1 + features
 
     def fill(self, grid: tuple[int, int], bucket: int) -> Prompt:
-        """The prompt of an image of (rows, columns) patches, padded to `bucket` tokens.
+        """Prompt of an image of (rows, columns) patches, padded to `bucket` tokens.
 
         Raises:
-          ValueError: it is longer than the bucket.
+          ValueError: the prompt is longer than the bucket.
         """
         features = feature_order(grid, self.vision)
         length = self.length(len(features))
         if length > bucket:
             raise ValueError(
                 f"a prompt of {length} tokens ({len(features)} of the image) is longer than its "
-                f"bucket: raise data.max_prompt from {bucket}"
+                f"length bucket: raise data.max_prompt from {bucket}"
             )
         at = int(np.flatnonzero(self.ids == self.image_token)[0])
         image = np.full(len(features), self.image_token, np.int32)
@@ -205,7 +206,7 @@ class PolicyPrompt:
 
 
 def pad(values: Sequence, length: int, dtype: Any = np.int32) -> np.ndarray:
-    """Pads the first axis with zeros to length; the caller has checked that it fits."""
+    """Pads the first axis with zeros to length, which must be at least the current length."""
     values = np.asarray(values, dtype)
     out = np.zeros((length, *values.shape[1:]), dtype)
     out[: len(values)] = values

@@ -7,8 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.parallel import axes as logical
+from caprl_jax.parallel import axes
 from caprl_jax.parallel.axes import constrain
+from caprl_jax.settings import check_value, setting
 
 _RUN = 128  # neighbours in the vocabulary that are drawn together
 _DEVICES = 8  # that a vocabulary may be cut over, a power of 2, without cutting such a run
@@ -16,26 +17,21 @@ _DEVICES = 8  # that a vocabulary may be cut over, a power of 2, without cutting
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How captions are drawn.
+    """How tokens are drawn."""
 
-    Attributes:
-      max_tokens: length t of the caption's bucket; longer captions are truncated.
-      temperature: of the softmax; 0 is greedy.
-      top_k: only the k most likely tokens compete; 0 is off.
-      top_p: only the smallest set of tokens with this much probability competes; 1 is off.
-    """
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    max_tokens: int = setting(
+        512, "most tokens of a caption, the stop token included; longer ones are truncated", least=1
+    )
+    temperature: float = setting(1.0, "temperature of the softmax; 0 is greedy", least=0)
+    top_k: int = setting(0, "only the k most likely tokens compete; 0 is off", least=0)
+    top_p: float = setting(
+        1.0, "only the smallest set of tokens with this much probability competes; 1 is off",
+        above=0, most=1,
+    )  # fmt: skip
 
     def __post_init__(self):
-        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"{self}: max_tokens is at least 1, temperature and top_k at least 0, "
-                "top_p in (0, 1]"
-            )
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
 
 
 def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -98,7 +94,7 @@ def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     runs, count, part = _runs(weights)
     # On every device of the vocabulary: a running sum would be passed from one to the next.
-    batch = logical.BATCH[: logits.ndim - 1]
+    batch = axes.BATCH[: logits.ndim - 1]
     sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
     which, within = jax.random.uniform(key, (2, *sums.shape[:-1]))
     run = pick(which, sums)

@@ -1,28 +1,28 @@
-"""Which caption is drawn in which slot, where an image has fewer slots than captions.
+"""Slots: places in the decode loop, where an image has fewer of them than captions.
 
-A slot is a place in every turn of the decoding loop, with a cache of its own. When its caption
-ends, the image's first caption that has not begun takes it over (list scheduling, Graham 1966), so
-that short captions don't wait for long ones but at the very end.
+A slot has a cache of its own. When its caption ends, the image's first caption that has not begun
+takes the slot over (list scheduling, Graham 1966). So short captions wait for long ones only at the
+very end.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.parallel import axes as logical
+from caprl_jax.parallel.slices import split
 
 
 @flax.struct.dataclass
 class Slots:
-    """Where b images' g captions stand, s of them being drawn.
+    """The state of b images with g captions each, of which s are being drawn.
 
     Attributes:
-      caption: int32 [b, s], which is drawn there; g in a slot for which none is left.
-      at: int32 [b, s], which of its tokens comes next.
+      caption: int32 [b, s], the caption that is drawn in a slot; g where none is left.
+      at: int32 [b, s], the place in its caption of the token that comes next.
       upcoming: int32 [b], the first caption that has not begun.
-      slot: int32 [b, g], where each caption is drawn, or was.
-      began: int32 [b, g], the turn of its first token.
-      length: int32 [b, g], its tokens; 0 before it has ended.
+      slot: int32 [b, g], the slot in which each caption is, or was, drawn.
+      began: int32 [b, g], the iteration of each caption's first token.
+      length: int32 [b, g], number of tokens; 0 until the caption has ended.
     """
 
     caption: jax.Array
@@ -34,11 +34,11 @@ class Slots:
 
     @property
     def busy(self) -> jax.Array:
-        """bool [b, s]: a caption is drawn there."""
+        """bool [b, s], True where a caption is being drawn."""
         return self.caption < self.slot.shape[1]
 
-    def after(self, ends: jax.Array, turn: jax.Array) -> "Slots":
-        """After a turn in which the captions of some busy slots, bool [b, s], have ended."""
+    def after(self, ends: jax.Array, iteration: jax.Array) -> "Slots":
+        """The state after an iteration in which captions of busy slots `ends` [b, s] have ended."""
         group = self.slot.shape[1]
         captions = _indices((*ends.shape, group))
         ended = ends[..., None] & (self.caption[..., None] == captions)
@@ -52,23 +52,23 @@ class Slots:
             at=jnp.where(ends, 0, self.at + 1),
             upcoming=self.upcoming + jnp.sum(ends, axis=1),
             slot=jnp.where(begun, jnp.argmax(begins, axis=1), self.slot),
-            began=jnp.where(begun, turn + 1, self.began),
+            began=jnp.where(begun, iteration + 1, self.began),
             length=self.length + lengths,
         )
 
     def by_caption(self, drawn: jax.Array, tokens: int) -> jax.Array:
-        """What was drawn in each turn [b, s, turns] -> of each caption [b, g, tokens], then 0."""
-        b, s, turns = drawn.shape
+        """Sorts draws [b, s, iterations] by caption: [b, g, tokens], 0 after each caption's end."""
+        b, s, iterations = drawn.shape
         token = _indices((*self.slot.shape, tokens))
-        index = (self.slot * turns + self.began)[..., None] + token
+        index = (self.slot * iterations + self.began)[..., None] + token
         found = jnp.take_along_axis(
-            drawn.reshape(b, 1, s * turns), jnp.minimum(index, s * turns - 1), axis=-1
+            drawn.reshape(b, 1, s * iterations), jnp.minimum(index, s * iterations - 1), axis=-1
         )
         return jnp.where(token < self.length[..., None], found, 0).astype(drawn.dtype)
 
 
 def filled(valid: jax.Array, slots: int, group: int) -> Slots:
-    """Before the first turn, of images bool [b]; where they are not valid none has a caption."""
+    """The state before the first iteration; images that are not valid, bool [b], get no caption."""
     b = len(valid)
     first = jnp.where(valid[:, None], _indices((b, slots)), group)
     none = jnp.zeros((b, group), jnp.int32)
@@ -83,26 +83,26 @@ def filled(valid: jax.Array, slots: int, group: int) -> Slots:
 
 
 def _indices(shape: tuple[int, ...]) -> jax.Array:
-    """int32, each number its place on the last axis."""
+    """int32 array of a shape, each entry its index on the last axis."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
-def count(group: int, slots: int) -> int:
-    """Slots of an image, where 0 asks for one for each of its captions."""
+def number_of_slots(group: int, slots: int) -> int:
+    """Number of an image's slots; 0 asks for one slot per caption."""
     return min(slots or group, group)
 
 
-def most_turns(group: int, slots: int, tokens: int) -> int:
-    """Turns that `group` captions of at most so many tokens take, whatever their lengths are.
+def most_iterations(group: int, slots: int, tokens: int) -> int:
+    """The most iterations that `group` captions of at most `tokens` tokens take in these slots.
 
-    Caption i (from 0) begins after i // slots times `tokens` turns at most: by then those more than
-    `slots` - 1 before it have ended.
+    Caption i (from 0) begins after at most i // slots * tokens iterations: by then, all but
+    slots - 1 of the captions before it have ended.
     """
-    return -(-group // count(group, slots)) * tokens
+    return -(-group // number_of_slots(group, slots)) * tokens
 
 
-def turns(length: jax.Array, slots: int) -> jax.Array:
-    """In how many turns captions of these lengths int32 [b, g] are drawn: int32 [b]."""
+def iterations(length: jax.Array, slots: int) -> jax.Array:
+    """Iterations in which captions of these lengths, int32 [b, g], are drawn: int32 [b]."""
 
     def one(load, length):
         least = jnp.argmin(load, axis=1)
@@ -114,21 +114,21 @@ def turns(length: jax.Array, slots: int) -> jax.Array:
 
 
 def wasted(
-    length: jax.Array, valid: jax.Array, pieces: int, slots: int = 0
+    length: jax.Array, valid: jax.Array, count: int, slots: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """How many of the slots' turns waited for captions in other slots.
+    """Slots' iterations that waited for captions in other slots.
 
     Args:
       length: int32 [b, g], tokens of each caption.
       valid: bool [b].
-      pieces: in which the b images were captioned; each ends with its own last caption.
-      slots: of an image; 0 is one for each caption.
+      count: slices in which the images were captioned; each ends with its own last caption.
+      slots: slots of an image; 0 is one per caption.
 
     Returns:
-      int32 [] each: (turns waited, summed over slots; turns of all slots).
+      int32 [] each: (iterations that waited, summed over slots; iterations of all slots).
     """
-    slots = count(length.shape[1], slots)
-    used, real = (logical.split(a, pieces) for a in (jnp.where(valid[:, None], length, 0), valid))
-    last = jnp.max(jax.vmap(lambda piece: turns(piece, slots))(used), axis=1)
+    slots = number_of_slots(length.shape[1], slots)
+    used, real = (split(a, count) for a in (jnp.where(valid[:, None], length, 0), valid))
+    last = jnp.max(jax.vmap(lambda own: iterations(own, slots))(used), axis=1)
     whole = jnp.sum(last * jnp.sum(real, axis=1) * slots)
     return whole - jnp.sum(used), whole

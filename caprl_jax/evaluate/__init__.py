@@ -1,0 +1,1 @@
+"""Evaluation on held-out images: writes, judges and scores captions."""

@@ -1,5 +1,7 @@
-"""Held-out evaluation: greedy and sampled captions, all questions, and where the truth is known
-the precision and recall of what captions state."""
+"""Held-out evaluation: greedy and sampled captions, and the judge's answers to all questions.
+
+If a source knows the true facts, it also measures the precision and recall of the captions.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,22 +15,17 @@ from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import ABSTAIN, Presented
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.decode.sampling import Sampling
-from caprl_jax.models.decoder import Decoder
+from caprl_jax.decode.lengths import bucket
 from caprl_jax.models.vlm import Policy
-from caprl_jax.parallel import axes as logical
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.parallel.mesh import put_whole, replicated
-from caprl_jax.rl import judge, rollout
-from caprl_jax.rl.step import Frozen
-from caprl_jax.run import compile as programs
+from caprl_jax.parallel import mesh
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.parallel.jit import jit
+from caprl_jax.parallel.slices import Slices
+from caprl_jax.rl.judge import Judge, Judging, judge
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Captions, Decoding
 
-_BUCKET = 32  # lengths are rounded up to it, so that few programs are compiled
-
-
-def bucket(length: int) -> int:
-    """length rounded up; at least one bucket."""
-    return -(-max(length, 1) // _BUCKET) * _BUCKET
+GREEDY = Judging(mode="greedy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Written:
 
     Attributes:
       record: index of the image.
-      text: without special tokens.
-      ids: as the policy wrote it, the stop token included.
+      text: the caption without special tokens.
+      ids: the policy's tokens, stop token included.
     """
 
     record: int
@@ -51,9 +48,9 @@ class Judged:
     """A caption and the judge's answers to all of its image's questions.
 
     Attributes:
-      caption: what was judged.
+      caption: the caption.
       letters: index of the judge's choice for each question.
-      p_truth: probability of the truth for each question.
+      p_truth: the judge's probability of the truth for each question.
     """
 
     caption: Written
@@ -61,52 +58,57 @@ class Judged:
     p_truth: list[float]
 
     def accuracy(self, presented: Sequence[Presented]) -> float:
-        """Share of the questions whose truth is the judge's choice."""
+        """Share of the questions that the judge answers correctly."""
         right = [i == p.truth for i, p in zip(self.letters, presented, strict=True)]
         return float(np.mean(right))
 
 
 class Writer:
-    """Captions held-out images by a policy."""
+    """Writes captions of held-out images with a policy."""
 
     def __init__(
         self,
         policy: Policy,
         data: HeldOut,
         tokenizer: Tokenizer,
-        on: Layout,
-        sampling: Sampling,
-        group: int,
-        seed: int,
-        pieces: int = 1,
+        decoding: Decoding,
+        rules: ShardRules,
+        cuts: Slices | None = None,
     ):
-        """`group` captions per image are sampled, with the same keys at every evaluation.
+        """Prepares a writer; write() compiles.
 
-        Images are read in that many pieces of a batch.
+        Args:
+          policy: the modules.
+          data: held-out images.
+          tokenizer: the policy's tokenizer.
+          decoding: settings for sampled captions, with decoding.group captions an image; greedy
+            captions share its length limit.
+          rules: mesh and shard rules.
+          cuts: slices of a batch.
         """
-        self._data, self._tokenizer, self._layout = data, tokenizer, on
-        greedy = dataclasses.replace(sampling, temperature=0.0)
+        self._data, self._tokenizer, self._rules = data, tokenizer, rules
+        sampling = dataclasses.replace(decoding.sampling, temperature=0.0)
+        greedy = dataclasses.replace(decoding, group=1, sampling=sampling)
 
-        def write(params, batch, number, is_greedy):
+        def write(params, batch, seed, number, is_greedy):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            g, how = (1, greedy) if is_greedy else (group, sampling)
-            captions = rollout.sample(
-                policy, params, batch.images, batch.prompt, key, g, tokenizer.stop, how, pieces, on,
-                batch.valid,
-            )  # fmt: skip
+            settings = greedy if is_greedy else decoding
+            captions = rollout(policy, params, batch, decoding=settings, key=key)
             return captions.tokens, captions.mask
 
         # Every process needs all captions.
-        self._write = programs.jit(
-            write, on, static_argnames="is_greedy", out_shardings=replicated(on)
-        )
+        replicated = mesh.replicated(rules)
+        self._write = jit(write, rules, cuts, static_argnames="is_greedy", out_shardings=replicated)
 
-    def write(self, params: Any, greedy: bool) -> list[Written]:
-        """One caption per image if greedy, else `group`; by image."""
+    def write(self, params: Any, greedy: bool, seed: int = 0) -> list[Written]:
+        """Writes one caption an image if greedy, else a group; sorted by image.
+
+        The same seed draws the same captions at every evaluation.
+        """
         out = []
         for i, batch in enumerate(self._data.batches):
-            placed = put_whole(batch, self._layout)
-            tokens, mask = jax.device_get(self._write(params, placed, i, is_greedy=greedy))
+            placed = mesh.put_whole(batch, self._rules)
+            tokens, mask = jax.device_get(self._write(params, placed, seed, i, is_greedy=greedy))
             for row in np.flatnonzero(batch.valid):
                 for ids, real in zip(tokens[row], mask[row], strict=True):
                     ids = ids[real].tolist()
@@ -116,83 +118,83 @@ class Writer:
 
 
 class Reader:
-    """Has captions judged on all of their image's questions, greedily."""
+    """Lets the judge answer all questions of captions' images, greedily."""
 
     def __init__(
         self,
-        decoder: Decoder,
         data: HeldOut,
         tokenizer: Tokenizer,
-        on: Layout,
+        rules: ShardRules,
+        cuts: Slices | None = None,
         through_text: bool = False,
-        pieces: int = 1,
     ):
-        """decoder is the judge's module; its parameters come with each call.
+        """Prepares a reader; read() compiles.
 
-        With through_text captions are tokenised by the judge's own tokenizer, else their ids are
-        the judge's too. Captions are read in that many pieces of a batch.
+        Args:
+          data: held-out images.
+          tokenizer: the judge's tokenizer.
+          rules: mesh and shard rules.
+          cuts: slices of a batch.
+          through_text: whether to tokenise captions with the judge's tokenizer; if not, policy and
+            judge share ids.
         """
-        self._data, self._tokenizer, self._layout = data, tokenizer, on
+        self._data, self._tokenizer, self._rules = data, tokenizer, rules
         self._through_text = through_text
 
-        def read(frozen, tokens, mask, questions):
+        def read(model, captions, questions):
             key = jax.random.key(0)  # greedy answers draw nothing
-            with logical.using(on):
-                return judge.score(
-                    decoder, frozen.judge, frozen.instruction, tokens, mask, questions, key,
-                    "greedy", pieces=pieces,
-                )  # fmt: skip
+            return judge(model, captions, questions, judging=GREEDY, key=key)
 
-        self._read = programs.jit(read, on, out_shardings=replicated(on))
+        self._read = jit(read, rules, cuts, out_shardings=mesh.replicated(rules))
 
-    def read(self, frozen: Frozen, captions: Sequence[Written]) -> list[Judged]:
-        """Judges captions, sorted by image, of every image equally many."""
+    def read(self, model: Judge, captions: Sequence[Written]) -> list[Judged]:
+        """Judges captions, which are sorted by image, with the same number for each image."""
         group, out = len(captions) // len(self._data.records), []
         ids = [self._ids(c) for c in captions]
         length = bucket(max(map(len, ids)))
         for batch in self._data.batches:
             size = int(np.sum(batch.valid)) * group
-            own = captions[len(out) : len(out) + size]
+            batch_captions = captions[len(out) : len(out) + size]
             tokens = np.zeros((len(batch.valid) * group, length), np.int32)
             mask = np.zeros(tokens.shape, bool)
-            for i, own_ids in enumerate(ids[len(out) : len(out) + size]):
-                tokens[i, : len(own_ids)], mask[i, : len(own_ids)] = own_ids, True
-            arrays = (a.reshape(-1, group, length) for a in (tokens, mask))
-            placed = put_whole((*arrays, batch.questions), self._layout)
-            verdicts = jax.device_get(self._read(frozen, *placed))
-            for i, caption in enumerate(own):
+            for i, row in enumerate(ids[len(out) : len(out) + size]):
+                tokens[i, : len(row)], mask[i, : len(row)] = row, True
+            arrays = Captions(*(a.reshape(-1, group, length) for a in (tokens, mask)))
+            placed = mesh.put_whole((arrays, batch.questions), self._rules)
+            verdicts = jax.device_get(self._read(model, *placed))
+            for i, caption in enumerate(batch_captions):
                 asked = np.flatnonzero(batch.questions.valid[i // group])
-                found = (
+                answers = (
                     a[divmod(i, group)][asked].tolist() for a in (verdicts.letter, verdicts.p_truth)
                 )
-                out.append(Judged(caption, *found))
+                out.append(Judged(caption, *answers))
         return out
 
     def _ids(self, caption: Written) -> list[int]:
         return self._tokenizer.encode_caption(caption.text) if self._through_text else caption.ids
 
-    def read_texts(self, frozen: Frozen, texts: Sequence[str]) -> list[Judged]:
+    def read_texts(self, model: Judge, texts: Sequence[str]) -> list[Judged]:
         """Judges one given caption for each image."""
-        return self.read(
-            frozen,
-            [Written(i, t, self._tokenizer.encode_caption(t)) for i, t in enumerate(texts)],
-        )
+        captions = [
+            Written(i, text, self._tokenizer.encode_caption(text)) for i, text in enumerate(texts)
+        ]
+        return self.read(model, captions)
 
 
 def accuracy(data: HeldOut, judged: Sequence[Judged]) -> float:
-    """Right answers over all questions of all captions."""
+    """Share of right answers to all questions of all captions."""
     pairs = [(j, data.presented[j.caption.record]) for j in judged]
     right = sum(i == p.truth for j, shown in pairs for i, p in zip(j.letters, shown, strict=True))
     return right / sum(len(shown) for _, shown in pairs)
 
 
 def facts_known(data: HeldOut) -> bool:
-    """Whether this world knows the truth of its images."""
+    """True if the source knows the true facts of all images."""
     return all(r.facts for r in data.records)
 
 
 def fact_scores(data: HeldOut, captions: Sequence[Written]) -> tuple[float, float]:
-    """(precision, recall) of what captions state, each over all captions together."""
+    """(precision, recall) of the captions' statements, each over all captions together."""
     counts = np.zeros(4)
     for c in captions:
         facts = [tuple(f) for f in data.records[c.record].facts]
@@ -201,13 +203,13 @@ def fact_scores(data: HeldOut, captions: Sequence[Written]) -> tuple[float, floa
 
 
 def looked_up(text: str, presented: Presented) -> int:
-    """The letter that a perfect reader of the caption chooses."""
-    found = digits.lookup(text, Question(presented.text, presented.options, presented.truth))
-    return presented.options.index(ABSTAIN) if found is None else found
+    """Index of the letter that a perfect reader of the caption chooses."""
+    letter = digits.lookup(text, Question(presented.text, presented.options, presented.truth))
+    return presented.options.index(ABSTAIN) if letter is None else letter
 
 
 def disagreement(data: HeldOut, judged: Sequence[Judged]) -> dict[str, float]:
-    """How often the judge's letter is not a perfect reader's, by the question's first two words."""
+    """Share of letters that differ from a perfect reader's, by the question's first two words."""
     wrong: dict[str, list[bool]] = {"all": []}
     for j in judged:
         for letter, shown in zip(j.letters, data.presented[j.caption.record], strict=True):
@@ -218,7 +220,7 @@ def disagreement(data: HeldOut, judged: Sequence[Judged]) -> dict[str, float]:
 
 
 def written_metrics(data: HeldOut, captions: Sequence[Written], suffix: str) -> dict[str, float]:
-    """Length and, where the truth is known, precision and recall; names end in suffix."""
+    """Caption length and, if facts are known, precision and recall; names end in suffix."""
     out = {f"caption_length{suffix}": float(np.mean([len(c.ids) for c in captions]))}
     if facts_known(data):
         precision, recall = fact_scores(data, captions)
@@ -227,7 +229,7 @@ def written_metrics(data: HeldOut, captions: Sequence[Written], suffix: str) -> 
 
 
 def judged_metrics(data: HeldOut, judged: Sequence[Judged], suffix: str) -> dict[str, float]:
-    """Accuracy and, where the truth is known, how often the judge misreads; and the caption's."""
+    """Accuracy, written_metrics and, if facts are known, the judge's disagreement."""
     out = {f"accuracy{suffix}": accuracy(data, judged)}
     if facts_known(data):
         out[f"judge_lookup_disagreement{suffix}"] = disagreement(data, judged)["all"]
@@ -235,27 +237,30 @@ def judged_metrics(data: HeldOut, judged: Sequence[Judged], suffix: str) -> dict
 
 
 def true_captions(data: HeldOut) -> list[str]:
-    """The complete true caption of every image."""
+    """Complete true captions of all images."""
     return [digits.caption([tuple(f) for f in r.facts], len(r.facts)) for r in data.records]
 
 
-def ceiling(data: HeldOut, reader: Reader, frozen: Frozen) -> float | None:
-    """Accuracy of the judge on complete true captions; None where the truth is unknown."""
+def ceiling(data: HeldOut, reader: Reader, model: Judge) -> float | None:
+    """Accuracy of the judge on complete true captions; None if facts are unknown."""
     if not facts_known(data):
         return None
-    return accuracy(data, reader.read_texts(frozen, true_captions(data)))
+    return accuracy(data, reader.read_texts(model, true_captions(data)))
+
+
+Evaluation = tuple[dict[str, float], dict[str, list[Judged]]]
 
 
 def evaluate(
-    data: HeldOut, writer: Writer, reader: Reader, params: Any, frozen: Frozen
-) -> tuple[dict[str, float], dict[str, list[Judged]]]:
-    """Greedy and sampled captions of the held-out images and the judge's answers to all questions.
+    data: HeldOut, writer: Writer, reader: Reader, *, params: Any, model: Judge, seed: int
+) -> Evaluation:
+    """Writes greedy and sampled captions of held-out images, and judges them.
 
     Returns:
-      (metrics whose names end in _greedy and _sampled, {"greedy", "sampled": judged captions}).
+      (metrics with names that end in _greedy or _sampled, {"greedy", "sampled": judged captions}).
     """
     metrics, sets = {}, {}
     for name in ("greedy", "sampled"):
-        sets[name] = reader.read(frozen, writer.write(params, name == "greedy"))
+        sets[name] = reader.read(model, writer.write(params, name == "greedy", seed))
         metrics |= judged_metrics(data, sets[name], f"_{name}")
     return metrics, sets

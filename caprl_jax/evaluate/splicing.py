@@ -1,8 +1,9 @@
-"""How often the judge reads other tokens than its tokenizer would make of the whole prompt.
+"""Measures the effect of splicing tokens in the judge's prompt, against tokenising its whole text.
 
-The prompt's fixed part, the caption and the question are tokenised each by itself and spliced (the
-caption in the policy's own ids, where the two share a vocabulary). Tokenised as one text, the
-boundaries might fall elsewhere. Held-out captions are asked their image's first question both ways.
+The prompt's fixed part, the caption and the question are tokenised separately and spliced. If
+policy and judge share a vocabulary, the caption keeps the policy's ids. Tokenising the whole text
+may put the boundaries of tokens elsewhere. The judge answers the first question of each image both
+ways.
 """
 
 from collections.abc import Sequence
@@ -12,80 +13,72 @@ import numpy as np
 
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import JudgePrompt
-from caprl_jax.evaluate.heldout import Judged, bucket
-from caprl_jax.models.decoder import Decoder
-from caprl_jax.parallel import axes as logical
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.parallel.mesh import put_whole, replicated
-from caprl_jax.rl import judge
-from caprl_jax.rl.step import Frozen
-from caprl_jax.run import compile as programs
+from caprl_jax.decode.lengths import bucket
+from caprl_jax.evaluate.heldout import GREEDY, Judged
+from caprl_jax.parallel import mesh
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.parallel.jit import jit
+from caprl_jax.parallel.slices import Slices
+from caprl_jax.rl.judge import Judge, judge
+from caprl_jax.rl.types import Captions, Questions
 
 
 class Splicing:
-    """Compares spliced with whole prompts."""
+    """Compares spliced prompts with prompts that are tokenised as one text."""
 
     def __init__(
         self,
-        decoder: Decoder,
         data: HeldOut,
         prompt: JudgePrompt,
-        on: Layout,
-        text: bool,
-        pieces: int = 1,
+        rules: ShardRules,
+        cuts: Slices | None = None,
+        through_text: bool = False,
     ):
-        """`text`: captions are spliced as their text's ids, not as the policy's.
+        """Prepares the comparison; measure() compiles. See heldout.Reader for the arguments."""
+        self._data, self._prompt = data, prompt
+        self._rules, self._through_text = rules, through_text
 
-        Prompts are read in that many pieces of a batch.
-        """
-        self._data, self._prompt, self._layout, self._text = data, prompt, on, text
+        def letters(model, first, questions):
+            # An empty caption and an instruction of one token make the tree a plain sequence.
+            empty = Captions(questions.tokens[:, :, :1], questions.mask[:, :, :1] & False)
+            model = model.replace(instruction=model.instruction.with_tokens(first))
+            key = jax.random.key(0)  # greedy answers draw nothing
+            return judge(model, empty, questions, judging=GREEDY, key=key).letter
 
-        def letters(frozen, first, questions):
-            # The tree with nothing above the question but one token: a plain sequence.
-            nothing = questions.tokens[:, :, :1], questions.mask[:, :, :1] & False
-            instruction = frozen.instruction.with_tokens(first)
-            with logical.using(on):
-                return judge.score(
-                    decoder, frozen.judge, instruction, *nothing, questions, jax.random.key(0),
-                    "greedy", pieces=pieces,
-                ).letter  # fmt: skip
+        self._letters = jit(letters, rules, cuts, out_shardings=mesh.replicated(rules))
 
-        self._letters = programs.jit(letters, on, out_shardings=replicated(on))
-
-    def measure(self, frozen: Frozen, judged: Sequence[Judged]) -> dict[str, float]:
-        """{"splice_ids_differ", "splice_letters_differ"}: shares of captions, one of each image."""
+    def measure(self, model: Judge, judged: Sequence[Judged]) -> dict[str, float]:
+        """Shares of captions, one an image: {"splice_ids_differ", "splice_letters_differ"}."""
         tokenizer, special = self._prompt.tokenizer, set(self._prompt.tokenizer.special)
         whole, differ = [], []
         for j in judged:
             caption, shown = j.caption, self._data.presented[j.caption.record][0]
             tail = self._prompt.tail_text(shown)
-            own = tokenizer.encode_caption(caption.text) if self._text else caption.ids
-            own = [i for i in own if i not in special]
-            spliced = [*tokenizer.encode(self._prompt.before), *own, *tokenizer.encode(tail)]
+            ids = tokenizer.encode_caption(caption.text) if self._through_text else caption.ids
+            ids = [i for i in ids if i not in special]
+            spliced = [*tokenizer.encode(self._prompt.before), *ids, *tokenizer.encode(tail)]
             whole.append(tokenizer.encode(self._prompt.before + caption.text + tail))
             differ.append(whole[-1] != spliced)
-        letters = self._read(frozen, whole)
+        letters = self._read(model, whole)
         spliced_letters = [j.letters[0] for j in judged]
         return {
             "splice_ids_differ": float(np.mean(differ)),
             "splice_letters_differ": float(np.mean(np.asarray(spliced_letters) != letters)),
         }
 
-    def _read(self, frozen: Frozen, sequences: list[list[int]]) -> np.ndarray:
-        """The letter after each sequence, the first of each image's questions."""
+    def _read(self, model: Judge, sequences: list[list[int]]) -> np.ndarray:
+        """Letters that the judge chooses after the sequences, for each image's first question."""
         length, out = bucket(max(map(len, sequences))), []
-        first = jax.device_put(np.asarray(sequences[0][:1], np.int32), replicated(self._layout))
+        first = jax.device_put(np.asarray(sequences[0][:1], np.int32), mesh.replicated(self._rules))
         for batch in self._data.batches:
-            b, at = len(batch.valid), sum(map(len, out))
+            b, start = len(batch.valid), sum(map(len, out))
             tokens, mask = np.zeros((b, 1, length), np.int32), np.zeros((b, 1, length), bool)
-            own = sequences[at : at + int(np.sum(batch.valid))]
-            for i, ids in enumerate(own):
+            count = int(np.sum(batch.valid))
+            for i, ids in enumerate(sequences[start : start + count]):
                 tokens[i, 0, : len(ids) - 1], mask[i, 0, : len(ids) - 1] = ids[1:], True
-            asked = judge.Questions(
-                tokens, mask, *(a[:, :1] for a in (
-                    batch.questions.truth, batch.questions.letters, batch.questions.valid
-                ))
-            )  # fmt: skip
-            found = self._letters(frozen, first, put_whole(asked, self._layout))
-            out.append(np.asarray(jax.device_get(found))[: len(own), 0, 0])
+            asked = batch.questions
+            kept = (a[:, :1] for a in (asked.truth, asked.letters, asked.valid))
+            sequence_questions = mesh.put_whole(Questions(tokens, mask, *kept), self._rules)
+            letters = jax.device_get(self._letters(model, first, sequence_questions))
+            out.append(np.asarray(letters)[:count, 0, 0])
         return np.concatenate(out)

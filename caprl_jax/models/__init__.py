@@ -1,1 +1,4 @@
-"""Qwen2.5-VL and Qwen2.5 as pure functions over a tree of key-value segments."""
+"""Qwen policies and judges as pure functions: vlm.py joins decoder.py and vision.py.
+
+families/ has one file for each model family; hf/ reads and writes Hugging Face directories.
+"""

@@ -3,7 +3,7 @@
 A query attends to its own tokens and to the tokens of its ancestors. An ancestor's keys and values
 are stored once: a segment whose batch axes are a prefix of the query's batch axes is broadcast by
 folding the remaining axes into the query axis of one matrix product, so nothing is repeated in
-memory. Segments are merged by their softmax statistics, which is exact.
+memory. The softmax statistics of the segments merge them exactly.
 """
 
 import math
@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-SCORE_BYTES = 2**28  # of one image's scores that are held at once; longer queries go in pieces
-Turns = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
-Attended = tuple[jax.Array, jax.Array]  # what queries found, and their log-sum-exp
-KEPT = "attention"  # name of what the gradient of attention keeps beside its inputs
+SCORE_BYTES = 2**28  # upper bound on one image's scores at a time; more queries go in slices
+Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
+KEPT = "attention"  # checkpoint name of the residuals that attention keeps beside its inputs
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
@@ -30,8 +29,8 @@ class KV:
     Attributes:
       k: [layers, *batch, length, kv_heads, head_dim], rotated.
       v: [layers, *batch, length, kv_heads, head_dim].
-      mask: bool [*batch, length], True where a token may be attended to; a cache that is being
-        filled has room for more.
+      mask: bool [*batch, length], True where a token may be attended to. A cache that is being
+        filled has arrays longer than its mask.
     """
 
     k: jax.Array
@@ -39,7 +38,7 @@ class KV:
     mask: jax.Array
 
     def layer(self, index: jax.Array) -> "Segment":
-        """One layer, as long as the mask: a single slice, so that no more than it is ever read."""
+        """One layer's keys and values; one dynamic_slice reads them up to the mask's length."""
         start = (index, *[0] * (self.k.ndim - 1))
         size = (1, *self.mask.shape, *self.k.shape[-2:])
         k, v = (jax.lax.dynamic_slice(a, start, size)[0] for a in (self.k, self.v))
@@ -62,22 +61,23 @@ class Segment:
 
 
 def causal_mask(mask: jax.Array) -> jax.Array:
-    """bool [*batch, t] of real tokens -> bool [*batch, t, t]: itself and real tokens before it."""
+    """Causal mask of real tokens: bool [*batch, t] -> bool [*batch, t, t], queries first."""
     t = mask.shape[-1]
     return jnp.tril(jnp.broadcast_to(mask[..., None, :], (*mask.shape, t)))
 
 
 def align_right(a: jax.Array, ndim: int) -> jax.Array:
-    """Adds leading axes of size 1 up to rank ndim: broadcasting said, not implied."""
+    """Adds leading axes of size 1 up to rank ndim, which makes broadcasting explicit."""
     return jnp.expand_dims(a, tuple(range(ndim - a.ndim)))
 
 
 def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """Softmax attention of q over the concatenation of all segments, without concatenating them.
 
-    Its gradient computes the scores again and keeps of the forward pass what flash attention does:
-    the result and its queries' log-sum-exp (arXiv 2205.14135, algorithm 4), named KEPT. Call it in
-    a scan over layers, as the models do: elsewhere the compiler may merge both computations.
+    The gradient computes the scores again. Like flash attention (arXiv 2205.14135, algorithm 4), it
+    keeps the result and the log-sum-exp of each query, under the checkpoint name KEPT. Call it in a
+    scan over layers, as the models do: elsewhere the compiler may merge the two computations of the
+    scores.
 
     Args:
       q: [*batch, t, heads, head_dim].
@@ -85,84 +85,64 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         Query head i reads key-value head i // (heads / kv_heads).
 
     Returns:
-      [*batch, t, heads, head_dim] in q's dtype. The softmax is float32.
+      [*batch, t, heads, head_dim] in q's dtype. The softmax is float32. A query that has nothing to
+      attend to gets finite values and no gradient.
 
     Raises:
       AssertionError: a segment's batch axes are not a prefix of q's.
       ValueError: a segment's mask is for another number of queries.
-    """
-    return attend_knowing(q, segments)[0]
-
-
-def attend_knowing(
-    q: jax.Array, segments: Sequence[Segment], known: Attended | None = None
-) -> Attended:
-    """As attend, with the log-sum-exp too; where both are known, only their gradient is computed.
-
-    Args:
-      q: as attend's.
-      segments: likewise.
-      known: what this function has returned for the same queries and segments; None computes it.
-
-    Returns:
-      (attention [*batch, t, heads, head_dim], log-sum-exp float32 [*batch, t, kv_heads, heads /
-      kv_heads], 0 of a query that has nothing to attend to, without gradient: its own is dropped).
     """
     segments = tuple(segments)
     for segment in segments:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
-        return _attend(q, segments) if known is None else _attend_known(q, segments, known)
-    whole = -(-t // size) * size
-    q, known = jax.tree.map(lambda a: _lengthen(a, whole, -3), (q, known))
+        return _attend(q, segments)
+    padded = -(-t // size) * size
+    q = _pad_axis(q, padded, -3)
     segments = [
-        s if s.mask.shape[-2] == 1 else s.replace(mask=_lengthen(s.mask, whole, -2))
+        s if s.mask.shape[-2] == 1 else s.replace(mask=_pad_axis(s.mask, padded, -2))
         for s in segments
     ]
 
-    # One piece's scores are all that is ever held.
-    def piece(at):
+    # Memory holds the scores of one slice of the queries at a time.
+    def attend_slice(start):
         def cut(a, axis):
-            return jax.lax.dynamic_slice_in_dim(a, at, size, axis % a.ndim)
+            return jax.lax.dynamic_slice_in_dim(a, start, size, axis % a.ndim)
 
         own = tuple(
             Segment(s.k, s.v, s.mask if s.mask.shape[-2] == 1 else cut(s.mask, -2))
             for s in segments
         )
-        some, found = jax.tree.map(lambda a: cut(a, -3), (q, known))
-        return _attend(some, own) if known is None else _attend_known(some, own, found)
+        return _attend(cut(q, -3), own)
 
-    def joined(a):
-        a = jnp.moveaxis(a, 0, -4)
-        a = a.reshape(*a.shape[:-4], whole, *a.shape[-2:])
-        return jax.lax.slice_in_dim(a, 0, t, axis=a.ndim - 3)
-
-    return jax.tree.map(joined, jax.lax.map(piece, jnp.arange(0, whole, size)))
+    out = jnp.moveaxis(jax.lax.map(attend_slice, jnp.arange(0, padded, size)), 0, -4)
+    out = out.reshape(*out.shape[:-4], padded, *out.shape[-2:])
+    return jax.lax.slice_in_dim(out, 0, t, axis=out.ndim - 3)
 
 
-def _lengthen(a: jax.Array, size: int, axis: int) -> jax.Array:
-    """Fills an axis up with zeros."""
+def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
+    """Pads an axis with zeros to the given size."""
     pad = [(0, 0)] * a.ndim
     pad[axis] = (0, size - a.shape[axis])
     return jnp.pad(a, pad)
 
 
 def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
-    """How many queries of one image have scores within the bound, in even pieces."""
+    """Queries in a slice: even slices whose scores for one image stay within SCORE_BYTES."""
     keys = sum(s.k.shape[-3] for s in segments)
-    one = 4 * keys * q.shape[-2] * math.prod(q.shape[1:-3])  # bytes of a token's float32 scores
-    pieces = -(-q.shape[-3] // max(SCORE_BYTES // one, 1))
-    return -(-q.shape[-3] // pieces)
+    row_bytes = 4 * keys * q.shape[-2] * math.prod(q.shape[1:-3])  # a token's float32 scores
+    slices = -(-q.shape[-3] // max(SCORE_BYTES // row_bytes, 1))
+    return -(-q.shape[-3] // slices)
 
 
 @jax.custom_vjp
-def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> Attended:
+def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> jax.Array:
     return _forward(q, segments)[0]
 
 
 def _forward(q, segments):
-    """((attention of q, log-sum-exp), (what the gradient needs))."""
+    """(attention of q, residuals for the gradient)."""
     grouped = _grouped(q, segments)
     parts = [_partial(grouped, segment) for segment in segments]
     top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
@@ -170,38 +150,27 @@ def _forward(q, segments):
     values = sum(value * s[..., None] for (value, _, _), s in zip(parts, scales, strict=True))
     total = sum(total * s for (_, _, total), s in zip(parts, scales, strict=True))
     out = (values / total[..., None]).astype(q.dtype).reshape(q.shape)
-    # Of a query that has nothing to attend to, every weight is 0 to the gradient.
+    # A query that has nothing to attend to gets weights of 0 in the gradient.
     log_total = jnp.where(top > _MASKED / 2, top + jnp.log(total), 0)
-    found = checkpoint_name((out, log_total), KEPT)
-    return found, (q, segments, found)
+    out, log_total = checkpoint_name((out, log_total), KEPT)
+    return out, (q, segments, out, log_total)
 
 
-def _backward(kept, of_found):
-    (q, segments, (out, log_total)), (of_out, _) = kept, of_found
-    grouped, of_out = _grouped(q, segments), _grouped(of_out, segments)
-    product = of_out.astype(jnp.float32) * _grouped(out, segments).astype(jnp.float32)
-    of_total = jnp.sum(product, axis=-1)
-    parts = [_partial_backward(grouped, s, of_out, of_total, log_total) for s in segments]
-    of_q = sum(part for part, _, _ in parts).astype(q.dtype).reshape(q.shape)
-    return of_q, tuple(Segment(of_k, of_v, None) for _, of_k, of_v in parts)
+def _backward(residuals, grad_out):
+    q, segments, out, log_total = residuals
+    grouped, grad_out = _grouped(q, segments), _grouped(grad_out, segments)
+    product = grad_out.astype(jnp.float32) * _grouped(out, segments).astype(jnp.float32)
+    delta = jnp.sum(product, axis=-1)  # D of flash attention's algorithm 4
+    parts = [_partial_backward(grouped, s, grad_out, delta, log_total) for s in segments]
+    grad_q = sum(part for part, _, _ in parts).astype(q.dtype).reshape(q.shape)
+    return grad_q, tuple(Segment(grad_k, grad_v, None) for _, grad_k, grad_v in parts)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def _attend_known(q: jax.Array, segments: tuple[Segment, ...], found: Attended) -> Attended:
-    return found
-
-
-_attend_known.defvjp(
-    lambda q, segments, found: (found, (q, segments, found)),
-    lambda kept, of_found: (*_backward(kept, of_found), None),
-)
-
-
 def _grouped(a: jax.Array, segments: Sequence[Segment]) -> jax.Array:
-    """[*batch, t, heads, d] -> [*batch, t, k, r, d]: r query heads read each key-value head."""
+    """Groups query heads by key-value head: [*batch, t, heads, d] -> [*batch, t, k, r, d]."""
     kv_heads = segments[0].k.shape[-2]
     return a.reshape(*a.shape[:-2], kv_heads, -1, a.shape[-1])
 
@@ -225,28 +194,26 @@ def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _partial_backward(
-    q: jax.Array, segment: Segment, of_out: jax.Array, of_total: jax.Array, log_total: jax.Array
+    q: jax.Array, segment: Segment, grad_out: jax.Array, delta: jax.Array, log_total: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one segment adds to the gradient of q, float32, and its own of (k, v)."""
+    """One segment's share of the gradient of q, float32, and the gradients of its k and v."""
     fold, unfold = _folding(q, segment)
-    rows, of_rows = fold(q), fold(of_out)
-    # At most 1. Of a query that was never computed, and so not learned from, a known log-sum-exp is
-    # any number: its weights must be finite still.
-    weights = jnp.exp(jnp.minimum(_scores(rows, segment) - fold(log_total)[..., None], 0))
-    of_weights = _product("krxd,skd->krxs", of_rows, segment.v)
-    of_scores = weights * (of_weights - fold(of_total)[..., None]) * (1 / math.sqrt(q.shape[-1]))
-    of_scores = of_scores.astype(q.dtype)
-    of_q = _product("krxs,skd->krxd", of_scores, segment.k)
-    of_k = _product("krxs,krxd->skd", of_scores, rows)
-    of_v = _product("krxs,krxd->skd", weights.astype(segment.v.dtype), of_rows)
-    return unfold(of_q), of_k.astype(segment.k.dtype), of_v.astype(segment.v.dtype)
+    rows, grad_rows = fold(q), fold(grad_out)
+    weights = jnp.exp(_scores(rows, segment) - fold(log_total)[..., None])
+    grad_weights = _product("krxd,skd->krxs", grad_rows, segment.v)
+    grad_scores = weights * (grad_weights - fold(delta)[..., None]) * (1 / math.sqrt(q.shape[-1]))
+    grad_scores = grad_scores.astype(q.dtype)
+    grad_q = _product("krxs,skd->krxd", grad_scores, segment.k)
+    grad_k = _product("krxs,krxd->skd", grad_scores, rows)
+    grad_v = _product("krxs,krxd->skd", weights.astype(segment.v.dtype), grad_rows)
+    return unfold(grad_q), grad_k.astype(segment.k.dtype), grad_v.astype(segment.v.dtype)
 
 
 def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
-    """(fold, unfold) between [*batch, t, k, r, ..] and [*shared, k, r, x, ..].
+    """Functions (fold, unfold) between [*batch, t, k, r, ..] and [*shared, k, r, x, ..].
 
-    The segment's batch axes are shared; x is the other ones and t together. Queries so move to
-    where their scores will stand: moving the scores would cost far more.
+    shared are the segment's batch axes; x joins the other batch axes and t. Transposing the queries
+    costs far less than transposing their scores.
     """
     batch, shared = q.ndim - 4, segment.k.ndim - 3
     inner = q.shape[shared : batch + 1]
@@ -265,32 +232,34 @@ def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
 
 
 def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
-    """[*shared, k, r, x, d] -> masked float32 [*shared, k, r, x, s]."""
-    # Scaled here and not in the queries: in bfloat16 that would round each of them once more.
+    """Masked scores of folded queries: [*shared, k, r, x, d] -> float32 [*shared, k, r, x, s]."""
+    # Scaling the queries instead would round each of them once more in bfloat16.
     scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
     return jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum of the last axes, summed in float32.
+    """Einsum of the last axes, summed in float32.
 
-    An axis r of size 1 is left out, for which XLA on a CPU would move what it multiplies. r and x
-    stay apart, for either may be cut over devices.
+    The einsum leaves out an axis r of size 1: with it XLA on a CPU would transpose the operands. It
+    doesn't join r and x, because either may be sharded.
     """
     names, out = spec.split("->")
     names, operands = names.split(","), [a, b]
-    at = [name.find("r") - len(name) for name in names]
-    alone = a.shape[at[0]] == 1
-    if alone:
+    r_axes = [name.find("r") - len(name) for name in names]
+    squeezed = a.shape[r_axes[0]] == 1
+    if squeezed:
         spec = spec.replace("r", "")
         operands = [
             jnp.squeeze(o, i) if "r" in n else o
-            for o, n, i in zip(operands, names, at, strict=True)
+            for o, n, i in zip(operands, names, r_axes, strict=True)
         ]
     names, short = spec.split("->")
     spec = ",".join(f"...{name}" for name in names.split(",")) + f"->...{short}"
-    found = jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
-    return jnp.expand_dims(found, out.index("r") - len(out)) if alone and "r" in out else found
+    product = jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
+    if squeezed and "r" in out:
+        return jnp.expand_dims(product, out.index("r") - len(out))
+    return product
 
 
 def rope_angles(positions: jax.Array, theta: float, dim: int) -> jax.Array:
@@ -309,19 +278,19 @@ def rope_angles(positions: jax.Array, theta: float, dim: int) -> jax.Array:
 
 
 def rope_frequencies(theta: float, dim: int) -> np.ndarray:
-    """float32 [dim / 2] inverse wavelengths theta^(-2i/dim)."""
+    """Inverse wavelengths theta^(-2i/dim), float32 [dim / 2]."""
     return (1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))).astype(
         np.float32
     )
 
 
-def turns(angles: jax.Array) -> Turns:
-    """What `rotate` wants of angles, once for all layers; float32 of any shape."""
+def rotation(angles: jax.Array) -> Rotation:
+    """Cosine and sine of float32 angles of any shape; all layers share one computation."""
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, by: Turns) -> jax.Array:
-    """Rotates channel i with channel i + d/2; float32 inside.
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotates channel i with channel i + d/2, computed in float32.
 
     Args:
       x: [*batch, t, heads, d].

@@ -1,6 +1,6 @@
-"""The text decoder of Qwen2, 2.5 and 3: judge, and language half of the policy.
+"""Text decoder of Qwen2, 2.5 and 3: the judge, and the language half of the policy.
 
-One decoder serves all families; where they differ is a field of DecoderConfig.
+One decoder serves all families; DecoderConfig has a field for each of their differences.
 """
 
 import dataclasses
@@ -9,28 +9,20 @@ from typing import Any
 
 import chex
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.models import attention
-from caprl_jax.models.attention import KV, Segment, Turns
-from caprl_jax.models.layers import (
-    KNOWN,
-    Linear,
-    RMSNorm,
-    flipped_product,
-    init_normal,
-    known,
-    rematerialised,
-    tell,
-)
+from caprl_jax.models.attention import KV, Rotation, Segment
+from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialise, transposed_product
 from caprl_jax.parallel.axes import BATCH, CACHED, constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and constants of a decoder, named as in design.md's legend.
+    """Sizes and constants of a decoder, with the names of design.md's axis legend.
 
     Attributes:
       vocab: rows of the embedding.
@@ -43,12 +35,12 @@ class DecoderConfig:
       rope_theta: base of RoPE.
       norm_eps: epsilon of RMSNorm.
       tied: whether the embedding is the output head too.
-      mrope_section: None for 1-D positions; else how many of the head_dim / 2 frequencies follow
-        the temporal, row and column position (M-RoPE, arXiv 2409.12191).
-      mrope_interleaved: whether these frequencies take turns (Qwen3-VL) or follow in three blocks.
+      mrope_section: None for 1-D positions; else the numbers of the head_dim / 2 frequencies that
+        follow the temporal, row and column position (M-RoPE, arXiv 2409.12191).
+      mrope_interleaved: whether these frequencies alternate (Qwen3-VL) or form three blocks.
       qkv_bias: whether the query, key and value projections have a bias (Qwen2).
-      o_bias: whether the output projection has one.
-      qk_norm: whether queries and keys are normed head by head before rotation (Qwen3).
+      o_bias: whether the output projection has a bias.
+      qk_norm: whether RMSNorm is applied to each head of queries and keys before rotation (Qwen3).
     """
 
     vocab: int
@@ -68,12 +60,34 @@ class DecoderConfig:
     qk_norm: bool = False
 
     def mrope_axes(self) -> np.ndarray:
-        """int [head_dim / 2]: which of (time, row, column) each frequency follows."""
+        """Index in (time, row, column) of the axis each frequency follows, int [head_dim / 2]."""
         if not self.mrope_interleaved:
             return np.repeat(np.arange(3), self.mrope_section)
-        turn = np.arange(self.head_dim // 2)
-        inside = turn < 3 * np.asarray(self.mrope_section)[turn % 3]
-        return np.where(inside, turn % 3, 0)
+        frequency = np.arange(self.head_dim // 2)
+        inside = frequency < 3 * np.asarray(self.mrope_section)[frequency % 3]
+        return np.where(inside, frequency % 3, 0)
+
+
+@flax.struct.dataclass
+class Context:
+    """Inputs that all layers share.
+
+    Attributes:
+      rotation: cosine and sine of RoPE's angles, [*batch, t, head_dim / 2] each.
+      mask: bool [*batch, t, length], the tokens' own keys that each query sees.
+      past_masks: bool [*ancestor's batch, length] for each ancestor.
+      deep: [n, *batch, t, e], added to the outputs of the first n layers; or None.
+      caches: ancestors whose arrays hold all layers, and may be longer than their masks.
+    """
+
+    rotation: Rotation
+    mask: jax.Array
+    past_masks: tuple[jax.Array, ...] = ()
+    deep: jax.Array | None = None
+    caches: tuple[KV, ...] = ()
+
+
+LayerKV = tuple[jax.Array, jax.Array]  # keys and values of one layer
 
 
 class Block(nn.Module):
@@ -81,87 +95,157 @@ class Block(nn.Module):
 
     Attributes:
       config: sizes.
-      flipped: as Linear's.
+      transposed: see Linear.
     """
 
     config: DecoderConfig
-    flipped: bool = False
+    transposed: bool = False
 
-    @nn.compact
-    def __call__(self, x, turns, mask, deep, caches, past_masks, past, layer, own=None, ends=None):
-        """x [*batch, t, e], past: ((k, v), ...) of this layer -> (x, (k, v) of these tokens).
-
-        With ends, int [*batch, n], x is given of these tokens alone, without deep and own; n may
-        be 0.
-
-        With own, (k, v, at) whose arrays are [*batch, kv_heads, length, head_dim], the tokens' keys
-        and values are put there at `at` first; what then stands there is attended to where the mask
-        [*batch, t, length] says so, and returned instead.
-        """
+    def setup(self):
         c = self.config
-        batch, cached = BATCH[: x.ndim - 2], CACHED[: x.ndim - 2]
-        x = constrain(x, *batch, None, None)
-        linear = functools.partial(Linear, flipped=self.flipped)
+        linear = functools.partial(Linear, transposed=self.transposed)
+        self.attention_norm, self.mlp_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
+        self.q, self.k, self.v = (
+            linear((count, c.head_dim), ("embed", kind, None), bias=c.qkv_bias)
+            for count, kind in ((c.heads, "heads"), *[(c.kv_heads, "kv_heads")] * 2)
+        )
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
+        self.o = linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2)
+        self.gate = linear((c.feed_forward,), ("embed", "mlp"))
+        self.up = linear((c.feed_forward,), ("embed", "mlp"))
+        self.down = linear((c.width,), ("mlp", "embed"))
 
-        def heads(name, count, by=None):
-            kind = "heads" if name == "q" else "kv_heads"
-            a = linear((count, c.head_dim), ("embed", kind, None), bias=c.qkv_bias, name=name)(y)
-            if c.qk_norm and by is not None:
-                a = RMSNorm(c.norm_eps, name=f"{name}_norm")(a)
-            a = a if by is None else attention.rotate(a, by)
-            # A caption's queries go to where its cache lies, and what they find comes back.
-            for names in (batch, cached):
-                a = constrain(a, *names, None, kind, None)
-            return a
+    def __call__(
+        self, x: jax.Array, context: Context, past: tuple[LayerKV, ...], layer: jax.Array
+    ) -> tuple[jax.Array, LayerKV]:
+        """Runs the layer over tokens that see themselves and their ancestors.
 
-        y = RMSNorm(c.norm_eps, name="attention_norm")(x)
-        k, v = heads("k", c.kv_heads, turns), heads("v", c.kv_heads)
-        if ends is not None:
-            chex.assert_equal((deep is None, own is None), (True, True))
-            x, y, mask, *turns = (_at(a, ends) for a in (x, y, mask, *turns))
-            if not ends.shape[-1]:
-                return x, (k, v)
-        q = heads("q", c.heads, turns)
-        segments = [Segment(*kv, m[..., None, :]) for kv, m in zip(past, past_masks, strict=True)]
-        segments += [cache.layer(layer) for cache in caches]
-        these, kept = (k, v), (k, v)
-        if own is not None:
-            *held, at = own
-            kept = tuple(put_heads_first(a, new, at) for a, new in zip(held, (k, v), strict=True))
-            kept = tuple(constrain(a, *cached, "kv_heads", None, None) for a in kept)
-            these = (jnp.swapaxes(a, -3, -2) for a in kept)
-        segments = [*segments, Segment(*these, mask)]
-        y, log_total = attention.attend_knowing(q, segments, known(self, "attended"))
-        tell(self, "attended", (y, log_total))
-        for names in (cached, batch):
-            y = constrain(y, *names, None, "heads", None)
-        o = linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2, name="o")
-        x = x + o(y)
-        y = RMSNorm(c.norm_eps, name="mlp_norm")(x)
-        gate = linear((c.feed_forward,), ("embed", "mlp"), name="gate")(y)
-        up = linear((c.feed_forward,), ("embed", "mlp"), name="up")(y)
-        x = x + linear((c.width,), ("mlp", "embed"), name="down")(nn.silu(gate) * up)
-        if deep is not None:
-            added = jax.lax.dynamic_index_in_dim(deep, layer, keepdims=False)  # clamped at the end
+        Args:
+          x: [*batch, t, e].
+          context: its mask is [*batch, t, t].
+          past: this layer's keys and values of each ancestor, [*batch, length, kv_heads, head_dim].
+          layer: int [], this layer's index, for context.deep and context.caches.
+
+        Returns:
+          (x after the layer, keys and values of these tokens).
+        """
+        x, y = self._normed(x)
+        k, v = self._keys_and_values(y, context.rotation)
+        q = self._queries(y, context.rotation)
+        segments = self._ancestors(context, past)
+        segments += [cache.layer(layer) for cache in context.caches]
+        x = self._attend_and_mlp(x, q, [*segments, Segment(k, v, context.mask)])
+        if (deep := context.deep) is not None:
+            # dynamic_index clamps the index of the layers after the first n.
+            added = jax.lax.dynamic_index_in_dim(deep, layer, keepdims=False)
             x = jnp.where(layer < deep.shape[0], x + added, x)
-        return x, kept
+        return x, (k, v)
+
+    def outputs_at(
+        self, x: jax.Array, context: Context, past: tuple[LayerKV, ...], where: jax.Array
+    ) -> tuple[jax.Array, LayerKV]:
+        """Computes the layer's outputs for some tokens, and keys and values for all.
+
+        Args:
+          x: [*batch, t, e].
+          context: as in __call__, without deep.
+          past: as in __call__.
+          where: int [*batch, n], indices of the tokens to compute outputs for; n may be 0.
+
+        Returns:
+          (x [*batch, n, e] after the layer, keys and values of all tokens).
+        """
+        x, y = self._normed(x)
+        k, v = self._keys_and_values(y, context.rotation)
+        x, y, mask, *rotation = (_take(a, where) for a in (x, y, context.mask, *context.rotation))
+        if not where.shape[-1]:
+            return x, (k, v)
+        q = self._queries(y, tuple(rotation))
+        segments = [*self._ancestors(context, past), Segment(k, v, mask)]
+        return self._attend_and_mlp(x, q, segments), (k, v)
+
+    def decode(
+        self,
+        x: jax.Array,
+        context: Context,
+        past: tuple[LayerKV, ...],
+        cache: LayerKV,
+        at: jax.Array,
+    ) -> tuple[jax.Array, LayerKV]:
+        """Runs the layer for the next token of each caption, after writing it to the cache.
+
+        Args:
+          x: [*batch, 1, e].
+          context: its mask is [*batch, 1, length], the tokens of the cache that the query sees.
+          past: as in __call__.
+          cache: keys and values of the captions, [*batch, kv_heads, length, head_dim].
+          at: int [], index in the cache to write to.
+
+        Returns:
+          (x after the layer, the cache with this token).
+        """
+        x, y = self._normed(x)
+        new = self._keys_and_values(y, context.rotation)
+        q = self._queries(y, context.rotation)
+        updated = (put_heads_first(a, token, at) for a, token in zip(cache, new, strict=True))
+        cached = CACHED[: x.ndim - 2]
+        cache = tuple(constrain(a, *cached, "kv_heads", None, None) for a in updated)
+        own = Segment(*(jnp.swapaxes(a, -3, -2) for a in cache), context.mask)
+        return self._attend_and_mlp(x, q, [*self._ancestors(context, past), own]), cache
+
+    def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x with the batch's sharding, x after the norm before attention)."""
+        x = constrain(x, *BATCH[: x.ndim - 2], None, None)
+        return x, self.attention_norm(x)
+
+    def _keys_and_values(self, y: jax.Array, rotation: Rotation) -> LayerKV:
+        k = self.k(y)
+        k = attention.rotate(self.k_norm(k) if self.config.qk_norm else k, rotation)
+        return _to_caches(k, "kv_heads"), _to_caches(self.v(y), "kv_heads")
+
+    def _queries(self, y: jax.Array, rotation: Rotation) -> jax.Array:
+        q = self.q(y)
+        q = attention.rotate(self.q_norm(q) if self.config.qk_norm else q, rotation)
+        return _to_caches(q, "heads")
+
+    def _ancestors(self, context: Context, past: tuple[LayerKV, ...]) -> list[Segment]:
+        masks = (mask[..., None, :] for mask in context.past_masks)
+        return [Segment(*kv, mask) for kv, mask in zip(past, masks, strict=True)]
+
+    def _attend_and_mlp(self, x: jax.Array, q: jax.Array, segments: list[Segment]) -> jax.Array:
+        """Adds attention of q over the segments to x [*batch, t, e], then the MLP's output."""
+        y = attention.attend(q, segments)
+        # The results go back from the caches' sharding to the captions' sharding.
+        for names in (CACHED, BATCH):
+            y = constrain(y, *names[: x.ndim - 2], None, "heads", None)
+        x = x + self.o(y)
+        y = self.mlp_norm(x)
+        return x + self.down(nn.silu(self.gate(y)) * self.up(y))
 
 
-def _at(a: jax.Array, where: jax.Array) -> jax.Array:
-    """a [*batch, t, d] at int [*batch, n] -> [*batch, n, d]."""
+def _to_caches(a: jax.Array, kind: str) -> jax.Array:
+    """Gives queries, keys or values [*batch, t, heads, d] the sharding of the captions' caches."""
+    for names in (BATCH, CACHED):
+        a = constrain(a, *names[: a.ndim - 3], None, kind, None)
+    return a
+
+
+def _take(a: jax.Array, where: jax.Array) -> jax.Array:
+    """Entries of a [*batch, t, d] at int [*batch, n] -> [*batch, n, d]."""
     return jnp.take_along_axis(a, where[..., None], axis=-2)
 
 
 def put_heads_first(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """held [*batch, kv_heads, length, d] with new [*batch, t, kv_heads, d] from `at` on."""
+    """Writes new [*batch, t, kv_heads, d] into held [*batch, kv_heads, length, d] from `at` on."""
     new = jnp.swapaxes(new, -3, -2)
     return jax.lax.dynamic_update_slice_in_dim(held, new, at, axis=held.ndim - 2)
 
 
-def _put(stacks: tuple, ones: tuple, i: jax.Array | int) -> tuple:
-    """Each of ones at place i of its stack."""
-    pairs = zip(stacks, ones, strict=True)
-    return tuple(jax.lax.dynamic_update_index_in_dim(a, one, i, 0) for a, one in pairs)
+def _put(stacks: tuple, entries: tuple, i: jax.Array | int) -> tuple:
+    """Writes each entry at index i of its stack."""
+    pairs = zip(stacks, entries, strict=True)
+    return tuple(jax.lax.dynamic_update_index_in_dim(a, entry, i, 0) for a, entry in pairs)
 
 
 class Decoder(nn.Module):
@@ -169,8 +253,8 @@ class Decoder(nn.Module):
 
     Attributes:
       config: sizes.
-      dtype: of the computation; parameters keep their own.
-      remat: what the backward pass of each layer computes again, a name in layers.REMAT.
+      dtype: dtype of the computation; parameters keep their own.
+      remat: key of layers.REMAT: the residuals that each layer keeps for its backward pass.
     """
 
     config: DecoderConfig
@@ -180,14 +264,14 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         rows = (c.vocab, c.width)
-        # As large as what the blocks add: embeddings of scale 0.02 drown in it and learn nothing.
+        # Untied embeddings start as large as the blocks' outputs; at scale 0.02 they learn nothing.
         init = init_normal(0.02 if c.tied else 1.0, ("vocab", "embed"))
         self.embedding = self.param("embedding", init, rows)
         self.layers = nn.scan(
-            rematerialised(Block, self.remat),
-            variable_axes={"params": 0, KNOWN: 0},
+            rematerialise(Block, self.remat),
+            variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(*[nn.broadcast] * 5, 0, 0),
+            in_axes=(nn.broadcast, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -211,29 +295,29 @@ class Decoder(nn.Module):
           x: [*batch, t, e] embeddings.
           positions: int [*batch, t], or [*batch, t, 3] (time, row, column) with M-RoPE.
           mask: bool [*batch, t], False for padding.
-          past: ancestors' keys and values; batch axes of each are a prefix of x's.
-          deep: [layers', *batch, t, e], what is added to the output of each of the first layers'
-            layers (DeepStack, arXiv 2406.04334); zero for text.
-          caches: as past, of which no more is read than their masks are long. Not for gradients.
+          past: ancestors' keys and values; the batch axes of each are a prefix of x's.
+          deep: [n, *batch, t, e], added to the outputs of the first n layers (DeepStack, arXiv
+            2406.04334); zero for text.
+          caches: like past, but read only up to the length of their masks. They take no gradients.
 
         Returns:
           (hidden [*batch, t, e] after the final norm, KV of these tokens).
         """
         chex.assert_equal_shape_prefix([x, mask], mask.ndim)
-        x = x.astype(self.dtype)
-        x, (k, v) = self.layers(
-            x,
-            self.turns(positions, mask),
-            attention.causal_mask(mask),
-            None if deep is None else deep.astype(self.dtype),
-            caches,
-            tuple(kv.mask for kv in past),
-            tuple((kv.k, kv.v) for kv in past),
-            jnp.arange(self.config.layers),
-        )
+        if deep is not None:
+            deep = deep.astype(self.dtype)
+        context = self._context(positions, mask, past, deep, caches)
+        past = tuple((kv.k, kv.v) for kv in past)
+        layers = jnp.arange(self.config.layers)
+        x, (k, v) = self.layers(x.astype(self.dtype), context, past, layers)
         return self.norm(x), KV(k, v, mask)
 
-    def ends(
+    def _context(self, positions, mask, past, deep=None, caches=()) -> Context:
+        past_masks = tuple(kv.mask for kv in past)
+        rotation = self.rotation(positions, mask)
+        return Context(rotation, attention.causal_mask(mask), past_masks, deep, caches)
+
+    def hidden_at(
         self,
         x: jax.Array,
         positions: jax.Array,
@@ -241,78 +325,76 @@ class Decoder(nn.Module):
         past: tuple[KV, ...],
         where: jax.Array,
     ) -> tuple[jax.Array, KV]:
-        """As __call__, of some hidden states alone.
+        """Runs the blocks like __call__, but returns the hidden states of some tokens only.
 
-        The last layer computes nothing but keys and values of the other tokens. Not for gradients:
-        each layer's would be added into an array of all layers', and remat is not followed.
+        The last layer computes only keys and values of the other tokens. Don't differentiate this
+        method: it ignores remat, and its gradient adds each layer's share to an array of all
+        layers.
 
         Args:
-          x: as __call__'s, as are positions, mask and past.
-          positions: of all tokens.
-          mask: likewise.
-          past: likewise.
-          where: int [*batch, n], the tokens whose hidden states are wanted; n may be 0.
+          x: as in __call__.
+          positions: as in __call__.
+          mask: as in __call__.
+          past: as in __call__.
+          where: int [*batch, n], indices of the tokens whose hidden states to return; n may be 0.
 
         Returns:
           (hidden [*batch, n, e] after the final norm, KV of all tokens).
         """
         block, stacked = Block(self.config, parent=None), self.variables["params"]["layers"]
-        turns, causal = self.turns(positions, mask), attention.causal_mask(mask)
-        masks, pasts = tuple(kv.mask for kv in past), tuple((kv.k, kv.v) for kv in past)
+        context, pasts = self._context(positions, mask, past), tuple((kv.k, kv.v) for kv in past)
 
-        def layer(x, i, ends=None):
+        def layer(x, i, last, method):
             own, past = jax.tree.map(lambda a: a[i], (stacked, pasts))
-            return block.apply(
-                {"params": own}, x, turns, causal, deep=None, caches=(), past_masks=masks,
-                past=past, layer=i, ends=ends,
-            )  # fmt: skip
+            return block.apply({"params": own}, x, context, past, last, method=method)
 
-        # Carried, and not what scan gives out: the last layer's would be joined by a copy of all.
-        def one(carry, i):
-            x, kept = carry
-            x, kv = layer(x, i)
-            return (x, _put(kept, kv, i)), None
+        # The carry holds the stacks: appending the last layer to scan's outputs would copy them.
+        def step(carry, i):
+            x, stacks = carry
+            x, kv = layer(x, i, i, Block.__call__)
+            return (x, _put(stacks, kv, i)), None
 
         c, last = self.config, self.config.layers - 1
         zeros = jnp.zeros((c.layers, *mask.shape, c.kv_heads, c.head_dim), self.dtype)
-        (x, kept), _ = jax.lax.scan(one, (x.astype(self.dtype), (zeros, zeros)), jnp.arange(last))
-        x, kv = layer(x, last, where)
-        return self.norm(x), KV(*_put(kept, kv, last), mask)
+        carry = x.astype(self.dtype), (zeros, zeros)
+        (x, stacks), _ = jax.lax.scan(step, carry, jnp.arange(last))
+        x, kv = layer(x, last, where, Block.outputs_at)
+        return self.norm(x), KV(*_put(stacks, kv, last), mask)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int [*batch, t] -> [*batch, t, e]."""
+        """Embeds tokens: int [*batch, t] -> [*batch, t, e]."""
         return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
 
     def head(self) -> jax.Array:
-        """[vocab, e]: the rows whose products with a hidden state are the logits."""
+        """Output rows [vocab, e]; their products with a hidden state are the logits."""
         return self.embedding if self.config.tied else self.untied_head
 
-    def logits(self, hidden: jax.Array, flipped: bool = False) -> jax.Array:
-        """[..., e] -> float32 [..., vocab]; flipped as Linear's."""
+    def logits(self, hidden: jax.Array, transposed: bool = False) -> jax.Array:
+        """Logits of hidden states: [..., e] -> float32 [..., vocab]; for transposed see Linear."""
         head = self.head().astype(self.dtype)
-        if flipped:
-            found = flipped_product(head, hidden.reshape(-1, hidden.shape[-1]), jnp.float32)
-            return found.reshape(*hidden.shape[:-1], -1)
+        if transposed:
+            logits = transposed_product(head, hidden.reshape(-1, hidden.shape[-1]), jnp.float32)
+            return logits.reshape(*hidden.shape[:-1], -1)
         return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
 
     def everything(self, tokens: jax.Array) -> jax.Array:
-        """Touches every parameter; for initialisation. int [t] -> float32 [t, vocab]."""
+        """Logits of int [t] tokens, float32 [t, vocab]; init runs this: it uses all parameters."""
         t = tokens.shape[-1]
         axes = () if self.config.mrope_section is None else (3,)
         positions = jnp.zeros((t, *axes), jnp.int32)
         return self.logits(self(self.embed(tokens), positions, jnp.ones(t, bool))[0])
 
-    def normed(self, x: jax.Array) -> jax.Array:
-        """What the blocks give, after the final norm; [..., e] -> [..., e]."""
+    def apply_norm(self, x: jax.Array) -> jax.Array:
+        """Applies the final norm to the blocks' output; [..., e] -> [..., e]."""
         return self.norm(x)
 
-    def turns(self, positions: jax.Array, mask: jax.Array) -> Turns:
-        """RoPE's turns, [*batch, t, head_dim / 2] each, of positions as __call__ takes them."""
+    def rotation(self, positions: jax.Array, mask: jax.Array) -> Rotation:
+        """Cosine and sine of RoPE's angles, [*batch, t, head_dim / 2] each."""
         c = self.config
         if c.mrope_section is None:
             chex.assert_equal_shape([positions, mask])
-            return attention.turns(attention.rope_angles(positions, c.rope_theta, c.head_dim))
+            return attention.rotation(attention.rope_angles(positions, c.rope_theta, c.head_dim))
         chex.assert_shape(positions, (*mask.shape, 3))
         frequencies = attention.rope_frequencies(c.rope_theta, c.head_dim)
         followed = jnp.take(positions, c.mrope_axes(), axis=-1).astype(jnp.float32)
-        return attention.turns(followed * attention.align_right(frequencies, followed.ndim))
+        return attention.rotation(followed * attention.align_right(frequencies, followed.ndim))

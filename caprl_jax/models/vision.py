@@ -1,10 +1,10 @@
-"""The vision towers of Qwen2.5-VL and Qwen3-VL: one module, whose config says how they differ.
+"""Vision towers of Qwen2.5-VL and Qwen3-VL: one module, with VisionConfig for their differences.
 
 In Qwen2.5-VL most layers attend within windows of window_size pixels a side (arXiv 2502.13923,
-section 2.1). The host lays patches out window by window, each padded to the size of a full one, so
-that windowed attention is a batched product whose cost is linear in the patches; images of unequal
-size are padded with empty windows. Qwen3-VL always attends over the whole image: its windows are
-single features.
+section 2.1). The host orders patches window by window and pads each window to its full size, so
+that windowed attention is a batched product with a cost linear in the patches. Empty windows pad
+images of unequal size. Qwen3-VL always attends over the whole image: its windows are single
+features.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment
-from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal, rematerialised
+from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal, rematerialise
 from caprl_jax.parallel.axes import constrain
 
 
@@ -30,7 +30,7 @@ class VisionConfig:
     """Sizes of the tower.
 
     Attributes:
-      patch_dim: values of one patch, channels x frames x patch_size^2.
+      patch_dim: number of values in a patch, channels x frames x patch_size^2.
       width: embedding size of a patch.
       layers: number of blocks.
       heads: attention heads.
@@ -40,12 +40,13 @@ class VisionConfig:
       merge: merge x merge patches become one feature.
       full_layers: indices of the blocks that attend over the whole image.
       norm_eps: epsilon of the norms.
-      layer_norm: LayerNorm and a plain perceptron with tanh-GELU (Qwen3-VL), not RMSNorm and
-        SwiGLU.
+      layer_norm: True for LayerNorm and a perceptron with tanh-GELU (Qwen3-VL), False for RMSNorm
+        and SwiGLU.
       patch_bias: whether the patch embedding has a bias.
-      position_side: side of the square of learned position embeddings that is stretched over each
-        image (Qwen3-VL); 0 for none.
-      deep_layers: blocks whose outputs are merged for the decoder's first layers (DeepStack).
+      position_side: side of the square table of learned position embeddings, which is resampled to
+        each image's grid (Qwen3-VL); 0 for none.
+      deep_layers: indices of the blocks whose merged outputs go to the decoder's first layers
+        (DeepStack).
     """
 
     patch_dim: int
@@ -64,7 +65,7 @@ class VisionConfig:
     deep_layers: tuple[int, ...] = ()
 
     def norm(self, name: str) -> nn.Module:
-        """A norm of the tower's kind."""
+        """LayerNorm or RMSNorm, as layer_norm says."""
         return (LayerNorm if self.layer_norm else RMSNorm)(self.norm_eps, name=name)
 
 
@@ -83,84 +84,85 @@ class Images:
     mask: jax.Array
 
 
-def windows_of(grid: tuple[int, int], config: VisionConfig) -> int:
-    """How many windows a grid of (rows, columns) patches takes."""
+def window_count(grid: tuple[int, int], config: VisionConfig) -> int:
+    """Number of windows that cover a grid of (rows, columns) patches."""
     rows, columns = grid
     return -(-rows // config.window) * -(-columns // config.window)
 
 
 def window_order(grid: tuple[int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Where the patches of one image go.
+    """Index in window order, and position, of each patch of one image.
 
-    Patches come from the image processor block by block: the merge x merge patches of a feature
-    are consecutive, features in row-major order. Windows keep each feature's patches together.
+    The image processor gives patches block by block: the merge x merge patches of a feature are
+    consecutive, and features are in row-major order. Window order keeps each feature's patches
+    together.
 
     Args:
       grid: (rows, columns) in patches, multiples of config.merge.
       config: the tower's sizes.
 
     Returns:
-      (slot int32 [patches]: index in the padded layout of each patch, in the processor's order;
-       positions int32 [patches, 2]: its row and column).
+      (index int32 [patches]: each patch's index in window order, padding included;
+       positions int32 [patches, 2]: its row and column), both in the processor's order.
     """
     merge, side = config.merge, config.window // config.merge
     rows, columns = grid[0] // merge, grid[1] // merge
     row, column = (a.reshape(-1) for a in np.mgrid[:rows, :columns])
     window = (row // side) * -(-columns // side) + column // side
-    # Within a window features keep row-major order; the padding comes after them.
+    # Features within a window keep row-major order; the padding follows them.
     order = np.argsort(window, kind="stable")
     starts = np.searchsorted(window[order], window[order])
     rank = np.empty_like(window)
     rank[order] = np.arange(len(order)) - starts
     unit = merge * merge
-    slot = ((window * side * side + rank) * unit)[:, None] + np.arange(unit)
+    index = ((window * side * side + rank) * unit)[:, None] + np.arange(unit)
     inner_row, inner_column = (a.reshape(-1) for a in np.mgrid[:merge, :merge])
     positions = np.stack(
         [row[:, None] * merge + inner_row, column[:, None] * merge + inner_column], axis=-1
     )
-    return slot.reshape(-1).astype(np.int32), positions.reshape(-1, 2).astype(np.int32)
+    return index.reshape(-1).astype(np.int32), positions.reshape(-1, 2).astype(np.int32)
 
 
 def feature_order(grid: tuple[int, int], config: VisionConfig) -> np.ndarray:
-    """int32 [features]: index among the tower's outputs of each feature, in row-major order."""
+    """Index of each feature among the tower's outputs, int32 [features], in row-major order."""
     unit = config.merge**2
     return window_order(grid, config)[0][::unit] // unit
 
 
-def lay_out(
+def pad_to_windows(
     patches: np.ndarray, grid: tuple[int, int], config: VisionConfig, max_windows: int
 ) -> Images:
-    """Pads one image's patches to a bucket of max_windows windows.
+    """Puts one image's patches in window order, padded to max_windows windows.
 
     Args:
-      patches: float32 [patches, patch_dim], as the image processor gives them.
+      patches: float32 [patches, patch_dim], in the image processor's order.
       grid: (rows, columns) in patches.
       config: the tower's sizes.
-      max_windows: the bucket.
+      max_windows: number of windows after padding.
 
     Returns:
       Images without the batch axis, numpy arrays.
 
     Raises:
-      ValueError: the image is larger than the bucket.
+      ValueError: the image needs more than max_windows windows.
     """
-    if windows_of(grid, config) > max_windows:
+    if window_count(grid, config) > max_windows:
         raise ValueError(
-            f"image of {grid[0]} x {grid[1]} patches takes {windows_of(grid, config)} windows of "
+            f"image of {grid[0]} x {grid[1]} patches takes {window_count(grid, config)} windows of "
             f"{config.window} x {config.window} patches, more than the bucket of {max_windows}: "
             "raise data.max_windows or lower max_pixels in preprocessor_config.json"
         )
-    slots = max_windows * config.window**2
-    slot, where = window_order(grid, config)
-    out = np.zeros((slots, patches.shape[-1]), np.float32)
-    positions = np.zeros((slots, 2), np.int32)
-    mask = np.zeros(slots, bool)
-    out[slot], positions[slot], mask[slot] = patches, where, True
-    return Images(out, positions, mask)
+    length = max_windows * config.window**2
+    index, patch_positions = window_order(grid, config)
+    padded = np.zeros((length, patches.shape[-1]), np.float32)
+    positions = np.zeros((length, 2), np.int32)
+    mask = np.zeros(length, bool)
+    padded[index], positions[index], mask[index] = patches, patch_positions, True
+    return Images(padded, positions, mask)
 
 
 class VisionBlock(nn.Module):
-    """One pre-norm layer; attends within windows or over the whole image.
+    """One pre-norm layer that attends within windows or over the whole image.
 
     Attributes:
       config: sizes.
@@ -169,15 +171,15 @@ class VisionBlock(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x, turns, mask, full):
-        """x [b, m, e], turns [b, m, d/2] each, mask bool [b, m], full bool [] -> [b, m, e]."""
+    def __call__(self, x, rotation, mask, full):
+        """x [b, m, e], rotation [b, m, d/2] each, mask bool [b, m], full bool [] -> [b, m, e]."""
         c = self.config
         head_dim = c.width // c.heads
         x = constrain(x, "images", None, None)
         y = c.norm("attention_norm")(x)
         qkv = Linear((3, c.heads, head_dim), ("embed", None, "heads", None), bias=True, name="qkv")
         q, k, v = jnp.moveaxis(qkv(y), -3, 0)
-        q, k = attention.rotate(q, turns), attention.rotate(k, turns)
+        q, k = attention.rotate(q, rotation), attention.rotate(k, rotation)
         q, k, v = (constrain(a, "images", None, "heads", None) for a in (q, k, v))
 
         def attend_within(size):
@@ -210,11 +212,11 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """merge x merge patches -> one feature; [b, m, e] -> [b, m / merge^2, out_width].
+    """Merges merge x merge patches to one feature; [b, m, e] -> [b, m / merge^2, out_width].
 
     Attributes:
       config: sizes.
-      norm_merged: the norm comes after the patches are joined, not before.
+      norm_merged: whether the norm follows the joining of patches, rather than preceding it.
     """
 
     config: VisionConfig
@@ -231,8 +233,8 @@ class Merger(nn.Module):
         return Linear((c.out_width,), ("mlp", "embed"), bias=True, name="out")(x)
 
 
-def stretched(table: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
-    """Bilinear samples of a square table stretched over each image, corners on corners.
+def sample_table(table: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+    """Samples a square table bilinearly at each patch; the table's corners align with the image's.
 
     Args:
       table: [side^2, e], row by row.
@@ -246,23 +248,23 @@ def stretched(table: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Ar
     last = jnp.max(jnp.where(mask[..., None], positions, 0), axis=1, keepdims=True)
     at = positions * ((side - 1) / jnp.maximum(last, 1).astype(jnp.float32))
     low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, side - 1)
-    far = (at - low)[..., None]  # [b, m, 2, 1]
+    fraction = (at - low)[..., None]  # [b, m, 2, 1]
     high = jnp.minimum(low + 1, side - 1)
     out = jnp.zeros((), jnp.float32)
-    for row, row_weight in ((low, 1 - far), (high, far)):
-        for column, column_weight in ((low, 1 - far), (high, far)):
+    for row, row_weight in ((low, 1 - fraction), (high, fraction)):
+        for column, column_weight in ((low, 1 - fraction), (high, fraction)):
             sample = jnp.take(table, row[..., 0] * side + column[..., 1], axis=0)
             out = out + row_weight[:, :, 0] * column_weight[:, :, 1] * sample.astype(jnp.float32)
     return out
 
 
 class VisionTower(nn.Module):
-    """Patches in window order -> one feature for each merge x merge block.
+    """Encodes patches in window order to one feature for each merge x merge block.
 
     Attributes:
       config: sizes.
-      dtype: of the computation; parameters keep their own.
-      remat: what the backward pass of each layer computes again, a name in layers.REMAT.
+      dtype: dtype of the computation; parameters keep their own.
+      remat: key of layers.REMAT: the residuals that each layer keeps for its backward pass.
     """
 
     config: VisionConfig
@@ -271,7 +273,7 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> tuple[jax.Array, jax.Array | None]:
-        """Images -> (features, deep features), in window order (see feature_order).
+        """Computes features and DeepStack features, in window order (see feature_order).
 
         Returns:
           ([b, m / merge^2, out_width],
@@ -284,26 +286,26 @@ class VisionTower(nn.Module):
         if c.position_side:
             init = init_normal(0.02, ("patch", "embed"))
             table = self.param("positions", init, (c.position_side**2, c.width))
-            x = x + stretched(table, images.positions, images.mask).astype(self.dtype)
-        # Half of the rotated channels follow the row, half the column.
+            x = x + sample_table(table, images.positions, images.mask).astype(self.dtype)
+        # Half of the rotated channels follow the row, the other half the column.
         angles = attention.rope_angles(images.positions, 10_000.0, c.width // c.heads // 2)
-        turns = attention.turns(angles.reshape(*angles.shape[:-2], -1))
-        x, kept = self._run_blocks(x, turns, images.mask)
+        rotation = attention.rotation(angles.reshape(*angles.shape[:-2], -1))
+        x, kept = self._run_blocks(x, rotation, images.mask)
         features = Merger(c, name="merger")(x)
         if not c.deep_layers:
             return features, None
         deep = [Merger(c, True, name=f"deep_{i}")(kept[i]) for i in range(len(c.deep_layers))]
         return features, jnp.stack(deep)
 
-    def _run_blocks(self, x, turns, mask):
-        """x [b, m, e] -> (x after all blocks, its values after each of deep_layers)."""
+    def _run_blocks(self, x, rotation, mask):
+        """Runs the blocks on x [b, m, e]; returns (x after them, x after each of deep_layers)."""
         c = self.config
-        block = rematerialised(VisionBlock, self.remat)
+        block = rematerialise(VisionBlock, self.remat)
 
-        # Outputs are picked outside of the rematerialised block, which so need not keep them.
+        # Picking outputs outside the rematerialised block spares the block from keeping them.
         def body(block, carry, full, layer):
             x, kept = carry
-            x = block(x, turns, mask, full)
+            x = block(x, rotation, mask, full)
             picked = layer == jnp.asarray(c.deep_layers, jnp.int32)
             return (x, jnp.where(picked[:, None, None, None], x[None], kept)), None
 
@@ -323,5 +325,5 @@ class VisionTower(nn.Module):
 
 
 def batch_images(images: Sequence[Images]) -> Images:
-    """Stacks laid-out images; shapes [m, ..] -> [b, m, ..]."""
+    """Stacks images padded to the same number of windows; shapes [m, ..] -> [b, m, ..]."""
     return jax.tree.map(lambda *a: np.stack(a), *images)

@@ -1,11 +1,10 @@
 """The policy: image features and text tokens in one decoder, over the tree image -> captions.
 
 The trunk is an image and its prompt, computed once; branches are captions that attend to it.
-A text-only model (the judge in training) is the same with no vision tower and no images.
+A text-only model (the judge in training) has no vision tower and no images.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
@@ -14,7 +13,6 @@ import numpy as np
 
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.layers import KNOWN
 from caprl_jax.models.vision import Images, VisionTower
 
 Params = dict  # {"decoder": ..., "vision": ... unless text only}
@@ -28,7 +26,7 @@ class Prompt:
       tokens: int32 [b, p].
       mask: bool [b, p].
       positions: int32 [b, p, 3] with M-RoPE, else [b, p].
-      feature: int32 [b, p], which of the image's features stands at this token; -1 for text.
+      feature: int32 [b, p], index of the image feature at this token; -1 for text.
       next_position: int32 [b], position of the first token after the prompt.
     """
 
@@ -41,13 +39,13 @@ class Prompt:
 
 @flax.struct.dataclass
 class Trunk:
-    """What captions need of their image and prompt.
+    """An encoded image and prompt, which captions attend to.
 
     Attributes:
-      hidden: [b, p, e] of every prompt token.
-      last: [b, e] of the last real one; it predicts a caption's first token.
+      hidden: [b, p, e], hidden state of every prompt token.
+      last: [b, e], hidden state of the last real token; it predicts a caption's first token.
       kv: keys and values, batch axes (b,).
-      next_position: int32 [b].
+      next_position: int32 [b], position of a caption's first token.
     """
 
     hidden: jax.Array
@@ -58,14 +56,14 @@ class Trunk:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The modules of a vision-language (or, without a tower, a text) model; holds no arrays."""
+    """The modules of a vision-language model, or of a text model if vision is None; no arrays."""
 
     decoder: Decoder
     vision: VisionTower | None = None
     freeze_vision: bool = False
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, boxed with the logical names of their axes."""
+        """Random parameters, boxed with their axes' logical names."""
         text_key, vision_key = jax.random.split(key)
         everything = Decoder.everything
         tokens = jnp.zeros(1, jnp.int32)
@@ -90,7 +88,8 @@ class Policy:
     ) -> Trunk:
         """Encodes images and prompts once: Images [b, m, ..], Prompt [b, p] -> Trunk.
 
-        `past` holds what stands before the prompt, for the whole batch: batch axes ().
+        `past` holds keys and values of the text before the prompt; the whole batch shares them, so
+        their batch axes are ().
         """
         decoder = {"params": params["decoder"]}
         x = self.decoder.apply(decoder, prompt.tokens, method=Decoder.embed)
@@ -118,24 +117,22 @@ class Policy:
         tokens: jax.Array,
         mask: jax.Array,
         past: tuple[KV, ...] = (),
-        known: Any = None,
     ) -> jax.Array:
         """Hidden states that predict every token of every caption.
 
         Args:
-          params: the policy's.
-          trunk: of the captions' images, batch axes (b,).
+          params: the policy's parameters.
+          trunk: the captions' images and prompts, batch axes (b,).
           tokens: int32 [b, g, t], padded on the right.
           mask: bool [b, g, t].
-          past: what stood before the trunk.
-          known: what the decoder's layers would compute, where another pass has (layers.known).
+          past: keys and values of the tokens before the trunk.
 
         Returns:
           [b, g, t, e]; entry i predicts token i, so entry 0 is the trunk's last hidden state.
         """
-        decoder = {"params": params["decoder"]} | ({KNOWN: known} if known else {})
+        decoder = {"params": params["decoder"]}
         b, g, t = tokens.shape
-        # All t tokens, though the last predicts nothing: an even length cuts into even pieces.
+        # The last token predicts nothing, but t tokens divide into equal slices better than t - 1.
         x = self.decoder.apply(decoder, tokens, method=Decoder.embed)
         positions = self.positions(jnp.broadcast_to(trunk.next_position[:, None], (b, g)), t)
         hidden, _ = self.decoder.apply(decoder, x, positions, mask, (*past, trunk.kv))
@@ -143,24 +140,24 @@ class Policy:
         return jnp.concatenate([first, hidden[..., :-1, :]], axis=2)
 
     def head(self, params: Params) -> jax.Array:
-        """[vocab, e] output rows in the compute dtype."""
+        """Output rows [vocab, e] in the compute dtype."""
         head = self.decoder.apply({"params": params["decoder"]}, method=Decoder.head)
         return head.astype(self.decoder.dtype)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """[..., e] -> float32 [..., vocab]."""
+        """Logits of hidden states: [..., e] -> float32 [..., vocab]."""
         return self.decoder.apply({"params": params["decoder"]}, hidden, method=Decoder.logits)
 
 
 def text_positions(start: jax.Array, length: int, mrope: bool) -> jax.Array:
-    """int [*batch] -> int32 [*batch, length], or [*batch, length, 3] with three equal axes."""
+    """Positions start, start + 1, ..: int [*batch] -> int32 [*batch, length(, 3 equal axes)]."""
     positions = jnp.broadcast_to(start[..., None], (*start.shape, length))
     positions = positions + jax.lax.broadcasted_iota(jnp.int32, positions.shape, start.ndim)
     return jnp.repeat(positions[..., None], 3, axis=-1) if mrope else positions
 
 
 def root_kv(decoder: Decoder, params: dict, tokens: jax.Array) -> KV:
-    """Keys and values of text that nothing comes before, int32 [s]; params are the decoder's."""
+    """Keys and values of tokens int32 [s] at the start of a sequence; params are the decoder's."""
     s, mrope = tokens.shape[0], decoder.config.mrope_section is not None
     x = decoder.apply({"params": params}, tokens, method=Decoder.embed)
     positions = text_positions(jnp.zeros((), jnp.int32), s, mrope)
@@ -172,8 +169,8 @@ def mrope_positions(
 ) -> tuple[np.ndarray, int]:
     """M-RoPE positions of a prompt with at most one image (arXiv 2409.12191, section 2.1).
 
-    Text counts up on all three axes; an image's features share one time and count rows and columns
-    from there; the text after it goes on from the largest position so far, plus one.
+    The positions of text count up on all three axes. An image's features share one time and count
+    rows and columns from there. The text after the image starts one past the largest position.
 
     Args:
       tokens: int [p], without padding.

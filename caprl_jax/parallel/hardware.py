@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The mesh, and what lies where on it: parameters, optimizer state, batches, by one table of rules.
+"""The mesh, and where parameters, optimizer state and batches lie on it, by one table of rules.
 
 Logical axes of parameters: embed, vocab, heads, kv_heads, mlp, merged, patch, norm, layers; of
 activations and records: images, captions, questions; and caches, the images axis of caches.
@@ -16,10 +16,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from caprl_jax.errors import UserError
-from caprl_jax.parallel.axes import Layout, Rules
+from caprl_jax.parallel.axes import ShardRules, Table
 
 AXES = ("data", "fsdp", "tensor")
-# Matrices are cut over fsdp on one side and over tensor on the other; images follow their weights.
+# Matrices are cut over fsdp on one side and over tensor on the other; images lie as the weights do.
 RULES = {
     "images": "data,fsdp",
     "caches": "data,fsdp",
@@ -84,25 +84,25 @@ def _arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     )
 
 
-def layout(
-    on: Mesh,
-    rules: Mapping[str, str] | None = None,
-    decode_rules: Mapping[str, str] | None = None,
-) -> Layout:
-    """The mesh under tables of rules.
+def shard_rules(
+    mesh: Mesh,
+    table: Mapping[str, str] | None = None,
+    decode_table: Mapping[str, str] | None = None,
+) -> ShardRules:
+    """The mesh with its shard rules.
 
     Args:
-      on: the mesh.
-      rules: logical axis -> mesh axes, as "data,fsdp"; what is missing is as in RULES.
-      decode_rules: while decoding; what is missing is as in DECODE_RULES.
+      mesh: the devices.
+      table: logical axis -> mesh axes, as "data,fsdp"; a missing axis is as in RULES.
+      decode_table: the same while captions are decoded; a missing axis is as in DECODE_RULES.
 
     Raises:
       UserError: a rule names no axis of RULES or of the mesh.
     """
-    return Layout(on, _table(RULES, rules or {}), _table(DECODE_RULES, decode_rules or {}))
+    return ShardRules(mesh, _table(RULES, table or {}), _table(DECODE_RULES, decode_table or {}))
 
 
-def _table(defaults: Mapping[str, str], changed: Mapping[str, str]) -> Rules:
+def _table(defaults: Mapping[str, str], changed: Mapping[str, str]) -> Table:
     table = {}
     for name, axes in (dict(defaults) | dict(changed)).items():
         split = tuple(a.strip() for a in axes.split(",") if a.strip())
@@ -115,7 +115,7 @@ def _table(defaults: Mapping[str, str], changed: Mapping[str, str]) -> Rules:
     return table
 
 
-def param_shardings(boxed: Any, on: Layout) -> Any:
+def param_shardings(boxed: Any, rules: ShardRules) -> Any:
     """Shardings of a tree of boxed parameters (arrays or shapes with logical names).
 
     Key-value heads fewer than the devices that they would be cut over are replicated: the 3B
@@ -127,26 +127,26 @@ def param_shardings(boxed: Any, on: Layout) -> Any:
     specs = nn.get_partition_spec(boxed)
     shapes = jax.tree.map(lambda a: a.shape, nn.meta.unbox(boxed))
     return jax.tree_util.tree_map_with_path(
-        lambda path, names, shape: NamedSharding(on.mesh, _param_spec(path, names, shape, on)),
+        lambda path, names, shape: NamedSharding(rules.mesh, _param_spec(path, names, shape, rules)),
         specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec),
     )  # fmt: skip
 
 
-def _param_spec(path, names: PartitionSpec, shape: tuple[int, ...], on: Layout) -> PartitionSpec:
+def _param_spec(path, names: PartitionSpec, shape: tuple[int, ...], rules: ShardRules) -> PartitionSpec:
     names = [*names, *[None] * (len(shape) - len(names))]
     cut: list[tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
-        pieces = 1 if name in _NEVER_CUT else on.size(name)
+        pieces = 1 if name in _NEVER_CUT else rules.size(name)
         if name == "kv_heads" and size < pieces:
             _tell_replicated(size, pieces)
             pieces = 1
         if size % pieces:
             raise UserError(
                 f"{name}={size} of parameter {_named(path)} {shape} doesn't divide over the "
-                f"{pieces} devices of {','.join(on.rules[name])}: the nearest that works is "
+                f"{pieces} devices of {','.join(rules.table[name])}: the nearest that works is "
                 f"{nearest_divisor(size, pieces)}; or leave {name} whole in the table of rules"
             )
-        cut.append(on.rules[name] if pieces > 1 else None)
+        cut.append(rules.table[name] if pieces > 1 else None)
     used = [axis for axes in cut for axis in axes or ()]
     if len(set(used)) < len(used):
         raise UserError(f"parameter {_named(path)} {shape}: {names} on {cut}: one mesh axis twice")
@@ -167,37 +167,37 @@ def nearest_divisor(size: int, wanted: int) -> int:
     return min((d for d in range(size, 0, -1) if size % d == 0), key=lambda d: abs(d - wanted))
 
 
-def replicated(on: Layout) -> NamedSharding:
+def replicated(rules: ShardRules) -> NamedSharding:
     """The same on every device."""
-    return on.sharding()
+    return rules.sharding()
 
 
-def batch_multiple(on: Layout) -> int:
-    """What a batch's number of images must be a multiple of."""
-    return int(np.lcm(on.size("images"), on.decoding.size("images")))
+def batch_multiple(rules: ShardRules) -> int:
+    """The number that a batch's number of images must be a multiple of."""
+    return int(np.lcm(rules.size("images"), rules.decoding.size("images")))
 
 
-def put_batch(batch: Any, on: Layout) -> Any:
+def put_batch(batch: Any, rules: ShardRules) -> Any:
     """Places a host batch, each process giving its own images; scalars and None pass."""
-    sharding = on.sharding("images")
+    sharding = rules.sharding("images")
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
 
 
-def batch_rows(on: Layout, size: int) -> np.ndarray:
-    """int [r]: which of a batch's `size` images this process gives to put_batch, in order."""
-    parts = on.sharding("images").addressable_devices_indices_map((size,)).values()
+def batch_rows(rules: ShardRules, size: int) -> np.ndarray:
+    """int [r], the images of a batch of `size` that this process gives to put_batch, in order."""
+    parts = rules.sharding("images").addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
 
 
-def put_whole(batch: Any, on: Layout) -> Any:
+def put_whole(batch: Any, rules: ShardRules) -> Any:
     """put_batch of a batch that every process holds whole."""
-    sharding = on.sharding("images")
+    sharding = rules.sharding("images")
     return jax.tree.map(
         lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), batch
     )
 
 
-def fetch_batch(batch: Any, on: Layout) -> Any:
+def fetch_batch(batch: Any, rules: ShardRules) -> Any:
     """The inverse of put_batch: each process gets its own images, as numpy."""
     if jax.process_count() == 1:
         return jax.device_get(batch)
@@ -206,7 +206,7 @@ def fetch_batch(batch: Any, on: Layout) -> Any:
         parts = {part.index[0].start or 0: part.data for part in a.addressable_shards}
         return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))
 
-    return jax.tree.map(own, _same(on.sharding("images"))(batch))
+    return jax.tree.map(own, _same(rules.sharding("images"))(batch))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""One run in several processes: how they meet, agree, take turns and end together."""
+"""Runs of several processes: they meet, agree, work in order and end together."""
 
 import contextlib
 import itertools
@@ -17,34 +17,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 
-HEARTBEAT = 60  # seconds without a sign of life after which a process is given up
-MEETING = 300  # seconds in which all processes must have come
-TURN = 24 * 3600  # seconds that a turn (a conversion of data, say) may take
-STOPPED = 75  # exit code after SIGTERM and a checkpoint: start again to go on (EX_TEMPFAIL)
-LOST = 76  # exit code where another process is gone and JAX hasn't ended this one with 134
+HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as lost
+MEETING = 300  # seconds within which all processes must start
+WAITING = 24 * 3600  # maximum seconds to wait for other processes (that convert data, say)
+STOPPED = 75  # exit code after SIGTERM and a checkpoint: start the run again (EX_TEMPFAIL)
+LOST = 76  # exit code if another process is lost and JAX hasn't ended this one with 134
 
-_BARRIERS = itertools.count()  # a barrier's name serves once; every process meets them in order
+_BARRIERS = itertools.count()  # every barrier needs a new name, the same in all processes
 
 
 class Stopped(Exception):
-    """The run was told to stop, and has written a checkpoint."""
+    """The run stopped on SIGTERM, after writing a checkpoint."""
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Joins the run's other processes, if there are any; before JAX's backend starts.
+    """Joins the run's other processes, if there are any. Call it before JAX's backend starts.
 
-    Without arguments JAX looks for Slurm, Open MPI, a TPU pod or Kubernetes; where it finds none,
-    or a single task, this is the only process.
+    Without arguments JAX looks for Slurm, Open MPI, a TPU pod or Kubernetes. If it finds none, or a
+    single task, this is the only process.
 
     Args:
       coordinator: "host:port" of process 0.
-      processes: how many there are.
-      process: which of them this is.
+      processes: number of processes.
+      process: index of this process.
 
     Raises:
-      ConfigError: some but not all are given, or the processes can't meet.
+      ConfigError: some but not all arguments are given, or the processes can't meet.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -54,13 +54,14 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
     elif len(missing) < len(given):
         raise ConfigError(
             f"{' and '.join(missing)} missing: a run of several processes needs --coordinator, "
-            "--processes and --process in each, a cluster that JAX knows (Slurm, TPU pods) none"
+            "--processes and --process in each process; on a cluster that JAX supports (Slurm, TPU "
+            "pods) it needs none of them"
         )
     elif not _single_task():
         _join_cluster()
     if jax.process_count() > 1:
         hosts = ", ".join(f"{i} on {name}" for i, name in enumerate(_hosts()))
-        if not is_first():  # what all would tell, the first one does
+        if not is_first():  # the first process logs for all
             logging.getLogger().setLevel(logging.WARNING)
         logging.info("%d processes: %s", jax.process_count(), hosts)
 
@@ -70,32 +71,32 @@ def _single_task() -> bool:
 
 
 def _join_cluster() -> None:
-    """Meets the processes of the cluster that JAX finds, if it finds one."""
+    """Joins the processes of the cluster that JAX finds, if it finds one."""
     try:
         _initialize()
     except Exception as e:
-        # How JAX says that there is no cluster. Whatever else fails must end the process: going on,
-        # each would train alone, as process 0, in the workdir of all.
+        # JAX raises this if there is no cluster. Any other error must end the process: otherwise
+        # each process would train alone, as process 0, in the same workdir.
         if isinstance(e, ValueError) and "coordinator_address should be defined" in str(e):
             return
         if isinstance(e, ConfigError):
             raise
         raise ConfigError(
-            f"the processes of this run can't meet: {type(e).__name__}: {e}. To run one alone in a "
-            "cluster: --coordinator=localhost:1234 --processes=1 --process=0"
+            f"the processes of this run can't meet: {type(e).__name__}: {e}. To run one process on "
+            "a cluster: --coordinator=localhost:1234 --processes=1 --process=0"
         ) from e
 
 
-def _initialize(*where) -> None:
+def _initialize(*address) -> None:
     if jax.config.jax_platforms == "cpu":
-        # By default a process that comes 30 seconds late to a collective ends the run.
+        # By default a process that is 30 seconds late at a collective ends the run.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + "".join(
             f" --xla_cpu_collective_{name}_seconds={MEETING}"
             for name in ("timeout", "call_terminate_timeout")
         )
     try:
         jax.distributed.initialize(
-            *where, initialization_timeout=MEETING, heartbeat_timeout_seconds=HEARTBEAT
+            *address, initialization_timeout=MEETING, heartbeat_timeout_seconds=HEARTBEAT
         )
     except RuntimeError as e:
         raise ConfigError(f"the processes of this run can't meet: {e}") from e
@@ -107,12 +108,12 @@ def _check(coordinator: str, processes: int, process: int) -> None:
         raise ConfigError(f"--coordinator={coordinator} is not host:port")
     if processes < 1 or not 0 <= process < processes:
         raise ConfigError(
-            f"--process={process} is none of --processes={processes}: they count from 0"
+            f"--process={process} is none of --processes={processes}: processes count from 0"
         )
 
 
 def _meet(coordinator: str, processes: int, process: int) -> None:
-    """Tries the port before JAX does: JAX would end with a stack trace, or a broken process."""
+    """Joins the other processes, after a check of the port: JAX itself would crash on a bad one."""
     if processes == 1:
         return
     host, _, port = coordinator.rpartition(":")
@@ -124,10 +125,10 @@ def _meet(coordinator: str, processes: int, process: int) -> None:
         else:
             _reach(address)
     except OSError as e:
-        what = "can't serve the port of" if process == 0 else "can't reach process 0 at"
+        failure = "can't serve the port of" if process == 0 else "can't reach process 0 at"
         raise ConfigError(
-            f"process {process} {what} --coordinator={coordinator}: {e}. Give a free port of "
-            f"process 0's host that all hosts reach, and start all within {MEETING} seconds"
+            f"process {process} {failure} --coordinator={coordinator}: {e}. Give a free port of "
+            f"process 0's host that all hosts reach, and start all processes within {MEETING} s"
         ) from e
     _initialize(coordinator, processes, process)
 
@@ -145,18 +146,18 @@ def _reach(address: tuple[str, int]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes and tells what a run needs only once."""
+    """True in process 0, which writes files and logs on behalf of the run."""
     return jax.process_index() == 0
 
 
 def own_name(name: str) -> str:
-    """A file's name in this process: the first one's as it is, "file-1.txt" in process 1."""
+    """A file's name in this process: unchanged in process 0, "file-1.txt" in process 1."""
     stem, dot, suffix = name.rpartition(".")
     return name if is_first() else f"{stem}-{jax.process_index()}{dot}{suffix}"
 
 
 def agreed(value: bool) -> bool:
-    """The first process's value, in all."""
+    """Value of process 0, in all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -165,18 +166,18 @@ def agreed(value: bool) -> bool:
 
 
 def wait() -> None:
-    """Until all processes are here, however long; all must call it."""
+    """Waits until all processes have called it."""
     if jax.process_count() == 1:
         return
     from orbax.checkpoint import multihost  # imported where used
 
-    # A barrier of the coordinator's: a collective would give up after minutes.
+    # The coordinator's barrier has a long timeout; a collective would give up after minutes.
     barrier = multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
-    barrier(key=f"caprl-{next(_BARRIERS)}", timeout_ms=1000 * TURN)
+    barrier(key=f"caprl-{next(_BARRIERS)}", timeout_ms=1000 * WAITING)
 
 
 def _hosts() -> list[str]:
-    """The name of each process's host."""
+    """Names of the processes' hosts."""
     from jax.experimental import multihost_utils
 
     name = np.zeros(64, np.uint8)
@@ -185,38 +186,39 @@ def _hosts() -> list[str]:
     return [bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(name)]
 
 
-def in_turns(work: Callable[[], Any]) -> Any:
-    """work(), where what it leaves on disk is found by the processes after.
+def run_in_order(work: Callable[[], Any]) -> Any:
+    """Returns work(), which runs in process 0 first, then in one process a host, then in the rest.
 
-    First in process 0, then in one process of each other host, then in the rest: whether hosts
-    share a disk or not, no two processes write the same files.
+    Later processes find the files that earlier ones wrote. No two processes write the same files at
+    once, whether hosts share a disk or not.
     """
     if jax.process_count() == 1:
         return work()
     from jax.experimental import multihost_utils
 
-    # Two names with one sum would only make a host wait for another.
-    own = np.uint32(zlib.crc32(socket.gethostname().encode()))
-    hosts = multihost_utils.process_allgather(own).tolist()
-    mine = 0 if is_first() else 1 if hosts.index(int(own)) == jax.process_index() else 2
-    for turn in range(3):
-        if turn == mine:
+    # If two host names share a checksum, one host only waits for the other.
+    checksum = np.uint32(zlib.crc32(socket.gethostname().encode()))
+    hosts = multihost_utils.process_allgather(checksum).tolist()
+    first_on_host = hosts.index(int(checksum)) == jax.process_index()
+    own_round = 0 if is_first() else 1 if first_on_host else 2
+    for current in range(3):
+        if current == own_round:
             result = work()
         wait()
     return result
 
 
 class Notice:
-    """SIGTERM, as a scheduler sends it before it takes a machine away.
+    """Listens for SIGTERM, which schedulers send before they take a machine away.
 
     Attributes:
-      stops: what `reached` said last.
+      stops: the last result of `reached`.
     """
 
     def __enter__(self) -> "Notice":
-        """Listens until the block ends; a second SIGTERM ends the process as ever."""
+        """Listens until the block ends; a second SIGTERM ends the process at once."""
         self.stops, self._came, self._before = False, False, None
-        # With several processes JAX listens, and tells the others.
+        # With several processes JAX listens, and notifies the other processes.
         main = threading.current_thread() is threading.main_thread()
         if jax.process_count() == 1 and main:
             self._before = signal.signal(signal.SIGTERM, self._note)
@@ -227,7 +229,7 @@ class Notice:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step: the same answer in all processes."""
+        """True if the run should stop after this step; the same in all processes."""
         if jax.process_count() == 1:
             self.stops = self._came
         else:
@@ -242,20 +244,20 @@ class Notice:
 
 
 def _lost_another(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, comes of working with the other processes."""
+    """True if an error, or its cause, comes from communication with the other processes."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            return "RESOURCE_EXHAUSTED" not in str(error)  # this one's own memory
+            return "RESOURCE_EXHAUSTED" not in str(error)  # this process's own memory
         error = error.__cause__ or error.__context__
     return False
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around a run of several processes: an error here ends this one at once, with code 1.
+    """Makes an error in its block end this process at once, with code 1, in a run of several.
 
-    JAX would have it wait for the others, which wait for it in turn. They notice after HEARTBEAT,
-    and end with 134 or LOST.
+    Otherwise JAX would make the process wait for the others, which wait for it. They notice its end
+    after HEARTBEAT, and end with 134 or LOST.
     """
     try:
         yield
@@ -269,6 +271,6 @@ def together() -> Iterator[None]:
         print(f"process {jax.process_index()} ends", file=sys.stderr, flush=True)
         lost = _lost_another(e)
         if lost:
-            time.sleep(HEARTBEAT + 15)  # JAX is about to say which, and to end this one
+            time.sleep(HEARTBEAT + 15)  # JAX names the lost process and ends this one first
         logging.shutdown()
         os._exit(LOST if lost else 1)

@@ -10,29 +10,21 @@ does beside its steps, evaluations above all, is not planned.
 """
 
 import dataclasses
-import json
 import math
 import re
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import app, flags
-from ml_collections import config_flags
 
-from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
-from caprl_jax.config import pieces, validate
-from caprl_jax.decode import scheduling as slots
+from caprl_jax.config import complete, slices_of, validate
+from caprl_jax.decode import scheduling
 from caprl_jax.errors import UserError
-from caprl_jax.parallel import hardware as chips
-from caprl_jax.parallel import mesh
+from caprl_jax.parallel import hardware, mesh
 from caprl_jax.parallel.axes import CACHED
-from caprl_jax.plan import roofline as floors
-from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan import roofline, shapes
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.run.memory import as_flags, changes, is_short
 
@@ -63,7 +55,7 @@ class Plan:
     refusal: str
     compile_seconds: float
     memory: dict[str, int]
-    floors: dict[str, floors.Floor]
+    floors: dict[str, roofline.Floor]
     chip: str
     chips: int
     hbm: float
@@ -85,7 +77,7 @@ def make(
 
     Args:
       config: of the run.
-      topology: as for chips.devices.
+      topology: as for hardware.devices.
       overrides: to change in it.
 
     Raises:
@@ -94,22 +86,23 @@ def make(
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(overrides or {})
     validate(config)
-    devices = chips.devices(topology)
-    known = chips.chip(devices[0])
-    built = abstract.build(config, devices)
+    complete(config)
+    devices = hardware.devices(topology)
+    known = hardware.chip(devices[0])
+    built = shapes.build(config, devices)
     began = time.perf_counter()
     compiled, refusal = _compile(built)
     seconds = time.perf_counter() - began
     memory: dict[str, int] = {}
-    found: dict[str, floors.Floor] = {}
+    found: dict[str, roofline.Floor] = {}
     if compiled is not None:
         memory = _memory(built, compiled.memory_analysis(), caches(config, built))
-        text, vision = hlo_costs.hlo_text(compiled), built.parts.policy.vision.config
+        text, vision = hlo_costs.hlo_text(compiled), built.policy.vision.config
         c = config.caprl
-        turns = slots.most_turns(c.group, c.slots, config.sampling.max_tokens)
-        found = floors.phases(text, known, turns, vision)
+        iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
+        found = roofline.phases(text, known, iterations, vision)
     captions = config.data.batch * config.caprl.group
-    spread = mesh.batch_multiple(built.parts.layout)
+    spread = mesh.batch_multiple(built.rules)
     return Plan(
         fits=compiled is not None and _inside(memory, devices[0]),
         refusal=refusal,
@@ -119,14 +112,14 @@ def make(
         chip=known.name if known else devices[0].device_kind,
         chips=len(devices),
         hbm=known.hbm if known else 0.0,
-        mesh=dict(built.parts.layout.mesh.shape),
+        mesh=dict(built.rules.mesh.shape),
         tokens=captions * (config.data.max_prompt + config.sampling.max_tokens),
         overrides=overrides or {},
         next=list(changes(config, spread)),
     )
 
 
-def _compile(built: abstract.AbstractStep) -> tuple[Any, str]:
+def _compile(built: shapes.AbstractStep) -> tuple[Any, str]:
     """(the compiled step, "") or (None, what the compiler said of the memory)."""
     lowered = built.lower()
     try:
@@ -158,16 +151,16 @@ def _itemsize(dtype: Any) -> int:
     return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
 
 
-def _memory(built: abstract.AbstractStep, found: Any, cached: int) -> dict[str, int]:
+def _memory(built: shapes.AbstractStep, found: Any, cached: int) -> dict[str, int]:
     parts = {
         "parameters": _on_one(built.state.params),
         "optimizer": _on_one(built.state.opt_state),
-        "judge": _on_one((built.frozen.judge, built.frozen.instruction)),
-        "reference": _on_one(built.frozen.reference),
+        "judge": _on_one((built.run.judge.params, built.run.judge.instruction)),
+        "reference": _on_one(built.run.learner.reference),
         "batch": _on_one(built.batch),
     }
     return parts | {
-        "layout and rest": found.argument_size_in_bytes - sum(parts.values()),
+        "padding and rest": found.argument_size_in_bytes - sum(parts.values()),
         "caches": cached,  # they lie among the temporaries
         "temporaries": found.temp_size_in_bytes - cached,
         "results": found.output_size_in_bytes - found.alias_size_in_bytes,
@@ -175,11 +168,11 @@ def _memory(built: abstract.AbstractStep, found: Any, cached: int) -> dict[str, 
     }
 
 
-def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> int:
+def caches(config: ml_collections.ConfigDict, built: shapes.AbstractStep) -> int:
     """Bytes on each chip of the prompts' and captions' keys and values while decoding."""
-    c, on = built.parts.policy.decoder.config, built.parts.layout.decoding
-    b = config.data.batch // pieces(config, "rollout_batches")
-    drawn = slots.count(config.caprl.group, config.caprl.slots)
+    c, on = built.policy.decoder.config, built.rules.decoding
+    b = config.data.batch // slices_of(config, "rollout_batches")
+    drawn = scheduling.number_of_slots(config.caprl.group, config.caprl.slots)
 
     def one(batch: tuple[int, ...], length: int) -> int:
         shape = (c.layers, *batch, length, c.kv_heads, c.head_dim)
@@ -188,7 +181,7 @@ def caches(config: ml_collections.ConfigDict, built: abstract.AbstractStep) -> i
         return (
             2
             * math.prod(sharding.shard_shape(shape))
-            * jnp.dtype(built.parts.policy.decoder.dtype).itemsize
+            * jnp.dtype(built.policy.decoder.dtype).itemsize
         )
 
     return one((b,), config.data.max_prompt) + one((b, drawn), config.sampling.max_tokens)
@@ -262,34 +255,3 @@ def suggest(config: ml_collections.ConfigDict, topology: str, name: str, plan: P
             return plan
     print("\nnothing that was tried fits: take more chips, a smaller batch or larger memory")
     return plan
-
-
-def define_flags() -> None:
-    """This command's flags."""
-    config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
-    flags.DEFINE_string("topology", "local", "v5e:4x4, v5p:2x2x2, cpu:8, .., or local.")
-    flags.DEFINE_string("json", None, "Where to write the plan as JSON too.")
-    flags.DEFINE_bool("suggest", False, "Try changes until one fits.")
-
-
-def main(argv: list[str]) -> None:
-    """Plans, prints, and exits with 1 where the config doesn't fit."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
-    topology, config = flags.FLAGS.topology, flags.FLAGS.config
-    name = flags.FLAGS["config"].config_filename
-    with in_one_paragraph():
-        chips.before_jax(topology)
-        plan = make(config, topology)
-        print(tell(name, topology, plan), flush=True)
-        if plan.fits is False and flags.FLAGS.suggest:
-            plan = suggest(config, topology, name, plan)
-    if flags.FLAGS.json:
-        found = as_json(name, topology, plan)
-        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
-    sys.exit(1 if plan.fits is False else 0)
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main, flags_parser=parse_config_flags)

@@ -9,7 +9,7 @@ from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.hardware import Chip
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.plan.hlo.costs import Collective, Costs
-from caprl_jax.rl import length_buckets as buckets
+from caprl_jax.rl import length_buckets
 
 PHASES = ("prefill", "decode", "score", "update")
 
@@ -87,7 +87,7 @@ def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     full = len(vision.full_layers) / vision.layers
 
     def weights(op_name: str, branches: int) -> Any:
-        if re.search(rf"{buckets.SCOPE}(/cond)?$", op_name):
+        if re.search(rf"{length_buckets.SCOPE}(/cond)?$", op_name):
             return (*[0.0] * (branches - 1), 1.0)
         tower = "VisionTower" in op_name and branches == 2
         return (1 - full, full) if tower else None
@@ -95,16 +95,16 @@ def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     return weights
 
 
-def phases(text: str, chip: Chip | None, turns: int, vision: VisionConfig) -> dict[str, Floor]:
+def phases(text: str, chip: Chip | None, iterations: int, vision: VisionConfig) -> dict[str, Floor]:
     """The floor of each phase of a compiled step; what is outside of them is "other".
 
     Args:
       text: of the compiled program, as hlo_costs.hlo_text.
       chip: peaks.
-      turns: that the decoding loop is taken to run: no early stop.
+      iterations: that the decoding loop is taken to run: no early stop.
       vision: the tower's sizes, which say how many of its layers attend over the whole image.
     """
-    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, turns, branch_weights(vision))
+    found = hlo_costs.costs(hlo_costs.parse(text), PHASES, iterations, branch_weights(vision))
     return {name: floor(costs, chip) for name, costs in found.items()}
 
 

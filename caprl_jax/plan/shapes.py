@@ -1,4 +1,4 @@
-"""The shapes and shardings of all that a config's step takes, with no model or data at hand."""
+"""Shapes and shardings of everything that a config's step takes, with no model or data at hand."""
 
 import dataclasses
 import functools
@@ -11,44 +11,56 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.hf import sizes
 from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Policy, Prompt, root_kv
 from caprl_jax.parallel import mesh
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl import judge, step
-from caprl_jax.run import compile as programs
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.step import Run, caprl_step
+from caprl_jax.rl.types import Batch, Instruction, Questions, State
+from caprl_jax.run import compile as compile_lib
 
-# Of the judge's prompt, which only its tokenizer could tell: an upper bound of the own template's.
+# Sizes of the judge's prompt, which only its tokenizer could tell: upper bounds for the default.
 INSTRUCTION, LETTERS, SPECIAL = 256, 26, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStep:
-    """A config's step, ready to be compiled: run.lower(state, frozen, batch, key).
+    """A config's step, ready to be compiled: program.lower(run, state, batch, key).
 
     Attributes:
-      parts: modules, optimizer, layout.
-      run: jitted as a run's.
+      rules: mesh and shard rules.
+      program: jitted as a run's.
+      run: modules and settings, with shapes and shardings of the judge and the reference.
       state: shapes with shardings.
-      frozen: likewise.
-      batch: likewise.
-      key: likewise.
+      batch: shapes with shardings.
+      key: shape with sharding.
     """
 
-    parts: programs.Parts
-    run: Callable
-    state: step.State
-    frozen: step.Frozen
-    batch: step.Batch
+    rules: ShardRules
+    program: Callable
+    run: Run
+    state: State
+    batch: Batch
     key: Any
+
+    @property
+    def policy(self) -> Policy:
+        """The policy's modules."""
+        return self.run.learner.policy
+
+    @property
+    def args(self) -> tuple[Run, State, Batch, Any]:
+        """The program's arguments."""
+        return self.run, self.state, self.batch, self.key
 
     def lower(self) -> Any:
         """The lowered program of a whole step."""
-        return self.run.lower(self.state, self.frozen, self.batch, self.key)
+        return self.program.lower(*self.args)
 
 
 def model_config(path: str) -> dict[str, Any]:
@@ -76,10 +88,10 @@ def _like(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     )
 
 
-def params(init: Callable, on: Layout, dtype: Any = None) -> Any:
+def params(init: Callable, rules: ShardRules, dtype: Any = None) -> Any:
     """Shapes with shardings of what init(key) makes, a boxed tree; dtype None is its own."""
     boxed = jax.eval_shape(init, jax.random.key(0))
-    return _like(nn.meta.unbox(boxed), mesh.param_shardings(boxed, on), dtype)
+    return _like(nn.meta.unbox(boxed), mesh.param_shardings(boxed, rules), dtype)
 
 
 def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> AbstractStep:
@@ -90,74 +102,75 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
     """
     if config.objective != "caprl":
         raise ConfigError(f"config.objective={config.objective!r}: only caprl's step is planned")
-    dtype = programs.compute_dtype(config, devices[0].platform)
-    on = programs.layout(config, devices)
+    dtype = compile_lib.compute_dtype(config, devices[0].platform)
+    rules = compile_lib.shard_rules(config, devices)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     shape = model_config(config.policy.path)
     policy = families.build(shape, dtype, where=config.policy.path, **options)
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
-    judge_shape = model_config(config.judge.path)
-    judge_decoder = families.build(judge_shape, dtype, where=config.judge.path).decoder
     stop = (int(shape.get("eos_token_id", 0)), int(shape.get("bos_token_id", 0)))
-    optimizer = programs.optimizer(config, config.caprl.updates)
-    parts = programs.Parts(policy, judge_decoder, optimizer, on, stop)
+    reference = None
+    if compile_lib.needs_reference(config):
+        reference = params(policy.init, rules, dtype)
+    judge = _judge(config.judge.path, dtype, rules)
+    run = compile_lib.make_run(config, policy, judge, stop, reference)
+    optimizer = run.learner.optimizer
 
     def init(key):
         params = policy.init(key)
-        return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    state = params(init, on)
-    judge_params = params(functools.partial(_judge_init, judge_decoder), on, dtype)
-    frozen = step.Frozen(
-        judge_params,
-        _instruction(judge_decoder, judge_params, on),
-        params(policy.init, on, dtype) if config.caprl.kl else None,
-    )
+    state = params(init, rules)
+    program, _ = compile_lib.one_program(caprl_step, config, run, state, rules)
     key = jax.eval_shape(jax.random.key, 0)
-    run, _ = programs.one_program(config, parts, state)
-    replicated = mesh.replicated(on)
-    return AbstractStep(
-        parts, run, state, frozen, batch(config, policy, on),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated),
-    )  # fmt: skip
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh.replicated(rules))
+    return AbstractStep(rules, program, run, state, batch(config, policy, rules), key)
+
+
+def _judge(path: str, dtype: Any, rules: ShardRules) -> Judge:
+    decoder = families.build(model_config(path), dtype, where=path).decoder
+    judge_params = params(functools.partial(_judge_init, decoder), rules, dtype)
+    return Judge(decoder, judge_params, _instruction(decoder, judge_params, rules))
 
 
 def _judge_init(decoder: Decoder, key: jax.Array) -> Any:
     return decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
 
 
-def _instruction(decoder: Decoder, params: Any, on: Layout) -> judge.Instruction:
-    sharding = mesh.replicated(on)
+def _instruction(decoder: Decoder, params: Any, rules: ShardRules) -> Instruction:
+    sharding = mesh.replicated(rules)
     tokens, letters, special = (
         jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding)
         for n in (INSTRUCTION, LETTERS, SPECIAL)
     )
     kv = jax.eval_shape(functools.partial(root_kv, decoder), params, tokens)
     kv = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), kv)
-    return judge.Instruction(tokens, letters, special, kv)
+    return Instruction(tokens, letters, special, kv)
 
 
-def batch(config: ml_collections.ConfigDict, policy: Policy, on: Layout) -> step.Batch:
+def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) -> Batch:
     """Shapes of a batch in the config's buckets."""
     data, vision = config.data, policy.vision.config
-    b, n, p = data.batch, config.caprl.questions, data.max_prompt
-    m = data.max_windows * vision.window**2
-    sharding = on.sharding("images")
-    asked = (b, config.caprl.group, n) if data.per_caption else (b, n)
+    b, p, m = data.batch, data.max_prompt, data.max_windows * vision.window**2
+    asked = (b, config.caprl.questions)
+    if data.per_caption:
+        asked = (b, config.caprl.group, config.caprl.questions)
     axes = () if policy.decoder.config.mrope_section is None else (3,)
+    sharding = rules.sharding("images")
 
     def of(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return step.Batch(
-        images=Images(of(jnp.float32, b, m, vision.patch_dim), of(jnp.int32, b, m, 2),
-                      of(bool, b, m)),
-        prompt=Prompt(of(jnp.int32, b, p), of(bool, b, p), of(jnp.int32, b, p, *axes),
-                      of(jnp.int32, b, p), of(jnp.int32, b)),
-        questions=judge.Questions(
-            of(jnp.int32, *asked, data.max_question), of(bool, *asked, data.max_question),
-            of(jnp.int32, *asked), of(jnp.int32, *asked), of(bool, *asked),
+    integers, truths = functools.partial(of, jnp.int32), functools.partial(of, bool)
+    tokens = *asked, data.max_question
+    return Batch(
+        images=Images(of(jnp.float32, b, m, vision.patch_dim), integers(b, m, 2), truths(b, m)),
+        prompt=Prompt(
+            integers(b, p), truths(b, p), integers(b, p, *axes), integers(b, p), integers(b)
         ),
-        valid=of(bool, b),
-    )  # fmt: skip
+        questions=Questions(
+            integers(*tokens), truths(*tokens), integers(*asked), integers(*asked), truths(*asked)
+        ),
+        valid=truths(b),
+    )

@@ -1,0 +1,1 @@
+"""The report of a run: html.py writes one HTML file; charts.py draws its curves."""

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: axes with round numbers, long runs thinned, what wasn't finite marked."""
+"""Draws curves as inline SVG, with round ticks, thinned long runs and marks for lost values."""
 
 import dataclasses
 import math
@@ -9,9 +9,10 @@ import numpy as np
 from markupsafe import Markup
 
 BLUE, ORANGE, GREY = "#2457c5", "#c2570c", "#6b7280"
-_AVERAGED = 30  # points from which a line gets its running mean
-_DRAWN = 600  # points drawn of a curve, and ..
-_MARKED = 50  # .. marks of steps that weren't finite, so that a long run's file stays small
+_AVERAGED = 30  # number of points from which a line gets a running mean
+# Limits on a curve's points and marks keep the file of a long run small.
+_DRAWN = 600  # maximum number of points of a curve
+_MARKED = 50  # maximum number of marks for steps whose value wasn't finite
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 10, 34  # margins, pixels
 
 Point = tuple[float, float]
@@ -23,10 +24,10 @@ class Series:
     """One curve of a chart.
 
     Attributes:
-      label: for the legend.
-      points: (step, value), finite, by step.
+      label: name in the legend.
+      points: finite (step, value) pairs, sorted by step.
       kind: "line", with its running mean; "dots", joined; "level", one value across the chart.
-      color: CSS.
+      color: CSS color.
       lost: steps whose value wasn't finite.
     """
 
@@ -38,13 +39,13 @@ class Series:
 
     @property
     def averaged(self) -> bool:
-        """Whether it is drawn thin, with its running mean in bold."""
+        """True if the curve is drawn thin, with its running mean in bold."""
         return self.kind == "line" and len(self.points) >= _AVERAGED
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A figure: what it is called, what to know of it, its series and their SVG."""
+    """A figure: its title, an explanation, its series and their SVG."""
 
     title: str
     note: str
@@ -53,20 +54,20 @@ class Chart:
 
     @property
     def lost(self) -> int:
-        """Values that weren't finite."""
+        """Number of values that weren't finite."""
         return sum(len(s.lost) for s in self.series)
 
 
 def number(value: Any) -> float | None:
-    """A finite float, or None."""
-    ok = isinstance(value, int | float | np.number) and math.isfinite(value)
-    return float(value) if ok else None
+    """Converts value to float; None if it is not a finite number."""
+    is_finite = isinstance(value, int | float | np.number) and math.isfinite(value)
+    return float(value) if is_finite else None
 
 
 def series(
     history: Iterable[Mapping[str, Any]], key: str, label: str, first: Any = None, **style: str
 ) -> Series:
-    """The curve of a key over a run's metrics; `first`, if a number, stands at step 0."""
+    """Curve of a key over a run's metrics; if `first` is a number, it is the value at step 0."""
     pairs = [(line["step"], number(line[key])) for line in history if key in line]
     if pairs and number(first) is not None:
         pairs.insert(0, (0, number(first)))
@@ -75,15 +76,15 @@ def series(
 
 
 def chart(title: str, note: str, curves: Iterable[Series], size: tuple[int, int]) -> Chart | None:
-    """Draws curves in one figure of size (width, height); None when nothing was measured."""
-    there = [s for s in curves if s.points or s.lost]
-    if all(s.kind == "level" for s in there):
+    """Draws curves in one figure of size (width, height); None if nothing was measured."""
+    measured = [s for s in curves if s.points or s.lost]
+    if all(s.kind == "level" for s in measured):
         return None
-    return Chart(title, note, there, _svg(title, there, size))
+    return Chart(title, note, measured, _svg(title, measured, size))
 
 
-def _thinned(points: list[Point]) -> list[Point]:
-    """Of each bin of a long curve its lowest and highest point: means would hide the spikes."""
+def _thin(points: list[Point]) -> list[Point]:
+    """Keeps the lowest and highest point of each bin of a long curve; means would hide spikes."""
     if len(points) <= _DRAWN:
         return points
     out = []
@@ -94,7 +95,7 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 
 def _running_mean(points: list[Point]) -> list[Point]:
-    """Means over a centred window, shorter at the ends, that grows as the root of the length."""
+    """Means over a centred window, shorter at the ends; its length is about sqrt(points) * 2/3."""
     x, y = np.array(points).T
     i, half = np.arange(len(x)), int(math.sqrt(len(x)) / 3)
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(x))
@@ -126,13 +127,13 @@ def _polyline(points: Iterable[Point], color: str, width: float, more: str = "")
     return f'<polyline points="{joined}" stroke="{color}" stroke-width="{width}"{more}/>'
 
 
-def _drawn(curve: Series, place: Place, end: float) -> list[str]:
+def _curve_svg(curve: Series, place: Place, end: float) -> list[str]:
     """SVG of one series; place maps (step, value) to the page."""
     color, out = curve.color, []
     if curve.kind == "level":
         across = [place(x, curve.points[0][1]) for x in (0, end)]
         return [_polyline(across, color, 1.2, ' stroke-dasharray="5 4"')]
-    points = [place(*p) for p in _thinned(curve.points)]
+    points = [place(*p) for p in _thin(curve.points)]
     if curve.averaged:
         out.append(_polyline(points, color, 1, ' opacity="0.35"'))
         out.append(_polyline([place(*p) for p in _running_mean(curve.points)], color, 2))
@@ -162,14 +163,14 @@ def _grid(x_ticks: list[float], y_ticks: list[float], place: Place, size: tuple[
 
 
 def _svg(title: str, curves: Sequence[Series], size: tuple[int, int]) -> Markup:
-    """Grid, axes and curves; the vertical axis always holds 0, so that heights compare."""
+    """SVG of grid, axes and curves; the vertical axis includes 0, so that heights compare."""
     width, height = size
     ys = [y for s in curves for _, y in s.points]
     low, high = min([0.0, *ys]), max([0.0, *ys])
     y_ticks = _ticks(low, high if high > low else low + 1, max(height // 50, 3))
     xs = [x for s in curves for x in (*(x for x, _ in s.points), *s.lost)]
     end = max([1, *xs])
-    # The axis ends where the run ends, so the last tick may lie beyond it.
+    # The axis ends where the run ends; leave out ticks beyond it.
     x_ticks = [t for t in _ticks(0, end, max(width // 90, 3), whole=True) if t <= end]
 
     def place(x: float, y: float) -> Point:
@@ -179,6 +180,6 @@ def _svg(title: str, curves: Sequence[Series], size: tuple[int, int]) -> Markup:
 
     out = _grid(x_ticks, y_ticks, place, size)
     for s in curves:
-        out += _drawn(s, place, end)
+        out += _curve_svg(s, place, end)
     head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">')
     return head.format(width, height, title) + Markup("".join(out) + "</svg>")

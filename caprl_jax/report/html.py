@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that explains itself to a stranger, and a table of text."""
+"""Writes the report of a run: one self-explanatory HTML file, and a table of plain text."""
 
 import base64
 import dataclasses
@@ -35,8 +35,8 @@ _LABELS = {
 }
 _TILES = (
     ("caption_length", "Caption length", "tokens in a greedy held-out caption"),
-    ("fact_precision", "True facts", "share of what the captions state that is true"),
-    ("fact_recall", "Stated facts", "share of what the images show that the captions state"),
+    ("fact_precision", "True facts", "share of stated facts that are true"),
+    ("fact_recall", "Stated facts", "share of true facts that the captions state"),
     ("judge_lookup_disagreement", "Judge misreads", "answers a perfect reader would not give"),
 )
 _SMALL = (
@@ -47,12 +47,12 @@ _SMALL = (
     ("grad_norm", "Gradient norm", "before clipping"),
     ("truncation_rate", "Truncated captions", "share that ran into the length limit"),
     ("logp_gap", "Rollout against update", "mean gap in log-probability: numerical noise only"),
-    ("loss", "Loss", "what the optimizer minimises"),
+    ("loss", "Loss", "objective that the optimizer minimises"),
     ("accuracy", "Accuracy in training", "on the training batches"),
 )
 _WIDE, _NARROW = (560, 280), (360, 170)  # pixels of a chart
-_LISTED = 200  # records set aside that are listed
-_LARGEST = 768  # pixels of an image's longer side
+_LISTED = 200  # maximum number of listed records that were set aside
+_LARGEST = 768  # maximum length of an image's longer side in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Answer:
     """The judge's answer to one question.
 
     Attributes:
-      question: its text.
-      options: as the judge saw them, lettered: "A) red".
+      question: text of the question.
+      options: the options with letters, as the judge saw them: "A) red".
       letter: the judge's choice.
       truth: the right letter.
-      abstained: the choice is "cannot tell", which scores nothing.
-      p_truth: probability the judge gave to the truth.
+      abstained: whether the choice is "cannot tell", which scores nothing.
+      p_truth: the judge's probability of the truth.
     """
 
     question: str
@@ -77,19 +77,19 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """right, wrong or abstained."""
+        """One of "right", "wrong" and "abstained"."""
         return "abstained" if self.abstained else "right" if self.letter == self.truth else "wrong"
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A caption of a held-out image and what the judge made of it.
+    """A caption of a held-out image with the judge's answers.
 
     Attributes:
-      text: without special tokens.
-      length: in tokens.
-      accuracy: share of the questions answered correctly.
-      answers: one per question.
+      text: the caption without special tokens.
+      length: number of tokens.
+      accuracy: share of the questions with the right answer.
+      answers: an answer for each question.
     """
 
     text: str
@@ -100,7 +100,7 @@ class Caption:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One held-out image with its captions by the policy before and after training."""
+    """One held-out image with the policy's captions before and after training."""
 
     image_png: bytes
     before: Caption
@@ -116,7 +116,7 @@ def _duration(seconds: float) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A summary's value for people; what isn't a number is shown as it is."""
+    """Formats a value of the summary for people; a value that isn't a number stays as it is."""
     if value is None:
         return "–"
     if isinstance(value, bool | str) or not isinstance(value, int | float | np.number):
@@ -138,7 +138,7 @@ def _label(name: str) -> str:
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, before, after) of every figure, the known ones first; one without a before has ""."""
+    """Rows (name, before, after) of all figures, labelled ones first; "" for a missing value."""
     cells: dict[str, list[str]] = {}
     for key, value in summary.items():
         name, column = key, 1
@@ -146,13 +146,13 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             if key.endswith(suffix):
                 name, column = key.removesuffix(suffix), i
         cells.setdefault(name, ["", ""])[column] = _shown(name, value)
-    order = [n for known in _LABELS for n in (known, f"{known}_sampled") if n in cells]
+    order = [n for name in _LABELS for n in (name, f"{name}_sampled") if n in cells]
     order += [n for n in cells if n not in order]
     return [(name, *cells[name]) for name in order]
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """The summary as plain text, a line per figure, before and after side by side."""
+    """Formats the summary as plain text: a line for each figure, before and after side by side."""
     rows = [("", "before", "after")] + [(_label(n), b, a) for n, b, a in _rows(summary)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
@@ -190,7 +190,7 @@ def _small_charts(history: list[dict]) -> list[Chart]:
 
 
 def _image(encoded: bytes) -> dict[str, Any] | None:
-    """A PNG data URI and the width to show it at; None when it can't be read."""
+    """Converts an image to a PNG data URI with its display width; None if it can't be read."""
     try:
         image = Image.open(io.BytesIO(encoded))
         image.load()
@@ -208,7 +208,7 @@ def _image(encoded: bytes) -> dict[str, Any] | None:
 
 
 def _pairs(before: list[Answer], after: list[Answer]) -> list[tuple[Answer | None, Answer | None]]:
-    """Answers to the same question side by side; None where one caption wasn't asked it."""
+    """Pairs answers to the same question; None if one caption wasn't asked it."""
     waiting: dict[str, list[Answer]] = {}
     for answer in after:
         waiting.setdefault(answer.question, []).append(answer)
@@ -217,11 +217,11 @@ def _pairs(before: list[Answer], after: list[Answer]) -> list[tuple[Answer | Non
 
 
 def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The accuracies as tracks on a scale of 0 to 1, and the other figures as tiles."""
+    """Content of the headline: accuracies as tracks from 0 to 1, other figures as tiles."""
     tracks = []
     for name, label in (("heldout_accuracy", "Greedy"), ("heldout_accuracy_sampled", "Sampled")):
         ends = {when: curves.number(summary.get(f"{name}_{when}")) for when in ("before", "after")}
-        # The shorter bar is drawn last, over the longer one.
+        # Draw the shorter bar last, over the longer one.
         bars = sorted(((v, when) for when, v in ends.items() if v is not None), reverse=True)
         if bars:
             tracks.append({"label": f"{label} captions", "bars": bars, **ends})
@@ -243,48 +243,53 @@ def _template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    summary: Mapping[str, Any],
-    history: list[dict],
-    samples: Sequence[Sample],
-    set_aside: list[dict],
-    config_text: str,
-) -> None:
-    """Writes the report of a run as one HTML file that needs nothing else.
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """Content of a report.
 
-    Args:
-      path: of the file; replaced as a whole if there.
-      title: names the run.
-      summary: figures by name; NAME_before and NAME_after stand side by side. The headline does
-        without those that are missing, and the table at the end shows all there are.
-      history: the lines of metrics.jsonl, by step.
-      samples: held-out images with captions before and after; none is fine.
-      set_aside: {"id", "reason"} of the records that couldn't be used.
-      config_text: shown as it is.
+    Attributes:
+      title: name of the run.
+      summary: figures by name; NAME_before and NAME_after go side by side. The headline leaves out
+        missing figures; the table at the end shows all figures.
+      history: lines of metrics.jsonl, sorted by step.
+      samples: held-out images with captions before and after training; may be empty.
+      set_aside: {"id", "reason"} of the unusable records.
+      config_text: text of the config.
     """
+
+    title: str
+    summary: Mapping[str, Any]
+    history: list[dict]
+    samples: Sequence[Sample]
+    set_aside: list[dict]
+    config_text: str
+
+
+def write_report(path: Path, content: Content) -> None:
+    """Writes the report of a run as one self-contained HTML file, and replaces an existing file."""
+    summary, history, set_aside = content.summary, content.history, content.set_aside
     rows, headline = _rows(summary), _headline(summary)
     last = history[-1].get("time") if history else None
+    evaluated = bool(content.samples or headline["tracks"])
     html = _template().render(
-        title=title,
+        title=content.title,
         ended=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last)) if last else "",
-        reinforced=bool(samples or headline["tracks"]) or any("reward" in h for h in history),
+        reinforced=evaluated or any("reward" in line for line in history),
         figures={name: after for name, _, after in rows},
         headline=headline,
         large=_large_charts(summary, history),
         small=_small_charts(history),
         samples=[
-            (s, _image(s.image_png), _pairs(s.before.answers, s.after.answers)) for s in samples
+            (s, _image(s.image_png), _pairs(s.before.answers, s.after.answers))
+            for s in content.samples
         ],
         marks={"right": "✓", "wrong": "✗", "abstained": "?"},
         set_aside=set_aside[:_LISTED],
         unlisted=len(set_aside[_LISTED:]),
         rows=[(_label(row[0]), *row) for row in rows],
-        config_text=config_text,
+        config_text=content.config_text,
     )
     partial = path.with_suffix(".partial")
-    # An untrained policy may write what isn't Unicode; that mustn't cost the report.
+    # An untrained policy may write invalid Unicode, which must not break the report.
     partial.write_text(html, encoding="utf-8", errors="replace")
     partial.replace(path)

@@ -14,10 +14,8 @@ from caprl_jax.models import logprobs
 from caprl_jax.models.attention import KV
 from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Params, Policy, Prompt, root_kv
-from caprl_jax.parallel import axes as logical
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl import update as update_lib
 from caprl_jax.rl.types import Metrics, State
+from caprl_jax.rl.update import apply_gradients
 
 
 @flax.struct.dataclass
@@ -81,25 +79,20 @@ def losses(
 
 
 def total_weight(examples: Examples) -> jax.Array:
-    """float32 []: what to divide the summed loss by."""
+    """The number that the summed loss is divided by, float32 []."""
     return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight)
 
 
-def update(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    state: State,
-    examples: Examples,
-    layout: Layout | None = None,
+def sft_step(
+    policy: Policy, optimizer: optax.GradientTransformation, state: State, examples: Examples
 ) -> tuple[State, Metrics]:
-    """One supervised update: weighted mean negative log-likelihood over the tree."""
+    """One supervised update: the weighted mean negative log-likelihood over the tree."""
 
     def loss(params):
-        with logical.using(layout):
-            return losses(policy, params, examples)
+        return losses(policy, params, examples)
 
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     total = jnp.maximum(total_weight(examples), 1e-6)
     grads = jax.tree.map(lambda g: g / total, grads)
-    params, opt_state, more = update_lib.apply(optimizer, state.params, state.opt_state, grads)
-    return State(state.step + 1, params, opt_state), metrics | more
+    params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
+    return State(state.step + 1, params, opt_state), metrics | norm

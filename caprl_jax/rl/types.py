@@ -1,18 +1,24 @@
-"""What a CapRL step reads and changes, and the constants that it is made for."""
+"""The records that a step's stages hand each other. Axes: b images, g captions, n questions, t tokens.
 
-import dataclasses
-from typing import Any, Literal, get_args
+Images, Prompt and Rollout are made by models and the decode loop; they are listed here too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
 
-from caprl_jax.decode import scheduling as slots
+from caprl_jax.decode.loop import Decoding, Rollout
+from caprl_jax.models.attention import KV
 from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Params, Prompt
-from caprl_jax.rl import judge
 
-Reuse = Literal["none", "prefill", "rollout"]
-REUSE = get_args(Reuse)  # from least to most memory
+__all__ = [
+    "Batch", "Captions", "Decoding", "Images", "Instruction", "Metrics", "Prompt", "Questions",
+    "Rewards", "Rollout", "Scored", "State", "Verdicts",
+]  # fmt: skip
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 
@@ -21,14 +27,34 @@ class State:
     """What a step changes.
 
     Attributes:
-      step: int32 [], steps done.
-      params: the policy's.
-      opt_state: optax's.
+      step: int32 [], number of steps done.
+      params: the policy's parameters.
+      opt_state: optax's state.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+
+
+@flax.struct.dataclass
+class Questions:
+    """Multiple-choice questions as arrays; options shuffled and lettered, the abstain option last.
+
+    Attributes:
+      tokens: int32 [b, n, q], or [b, g, n, q] when each caption has questions of its own: the text
+        from the end of the caption up to the pre-filled answer, padded on the right.
+      mask: bool, shape of tokens.
+      truth: int32 [b, n] or [b, g, n], index of the true letter.
+      letters: int32, shape of truth: number of options; the last one abstains.
+      valid: bool, shape of truth; False for padding.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    truth: jax.Array
+    letters: jax.Array
+    valid: jax.Array
 
 
 @flax.struct.dataclass
@@ -38,103 +64,97 @@ class Batch:
     Attributes:
       images: Images [b, ..].
       prompt: Prompt [b, p].
-      questions: judge.Questions [b, n, ..] or [b, g, n, ..].
+      questions: Questions [b, n, ..] or [b, g, n, ..].
       valid: bool [b], False for images that only fill up an uneven batch.
+      extras: float32 arrays [b, ..] by name: the records' extras that the config asks for.
     """
 
     images: Images
     prompt: Prompt
-    questions: judge.Questions
+    questions: Questions
+    valid: jax.Array
+    extras: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class Captions:
+    """Captions as a judge reads them, in the judge's ids.
+
+    Attributes:
+      tokens: int32 [b, g, t].
+      mask: bool [b, g, t], may have holes.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+
+
+@flax.struct.dataclass
+class Instruction:
+    """The part of the judge's prompt that is the same for all captions and questions.
+
+    Attributes:
+      tokens: int32 [s], the prompt up to the caption.
+      letters: int32 [letters], token ids of " A", " B", .. in order.
+      special: int32 [specials], ids that count as absent from captions, as in decoded text.
+      kv: keys and values of the tokens, read once per run (run.compile.read_instruction); with
+        None every call reads the tokens itself.
+    """
+
+    tokens: jax.Array
+    letters: jax.Array
+    special: jax.Array
+    kv: KV | None = None
+
+    def with_tokens(self, tokens: jax.Array) -> "Instruction":
+        """The same letters with another prompt, int32 [s], that has not been read yet."""
+        return self.replace(tokens=tokens, kv=None)
+
+
+@flax.struct.dataclass
+class Verdicts:
+    """The judge's answers.
+
+    Attributes:
+      score: float32 [b, g, n], what the caption earns for the question, in [0, 1].
+      p_truth: float32 [b, g, n], probability of the true letter among the options.
+      letter: int32 [b, g, n], index of the chosen letter (the most likely one in mode "expected").
+      abstained: bool [b, g, n], True where the chosen letter is the last option.
+      valid: bool [b, g, n], False for padding.
+    """
+
+    score: jax.Array
+    p_truth: jax.Array
+    letter: jax.Array
+    abstained: jax.Array
     valid: jax.Array
 
 
 @flax.struct.dataclass
-class Frozen:
-    """Parameters that a step reads only.
+class Scored:
+    """Everything that a reward term may look at.
 
     Attributes:
-      judge: the judge decoder's.
-      instruction: the judge's prompt.
-      reference: the reference policy's; None without a KL term.
+      batch: Batch [b, ..], with images, questions and the records' extras.
+      captions: Rollout [b, g, t].
+      verdicts: Verdicts [b, g, n].
+      models: frozen models by name, of those that the run's reward terms declare (rl.rewards).
     """
 
-    judge: Params
-    instruction: judge.Instruction
-    reference: Params | None = None
+    batch: Batch
+    captions: Rollout
+    verdicts: Verdicts
+    models: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The constants of a CapRL step; a config's `caprl` section has the same names.
+@flax.struct.dataclass
+class Rewards:
+    """Rewards of captions.
 
     Attributes:
-      group: g, captions per image.
-      slots: captions of an image that are drawn at once, the others as these end; 0 is all. Where
-        many are drawn, fewer slots save those that wait for a long caption, and memory of caches.
-      judge_mode: how a verdict scores, see judge.verdicts.
-      judge_temperature: of the letters' softmax.
-      advantage: a name in policy_gradient.ADVANTAGES.
-      clip: of the probability ratio.
-      kl: coefficient of the k3 KL to the reference; 0 holds no reference.
-      updates: optimizer updates per rollout.
-      micro_batches: pieces that a batch's images are cut into for each update's gradients.
-      rollout_batches: pieces of the batch that are captioned one after the other, each with caches
-        of its own; the draws differ with it.
-      prefill_batches: pieces of the batch in which images and prompts are read before decoding.
-      score_batches: pieces in which the judge reads captions.
-      buckets: lengths for which judge and update are compiled, in even steps up to the longest
-        caption; each of their pieces is cut to the shortest that holds its captions. With reuse
-        "rollout" a cut copy of what is known is held too.
-      reuse: of what the update computes gradients alone, since the rollout has computed the rest:
-        "none", "prefill" (images and prompts), or "rollout" (captions too; logp_gap is no metric
-        then). What they need is held through decoding and scoring, whatever policy.remat says of
-        captions. Needs updates = 1 and a batch in one piece.
-      accuracy_weight: of the judge's accuracy in the reward.
-      length_weight: of the length reward.
-      length_full: tokens up to which the length reward is 1.
-      length_none: tokens from which it is 0.
+      total: float32 [b, g], the weighted sum of the terms.
+      terms: float32 [b, g] by name, unweighted.
     """
 
-    group: int = 8
-    slots: int = 0
-    judge_mode: judge.Mode = "expected"
-    judge_temperature: float = 0.6
-    advantage: str = "grpo"
-    clip: float = 0.2
-    kl: float = 0.0
-    updates: int = 1
-    micro_batches: int = 1
-    rollout_batches: int = 1
-    prefill_batches: int = 1
-    score_batches: int = 1
-    buckets: int = 1
-    reuse: Reuse = "none"
-    accuracy_weight: float = 1.0
-    length_weight: float = 0.0
-    length_full: int = 2048
-    length_none: int = 3072
-
-    def __post_init__(self):
-        if self.reuse not in REUSE:
-            raise ValueError(f"reuse={self.reuse!r} is not one of {', '.join(REUSE)}")
-        pieces = "updates", "micro_batches", "rollout_batches", "prefill_batches"
-        many = [name for name in pieces if getattr(self, name) > 1]
-        if self.reuse != "none" and many:
-            raise ValueError(
-                f"reuse={self.reuse} is for one update of a batch in one piece: set it to none, or "
-                f"{', '.join(many)} to 1"
-            )
-        if self.buckets < 1:
-            raise ValueError(f"buckets={self.buckets} must be positive; 1 is no choice")
-        if self.slots < 0:
-            raise ValueError(f"slots={self.slots} must not be negative; 0 is one for each caption")
-        if self.reuse == "rollout" and slots.count(self.group, self.slots) < self.group:
-            raise ValueError(
-                "reuse=rollout keeps what is known of all captions turn by turn: set slots from "
-                f"{self.slots} to 0, or reuse to prefill"
-            )
-
-    @property
-    def prefills(self) -> int:
-        """Pieces in which images and prompts of one piece of the rollout are read."""
-        return max(self.prefill_batches // self.rollout_batches, 1)
+    total: jax.Array
+    terms: Mapping[str, jax.Array]

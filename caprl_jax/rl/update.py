@@ -1,6 +1,6 @@
 """The update: captions and their advantages -> gradients -> new parameters."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,217 +9,213 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax.decode.known import Known
 from caprl_jax.models import logprobs
-from caprl_jax.models.vlm import Params, Policy, Trunk
-from caprl_jax.parallel import axes as logical
-from caprl_jax.parallel import mesh
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl import length_buckets as buckets
-from caprl_jax.rl import policy_gradient, rollout
-from caprl_jax.rl.types import Batch, Metrics, Settings, State
+from caprl_jax.models.vlm import Params, Policy
+from caprl_jax.parallel import axes, mesh, slices
+from caprl_jax.registry import Choice
+from caprl_jax.rl import length_buckets
+from caprl_jax.rl.types import Batch, Metrics, Rollout, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What an update minimises. Hashable, so it can be static under jit.
+
+    Attributes:
+      loss: an entry of rl.losses.LOSSES.
+      aggregation: an entry of rl.losses.AGGREGATIONS.
+      kl_estimator: an entry of rl.kl.KL_ESTIMATORS.
+      kl: weight of the KL divergence from the reference; 0 needs no reference.
+      updates: optimizer updates per rollout.
+    """
+
+    loss: Choice
+    aggregation: Choice
+    kl_estimator: Choice
+    kl: float = 0.0
+    updates: int = 1
 
 
 @flax.struct.dataclass
-class Learn:
-    """What the update learns from.
+class Learner:
+    """A policy with everything that trains it.
 
     Attributes:
-      batch: images [b].
-      rollout: their captions [b, g, t].
-      advantages: float32 [b, g].
-      reference_logp: float32 [b, g, t], of the reference policy; None without a KL term.
+      policy: modules; static.
+      optimizer: optax's; static.
+      objective: loss, KL and number of updates; static.
+      reference: the reference policy's parameters; None where objective.kl is 0.
     """
 
+    policy: Policy = flax.struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    objective: Objective = flax.struct.field(pytree_node=False)
+    reference: Params | None = None
+
+
+@flax.struct.dataclass
+class _Example:
+    """What one slice of the update learns from: [b, ..], [b, g, t], [b, g], [b, g, t] or None."""
+
     batch: Batch
-    rollout: rollout.Rollout
+    captions: Rollout
     advantages: jax.Array
     reference_logp: jax.Array | None
 
-    def cut(self, tokens: int) -> "Learn":
-        """Of captions that are no longer."""
-        cut = jax.tree.map(lambda a: a[..., :tokens], self.reference_logp)
-        return self.replace(rollout=self.rollout.cut(tokens), reference_logp=cut)
+    def cut(self, tokens: int) -> "_Example":
+        """Truncates captions to the first `tokens` tokens; none may be longer."""
+        reference = jax.tree.map(lambda a: a[..., :tokens], self.reference_logp)
+        return self.replace(captions=self.captions.cut(tokens), reference_logp=reference)
+
+
+def update(
+    learner: Learner, state: State, batch: Batch, *, captions: Rollout, advantages: jax.Array
+) -> tuple[State, Metrics]:
+    """Takes learner.objective.updates optimizer updates on one rollout. Pure and jittable.
+
+    Args:
+      learner: policy, optimizer and objective.
+      state: before; jit may donate it.
+      batch: Batch [b, ..].
+      captions: Rollout [b, g, t] of the batch, by state.params.
+      advantages: float32 [b, g].
+
+    Returns:
+      (state after, metrics as (sum, count)): loss, entropy, grad_norm, logp_gap (mean absolute
+      difference between the rollout's log-probabilities and the first update's: numerics only), the
+      loss's own, and kl with a reference.
+    """
+    with jax.named_scope("update"):
+        reference_logp = None
+        if learner.objective.kl:
+            reference_logp = slices.map_slices(
+                lambda part: _reference_logps(learner, *part),
+                (batch, captions),
+                slices.current().update,
+            )
+        example = _Example(batch, captions, advantages, reference_logp)
+        return _updates(learner, state, example)
+
+
+def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, Metrics]:
+    parts = slices.split(example, slices.current().update)
+    mask = _real_tokens(example)
+    _, count = learner.objective.aggregation(jnp.zeros(mask.shape), mask)
+    count = jnp.maximum(count, 1)
+
+    def loss(params, part):
+        total, metrics = _slice_loss(learner, params, part)
+        return total / count, metrics
+
+    def one(carry, _):
+        params, opt_state = carry
+        grads, metrics = _sum_gradients(loss, params, parts, _like_params(learner.policy))
+        params, opt_state, norm = apply_gradients(learner.optimizer, params, opt_state, grads)
+        return (params, opt_state), metrics | norm
+
+    carry = state.params, state.opt_state
+    (params, opt_state), metrics = jax.lax.scan(one, carry, length=learner.objective.updates)
+    total = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
+    # Before the first update rollout and update have the same parameters: the gap is numerics.
+    total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
+    return State(state.step + 1, params, opt_state), total
 
 
 def caption_logps(
-    policy: Policy,
-    params: Params,
-    batch: Batch,
-    captions: rollout.Rollout,
-    trunk: Trunk | None = None,
-    known: Known | None = None,
+    policy: Policy, params: Params, batch: Batch, captions: Rollout
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities at temperature 1 and entropies of given captions, float32 [b, g, t].
+    """Log-probabilities at temperature 1 and entropies of given captions.
 
-    A trunk is what these parameters make of the batch's images and prompts, Known of the captions,
-    whose own log-probabilities must then be theirs too; None computes it.
+    Args:
+      policy: modules.
+      params: the policy's parameters.
+      batch: Batch [b, ..]; images and prompts are read.
+      captions: tokens and mask [b, g, t].
+
+    Returns:
+      (log-probabilities, entropies in nats), float32 [b, g, t], 0 outside the mask.
     """
-    if trunk is None:
-        trunk = policy.trunk(params, batch.images, batch.prompt)
-    hidden = policy.branches(
-        params, trunk, captions.tokens, captions.mask, known=known and known.decoder
-    )
-    head = policy.head(params)
-    if known is None or known.logp is None:
-        logp, entropy = logprobs.token_logprobs(hidden, head, captions.tokens)
-    else:
-        logp, entropy = captions.logp, known.entropy
-        logp = logprobs.known_logprobs(hidden, head, captions.tokens, logp, known.logp)
+    trunk = policy.trunk(params, batch.images, batch.prompt)
+    hidden = policy.branches(params, trunk, captions.tokens, captions.mask)
+    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens)
     return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
 
 
-def reference_logps(
-    policy: Policy, settings: Settings, params: Params, batch: Batch, captions: rollout.Rollout
-) -> jax.Array:
-    """caption_logps of a reference policy, which are not differentiated: float32 [b, g, t]."""
+def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.Array:
+    """caption_logps of the reference policy, not to be differentiated: float32 [b, g, t]."""
 
     def of_length(length, params, batch, captions):
-        logp, _ = caption_logps(policy, params, batch, captions.cut(length))
+        logp, _ = caption_logps(learner.policy, params, batch, captions.cut(length))
         return jnp.pad(logp, [(0, 0), (0, 0), (0, captions.mask.shape[-1] - length)])
 
-    return buckets.by_length(of_length, settings.buckets, captions.mask, params, batch, captions)
+    return length_buckets.by_length(of_length, captions.mask, learner.reference, batch, captions)
 
 
-def caption_losses(
-    policy: Policy,
-    settings: Settings,
-    params: Params,
-    learn: Learn,
-    trunk: Trunk | None = None,
-    known: Known | None = None,
-) -> tuple[jax.Array, Metrics]:
-    """Loss summed over captions (mean over each caption's tokens), and metrics as (sum, count)."""
-    captions, mask = learn.rollout, learn.rollout.mask
-    logp, entropy = caption_logps(policy, params, learn.batch, captions, trunk, known)
-    adv = jnp.broadcast_to(learn.advantages[..., None], logp.shape)
-    loss = policy_gradient.clipped_loss(logp, captions.logp, adv, settings.clip)
-    real = jnp.broadcast_to(learn.batch.valid[:, None], mask.shape[:2])
-    tokens = mask & real[..., None]
-    count = jnp.sum(tokens)
-
-    def per_token(values):
-        return jnp.sum(jnp.where(tokens, values, 0)), count
-
-    clipped = policy_gradient.clipped(logp, captions.logp, adv, settings.clip)
-    metrics = {"entropy": per_token(entropy), "clip_fraction": per_token(clipped)}
-    if known is None:  # else there is no second computation to compare with
-        gap = jnp.abs(logp - captions.logp)
-        metrics["logp_gap"] = per_token(jax.lax.stop_gradient(gap))
-    if learn.reference_logp is not None:
-        kl = policy_gradient.k3(logp, learn.reference_logp)
-        loss = loss + settings.kl * kl
-        metrics["kl"] = per_token(jax.lax.stop_gradient(kl))
-    total = jnp.sum(jnp.where(real, policy_gradient.caption_mean(loss, mask), 0))
-    metrics["loss"] = jax.lax.stop_gradient(total), jnp.sum(real)
-    return total, metrics
+def _real_tokens(example: _Example) -> jax.Array:
+    """bool [b, g, t], True for tokens of captions of valid images."""
+    return example.captions.mask & example.batch.valid[:, None, None]
 
 
-def _gradients(
-    loss, params: Params, pieces: Learn, like_params: Callable[[Params], Params], lengths: int
+def _slice_loss(learner: Learner, params: Params, example: _Example) -> tuple[jax.Array, Metrics]:
+    """(loss summed by the aggregation float32 [], metrics as (sum, count)) of one slice."""
+    objective, captions = learner.objective, example.captions
+    logp, entropy = caption_logps(learner.policy, params, example.batch, captions)
+    advantages = jnp.broadcast_to(example.advantages[..., None], logp.shape)
+    tokens = _real_tokens(example)
+    loss, shown = objective.loss(logp, captions.logp, advantages, tokens)
+    shown = shown | {"entropy": entropy, "logp_gap": jnp.abs(logp - captions.logp)}
+    if example.reference_logp is not None:
+        shown["kl"] = kl = objective.kl_estimator(logp, example.reference_logp)
+        loss = loss + objective.kl * kl
+    total, count = objective.aggregation(loss, tokens)
+
+    def over_tokens(values):
+        values = jax.lax.stop_gradient(values)
+        return jnp.sum(jnp.where(tokens, values, 0)), jnp.sum(tokens)
+
+    metrics = {name: over_tokens(values) for name, values in shown.items()}
+    return total, metrics | {"loss": (jax.lax.stop_gradient(total), count)}
+
+
+def _sum_gradients(
+    loss: Callable, params: Params, parts: _Example, like_params: Callable[[Params], Params]
 ) -> tuple[Params, Metrics]:
-    """Sums float32 gradients and metrics of loss(params, piece) over pieces [p, ..].
+    """Sums float32 gradients and metrics of loss(params, part) over parts [slices, ..]."""
 
-    Each piece is cut to one of so many lengths (buckets.by_length).
-    """
-
-    def of_length(length, params, piece):
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, piece.cut(length))
+    def of_length(length, params, part):
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part.cut(length))
         return like_params(grads), metrics
 
-    def run(piece):
-        return buckets.by_length(of_length, lengths, piece.rollout.mask, params, piece)
+    def run(part):
+        return length_buckets.by_length(of_length, part.captions.mask, params, part)
 
-    def add(total, piece):
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(piece)), None
+    def add(total, part):
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(part)), None
 
-    one = jax.tree.map(lambda a: a[0], pieces)
-    if jax.tree.leaves(pieces)[0].shape[0] == 1:  # no sums to hold beside it
+    one = jax.tree.map(lambda a: a[0], parts)
+    if jax.tree.leaves(parts)[0].shape[0] == 1:  # no sums to hold beside it
         return jax.tree.map(lambda a: a.astype(jnp.float32), run(one))
     first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
     zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
-    (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), pieces)
+    (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), parts)
     return grads, metrics
 
 
-def _gradients_after(
-    reading: rollout.Reading,
-    loss: Callable,
-    params: Params,
-    learn: Learn,
-    like_params: Callable,
-    lengths: int,
-) -> tuple[Params, Metrics]:
-    """Float32 gradients and metrics of loss(params, learn, trunk, known) after a reading."""
-
-    def of_length(length, params, learn, trunk, known):
-        def of(params, last, k, v):
-            own = trunk.replace(last=last, kv=trunk.kv.replace(k=k, v=v))
-            return loss(params, learn.cut(length), own, known and known.cut(length))
-
-        run = jax.value_and_grad(of, argnums=(0, 1, 2, 3), has_aux=True)
-        (_, metrics), (grads, *of_trunk) = run(params, trunk.last, trunk.kv.k, trunk.kv.v)
-        return metrics, grads, of_trunk
-
-    metrics, of_captions, of_trunk = buckets.by_length(
-        of_length, lengths, learn.rollout.mask, params, learn, reading.trunk, reading.known
-    )
-    [of_prompts] = reading.pull(tuple(of_trunk))
-    single = functools.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
-    grads = jax.tree.map(jnp.add, single(of_captions), single(of_prompts))
-    return like_params(grads), single(metrics)
+def _like_params(policy: Policy) -> Callable[[Params], Params]:
+    """A function that pins gradients to where the shard rules put the parameters."""
+    rules = axes.current()
+    if rules is None:
+        return lambda grads: grads
+    boxed = jax.eval_shape(policy.init, jax.random.key(0))
+    shardings = mesh.param_shardings(boxed, rules)
+    return lambda grads: jax.lax.with_sharding_constraint(grads, shardings)
 
 
-def apply(
+def apply_gradients(
     optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
 ) -> tuple[Params, Any, Metrics]:
-    """(params, opt_state, metrics) after one update of the optimizer."""
+    """(parameters, optimizer state, {"grad_norm"}) after one update of the optimizer."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     one = jnp.ones((), jnp.float32)
     metrics = {"grad_norm": (optax.tree.norm(grads), one)}
     return optax.apply_updates(params, updates), opt_state, metrics
-
-
-def update(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    settings: Settings,
-    state: State,
-    learn: Learn,
-    layout: Layout | None = None,
-    reading: rollout.Reading | None = None,
-) -> tuple[State, Metrics]:
-    """settings.updates optimizer updates on one rollout; a reading is for the first, and whole."""
-    captions = jnp.maximum(jnp.sum(learn.batch.valid) * settings.group, 1)
-    pieces = logical.split(learn, settings.micro_batches)
-
-    def like_params(grads):
-        if layout is None:
-            return grads
-        boxed = jax.eval_shape(policy.init, jax.random.key(0))
-        return jax.lax.with_sharding_constraint(grads, mesh.param_shardings(boxed, layout))
-
-    def mean(total, metrics):
-        return total / captions, metrics
-
-    def loss(params, *of):
-        return mean(*caption_losses(policy, settings, params, *of))
-
-    def one(carry, _):
-        params, opt_state = carry
-        if reading is None:
-            grads, metrics = _gradients(loss, params, pieces, like_params, settings.buckets)
-        else:
-            grads, metrics = _gradients_after(
-                reading, loss, params, learn, like_params, settings.buckets
-            )
-        params, opt_state, more = apply(optimizer, params, opt_state, grads)
-        return (params, opt_state), metrics | more
-
-    carry = state.params, state.opt_state
-    (params, opt_state), metrics = jax.lax.scan(one, carry, length=settings.updates)
-    total = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
-    if "logp_gap" in metrics:
-        # Before the first update rollout and update have the same parameters: the gap is numerics.
-        total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
-    return State(state.step + 1, params, opt_state), total

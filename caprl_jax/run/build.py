@@ -1,276 +1,318 @@
-"""What a run trains and how it is evaluated: one builder for `caprl`, one for `sft`.
+"""A run made from its config: models, data, the compiled step and the evaluation.
 
-Both read the same directories and data, and give train.py the same few things.
+There is one builder per objective, `caprl` and `sft`; both give train.py the same few things.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 
-from caprl_jax.config import ConfigError
-from caprl_jax.data import pipeline, records
+from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
-from caprl_jax.data.pipeline import HeldOut
+from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
-from caprl_jax.decode.sampling import Sampling
+from caprl_jax.decode.loop import Decoding
+from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout
 from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl import sft as supervised
-from caprl_jax.rl import step
-from caprl_jax.run import compile as programs
-from caprl_jax.run import load as startup
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.parallel.jit import counted
+from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.step import Run
+from caprl_jax.rl.types import State
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import load
 from caprl_jax.run.through_text import Retokeniser
+
+Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # stored elements by split
 
 
 @dataclasses.dataclass
-class Objective:
-    """What train.py needs of a run.
+class Task:
+    """Everything that train.py needs of a run, beside its state.
 
     Attributes:
       policy: the modules in training.
       source: the directory they came from, whose files an export carries along.
-      state: initial, placed on the mesh.
       step: (state, batch, key) -> (state, metrics as (sum, count)); jitted, donates the state.
-      traces: how often step has been traced so far.
-      data: steps done -> the Grain iterator of this process's host batches from there on.
+      traces: tells how often step has been traced so far.
+      data: number of steps done -> this process's host batches from there on.
       place: host batch -> batch on the mesh.
       evaluate: parameters -> (metrics, sets of judged captions by name).
-      ceiling: held-out accuracy on complete true captions; None where the truth is unknown.
+      ceiling: computes held-out accuracy on complete true captions; None where the truth is unknown.
       heldout: the held-out images; None for a model that is not evaluated on them.
+      run: what stays the same in all steps; None for SFT.
     """
 
     policy: Policy
     source: Path
-    state: step.State
     step: Callable
     traces: Callable[[], int]
-    data: Callable[[int], Any]
+    data: Callable[[int], Iterator]
     place: Callable[[Any], Any]
-    evaluate: Callable[[Any], tuple[dict[str, float], dict[str, list[heldout.Judged]]]]
-    ceiling: float | None = None
+    evaluate: Callable[[Any], heldout.Evaluation]
+    ceiling: Callable[[], float | None] = lambda: None
     heldout: HeldOut | None = None
+    run: Run | None = None
 
 
-def _iterator(config, source, make, set_aside: SetAside, on: Layout):
-    rows = mesh.batch_rows(on, config.data.batch)
-    return lambda start: pipeline.train_iterator(
-        source, make, config.data.batch, config.seed, set_aside, config.data.threads,
-        config.data.epochs or None, rows, start,
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """The model in training, read without parameters, and the mesh it lies on."""
+
+    policy: Policy
+    directory: Path
+    tokenizer: Tokenizer
+    rules: ShardRules
 
 
-def caprl(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
-    """Reinforcement learning of a captioner with a judge's answers as reward."""
-    on, dtype = programs.layout(config), programs.compute_dtype(config)
+def _read_policy(config: ml_collections.ConfigDict) -> _Model:
+    rules, dtype = compile_lib.shard_rules(config), compile_lib.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = startup.read_model(
-        config.policy.path, config.policy.revision, dtype, **options
-    )
-    if policy.vision is None:
-        raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
-    judge_model, judge_directory = startup.read_model(
-        config.judge.path, config.judge.revision, dtype
-    )
+    path, revision = config.policy.path, config.policy.revision
+    policy, directory = load.read_model(path, revision, dtype, **options)
     tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
-    judge_tokenizer = Tokenizer.from_pretrained(judge_directory, judge_model.decoder.config.vocab)
-    through_text = _through_text(config, tokenizer, judge_tokenizer)
-    judge_prompt = startup.judge_prompt(config, judge_tokenizer)
-    inputs = startup.image_prompt(config, policy, directory, tokenizer)
-    make = startup.examples(config, inputs, judge_prompt)
-    dataset = startup.dataset(config, set_aside)
-    source = records.source(dataset, "train")
-    startup.check_data(config, source, make)
-    held = _held_out(config, dataset, inputs, judge_prompt, set_aside)
-
-    optimizer = programs.optimizer(config, config.caprl.updates)
-    state = startup.initial_state(config, policy, directory, optimizer, on)
-    reference = startup.load_frozen(policy, directory, on, dtype) if config.caprl.kl else None
-    frozen = _frozen(judge_model, judge_directory, judge_prompt, reference, on, dtype)
-    parts = programs.Parts(policy, judge_model.decoder, optimizer, on, tokenizer.stop)
-    tokenizers = (tokenizer, judge_tokenizer) if through_text else None
-    run_step, traces = _programs(config, parts, state, tokenizers)
-    writer = _writer(config, policy, held, tokenizer, on)
-    reader = heldout.Reader(
-        judge_model.decoder, held, judge_tokenizer, on, through_text,
-        programs.eval_pieces(config, on),
-    )  # fmt: skip
-    splicing = Splicing(
-        judge_model.decoder, held, judge_prompt, on, through_text,
-        programs.eval_pieces(config, on),
-    )  # fmt: skip
-
-    def evaluate(params):
-        metrics, sets = heldout.evaluate(held, writer, reader, params, frozen)
-        return metrics | splicing.measure(frozen, sets["greedy"]), sets
-
-    return Objective(
-        policy=policy,
-        source=directory,
-        state=state,
-        step=lambda state, batch, key: run_step(state, frozen, batch, key),
-        traces=traces,
-        data=_iterator(config, source, make, set_aside, on),
-        place=lambda batch: mesh.put_batch(batch, on),
-        evaluate=evaluate,
-        ceiling=heldout.ceiling(held, reader, frozen),
-        heldout=held,
-    )
+    return _Model(policy, directory, tokenizer, rules)
 
 
-def _frozen(judge: Policy, directory: Path, prompt: JudgePrompt, reference, on, dtype):
-    """The judge with its instruction read, beside the reference policy's parameters or None."""
-    params = startup.load_frozen(judge, directory, on, dtype)["decoder"]
-    instruction = jax.device_put(prompt.instruction(), mesh.replicated(on))
-    read = programs.read_instruction(judge.decoder, params, instruction, on)
-    return step.Frozen(params, read, reference)
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """A judge, read without parameters, with its prompt.
 
-
-def _programs(config, parts: programs.Parts, state: step.State, tokenizers):
-    """One program, or two where captions pass from one tokenizer to another."""
-    if tokenizers is None:
-        return programs.one_program(config, parts, state)
-    longest = config.judge.max_caption or 2 * config.sampling.max_tokens
-    return programs.two_programs(config, parts, state, Retokeniser(*tokenizers, longest))
-
-
-def _through_text(config, policy: Tokenizer, judge: Tokenizer) -> bool:
-    """Whether captions must pass from policy to judge as text, which is told.
-
-    Raises:
-      ConfigError: they must, and the update is to go on from what captioning has read.
+    Attributes:
+      model: modules.
+      directory: they came from.
+      tokenizer: of the directory.
+      prompt: around captions and questions.
+      difference: why captions must pass to the judge as text; None if their ids are the judge's.
     """
-    difference = vocabulary_difference(policy, judge)
-    if difference is not None and config.caprl.reuse != "none":
-        raise ConfigError(
-            f"policy and judge tokenizers differ ({difference}): a step is two programs, which "
-            "share no reading of images; set config.caprl.reuse to none"
-        )
+
+    model: Policy
+    directory: Path
+    tokenizer: Tokenizer
+    prompt: JudgePrompt
+    difference: str | None
+
+    @property
+    def through_text(self) -> bool:
+        """Whether captions must pass to the judge as text."""
+        return self.difference is not None
+
+
+def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
+    dtype = compile_lib.compute_dtype(config)
+    model, directory = load.read_model(config.judge.path, config.judge.revision, dtype)
+    tokenizer = Tokenizer.from_pretrained(directory, model.decoder.config.vocab)
+    difference = vocabulary_difference(policy, tokenizer)
     if difference is not None:
         logging.warning(
             "policy and judge tokenizers differ (%s): captions pass through text on the host, and "
-            "a step is two programs", difference,
-        )  # fmt: skip
-    return difference is not None
+            "a step is two programs",
+            difference,
+        )
+    return _Reader(model, directory, tokenizer, load.judge_prompt(config, tokenizer), difference)
 
 
-def _held_out(config, dataset, inputs, judge_prompt, set_aside) -> HeldOut:
-    source = records.source(dataset, "heldout")
-    return pipeline.held_out(
-        source, inputs, judge_prompt, config.eval.images, config.eval.batch,
-        config.data.max_question, set_aside,
-    )  # fmt: skip
+def _judge(config: ml_collections.ConfigDict, reader: _Reader, rules: ShardRules) -> Judge:
+    """The judge with its parameters on the mesh, and its instruction read."""
+    dtype, decoder = compile_lib.compute_dtype(config), reader.model.decoder
+    params = load.load_frozen(reader.model, reader.directory, rules, dtype)["decoder"]
+    instruction = jax.device_put(reader.prompt.instruction(), mesh.replicated(rules))
+    read = compile_lib.read_instruction(decoder, params, instruction, rules)
+    return Judge(decoder, params, read)
 
 
-def _writer(config, policy, held, tokenizer, on) -> heldout.Writer:
-    sampling = Sampling(**config.sampling)
-    return heldout.Writer(
-        policy,
-        held,
-        tokenizer,
-        on,
-        sampling,
-        config.eval.group,
-        config.seed,
-        programs.eval_pieces(config, on),
-    )
+def caprl(
+    config: ml_collections.ConfigDict, set_aside: SetAside, step: Callable
+) -> tuple[Task, State]:
+    """Reinforcement learning of a captioner, with a judge's answers as reward.
 
+    Args:
+      config: of the run.
+      set_aside: gets records that can't be used.
+      step: rl.step.caprl_step.
 
-def sft(config: ml_collections.ConfigDict, set_aside: SetAside) -> Objective:
-    """Supervised training of the embedded world's policy or judge."""
-    on, dtype = programs.layout(config), programs.compute_dtype(config)
-    options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
-    policy, directory = startup.read_model(
-        config.policy.path, config.policy.revision, dtype, **options
-    )
-    tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
-    dataset = startup.dataset(config, set_aside)
-    optimizer = programs.optimizer(config, 1)
-    state = startup.initial_state(config, policy, directory, optimizer, on)
-    one, traces = programs.counted(
-        lambda state, batch: supervised.update(policy, optimizer, state, batch, on)
-    )
-    run_step = programs.jit_step(one, state, on)
-    build = _sft_judge if config.data.task == "judge" else _sft_policy
-    make, evaluate, held = build(config, policy, directory, tokenizer, dataset, on, set_aside)
-    return Objective(
-        policy=policy,
-        source=directory,
-        state=state,
-        step=lambda state, batch, key: run_step(state, batch),
+    Returns:
+      (the task, the initial state on the mesh).
+
+    Raises:
+      ConfigError, ModelDirectoryError: before anything is compiled.
+    """
+    model = _read_policy(config)
+    if model.policy.vision is None:
+        raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
+    reader = _read_judge(config, model.tokenizer)
+    inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
+    example = load.examples(config, inputs, reader.prompt)
+    stored = load.dataset(config, set_aside)
+    load.check_data(config, stored["train"], example)
+    held = pipeline.held_out(stored["heldout"], inputs, reader.prompt, _size(config), set_aside)
+    compile_lib.check_rules(model.policy, model.rules)
+
+    run, state = _start(config, model, reader)
+    program, traces = _programs(config, run, state, model, reader, step)
+    evaluation = _Evaluation(config, model, reader, held, run)
+    return Task(
+        policy=model.policy,
+        source=model.directory,
+        step=lambda state, batch, key: program(run, state, batch, key),
         traces=traces,
-        data=_iterator(config, records.source(dataset, "train"), make, set_aside, on),
-        place=lambda batch: _put_examples(batch, on),
-        evaluate=evaluate,
+        data=_feed(config, stored, example, set_aside, model.rules),
+        place=lambda batch: mesh.put_batch(batch, model.rules),
+        evaluate=evaluation,
+        ceiling=evaluation.ceiling,
         heldout=held,
+        run=run,
+    ), state
+
+
+def _start(config, model: _Model, reader: _Reader) -> tuple[Run, State]:
+    """The run with its judge and reference on the mesh, and the initial state."""
+    judge = _judge(config, reader, model.rules)
+    reference = None
+    if compile_lib.needs_reference(config):
+        dtype = compile_lib.compute_dtype(config)
+        reference = load.load_frozen(model.policy, model.directory, model.rules, dtype)
+    run = compile_lib.make_run(config, model.policy, judge, model.tokenizer.stop, reference)
+    optimizer = run.learner.optimizer
+    return run, load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
+
+
+def _programs(config, run, state, model: _Model, reader: _Reader, step) -> compile_lib.Program:
+    """One program, or two where captions pass from one tokenizer to another."""
+    if not reader.through_text:
+        return compile_lib.one_program(step, config, run, state, model.rules)
+    longest = config.judge.max_caption or 2 * config.sampling.max_tokens
+    retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
+    return compile_lib.two_programs(config, run, state, model.rules, retokenise)
+
+
+class _Evaluation:
+    """Held-out evaluation of a policy by the run's judge."""
+
+    def __init__(self, config, model: _Model, reader: _Reader, held: HeldOut, run: Run):
+        rules, cuts = model.rules, compile_lib.eval_slices(config, model.rules)
+        decoding = dataclasses.replace(run.decoding, group=config.eval.group, slots=0)
+        self._held, self._judge, self._seed = held, run.judge, config.seed
+        self._writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, rules, cuts)
+        options = rules, cuts, reader.through_text
+        self._reader = heldout.Reader(held, reader.tokenizer, *options)
+        self._splicing = Splicing(held, reader.prompt, *options)
+
+    def __call__(self, params: Any) -> heldout.Evaluation:
+        metrics, sets = heldout.evaluate(
+            self._held, self._writer, self._reader, params=params, model=self._judge,
+            seed=self._seed,
+        )  # fmt: skip
+        return metrics | self._splicing.measure(self._judge, sets["greedy"]), sets
+
+    def ceiling(self) -> float | None:
+        return heldout.ceiling(self._held, self._reader, self._judge)
+
+
+def _size(config: ml_collections.ConfigDict) -> HeldOutSize:
+    return HeldOutSize(config.eval.images, config.eval.batch, config.data.max_question)
+
+
+def _feed(config, stored: Stored, example, set_aside: SetAside, rules: ShardRules) -> Callable:
+    """Number of steps done -> the iterator of this process's batches from there on."""
+    rows, epochs = mesh.batch_rows(rules, config.data.batch), config.data.epochs or None
+    feed = Feed(config.data.batch, config.seed, config.data.threads, epochs, rows)
+    return lambda start: pipeline.train_iterator(stored["train"], example, feed, set_aside, start)
+
+
+def sft(
+    config: ml_collections.ConfigDict, set_aside: SetAside, step: Callable
+) -> tuple[Task, State]:
+    """Supervised training of the embedded world's policy or judge.
+
+    Args:
+      config: of the run.
+      set_aside: gets records that can't be used.
+      step: rl.sft.sft_step.
+
+    Returns:
+      (the task, the initial state on the mesh).
+    """
+    model = _read_policy(config)
+    stored = load.dataset(config, set_aside)
+    optimizer = compile_lib.optimizer(config, 1)
+    state = load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
+    one, traces = counted(lambda state, batch: step(model.policy, optimizer, state, batch))
+    program = compile_lib.jit_step(one, state, model.rules)
+    build = _sft_judge if config.sft.task == "judge" else _sft_policy
+    example, evaluate = build(config, model, stored, set_aside)
+    return Task(
+        policy=model.policy,
+        source=model.directory,
+        step=lambda state, batch, key: program(state, batch),
+        traces=traces,
+        data=_feed(config, stored, example, set_aside, model.rules),
+        place=lambda batch: _put_examples(batch, model.rules),
+        evaluate=evaluate,
+    ), state
+
+
+def _put_examples(batch, rules: ShardRules):
+    placed = mesh.put_batch(batch.replace(prefix=()), rules)
+    return placed.replace(prefix=jax.device_put(batch.prefix, mesh.replicated(rules)))
+
+
+def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
+    """(record -> example, evaluation) of the embedded world's policy."""
+    inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
+    grid, own = (config.data.rows, config.data.columns), config.sft
+    task = digits_sft.PolicyTask(grid, own.probes, own.captions, tuple(own.stated), own.count)
+    example = pipeline.SftExamples(
+        task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens
     )
-
-
-def _put_examples(batch, on: Layout):
-    placed = mesh.put_batch(batch.replace(prefix=()), on)
-    return placed.replace(prefix=jax.device_put(batch.prefix, mesh.replicated(on)))
-
-
-def _sft_policy(config, policy, directory, tokenizer, dataset, on, set_aside):
-    inputs = startup.image_prompt(config, policy, directory, tokenizer)
-    grid = config.data.rows, config.data.columns
-    task = digits_sft.PolicyTask(
-        grid, config.sft.probes, config.sft.captions, tuple(config.sft.stated), config.sft.count
-    )
-    make = pipeline.SftExamples(
-        task, tokenizer, inputs, (), config.data.max_prompt, config.sft.max_tokens
-    )
-    # Progress is seen in what captions state; no judge is needed for that.
-    judge_prompt = startup.judge_prompt(config, tokenizer)
-    held = _held_out(config, dataset, inputs, judge_prompt, set_aside)
-    writer = _writer(config, policy, held, tokenizer, on)
+    # Progress shows in what captions state; no judge is needed for that.
+    prompt = load.judge_prompt(config, model.tokenizer)
+    held = pipeline.held_out(stored["heldout"], inputs, prompt, _size(config), set_aside)
+    sampling = compile_lib.sampling(config)
+    decoding = Decoding(config.eval.group, model.tokenizer.stop, sampling)
+    cuts = compile_lib.eval_slices(config, model.rules)
+    writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, model.rules, cuts)
 
     def evaluate(params):
         metrics: dict[str, float] = {}
         for name in ("greedy", "sampled"):
-            written = writer.write(params, name == "greedy")
+            written = writer.write(params, name == "greedy", config.seed)
             logging.info("a %s caption: %s", name, written[0].text)
             metrics |= heldout.written_metrics(held, written, f"_{name}")
         return metrics, {}
 
-    return make, evaluate, None
+    return example, evaluate
 
 
-def _sft_judge(config, policy, directory, tokenizer, dataset, on, set_aside):
-    del directory, dataset, set_aside
-    if policy.vision is not None:
+def _sft_judge(config, model: _Model, stored: Stored, set_aside: SetAside):
+    """(record -> example, evaluation) of the embedded world's judge, which sees text alone."""
+    del stored, set_aside
+    if model.policy.vision is not None:
         raise ConfigError(f"config.policy.path={config.policy.path} is no text-only model")
-    judge_prompt = startup.judge_prompt(config, tokenizer)
-    instruction = judge_prompt.instruction()
-    grid = config.data.rows, config.data.columns
-    task = digits_sft.JudgeTask(
-        grid, tuple(config.data.digits), judge_prompt, config.sft.questions,
-        config.sft.open_questions,
-    )  # fmt: skip
-    make = pipeline.SftExamples(
-        task, tokenizer, None, instruction.tokens, config.data.max_prompt, config.sft.max_tokens
+    prompt, own = load.judge_prompt(config, model.tokenizer), config.sft
+    instruction = prompt.instruction()
+    grid, digits = (config.data.rows, config.data.columns), tuple(config.data.digits)
+    task = digits_sft.JudgeTask(grid, digits, prompt, own.questions, own.open_questions)
+    example = pipeline.SftExamples(
+        task, model.tokenizer, None, instruction.tokens, config.data.max_prompt, own.max_tokens
     )
-    held, captions = pipeline.text_quiz(
-        task, config.eval.images, config.eval.batch, config.data.max_question
-    )
-    instruction = jax.device_put(instruction, mesh.replicated(on))
-    reader = heldout.Reader(policy.decoder, held, tokenizer, on)
+    held, captions = pipeline.text_quiz(task, _size(config))
+    instruction = jax.device_put(instruction, mesh.replicated(model.rules))
+    reader = heldout.Reader(held, model.tokenizer, model.rules)
 
     def evaluate(params):
-        judged = reader.read_texts(step.Frozen(params["decoder"], instruction), captions)
-        wrong = heldout.disagreement(held, judged)
+        judge = Judge(model.policy.decoder, params["decoder"], instruction)
+        wrong = heldout.disagreement(held, reader.read_texts(judge, captions))
         return {f"disagreement_{k.replace(' ', '_').lower()}": v for k, v in wrong.items()}, {}
 
-    return make, evaluate, None
-
-
-OBJECTIVES = {"caprl": caprl, "sft": sft}
+    return example, evaluate

@@ -7,16 +7,23 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax.config import ConfigError, default
+from caprl_jax import config as config_lib
+from caprl_jax.errors import ConfigError
 
-# What may differ between a run and its continuation, sections or keys: results don't depend on it,
-# but for rounding where the mesh or the pieces change. Anything else would make it another run.
-_FREE = {
-    "steps", "log_every", "export", "eval", "checkpoint", "mesh", "data.threads", "policy.remat",
-    "caprl.micro_batches", "caprl.prefill_batches", "caprl.score_batches", "caprl.reuse",
-    "caprl.buckets",
-}  # fmt: skip
-
+_RENAMED = {  # keys of earlier versions
+    "caprl.accuracy_weight": "caprl.rewards.accuracy.weight",
+    "caprl.buckets": "caprl.length_buckets",
+    "caprl.clip": "caprl.loss_options.clip",
+    "data.task": "sft.task",
+}
+# Keys of earlier versions that are gone, and the values that did what is done now; None is any.
+_GONE = {
+    "caprl.length_full": None,
+    "caprl.length_none": None,
+    "caprl.length_weight": (0.0,),
+    "caprl.reuse": None,
+}
+_OF_A_CHOICE = ("data.rows", "data.columns", "data.digits", "data.train", "data.path", "sft.")
 
 PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
 
@@ -90,7 +97,7 @@ class Checkpoints:
           ConfigError: it doesn't agree, or the state's dtypes don't.
         """
         args = self._ocp.args
-        _check_same(self.config(step), json.loads(config.to_json()))
+        _check_same(self.config(step), config)
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
         )
@@ -132,7 +139,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _check_same(saved: dict, now: dict) -> None:
+def _check_same(saved: dict, now: ml_collections.ConfigDict) -> None:
     changed = differences(saved, now)
     if changed:
         raise ConfigError(
@@ -142,23 +149,41 @@ def _check_same(saved: dict, now: dict) -> None:
         )
 
 
-def differences(saved: dict, now: dict) -> list[str]:
-    """What makes another run of it, "key was .., is .."; configs as plain dicts.
+def differences(saved: dict, config: ml_collections.ConfigDict) -> list[str]:
+    """Settings that make another run of it, as "key was .., is ..".
 
-    A key that the saved config lacks is newer than the run, which did what its default says.
+    A key that the saved config lacks is newer than the run, which did what its default does. A key
+    that only the saved config has is older, and must have had the value that did what is done now.
+
+    Args:
+      saved: the config that a checkpoint was written with, as a plain dict.
+      config: of this run.
     """
-
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    old, new = dict(flat(saved)), dict(flat(now))
-    old = {k: v for k, v in flat(json.loads(default().to_json())) if k in new} | old
+    new = _flat(json.loads(config.to_json()))
+    fresh = config_lib.complete(config_lib.default(config.objective, config.data.source))
+    old = {_RENAMED.get(key, key): value for key, value in _flat(saved).items()}
+    old = {k: v for k, v in _flat(json.loads(fresh.to_json())).items() if k in new} | old
     return [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if not _FREE & {key, key.split(".")[0]} and old.get(key) != new.get(key)
+        if old.get(key) != new.get(key)
+        and not (key not in new and _did_the_same(key, old[key]))
+        and not config_lib.may_change(key, config)
     ]
+
+
+def _did_the_same(key: str, value: Any) -> bool:
+    """Whether a key that is no longer there had a value that did what is done now."""
+    if key in _GONE:
+        return _GONE[key] is None or value in _GONE[key]
+    return key.startswith(_OF_A_CHOICE)  # every config had them once, whatever it chose
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

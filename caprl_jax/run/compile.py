@@ -1,10 +1,8 @@
-"""A config's step as jitted programs: its layout, settings and optimizer, and what compiles them.
+"""A config's step as jitted programs: its shard rules, slices and optimizer, and what compiles them.
 
 Nothing here reads a model or data, so plans and benchmarks build the very programs of a run.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,200 +12,225 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from caprl_jax.config import PIECES, ConfigError, about, pieces
+from caprl_jax import config as config_lib
+from caprl_jax.config import SLICES, about, slices_of
+from caprl_jax.decode.loop import Decoding
 from caprl_jax.decode.sampling import Sampling
+from caprl_jax.errors import ConfigError
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vlm import Policy, root_kv
-from caprl_jax.parallel import axes as logical
 from caprl_jax.parallel import mesh
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl import step
-from caprl_jax.rl.judge import Instruction
-from caprl_jax.run import optimizer as optimizers
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.parallel.jit import counted, jit
+from caprl_jax.parallel.slices import Slices
+from caprl_jax.rl.judge import Judge, Judging
+from caprl_jax.rl.rewards import needed_models
+from caprl_jax.rl.step import Run, learn
+from caprl_jax.rl.types import Captions, Instruction, State
+from caprl_jax.rl.update import Learner, Objective
+from caprl_jax.run import optimizer as optimizer_lib
+from caprl_jax.run.optimizer import Optimizer
+from caprl_jax.settings import make
 
-# Products are not cut up to overlap with the gathering of their weights step by step: the next
-# layer's are gathered meanwhile anyway, and the pieces of all layers made the program ten times as
-# large and long to compile.
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+Program = tuple[Callable, Callable[[], int]]  # (a step, how often it was traced so far)
 
 
-def layout(
+def shard_rules(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
-) -> Layout:
-    """The config's mesh over all devices and its rules; batches must lie evenly on it.
+) -> ShardRules:
+    """The config's mesh over all devices with its shard rules; batches must divide evenly on it.
 
     Raises:
       ConfigError: the mesh doesn't fit the devices, or a batch doesn't fit the mesh.
     """
     with about("mesh"):
-        on = mesh.layout(
+        rules = mesh.shard_rules(
             mesh.make_mesh(config.mesh, devices), config.mesh.rules, config.mesh.decode_rules
         )
-    _check_batch(config, on)
-    return on
+    _check_batch(config, rules)
+    return rules
 
 
-def _check_batch(config: ml_collections.ConfigDict, on: Layout) -> None:
-    multiple = mesh.batch_multiple(on)
+def _check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
+    multiple = mesh.batch_multiple(rules)
     for key in ("data.batch", "eval.batch"):
-        section, name = key.split(".")
-        if config[section][name] % multiple:
+        if config_lib.get(config, key) % multiple:
             raise ConfigError(
-                f"config.{key}={config[section][name]} images don't lie evenly on the {multiple} "
-                f"devices that the mesh's rules cut them over: choose a multiple of {multiple}"
+                f"config.{key}={config_lib.get(config, key)} images don't divide evenly over the "
+                f"{multiple} devices that the mesh's rules cut them over: choose a multiple of "
+                f"{multiple}"
             )
     if config.objective != "caprl":
         return
-    for name in PIECES:
-        if (config.data.batch // pieces(config, name)) % multiple:
+    for name in SLICES:
+        if (config.data.batch // slices_of(config, name)) % multiple:
             raise ConfigError(
                 f"config.data.batch={config.data.batch} in config.caprl.{name}="
-                f"{pieces(config, name)} pieces doesn't lie evenly on {multiple} devices: pieces "
-                f"that do are {', '.join(map(str, even_pieces(config.data.batch, multiple)))}"
+                f"{slices_of(config, name)} slices doesn't divide evenly over {multiple} devices: "
+                "numbers that do are "
+                f"{', '.join(map(str, even_slices(config.data.batch, multiple)))}"
             )
 
 
-def even_pieces(batch: int, multiple: int) -> list[int]:
-    """In how many pieces, each a multiple of `multiple` images, a batch can be cut."""
+def even_slices(batch: int, multiple: int) -> list[int]:
+    """Numbers of slices that a batch can be cut into, each a multiple of `multiple` images."""
     return [n for n in range(1, batch + 1) if batch % n == 0 and (batch // n) % multiple == 0]
 
 
-def eval_pieces(config: ml_collections.ConfigDict, on: Layout) -> int:
-    """In how many pieces an evaluation reads its batches: of no more images than training's."""
-    batch, least = config.eval.batch, on.size("images")
-    most = max(config.data.batch // max(pieces(config, name) for name in PIECES), least)
+def slices(config: ml_collections.ConfigDict) -> Slices:
+    """How the config's step cuts its batch."""
+    return Slices(
+        rollout=slices_of(config, "rollout_batches"),
+        prefill=slices_of(config, "prefill_batches"),
+        score=slices_of(config, "score_batches"),
+        update=slices_of(config, "micro_batches"),
+        lengths=config.caprl.length_buckets,
+    )
+
+
+def eval_slices(config: ml_collections.ConfigDict, rules: ShardRules) -> Slices:
+    """How an evaluation cuts its batches: slices hold no more images than training's."""
+    batch, least = config.eval.batch, rules.size("images")
+    most = max(config.data.batch // max(slices_of(config, name) for name in SLICES), least)
     fits = [n for n in range(least, most + 1, least) if batch % n == 0]
-    return batch // max(fits)
+    count = batch // max(fits)
+    return Slices(prefill=count, score=count)
 
 
 def compute_dtype(config: ml_collections.ConfigDict, platform: str = "") -> Any:
-    """The config's, by default default_dtype(platform)."""
+    """The config's dtype of computation, by default default_dtype(platform)."""
     return default_dtype(platform) if config.dtype == "auto" else jnp.dtype(config.dtype)
 
 
 def default_dtype(platform: str = "") -> Any:
-    """bfloat16 on accelerators and float32 on CPU; of this process unless a platform is named."""
+    """bfloat16 on accelerators and float32 on CPU; for this process unless a platform is named."""
     return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
-def settings(config: ml_collections.ConfigDict) -> step.Settings:
-    """The constants of the config's step."""
-    names = {f.name for f in dataclasses.fields(step.Settings)}
-    values = {k: v for k, v in config.caprl.items() if k in names}
-    values |= {name: pieces(config, name) for name in PIECES}
-    return step.Settings(
-        judge_mode=config.judge.mode, judge_temperature=config.judge.temperature, **values
+def optimizer(
+    config: ml_collections.ConfigDict, updates_per_step: int
+) -> optax.GradientTransformation:
+    """The config's optimizer, for a number of updates per step."""
+    settings = make(Optimizer, dict(config.optimizer))
+    updates = config.steps * updates_per_step
+    return optimizer_lib.make(settings, updates, updates_per_step, config.policy.freeze_vision)
+
+
+def sampling(config: ml_collections.ConfigDict) -> Sampling:
+    """How the config draws tokens."""
+    return Sampling(**config.sampling)
+
+
+def make_run(
+    config: ml_collections.ConfigDict,
+    policy: Policy,
+    judge: Judge,
+    stop: tuple[int, ...],
+    reference: Any = None,
+) -> Run:
+    """The config's Run.
+
+    Args:
+      config: of the run.
+      policy: modules.
+      judge: with parameters, or with shapes that stand for them.
+      stop: ids that end a caption.
+      reference: the initial policy's parameters, where they are needed (needs_reference).
+    """
+    caprl = config.caprl
+    objective = Objective(
+        loss=config_lib.choice(config, "loss"),
+        aggregation=config_lib.choice(config, "aggregation"),
+        kl_estimator=config_lib.choice(config, "kl_estimator"),
+        kl=caprl.kl,
+        updates=caprl.updates,
+    )
+    return Run(
+        learner=Learner(policy, optimizer(config, caprl.updates), objective, reference),
+        judge=judge,
+        decoding=Decoding(caprl.group, stop, sampling(config), caprl.slots),
+        judging=Judging(config.judge.mode, config.judge.temperature),
+        rewards=config_lib.terms(config),
+        advantage=config_lib.choice(config, "advantage"),
     )
 
 
-def optimizer(config: ml_collections.ConfigDict, per_step: int) -> optax.GradientTransformation:
-    """The config's, for `per_step` updates a step."""
-    updates = config.steps * per_step
-    return optimizers.make(config.optimizer, updates, per_step, config.policy.freeze_vision)
+def needs_reference(config: ml_collections.ConfigDict) -> bool:
+    """Whether the initial policy's parameters are held: for the KL, or for a reward term."""
+    return bool(config.caprl.kl) or "reference" in needed_models(config_lib.terms(config))
 
 
-def counted(function: Callable) -> tuple[Callable, Callable[[], int]]:
-    """(the same function, how often it was traced): jit traces it once per compiled program."""
-    traces = 0
-
-    @functools.wraps(function)
-    def wrapper(*args):
-        nonlocal traces
-        traces += 1
-        return function(*args)
-
-    return wrapper, lambda: traces
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a step is made of.
-
-    Attributes:
-      policy: modules.
-      judge: the judge's decoder.
-      optimizer: optax's.
-      layout: where arrays lie.
-      stop: ids that end a caption.
-    """
-
-    policy: Policy
-    judge: Decoder
-    optimizer: optax.GradientTransformation
-    layout: Layout
-    stop: tuple[int, ...]
-
-
-def check_rules(parts: Parts) -> None:
-    """Refuses parameters that can't lie where decoding wants them, before anything is compiled.
+def check_rules(policy: Policy, rules: ShardRules) -> None:
+    """Refuses weights that can't lie where decoding wants them, before anything is compiled.
 
     Raises:
       UserError: as mesh.param_shardings.
     """
-    boxed = jax.eval_shape(parts.policy.init, jax.random.key(0))
-    mesh.param_shardings(boxed, parts.layout.decoding)
+    mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules.decoding)
 
 
 def one_program(
-    config: ml_collections.ConfigDict, parts: Parts, state: step.State
-) -> tuple[Callable, Callable[[], int]]:
-    """(jitted (state, frozen, batch, key) -> (state, metrics), how often it was traced).
+    step: Callable, config: ml_collections.ConfigDict, run: Run, state: State, rules: ShardRules
+) -> Program:
+    """A step as one program: jitted (run, state, batch, key) -> (state, metrics).
 
-    `state` holds arrays or shapes with shardings; a step gives it back laid out as it came.
+    Args:
+      step: rl.step.caprl_step; its key is folded with the number of steps done.
+      config: of the run.
+      run: only its policy is looked at here.
+      state: arrays, or shapes with shardings; the program donates it and returns it sharded alike.
+      rules: mesh and shard rules.
     """
-    bound = functools.partial(
-        step.caprl_step, parts.policy, parts.judge, parts.optimizer, settings(config),
-        Sampling(**config.sampling), parts.stop,
-    )  # fmt: skip
 
-    def one(state, frozen, batch, key):
-        return bound(state, frozen, batch, jax.random.fold_in(key, state.step), parts.layout)
+    def one(run, state, batch, key):
+        return step(run, state, batch, jax.random.fold_in(key, state.step))
 
-    check_rules(parts)
+    check_rules(run.learner.policy, rules)
     one, traces = counted(one)
-    return jit_step(one, state, parts.layout), traces
+    return jit_step(one, state, rules, slices(config), donate=1), traces
 
 
 def two_programs(
-    config: ml_collections.ConfigDict, parts: Parts, state: step.State, retokenise: Callable
-) -> tuple[Callable, Callable[[], int]]:
+    config: ml_collections.ConfigDict,
+    run: Run,
+    state: State,
+    rules: ShardRules,
+    retokenise: Callable,
+) -> Program:
     """As one_program, with captions passing through text (a Retokeniser) on the host in between."""
     from caprl_jax.run.through_text import in_two_programs  # which knows of tokenizers
 
-    check_rules(parts)
-    constants, on = settings(config), parts.layout
-    roll_out = functools.partial(
-        step.roll_out, parts.policy, constants, Sampling(**config.sampling), parts.stop, layout=on
-    )
 
-    def finish(state, frozen, batch, captions, passed, key):
+    def rollout(run, state, batch, key):
+        policy, decoding = run.learner.policy, run.decoding
+        return run.verbs.rollout(policy, state.params, batch, decoding=decoding, key=key)
+
+    def finish(run, state, batch, captions, passed, key):
         tokens, mask, cut = passed
-        verdicts = step.judged(
-            parts.judge, constants, frozen, tokens, mask, batch.questions, key, on
-        )
-        state, measured = step.learn(
-            parts.policy, parts.optimizer, constants, state, frozen, batch, captions, verdicts, on
-        )
+        state, measured = learn(run, state, batch, captions, Captions(tokens, mask), key)
         real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
         return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
 
-    (roll_out, first), (finish, second) = counted(roll_out), counted(finish)
-    whole = in_two_programs(jit(roll_out, on), jit_step(finish, state, on), retokenise, on)
-    return whole, lambda: max(first(), second())
+    (rollout, first), (finish, second) = counted(rollout), counted(finish)
+    cuts = slices(config)
+    programs = jit(rollout, rules, cuts), jit_step(finish, state, rules, cuts, donate=1)
+    return in_two_programs(*programs, retokenise, rules), lambda: max(first(), second())
 
 
-def jit_step(function: Callable, state: step.State, on: Layout) -> Callable:
-    """Jits with the state donated, and given back laid out as it came."""
+def jit_step(
+    function: Callable, state: State, rules: ShardRules, cuts: Slices | None = None, donate: int = 0
+) -> Callable:
+    """Jits a step: argument number `donate` is the state, which is donated and keeps its sharding."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
-    out = (shardings, mesh.replicated(on))
-    return jit(function, on, donate_argnums=0, out_shardings=out)
+    out = (shardings, mesh.replicated(rules))
+    return jit(function, rules, cuts, donate_argnums=donate, out_shardings=out)
 
 
 def keep_compiled(folder: Path) -> None:
-    """Has JAX keep compiled programs in a folder, for this run's next start and its sisters.
+    """Has JAX keep compiled programs in a folder, for the next start of this or a similar run.
 
-    One that is set already, by JAX_COMPILATION_CACHE_DIR say, stays; so does that there be none
-    (JAX_ENABLE_COMPILATION_CACHE=false).
+    A folder that is set already, by JAX_COMPILATION_CACHE_DIR for one, stays; so does a cache that
+    is switched off (JAX_ENABLE_COMPILATION_CACHE=false).
     """
     # On 8 CPU devices a run with kept programs (JAX 0.10) hung.
     hangs = jax.default_backend() == "cpu" and jax.device_count() > 1
@@ -216,26 +239,19 @@ def keep_compiled(folder: Path) -> None:
 
 
 def read_instruction(
-    decoder: Decoder, params: Any, instruction: Instruction, on: Layout
+    decoder: Decoder, params: Any, instruction: Instruction, rules: ShardRules
 ) -> Instruction:
-    """The judge's instruction with its keys and values, once a run, on every device.
+    """The judge's instruction with its keys and values, read once per run, on every device.
 
     Args:
-      decoder: the judge.
+      decoder: the judge's.
       params: its parameters, on the mesh.
       instruction: the prompt's fixed part, on the mesh.
-      on: the mesh and its rules.
+      rules: mesh and shard rules.
     """
 
     def read(params, tokens):
-        with logical.using(on):
-            return root_kv(decoder, params, tokens)
+        return root_kv(decoder, params, tokens)
 
-    run = jit(read, on, out_shardings=mesh.replicated(on))
+    run = jit(read, rules, out_shardings=mesh.replicated(rules))
     return instruction.replace(kv=run(params, instruction.tokens))
-
-
-def jit(function: Callable, on: Layout, **options) -> Callable:
-    """jax.jit with the options that this project's programs are compiled with on the mesh."""
-    tpu = on.mesh.devices.flat[0].platform == "tpu"
-    return jax.jit(function, compiler_options=TPU_OPTIONS if tpu else None, **options)

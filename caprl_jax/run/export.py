@@ -1,5 +1,6 @@
 """A run's model as a Hugging Face directory, with a card that says where it comes from."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vlm import Policy
-from caprl_jax.parallel import processes as distributed
+from caprl_jax.parallel import processes
 from caprl_jax.run import metrics
 
 _CARD = """---
@@ -68,12 +69,13 @@ def model_card(
     finite = {name: value for name, value in heldout.items() if value is not None}
     rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in finite.items()]
     caprl = config.objective == "caprl"
+    sees = caprl or config.sft.task == "caption"
     return _CARD.format(
-        task="image-text-to-text" if caprl or config.data.task == "caption" else "text-generation",
+        task="image-text-to-text" if sees else "text-generation",
         base=base,
         title=f"{Path(config.policy.path).name}, trained by caprl_jax",
         what=_WHAT[config.objective],
-        data=config.data.path or config.data.source,
+        data=config.data.get("path") or config.data.source,
         judge=config.judge.path if caprl else "none",
         step=step,
         steps=config.steps,
@@ -82,30 +84,33 @@ def model_card(
     )
 
 
-def export(
-    directory: Path,
-    config: ml_collections.ConfigDict,
-    policy: Policy,
-    params: Any,
-    source: Path,
-    step: int,
-    heldout: dict[str, float | None],
-) -> Path:
-    """Writes the model as it is after `step` steps, unless that was done before.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model to be exported.
+
+    Attributes:
+      policy: modules.
+      params: unboxed parameters.
+      source: the directory the run started from, whose tokenizer and processor go along.
+    """
+
+    policy: Policy
+    params: Any
+    source: Path
+
+
+def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
+    """Writes a model directory, unless it is there already.
 
     All processes must call it; the first one writes.
 
     Args:
       directory: to be made.
-      config: of the run.
-      policy: modules.
-      params: unboxed parameters.
-      source: the directory the run started from.
-      step: how many steps were done.
-      heldout: figures for the card.
+      model: modules, parameters and source.
+      dtype: of the weights, "float32" or "bfloat16".
+      card: content of README.md, as model_card makes it.
     """
-    if not distributed.agreed(directory.exists()):
-        dtype, card = np.dtype(config.export.dtype), model_card(config, step, heldout)
-        hf.save(directory, policy, params, source, dtype, card=card)
+    if not processes.agreed(directory.exists()):
+        files = hf.Target(directory, np.dtype(dtype), card=card)
+        hf.save(files, model.policy, model.params, model.source)
         logging.info("exported to %s", directory)
-    return directory

@@ -1,5 +1,7 @@
-"""What every run does before its first step: read models and data, and refuse what can't run."""
+"""Reading before the first step: models, data and prompts, refused by name where they can't be used."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +11,26 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from caprl_jax.config import ConfigError, about
+from caprl_jax.config import about
 from caprl_jax.data import pipeline, records
-from caprl_jax.data.digits import world as digits
 from caprl_jax.data.images import ImageProcessor
-from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt
+from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt, QuestionDraw
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.data.sources import files
+from caprl_jax.data.settings import Data
+from caprl_jax.data.sources import SOURCES
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
+from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models import families
-from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vision import VisionConfig
 from caprl_jax.models.vlm import Policy
-from caprl_jax.parallel import mesh
-from caprl_jax.parallel import processes as distributed
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl import step
+from caprl_jax.parallel import mesh, processes
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.rl.types import State
 from caprl_jax.run import checkpoint
+from caprl_jax.settings import make
 
 
 def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy, Path]:
@@ -38,16 +40,16 @@ def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy,
     return families.build(hf.read_config(directory), dtype, where=where, **options), directory
 
 
-def load_frozen(policy: Policy, directory: Path, on: Layout, dtype: Any) -> Any:
+def load_frozen(policy: Policy, directory: Path, rules: ShardRules, dtype: Any) -> Any:
     """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
-    shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), on)
+    shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)
     return _read_params(policy, directory, dtype, shardings)
 
 
 def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
     """Weights as safetensors, or as Orbax wrote them (convert.py)."""
     if not (directory / checkpoint.PARAMS).is_dir():
-        return hf.load_params(directory, policy, dtype, shardings, progress=distributed.is_first())
+        return hf.load_params(directory, policy, dtype, shardings, progress=processes.is_first())
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
         hf.abstract_params(policy), shardings,
@@ -56,22 +58,22 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
 
 
 def initial_state(
-    config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, on: Layout
-) -> step.State:
+    config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, rules: ShardRules
+) -> State:
     """Parameters (pretrained or random) and optimizer state, float32, on the mesh."""
 
     def init(key):
         params = policy.init(key)
-        return step.State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     key = jax.random.key(config.seed)
-    shardings = mesh.param_shardings(jax.eval_shape(init, key), on)
+    shardings = mesh.param_shardings(jax.eval_shape(init, key), rules)
     if config.policy.init == "random":
         return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
     params = _read_params(policy, directory, np.float32, shardings.params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(on))
-    return step.State(zero, params, opt_state)
+    zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(rules))
+    return State(zero, params, opt_state)
 
 
 def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> JudgePrompt:
@@ -80,27 +82,37 @@ def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Jud
         return JudgePrompt.create(tokenizer, config.judge.prompt)
 
 
-def examples(config, inputs: ImagePrompt, judge: JudgePrompt) -> CaprlExamples:
-    """What makes a batch's rows of records, as the config says."""
-    return CaprlExamples(
-        inputs, judge, config.caprl.questions, config.data.replacement,
-        config.data.shuffle_options, config.caprl.group if config.data.per_caption else 0,
-        config.data.max_question,
-    )  # fmt: skip
+def examples(
+    config: ml_collections.ConfigDict, inputs: ImagePrompt, judge: JudgePrompt
+) -> CaprlExamples:
+    """Makes a batch's rows from records, as the config says."""
+    draw = QuestionDraw(
+        count=config.caprl.questions,
+        replacement=config.data.replacement,
+        shuffle=config.data.shuffle_options,
+        sets=config.caprl.group if config.data.per_caption else 0,
+    )
+    return CaprlExamples(inputs, judge, draw, config.data.max_question, tuple(config.data.extras))
 
 
-SOURCES = {"digits": digits.prepare, "files": files.prepare}
-
-
-def dataset(config: ml_collections.ConfigDict, set_aside: SetAside) -> Any:
-    """The prepared tensorflow-datasets builder of the config's data, written on first use.
+def dataset(
+    config: ml_collections.ConfigDict, set_aside: SetAside
+) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """The stored elements of the config's data by split, "train" and "heldout".
 
     Raises:
-      ConfigError: there is no such data.
+      ConfigError: there are no such data.
     """
     with about("data"):
-        prepare = SOURCES[config.data.source]
-        return distributed.in_turns(lambda: prepare(config.data, set_aside))
+        options = SOURCES.options_type(config.data.source)
+        own = {f.name: config.data[f.name] for f in dataclasses.fields(options)}
+        choice = SOURCES.choose(config.data.source, own)
+        settings = make(Data, {k: v for k, v in config.data.items() if k not in own})
+        found = processes.run_in_order(lambda: choice(settings, set_aside))
+    missing = [split for split in ("train", "heldout") if split not in found]
+    if missing:
+        raise ConfigError(f"data source {config.data.source!r} returns no split {missing[0]!r}")
+    return found
 
 
 def image_processor(directory: Path, vision: VisionConfig) -> ImageProcessor:
@@ -140,7 +152,9 @@ def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) 
     return ImagePrompt(processor, prompt, vision, config.data.max_windows, config.data.max_prompt)
 
 
-def check_data(config: ml_collections.ConfigDict, source: Any, make: pipeline.MakeExample) -> None:
+def check_data(
+    config: ml_collections.ConfigDict, source: Any, example: pipeline.MakeExample
+) -> None:
     """Makes examples of the first records, so that no run starts on data that can't feed it.
 
     Raises:
@@ -151,7 +165,7 @@ def check_data(config: ml_collections.ConfigDict, source: Any, make: pipeline.Ma
         try:
             record = records.parse(source[i])
             _check_questions(config, record)
-            make(record, np.random.default_rng(0))
+            example(record, np.random.default_rng(0))
         except ConfigError:
             raise
         except ValueError as e:  # malformed, unreadable, longer than its bucket

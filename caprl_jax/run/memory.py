@@ -1,4 +1,4 @@
-"""What to change in a config that needs more memory than there is."""
+"""Advice for a config that needs more memory than there is."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax.config import PIECES, ConfigError, pieces
+from caprl_jax.config import SLICES, slices_of
+from caprl_jax.errors import ConfigError
 from caprl_jax.models.layers import REMAT
 from caprl_jax.parallel import mesh
-from caprl_jax.rl.types import REUSE
-from caprl_jax.run import compile as programs
+from caprl_jax.run import compile as compile_lib
 
 
 def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str, Any]]:
@@ -19,19 +19,17 @@ def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str
 
     Args:
       config: that didn't fit.
-      spread: devices that images are cut over, of which a piece needs one each.
+      spread: devices that images are cut over; a slice needs one image for each.
     """
-    for reuse in reversed(REUSE[: REUSE.index(config.caprl.reuse)]):
-        yield {"caprl.reuse": reuse}
     kinds = list(REMAT)
     for remat in kinds[kinds.index(config.policy.remat) + 1 :]:
         yield {"policy.remat": remat}
-    even = programs.even_pieces(config.data.batch, spread)
-    reading = [name for name in PIECES if name != "rollout_batches"]
+    even = compile_lib.even_slices(config.data.batch, spread)
+    reading = [name for name in SLICES if name != "rollout_batches"]
     for count in even:
-        if count > max(pieces(config, name) for name in reading):
+        if count > max(slices_of(config, name) for name in reading):
             yield {f"caprl.{name}": count for name in reading}
-    for count in even[:4]:  # each piece reads the weights again for every token
+    for count in even[:4]:  # each slice reads the weights again for every token
         if count > config.caprl.rollout_batches:
             yield {"caprl.rollout_batches": count}
     for axis in (2, 4, 8):
@@ -47,16 +45,15 @@ def as_flags(overrides: dict[str, Any]) -> str:
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether a device's, or its compiler's, error is that memory doesn't suffice."""
+    """Whether an error of a device, or its compiler, says that memory doesn't suffice."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager
 def advised(config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Around a run: running out of memory becomes an error that says what to change.
+    """Context of a run in which running out of memory becomes an error that says what to change.
 
-    All batches have the shapes of the config's buckets, so what the first step fits into, the last
-    one does.
+    All batches have the shapes of the config's buckets: if the first step fits, so does the last.
 
     Raises:
       ConfigError: memory didn't suffice.
@@ -69,7 +66,7 @@ def advised(config: ml_collections.ConfigDict) -> Iterator[None]:
         told = next((line for line in str(e).splitlines() if "RESOURCE_EXHAUSTED" in line), "")
         tries = "a smaller config.data.batch"
         if config.objective == "caprl":
-            spread = mesh.batch_multiple(programs.layout(config))
+            spread = mesh.batch_multiple(compile_lib.shard_rules(config))
             tries = "; then ".join(as_flags(change) for change in changes(config, spread))
         raise ConfigError(
             f"the devices have too little memory ({told[:300]}): try, each on top of those before, "

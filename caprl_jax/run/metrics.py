@@ -1,4 +1,4 @@
-"""Metrics: divided once, written to metrics.jsonl and TensorBoard, shown in a progress bar."""
+"""Metrics: divided once, written to metrics.jsonl and other sinks, shown in a progress bar."""
 
 import contextlib
 import json
@@ -9,13 +9,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from caprl_jax.parallel import processes as distributed
+from caprl_jax.parallel import processes
+from caprl_jax.registry import Choice
 
 _FILE = "metrics.jsonl"
 _SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "seconds_step": "s/step"}
+
+
+def token_rates(metrics: Mapping[str, tuple[Any, Any]], seconds: float) -> dict[str, float]:
+    """Tokens per second of a step, over all devices; empty for a step without captions.
+
+    tokens_per_second counts every caption with its prompt, as EasyR1 and verl publish it, whether or
+    not the prompt was computed once for the group. generated_tokens_per_second counts the tokens
+    that were drawn.
+    """
+    if "caption_length" not in metrics:
+        return {}
+    drawn, read = (float(metrics[name][0]) for name in ("caption_length", "prompt_length"))
+    return {
+        "tokens_per_second": (drawn + read) / seconds,
+        "generated_tokens_per_second": drawn / seconds,
+    }
 
 
 def reduce(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -89,18 +105,24 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Writes one JSON line a step to WORKDIR/metrics.jsonl, and events to WORKDIR/tensorboard.
+    """Writes one JSON line per step to WORKDIR/metrics.jsonl, and to the run's other sinks.
 
     A line is {"step": int, "time": seconds since 1970, name: float or null, ..}; null is a number
     that wasn't finite. Writing to the last step again adds to its line, so no step is there twice.
     """
 
-    def __init__(self, workdir: Path, resume_step: int | None = None):
+    def __init__(
+        self,
+        workdir: Path,
+        resume_step: int | None = None,
+        sinks: Mapping[str, Choice] | None = None,
+    ):
         """Opens the files, and drops what an interrupted run wrote after its last checkpoint.
 
         Args:
           workdir: made if it isn't there.
           resume_step: the step of the restored checkpoint; None begins anew.
+          sinks: other sinks by name, entries of run.sinks.SINKS.
 
         Raises:
           ValueError: metrics.jsonl is damaged.
@@ -115,8 +137,7 @@ class MetricWriter:
         self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         self._start = sum(map(len, kept[:-1]))  # where the last step's line begins
         self._end = sum(map(len, kept))
-        # TensorBoard too hides what the interrupted run's event files hold after that step.
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1)
+        self._sinks = [sink(workdir, resume_step) for sink in (sinks or {}).values()]
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
         """Writes values of a step, named prefix + key, and flushes the JSON line.
@@ -132,12 +153,11 @@ class MetricWriter:
         if step != last:
             self._line, self._start = {"step": step}, self._end
         self._line["time"] = round(time.time(), 3)
-        for name, value in values.items():
-            value = float(value)
-            self._line[prefix + name] = value if math.isfinite(value) else None
-            if math.isfinite(value):  # tensorboardX warns about every other one
-                self._board.add_scalar(prefix + name, value, step)
+        values = {prefix + name: float(value) for name, value in values.items()}
+        self._line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._overwrite(_dump(self._line))
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def _overwrite(self, line: bytes) -> None:
         # Cut only after writing: whenever the run is killed, whole lines or a half last one remain.
@@ -148,9 +168,10 @@ class MetricWriter:
         self._file.truncate(self._end)
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes all."""
         self._file.close()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -167,11 +188,11 @@ class _Unwritten:
 
 
 def writer(
-    workdir: Path, resume_step: int | None = None
+    workdir: Path, resume_step: int | None = None, sinks: Mapping[str, Choice] | None = None
 ) -> contextlib.AbstractContextManager[MetricWriter | _Unwritten]:
     """A MetricWriter in the first process; in others one that writes nothing."""
-    if distributed.is_first():
-        return MetricWriter(workdir, resume_step)
+    if processes.is_first():
+        return MetricWriter(workdir, resume_step, sinks)
     return contextlib.nullcontext(_Unwritten())
 
 
@@ -195,7 +216,7 @@ def progress(total: int, initial: int = 0) -> Progress:
     The first process alone shows one.
     """
     return Progress(
-        disable=not distributed.is_first(),
+        disable=not processes.is_first(),
         total=total,
         initial=initial,
         unit="step",

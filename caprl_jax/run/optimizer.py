@@ -1,34 +1,55 @@
-"""The optimizer of a config: Adam with warm-up, a schedule and a clipped gradient norm."""
+"""The optimizer: Adam with warm-up, a schedule and a clipped gradient norm."""
+
+import dataclasses
 
 import jax
-import ml_collections
 import optax
 
+from caprl_jax.settings import setting
 
-def schedule(config: ml_collections.ConfigDict, updates: int, per_step: int = 1) -> optax.Schedule:
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Settings of the optimizer."""
+
+    learning_rate: float = setting(1e-6, "learning rate after the warm-up", above=0)
+    schedule: str = setting(
+        "cosine", "learning rate after the warm-up", choices=("cosine", "constant")
+    )
+    warmup_steps: int = setting(20, "steps of linear warm-up from 0", least=0)
+    final: float = setting(
+        0.1, "the cosine's last learning rate, as a share of the first", least=0, most=1
+    )
+    b1: float = setting(0.9, "Adam's decay of the mean", least=0, most=1)
+    b2: float = setting(0.95, "Adam's decay of the variance", least=0, most=1)
+    weight_decay: float = setting(0.0, "decoupled weight decay, of matrices only", least=0)
+    clip_norm: float = setting(1.0, "largest norm of the gradient", above=0)
+
+
+def schedule(settings: Optimizer, updates: int, per_step: int = 1) -> optax.Schedule:
     """Learning rate by optimizer update.
 
     Args:
-      config: a config's optimizer section.
+      settings: a config's section `optimizer`.
       updates: of the whole run.
       per_step: updates a step; the warm-up is given in steps.
     """
-    warmup = min(config.warmup_steps * per_step, updates)
-    rate = config.learning_rate
-    if config.schedule == "constant":
+    warmup = min(settings.warmup_steps * per_step, updates)
+    rate = settings.learning_rate
+    if settings.schedule == "constant":
         return optax.linear_schedule(0.0 if warmup else rate, rate, max(warmup, 1))
     return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else rate, rate, warmup, max(updates, warmup + 1), rate * config.final
+        0.0 if warmup else rate, rate, warmup, max(updates, warmup + 1), rate * settings.final
     )
 
 
 def make(
-    config: ml_collections.ConfigDict, updates: int, per_step: int, freeze_vision: bool
+    settings: Optimizer, updates: int, per_step: int, freeze_vision: bool
 ) -> optax.GradientTransformation:
     """Clip by global norm, then Adam (decoupled weight decay on matrices only).
 
     Args:
-      config: a config's optimizer section.
+      settings: a config's section `optimizer`.
       updates: of the whole run.
       per_step: updates a step.
       freeze_vision: leave the vision tower as it is, and hold no state for it.
@@ -41,12 +62,12 @@ def make(
         )
 
     train = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
-            schedule(config, updates, per_step),
-            config.b1,
-            config.b2,
-            weight_decay=config.weight_decay,
+            schedule(settings, updates, per_step),
+            settings.b1,
+            settings.b2,
+            weight_decay=settings.weight_decay,
             mask=matrices,
         ),
     )

@@ -1,5 +1,6 @@
-"""What a run leaves behind: summary.json, the printed table, report.html."""
+"""The end of a run: summary.json, the printed table, report.html."""
 
+import base64
 import dataclasses
 import json
 from collections.abc import Callable
@@ -12,13 +13,27 @@ from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import Presented
 from caprl_jax.data.records import LETTERS
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.evaluate.heldout import Judged, Written
-from caprl_jax.parallel import processes as distributed
-from caprl_jax.report import html as report
+from caprl_jax.evaluate.heldout import Evaluation, Judged, Written
+from caprl_jax.parallel import processes
+from caprl_jax.report import html
 from caprl_jax.run import metrics
-from caprl_jax.run.build import Objective
 
-Evaluation = tuple[dict[str, float], dict[str, list[Judged]]]
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a run measured.
+
+    Attributes:
+      before: held-out evaluation before the first step.
+      after: the same, after the last.
+      ceiling: held-out accuracy on complete true captions; None where the truth is unknown.
+      wall_seconds: of the run, from this start on.
+    """
+
+    before: Evaluation
+    after: Evaluation
+    ceiling: float | None
+    wall_seconds: float
 
 
 def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -> Evaluation:
@@ -26,8 +41,8 @@ def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -
 
     All processes evaluate, or none does; then others than the first get nothing.
     """
-    if distributed.agreed(path.is_file()):
-        if not distributed.is_first():
+    if processes.agreed(path.is_file()):
+        if not processes.is_first():
             return {}, {}
         values, sets = json.loads(path.read_text())
         return values, {
@@ -35,7 +50,7 @@ def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -
             for name, judged in sets.items()
         }
     values, sets = evaluate(params)
-    if not distributed.is_first():
+    if not processes.is_first():
         return values, sets
     plain = {name: [dataclasses.asdict(j) for j in judged] for name, judged in sets.items()}
     partial = path.with_suffix(".partial")
@@ -44,29 +59,22 @@ def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -
     return values, sets
 
 
-def summarise(
-    before: dict[str, float],
-    after: dict[str, float],
-    ceiling: float | None,
-    steps: int,
-    wall_seconds: float,
-    set_aside: int,
-) -> dict[str, Any]:
-    """The figures of summary.json: greedy ones plainly named, the sampled ones so called."""
-    out: dict[str, Any] = {"steps": steps, "wall_seconds": round(wall_seconds, 1)}
-    for when, values in (("before", before), ("after", after)):
+def summarise(figures: Figures, steps: int, set_aside: int) -> dict[str, Any]:
+    """The figures of summary.json: greedy ones plainly named, sampled ones so called."""
+    out: dict[str, Any] = {"steps": steps, "wall_seconds": round(figures.wall_seconds, 1)}
+    for when, (values, _) in (("before", figures.before), ("after", figures.after)):
         for name, value in values.items():
             plain = name.removesuffix("_greedy")
             plain = f"heldout_{plain}" if plain.startswith("accuracy") else plain
             out[f"{plain}_{when}"] = value
-    if ceiling is not None:
-        out["ceiling"] = ceiling
+    if figures.ceiling is not None:
+        out["ceiling"] = figures.ceiling
     out["records_set_aside"] = set_aside
     return out
 
 
-def _answer(presented: Presented, letter: int, p_truth: float) -> report.Answer:
-    return report.Answer(
+def _answer(presented: Presented, letter: int, p_truth: float) -> html.Answer:
+    return html.Answer(
         question=presented.text,
         options=presented.lettered(),
         letter=LETTERS[letter],
@@ -76,42 +84,34 @@ def _answer(presented: Presented, letter: int, p_truth: float) -> report.Answer:
     )
 
 
-def _caption(data: HeldOut, judged: Judged) -> report.Caption:
+def _caption(data: HeldOut, judged: Judged) -> html.Caption:
     shown = data.presented[judged.caption.record]
     answers = [
         _answer(p, letter, p_truth)
         for p, letter, p_truth in zip(shown, judged.letters, judged.p_truth, strict=True)
     ]
     text, length = judged.caption.text, len(judged.caption.ids)
-    return report.Caption(text, length, judged.accuracy(shown), answers)
+    return html.Caption(text, length, judged.accuracy(shown), answers)
 
 
 def finish(
     config: ml_collections.ConfigDict,
     workdir: Path,
-    objective: Objective,
-    before: Evaluation,
-    after: Evaluation,
+    held: HeldOut | None,
+    figures: Figures,
     set_aside: SetAside,
-    wall_seconds: float,
 ) -> dict[str, Any]:
-    """Writes summary.json and report.html, prints the table, returns the summary."""
+    """Writes summary.json, samples.json and report.html, prints the table, returns the summary."""
     for other in sorted(workdir.glob("set_aside-*.jsonl")):  # of other processes
         set_aside.read(other)
     history = metrics.read(workdir)
     steps = max((line["step"] for line in history), default=0)
     listing = set_aside.listing()
-    summary = summarise(before[0], after[0], objective.ceiling, steps, wall_seconds, len(listing))
+    summary = summarise(figures, steps, len(listing))
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    samples = []
-    if before[1] and objective.heldout is not None:
-        pairs = zip(before[1]["greedy"], after[1]["greedy"], strict=True)
-        for old, new in list(pairs)[: config.eval.shown]:
-            image = objective.heldout.records[old.caption.record].image
-            held = objective.heldout
-            samples.append(report.Sample(image, _caption(held, old), _caption(held, new)))
-    report.write_report(
-        workdir / "report.html",
+    samples = _samples(held, figures, config.eval.shown)
+    (workdir / "samples.json").write_text(json.dumps([_plain(s) for s in samples]) + "\n")
+    content = html.Content(
         title=f"caprl_jax: {config.objective} run in {workdir.name}",
         summary=summary,
         history=history,
@@ -119,6 +119,27 @@ def finish(
         set_aside=listing,
         config_text=config.to_json(indent=2),
     )
-    print(report.summary_table(summary))
+    html.write_report(workdir / "report.html", content)
+    print(html.summary_table(summary))
     print(f"report: {workdir / 'report.html'}")
     return summary
+
+
+def _plain(sample: html.Sample) -> dict[str, Any]:
+    """A sample as JSON holds it, the image in base64."""
+    plain = dataclasses.asdict(sample)
+    return plain | {"image_png": base64.b64encode(sample.image_png).decode()}
+
+
+def _samples(held: HeldOut | None, figures: Figures, count: int) -> list[html.Sample]:
+    """Held-out images with their greedy captions before and after."""
+    sets = figures.before[1], figures.after[1]
+    if held is None or not all(sets):
+        return []
+    pairs = list(zip(*(judged["greedy"] for judged in sets), strict=True))[:count]
+    return [
+        html.Sample(
+            held.records[old.caption.record].image, _caption(held, old), _caption(held, new)
+        )
+        for old, new in pairs
+    ]

@@ -1,7 +1,7 @@
 """A CapRL step in two programs, for a policy and a judge whose tokenizers differ.
 
 Captions leave the first program as the policy's ids, become text and the judge's ids on the host,
-and enter the second. Results and metrics are those of step.caprl_step.
+and enter the second. Results and metrics are those of rl.step.caprl_step.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,16 @@ import numpy as np
 
 from caprl_jax.data.tokens import Tokenizer, pad
 from caprl_jax.parallel import mesh
-from caprl_jax.parallel.axes import Layout
-from caprl_jax.rl.step import Batch, Frozen, Metrics, State
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.rl.step import Run, step_keys
+from caprl_jax.rl.types import Batch, Metrics, State
 
 
 class Retokeniser:
-    """The policy's ids -> the judge's, through text."""
+    """Turns the policy's ids into the judge's, through text."""
 
     def __init__(self, policy: Tokenizer, judge: Tokenizer, length: int):
-        """length is the bucket of the judge's ids; what is longer is cut."""
+        """`length` is the bucket of the judge's ids; longer captions are cut."""
         self._policy, self._judge, self._length = policy, judge, length
 
     def __call__(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
@@ -42,30 +43,29 @@ def _flat(a: np.ndarray) -> np.ndarray:
 
 
 def in_two_programs(
-    roll_out: Callable, finish: Callable, retokenise: Retokeniser, on: Layout
-) -> Callable[[State, Frozen, Batch, jax.Array], tuple[State, Metrics]]:
-    """(state, frozen, batch, key) -> (state, metrics), like the one program.
+    rollout: Callable, finish: Callable, retokenise: Retokeniser, rules: ShardRules
+) -> Callable[[Run, State, Batch, jax.Array], tuple[State, Metrics]]:
+    """(run, state, batch, key) -> (state, metrics), like the one program.
 
     Args:
-      roll_out: jitted (params, batch, key) -> Rollout.
-      finish: jitted (state, frozen, batch, rollout, (tokens, mask, cut), key) -> (state, metrics);
+      rollout: jitted (run, state, batch, key) -> Rollout.
+      finish: jitted (run, state, batch, rollout, (tokens, mask, cut), key) -> (state, metrics);
         tokens are the judge's.
-      retokenise: between the two, on the host.
-      on: the mesh of the batch.
+      retokenise: runs between the two, on the host.
+      rules: mesh of the batch.
     """
 
-    def step(state: State, frozen: Frozen, batch: Batch, key: jax.Array):
-        sample_key, judge_key = _split(key, state.step)
-        captions = roll_out(state.params, batch, sample_key)
-        host = mesh.fetch_batch((captions.tokens, captions.mask), on)
-        passed = mesh.put_batch(retokenise(*host), on)
-        return finish(state, frozen, batch, captions, passed, judge_key)
+    def step(run: Run, state: State, batch: Batch, key: jax.Array):
+        rollout_key, judge_key = _keys(key, state.step)
+        captions = rollout(run, state, batch, rollout_key)
+        host = mesh.fetch_batch((captions.tokens, captions.mask), rules)
+        passed = mesh.put_batch(retokenise(*host), rules)
+        return finish(run, state, batch, captions, passed, judge_key)
 
     return step
 
 
 @jax.jit
-def _split(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The keys of step.caprl_step, whose caller folds the step in."""
-    sample_key, judge_key = jax.random.split(jax.random.fold_in(key, step))
-    return sample_key, judge_key
+def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of rl.step.caprl_step, whose caller folds the step in."""
+    return step_keys(jax.random.fold_in(key, step))

@@ -3,7 +3,7 @@
 import pytest
 
 from caprl_jax.bench import images
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 
 from .. import shipped
 

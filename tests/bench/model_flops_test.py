@@ -4,9 +4,7 @@ import jax
 import pytest
 
 from caprl_jax.bench import model_flops, phases
-from caprl_jax.plan import flops
-from caprl_jax.plan import roofline as floors
-from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan import flops, roofline, shapes
 
 from .. import shipped
 
@@ -18,12 +16,12 @@ def tiny(**changed):
         "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
         "caprl.kl": 0.0, "policy.freeze_vision": True,
     } | changed)  # fmt: skip
-    return config, abstract.build(config, jax.devices()[:1])
+    return config, shapes.build(config, jax.devices()[:1])
 
 
 def by_hand(config, built):
     """(prompts, captions, head, what attention multiplies queries with keys) of a forward pass."""
-    c = built.parts.policy.decoder.config
+    c = built.policy.decoder.config
     b, p = config.data.batch, config.data.max_prompt
     captions, t = b * config.caprl.group, config.sampling.max_tokens
     heads = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
@@ -41,11 +39,11 @@ def by_hand(config, built):
 
 def computed_again(config, built):
     """FLOPs of the traced update beyond what it needs."""
-    branches = floors.branch_weights(built.parts.policy.vision.config)
+    branches = roofline.branch_weights(built.policy.vision.config)
     [whole] = (
-        flops.jaxpr_flops(jax.make_jaxpr(function)(*args), 0, branches)
-        for name, function, args, *_ in phases.phases(config, built, (-1,))
-        if name == "update"
+        flops.jaxpr_flops(jax.make_jaxpr(phase.function)(*phase.args), 0, branches)
+        for phase in phases.phases(config, built, (-1,))
+        if phase.name == "update"
     )
     return whole - model_flops.update(config, built)
 
@@ -65,21 +63,18 @@ def test_a_forward_pass_is_what_weights_and_attention_multiply():
         ("policy.freeze_vision", False, 3, 3, 3),
         ("caprl.updates", 2, 2, 6, 6),
         ("caprl.kl", 0.1, 2, 4, 4),
-        ("caprl.reuse", "prefill", 0, 2, 3),
-        ("caprl.reuse", "rollout", 0, 2, 2),
     ],
 )
 def test_a_gradient_needs_twice_its_forward_pass(key, value, images, prompts, captions):
-    """And the forward pass itself, unless captioning has done it; a frozen tower has none."""
+    """And the forward pass itself; a frozen tower has none."""
     config, built = tiny(**{key: value})
     once = model_flops.forward(config, built)
     expected = images * once.images + prompts * once.prompts + captions * once.captions
     assert model_flops.update(config, built) == expected
 
 
-@pytest.mark.parametrize("reuse", ["none", "rollout"])
-def test_attention_alone_is_computed_again_where_all_is_kept(reuse):
-    config, built = tiny(**{"policy.remat": "none", "caprl.reuse": reuse})
+def test_attention_alone_is_computed_again_where_all_is_kept():
+    config, built = tiny(**{"policy.remat": "none"})
     assert computed_again(config, built) == sum(by_hand(config, built)[-1])
 
 
@@ -87,7 +82,7 @@ def test_the_decoder_is_computed_again_where_nothing_is_kept():
     """But its last product. Queries meet keys twice: in the layer, and in attention's gradient."""
     config, built = tiny(**{"policy.remat": "full"})
     prompts, captions, _, scores = by_hand(config, built)
-    c = built.parts.policy.decoder.config
+    c = built.policy.decoder.config
     tokens = 2 * config.data.max_prompt + 2 * config.caprl.group * config.sampling.max_tokens
     last = 2 * tokens * c.layers * c.feed_forward * c.width
     assert computed_again(config, built) == prompts + captions + sum(scores) - last

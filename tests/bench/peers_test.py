@@ -15,8 +15,8 @@ from caprl_jax.bench.peers import Checked, Pairs, WorkDiffers
 from caprl_jax.bench.turns import Turn, moved
 from caprl_jax.commands import random_model
 from caprl_jax.models.hf import sizes
-from caprl_jax.run import compile as programs
-from caprl_jax.run import load as startup
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import load
 
 TEXT = (
     "vocab_size=512", "num_hidden_layers=2", "hidden_size=128", "intermediate_size=64",
@@ -90,8 +90,8 @@ def test_padding_is_refused(work, ours):
 def test_the_judges_agree_letter_by_letter(work):
     captions = np.random.default_rng(0).integers(0, 512, (8, 2, 4))
     captions[0, 0, :2] = work.instruction.special[:2]  # which never reach a judge
-    model, _ = startup.read_model(str(work.judge_path), "", np.float32)
-    params = startup.load_frozen(model, work.judge_path, programs.layout(work.config), np.float32)
+    model, _ = load.read_model(str(work.judge_path), "", np.float32)
+    params = load.load_frozen(model, work.judge_path, compile_lib.shard_rules(work.config), np.float32)
     found = work_lib.letters(work, params["decoder"], captions)
     theirs = torch_models.Letters(torch_models.judge(work), work)
     images = np.repeat(np.arange(8), 2).tolist()

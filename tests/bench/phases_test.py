@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from caprl_jax.bench import model_flops, phases
-from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan import shapes
 
 from .. import shipped
 
@@ -48,13 +48,11 @@ def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch,
     assert f"{shared.wasted:.0%} of its slots waited" in phases.tell({"decode": shared})
 
 
-@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
-def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device, reuse):
-    """The phases sum up to the step."""
+def test_the_phases_sum_up_to_the_step(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     config = tiny({
         "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
-        "caprl.reuse": reuse, "caprl.kl": 0.0,
+        "caprl.kl": 0.0,
     })  # fmt: skip
     timed = phases.measure(config, phases.PHASES, 1, 0)
     found = {name: t.floor.flops for name, t in timed.items()}
@@ -62,7 +60,7 @@ def test_what_is_used_again_is_not_the_updates_work_too(monkeypatch, one_device,
     # All are taken to last a second: shares of the peak add up as FLOPs do.
     useful = {name: t.mfu / timed["decode"].mfu * found["decode"] for name, t in timed.items()}
     assert useful.pop("step") == pytest.approx(sum(useful.values()), rel=1e-3)
-    needed = model_flops.update(config, abstract.build(config, jax.devices()))
+    needed = model_flops.update(config, shapes.build(config, jax.devices()))
     assert useful.pop("update") == pytest.approx(needed, rel=1e-3)
     assert useful == pytest.approx({name: found[name] for name in useful}, rel=1e-6)
 

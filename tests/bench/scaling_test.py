@@ -3,9 +3,9 @@
 import pytest
 
 from caprl_jax.bench import scaling, synthetic
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
-from caprl_jax.plan import shapes as abstract
+from caprl_jax.plan import shapes
 
 from .. import shipped
 from ..rl.work_test import judge_flops
@@ -26,8 +26,8 @@ def test_captions_are_read_once_however_many_questions_there_are(small, one_devi
     found = scaling.measure(
         small, "questions", 1, sizes=(1, 3), done=lambda sweep: seen.append(list(sweep.sizes))
     )
-    c = families.build(abstract.model_config(small.judge.path)).decoder.config
-    s, t, g = abstract.INSTRUCTION, small.sampling.max_tokens, small.caprl.group
+    c = families.build(shapes.model_config(small.judge.path)).decoder.config
+    s, t, g = shapes.INSTRUCTION, small.sampling.max_tokens, small.caprl.group
     captions = g * judge_flops(c, t, s, ends=0)
     assert scaling.line(found.sizes, found.flops("score"))[0] == pytest.approx(captions)
     for phase in ("prefill", "decode", "update"):
@@ -41,7 +41,7 @@ def test_captions_are_read_once_however_many_questions_there_are(small, one_devi
 @pytest.mark.parametrize("tokens", scaling.SWEEPS["image"][2])
 def test_an_images_tokens_are_as_many_as_asked_for(small, tokens):
     config = scaling.changed(small, "image", tokens)
-    vision = families.build(abstract.model_config(config.policy.path)).vision.config
+    vision = families.build(shapes.model_config(config.policy.path)).vision.config
     rows, columns = synthetic.grid_for(config, vision)
     assert rows * columns == tokens * vision.merge**2
     assert small.data.max_prompt != config.data.max_prompt  # a copy was changed

@@ -14,8 +14,9 @@ from PIL import Image
 import caprl_jax
 from caprl_jax import train
 from caprl_jax.commands import convert
-from caprl_jax.config import ConfigError, default
+from caprl_jax.config import default
 from caprl_jax.data.digits import world as digits
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
@@ -24,7 +25,7 @@ from caprl_jax.run import export
 from ..serving import served
 from ..train_test import tiny
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def load(directory):

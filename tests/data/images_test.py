@@ -1,4 +1,4 @@
-"""Pixels are transformers' to the last bit; what can't be an image says so."""
+"""Patches equal transformers' to the last bit; errors say what is wrong with an image."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from caprl_jax.data.images import (
     smart_resize,
     to_rgb,
 )
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError
 
 SETTINGS = {
     "default": {},
@@ -32,14 +32,14 @@ def test_patches_equal_transformers_to_the_last_bit(settings, size, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = ImageProcessor.from_pretrained(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    found, grid = ours(pixels)
+    patches, grid = ours(pixels)
     expected = theirs(Image.fromarray(pixels), return_tensors="np")
     assert (1, *grid) == tuple(expected["image_grid_thw"][0])
-    np.testing.assert_array_equal(found, expected["pixel_values"])
+    np.testing.assert_array_equal(patches, expected["pixel_values"])
     assert ours.grid(*size) == grid
 
 
-def test_sizes_stay_within_bounds_on_both_sides():
+def test_resized_images_stay_within_the_bounds():
     assert smart_resize(1000, 1000, 28, 56 * 56, 28 * 28 * 100) == (280, 280)
     assert smart_resize(10, 10, 28, 56 * 56, 28 * 28 * 100) == (56, 56)
     with pytest.raises(UnreadableImage, match="more than 200 times"):
@@ -52,10 +52,10 @@ def encoded(image, kind="PNG", **options):
     return out.getvalue()
 
 
-def test_orientation_transparency_and_depth_become_what_a_person_sees():
+def test_orientation_transparency_and_depth_are_applied():
     upright = Image.new("RGB", (4, 2), (10, 200, 30))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
     assert decode_image(encoded(upright, exif=exif)).size == (2, 4)
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert decode_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
@@ -70,18 +70,18 @@ def test_orientation_transparency_and_depth_become_what_a_person_sees():
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(Image.new("RGB", (90, 90)))[:60]])
-def test_what_can_not_be_decoded_is_one_kind_of_error(data):
+def test_bytes_that_are_no_image_are_unreadable(data):
     with pytest.raises(UnreadableImage, match="can't be decoded"):
         decode_image(data)
 
 
-def test_pillows_limit_against_bombs_holds(monkeypatch):
+def test_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UnreadableImage, match="decompression bomb"):
         decode_image(encoded(Image.new("RGB", (30, 30))))
 
 
-def test_a_processor_that_leaves_out_a_stage_is_refused(tmp_path):
+def test_processor_without_a_stage_is_refused(tmp_path):
     with pytest.raises(ModelDirectoryError, match=r"preprocessor_config\.json does not exist"):
         ImageProcessor.from_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
@@ -93,8 +93,8 @@ def test_a_processor_that_leaves_out_a_stage_is_refused(tmp_path):
         ImageProcessor.from_pretrained(tmp_path)
 
 
-def test_a_processor_saved_by_transformers_5_is_read_first(tmp_path):
-    """processor_config.json holds the image processor nested, and there it counts."""
+def test_nested_settings_of_transformers_5_come_first(tmp_path):
+    """transformers 5 nests the image processor's settings in processor_config.json."""
     Qwen2VLImageProcessorPil(max_pixels=28 * 28 * 9).save_pretrained(tmp_path)
     nested = Qwen2VLImageProcessorPil(max_pixels=28 * 28 * 4).to_dict()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
@@ -103,7 +103,7 @@ def test_a_processor_saved_by_transformers_5_is_read_first(tmp_path):
     assert ImageProcessor.from_pretrained(tmp_path).max_pixels == 28 * 28 * 9
 
 
-def test_pillow_objects_are_read_like_their_bytes():
+def test_pillow_images_convert_like_their_bytes():
     picture = Image.new("RGB", (9, 9), "red").convert("CMYK")
     assert to_rgb(picture).getpixel((0, 0)) == (255, 0, 0)
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)

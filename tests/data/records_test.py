@@ -1,4 +1,4 @@
-"""Records in and out: what parses, what is malformed and why, and the round trip through files."""
+"""Parsing records, reasons for malformed ones, and the round trip through files."""
 
 import json
 
@@ -21,9 +21,9 @@ RAW = {"question": "What?", "choices": ["A) a cat", "B) a dog"], "answer": "B"}
     ],
 )
 def test_options_lose_their_letters(choices):
-    found = parse_question(RAW | {"choices": choices})
-    assert found == Question("What?", ("a cat", "a dog"), 1)
-    assert parse_question(records.unparse_question(found)) == found
+    question = parse_question(RAW | {"choices": choices})
+    assert question == Question("What?", ("a cat", "a dog"), 1)
+    assert parse_question(records.unparse_question(question)) == question
 
 
 @pytest.mark.parametrize(
@@ -36,19 +36,19 @@ def test_options_lose_their_letters(choices):
         ({"choices": [f"{c}) {c}" for c in "ABCDEFGHI"]}, "has 9 options"),
     ],
 )
-def test_a_malformed_question_says_why(change, reason):
+def test_error_for_a_malformed_question_says_why(change, reason):
     with pytest.raises(MalformedRecord, match=reason):
         parse_question(RAW | change)
 
 
 @pytest.mark.parametrize("missing", RAW)
-def test_a_missing_field_is_named(missing):
+def test_error_for_a_missing_field_names_it(missing):
     with pytest.raises(MalformedRecord, match=missing):
         parse_question({k: v for k, v in RAW.items() if k != missing})
 
 
 @pytest.mark.parametrize("raw", [None, 3, "text", {"question": 1, "choices": 2, "answer": 3}])
-def test_what_is_no_question_at_all_is_malformed_too(raw):
+def test_value_that_is_no_question_is_malformed(raw):
     with pytest.raises(MalformedRecord):
         parse_question(raw)
 
@@ -56,20 +56,20 @@ def test_what_is_no_question_at_all_is_malformed_too(raw):
 @pytest.mark.parametrize(
     ("questions", "reason"), [("[]", "has no questions"), ("{", "can't be read"), ("7", "no quest")]
 )
-def test_a_malformed_record_says_why(questions, reason):
+def test_error_for_a_malformed_record_says_why(questions, reason):
     with pytest.raises(MalformedRecord, match=reason):
         parse({"id": b"x", "image": b"", "questions": questions, "facts": "[]"})
 
 
-def test_records_survive_the_file(tmp_path):
+def test_records_survive_a_round_trip_through_files(tmp_path):
     written = list(digits.scenes("train", 12, (3, 3), (2, 5)))
     builder = records.builder("a_test", "1.0.0", {"train": lambda: written}, str(tmp_path))
     builder.download_and_prepare()
     source = records.source(builder, "train")
-    found = sorted((parse(source[i]) for i in range(len(source))), key=lambda r: r.id)
-    for old, new in zip(written, found, strict=True):
+    read = sorted((parse(source[i]) for i in range(len(source))), key=lambda r: r.id)
+    for old, new in zip(written, read, strict=True):
         assert (old.id, old.image, old.questions) == (new.id, new.image, new.questions)
         assert json.dumps(old.facts) == json.dumps(new.facts)
     again = records.builder("a_test", "1.0.0", {"train": list}, str(tmp_path))
-    again.download_and_prepare()  # finds the files, and writes nothing
+    again.download_and_prepare()  # finds the files and writes nothing
     assert len(records.source(again, "train")) == 12

@@ -1,4 +1,4 @@
-"""Tokenizers of model directories: what is checked, and the policy's prompt."""
+"""Tokenizers of model directories and their checks; the policy's prompt."""
 
 import json
 import re
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, vocabulary_difference
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models import families
-from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 
@@ -30,7 +30,7 @@ def edited(tmp_path, file, change):
     return directory
 
 
-def test_text_survives_and_special_tokens_are_left_out():
+def test_decoding_restores_text_without_special_tokens():
     tokenizer = read()
     text = "digits: north red three, total one; Ünïcode too"
     ids = tokenizer.encode(text)
@@ -39,18 +39,18 @@ def test_text_survives_and_special_tokens_are_left_out():
     assert len(stop) == 2 and set(stop) <= set(tokenizer.special)
 
 
-def test_a_tokenizer_of_another_model_is_refused():
+def test_tokenizer_of_another_model_is_refused():
     with pytest.raises(ModelDirectoryError, match="the model's vocabulary has 100 rows"):
         read(vocab=100)
 
 
-def test_a_directory_without_a_tokenizer_is_named(tmp_path):
+def test_error_for_a_missing_tokenizer_names_the_directory(tmp_path):
     shutil.copy(POLICY / "config.json", tmp_path)
     with pytest.raises(ModelDirectoryError, match=str(tmp_path)):
         read(tmp_path)
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+def test_tokenizer_without_a_chat_template_is_refused(tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(POLICY, directory)
     (directory / "chat_template.jinja").unlink()
@@ -58,7 +58,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         read(directory)
 
 
-def test_a_difference_between_policy_and_judge_is_named(tmp_path):
+def test_vocabulary_difference_names_a_token(tmp_path):
     assert vocabulary_difference(read(), read(JUDGE)) is None
 
     def swap(content):
@@ -75,7 +75,7 @@ def prompt():
     return PolicyPrompt.create(read(), "Describe the image in detail.", vision, True)
 
 
-def test_the_prompt_is_the_chat_templates_with_one_token_for_each_feature(prompt):
+def test_prompt_is_the_chat_template_with_a_token_for_each_feature(prompt):
     filled = prompt.fill((6, 4), 40)
     ids = filled.tokens[filled.mask]
     features = filled.feature[filled.mask]
@@ -87,10 +87,10 @@ def test_the_prompt_is_the_chat_templates_with_one_token_for_each_feature(prompt
     np.testing.assert_array_equal(features >= 0, ids == prompt.image_token)
     assert sorted(features[features >= 0]) == list(range(6))
     assert len(ids) == prompt.length(6)
-    # Text after the image goes on from the larger side of 3 x 2 features.
+    # Text after the image starts after the larger side of 3 x 2 features.
     assert filled.next_position == len(ids) - 6 + 3
 
 
-def test_a_prompt_longer_than_its_bucket_names_the_way_out(prompt):
+def test_error_for_a_too_long_prompt_names_the_setting(prompt):
     with pytest.raises(ValueError, match=r"raise data.max_prompt from 20"):
         prompt.fill((6, 6), 20)

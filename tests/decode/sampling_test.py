@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from caprl_jax.decode.sampling import Sampling, by_inversion, by_noise, draw, filter_logits, pick
-from caprl_jax.parallel import axes as logical
-from caprl_jax.parallel import mesh
+from caprl_jax.parallel import axes, mesh
 from caprl_jax.plan.hlo import costs as hlo_costs
 
 LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.25, 0.2], jnp.float32))
@@ -130,10 +129,10 @@ def test_draws_lie_on_the_mesh_that_they_are_traced_for(vocab):
     logits = 3 * jax.random.normal(jax.random.key(1), (8, vocab))
     found = [draw(jax.random.key(0), logits, Sampling(1))[0]]
     for devices in (jax.devices()[:4], jax.devices()[4:]):
-        on = mesh.layout(mesh.make_mesh({"tensor": 4, "fsdp": 1}, devices))
+        on = mesh.shard_rules(mesh.make_mesh({"tensor": 4, "fsdp": 1}, devices))
 
         def drawn(logits, on=on):
-            with logical.using(on):
+            with axes.using(on):
                 return draw(jax.random.key(0), logits, Sampling(1))[0]
 
         put = jax.device_put(logits, on.sharding(None, "vocab"))

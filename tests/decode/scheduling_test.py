@@ -1,19 +1,18 @@
 """Captions that share slots: who follows whom, how long it takes, and that captions are sound."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.decode import caches as decoding
-from caprl_jax.decode import scheduling as slots
+from caprl_jax.decode import caches, loop, scheduling
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.plan.hlo import costs as hlo_costs
-from caprl_jax.rl import rollout, step, update
-from caprl_jax.rl.rollout import sample
+from caprl_jax.rl import update
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Decoding
 
 STOP = tuple(range(20))  # of 60 tokens: captions end at any length, or not at all
 SAMPLING = Sampling(max_tokens=6)
@@ -23,7 +22,7 @@ GROUP = 7
 def schedule(length, count):
     """Slots run with captions of these lengths [b, g], and the turns that it took."""
     b, g = length.shape
-    state, turn = slots.filled(jnp.ones(b, bool), count, g), 0
+    state, turn = scheduling.filled(jnp.ones(b, bool), count, g), 0
     while state.busy.any():
         last = np.take_along_axis(length, np.minimum(state.caption, g - 1), axis=1)
         state, turn = state.after(state.busy & (state.at + 1 == last), jnp.asarray(turn)), turn + 1
@@ -42,15 +41,15 @@ def test_each_caption_has_a_slot_to_itself_as_long_as_it_is(count):
         assert len(set(taken)) == own.sum()
         assert max(s for s, _ in taken) < count
         assert np.all(np.diff(began) >= 0)
-    assert turn == slots.turns(jnp.asarray(length), count).max()
-    assert turn <= slots.most_turns(GROUP, count, longest)
+    assert turn == scheduling.iterations(jnp.asarray(length), count).max()
+    assert turn <= scheduling.most_iterations(GROUP, count, longest)
 
 
 def test_captions_of_any_lengths_end_within_the_turns_that_are_given_them():
     lengths = np.stack(np.meshgrid(*[[1, 2, 4]] * 6), axis=-1).reshape(-1, 6)
     for count in (2, 4):
-        most = slots.turns(jnp.asarray(lengths), count).max()
-        assert most == slots.most_turns(6, count, 4)  # of the longest; nothing takes more
+        most = scheduling.iterations(jnp.asarray(lengths), count).max()
+        assert most == scheduling.most_iterations(6, count, 4)  # of the longest; nothing takes more
 
 
 def test_what_was_drawn_turn_by_turn_comes_back_by_caption():
@@ -66,20 +65,23 @@ def test_what_was_drawn_turn_by_turn_comes_back_by_caption():
 def test_wasted_slots_are_those_that_wait_for_the_longest_of_their_piece():
     length = jnp.asarray([[4, 2], [1, 1], [6, 6], [9, 9]])
     valid = jnp.asarray([True, True, True, False])
-    assert slots.wasted(length, valid, 1) == (6 * 6 - 20, 6 * 6)
+    assert scheduling.wasted(length, valid, 1) == (6 * 6 - 20, 6 * 6)
     # Two pieces are of images 0, 2 and 1, 3.
-    assert slots.wasted(length, valid, 2) == (6 * 4 + 2 - 20, 6 * 4 + 2)
+    assert scheduling.wasted(length, valid, 2) == (6 * 4 + 2 - 20, 6 * 4 + 2)
     # One after the other in one slot, 6 + 6 turns are the most.
-    assert slots.wasted(length, valid, 1, slots=1) == (12 * 3 - 20, 12 * 3)
+    assert scheduling.wasted(length, valid, 1, slots=1) == (12 * 3 - 20, 12 * 3)
+
+
+def sample(world, params, batch, decoding, key=0):
+    return rollout(world.policy, params, batch, decoding=decoding, key=jax.random.key(key))
 
 
 def draw(world, count, sampling=SAMPLING, valid=None, key=0):
     """GROUP captions an image in so many slots."""
-    run = jax.jit(lambda params, batch, valid: sample(
-        world.policy, params, batch.images, batch.prompt, jax.random.key(key), GROUP, STOP,
-        sampling, valid=valid, slots=count,
-    ))  # fmt: skip
-    return jax.device_get(run(world.params, world.batch, valid))
+    decoding = Decoding(GROUP, STOP, sampling, count)
+    batch = world.batch if valid is None else world.batch.replace(valid=valid)
+    run = jax.jit(lambda params, batch: sample(world, params, batch, decoding, key))
+    return jax.device_get(run(world.params, batch))
 
 
 @pytest.mark.parametrize(
@@ -90,8 +92,8 @@ def test_captions_in_slots_have_the_policys_probabilities(
     world, monkeypatch, platform, count, stage
 ):
     """A token that saw another caption's, or had a wrong position, would have another."""
-    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
-    monkeypatch.setattr(rollout, "STAGE", stage)
+    monkeypatch.setattr(caches, "_platform", lambda: platform)
+    monkeypatch.setattr(loop, "STAGE", stage)
     found = draw(world, count)
     logp, _ = jax.jit(lambda params, captions: update.caption_logps(
         world.policy, params, world.batch, captions
@@ -121,10 +123,9 @@ def test_rows_that_only_fill_up_have_empty_captions_in_slots_too(world):
 
 def test_fewer_slots_hold_fewer_caches_and_do_the_same_work_on_full_captions(world):
     def compiled(count):
-        run = jax.jit(lambda params, batch: sample(
-            world.policy, params, batch.images, batch.prompt, jax.random.key(0), 8, (),
-            Sampling(max_tokens=64), slots=count,
-        )).lower(world.params, world.batch).compile()  # fmt: skip
+        decoding = Decoding(8, (), Sampling(max_tokens=64), count)
+        run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
+        run = run.lower(world.params, world.batch).compile()
         text = hlo_costs.parse(run.as_text())
         return run.memory_analysis().temp_size_in_bytes, hlo_costs.costs(text, ("decode",))
 
@@ -137,35 +138,16 @@ def test_fewer_slots_hold_fewer_caches_and_do_the_same_work_on_full_captions(wor
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_until_a_slots_cache_is_full_less_of_it_is_read(world, monkeypatch, platform):
-    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
+    monkeypatch.setattr(caches, "_platform", lambda: platform)
 
     def flops(stage):
-        monkeypatch.setattr(rollout, "STAGE", stage)
-        run = jax.jit(lambda params, batch: sample(
-            world.policy, params, batch.images, batch.prompt, jax.random.key(0), 4, (),
-            Sampling(max_tokens=8), slots=2,
-        )).lower(world.params, world.batch).compile()  # fmt: skip
+        monkeypatch.setattr(loop, "STAGE", stage)
+        decoding = Decoding(4, (), Sampling(max_tokens=8), 2)
+        run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
+        run = run.lower(world.params, world.batch).compile()
         return hlo_costs.costs(hlo_costs.parse(run.as_text()), ("decode",))["decode"].flops
 
     # Of 8 turns' tokens 2, 4, 6, 8 instead of 8 are scored and summed, and 8 in the 8 that follow.
     c, steps = world.policy.decoder.config, 2
     saved = 2 * 2 * c.layers * 4 * 2 * c.heads * c.head_dim * steps * (6 + 4 + 2)
     assert flops(8) - flops(2) == saved
-
-
-def test_what_is_known_of_captions_needs_a_slot_for_each():
-    with pytest.raises(ValueError, match="slots from 2 to 0, or reuse to prefill"):
-        step.Settings(group=4, slots=2, reuse="rollout")
-    with pytest.raises(ValueError, match="slots=-1 must not be negative"):
-        step.Settings(slots=-1)
-    assert step.Settings(group=4, slots=4, reuse="rollout").slots == 4
-
-
-def test_nothing_is_dropped_silently_of_what_is_to_be_known(world):
-    trunk = jax.eval_shape(world.policy.trunk, world.params, world.batch.images, world.batch.prompt)
-    run = functools.partial(
-        rollout.sample_after, world.policy, key=jax.random.key(0), group=GROUP, stop=STOP,
-        sampling=SAMPLING, layout=None, valid=jnp.ones(4, bool), keep=True, slots=2,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="needs a slot for each"):
-        jax.eval_shape(run, world.params, trunk)

@@ -1,4 +1,4 @@
-"""Attention in pieces of the queries is attention: the same values and gradients."""
+"""Attention: slices of the queries, the custom gradient, and queries that see nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from caprl_jax.models import attention
-from caprl_jax.models.attention import Segment, attend, attend_knowing, causal_mask
-from caprl_jax.plan.flops import jaxpr_flops
+from caprl_jax.models.attention import Segment, attend, causal_mask
 
 
 def problem(t, kv_heads=2):
-    """q [b, g, t, heads, d] and two segments: of an ancestor, and its own, causal."""
+    """q [b, g, t, heads, d], keys, values and masks of an ancestor's and its own causal segment."""
     rng = np.random.default_rng(0)
     heads = 4, kv_heads, kv_heads
     q, k, v = (rng.normal(size=(2, 3, t, h, 4)).astype(np.float32) for h in heads)
@@ -28,44 +27,22 @@ def loss(q, kvs, masks):
     return jnp.sum(jnp.sin(out)), out
 
 
-# A token has 4 bytes x 4 heads x 3 captions x (5 + t) keys of scores; 7 is not cut evenly.
+# A token's scores take 4 bytes x 4 heads x 3 captions x (5 + t) keys; 7 has no even slices.
 @pytest.mark.parametrize(("t", "bound"), [(8, 2 * 48 * 13), (7, 3 * 48 * 12), (7, 1)])
-def test_pieces_give_the_same_values_and_gradients(monkeypatch, t, bound):
+def test_slices_give_the_same_values_and_gradients(monkeypatch, t, bound):
     q, kvs, masks = problem(t)
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, whole), whole_grads = run(q, kvs, masks)
     monkeypatch.setattr(attention, "SCORE_BYTES", bound)
     assert "scan" in str(jax.make_jaxpr(loss)(q, kvs, masks))
-    (_, pieces), grads = run(q, kvs, masks)
-    np.testing.assert_allclose(pieces, whole, atol=1e-6)
+    (_, sliced), grads = run(q, kvs, masks)
+    np.testing.assert_allclose(sliced, whole, atol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(whole_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("bound", [2**28, 2 * 48 * 13])
-def test_what_is_known_has_the_same_gradient_for_no_products(monkeypatch, bound):
-    q, kvs, masks = problem(8)
-
-    def run(q, kvs, known=None):
-        (root, own), (real, causal) = kvs, masks
-        return attend_knowing(q, [Segment(*root, real), Segment(*own, causal)], known)
-
-    (out, log_total), back = jax.vjp(run, q, kvs)
-    monkeypatch.setattr(attention, "SCORE_BYTES", bound)
-    known, back_knowing = jax.vjp(lambda q, kvs: run(q, kvs, (out, log_total)), q, kvs)
-    np.testing.assert_array_equal(known[0], out)
-    np.testing.assert_array_equal(known[1], log_total)
-    unused = jnp.ones_like(log_total)  # the log-sum-exp has no gradient
-    for a, b in zip(
-        *map(jax.tree.leaves, (back_knowing((out, unused)), back((out, unused)))), strict=True
-    ):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    forward = jax.make_jaxpr(run)(q, kvs, (out, log_total))
-    assert jaxpr_flops(forward, 1) == 0 < jaxpr_flops(jax.make_jaxpr(run)(q, kvs), 1)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_the_gradient_is_right_and_keeps_no_scores(kv_heads):
+def test_gradient_equals_plain_attention_and_keeps_no_scores(kv_heads):
     q, kvs, masks = problem(64, kv_heads)
 
     def run(q, kvs):
@@ -81,7 +58,7 @@ def test_the_gradient_is_right_and_keeps_no_scores(kv_heads):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding():
+def test_bfloat16_gradients_equal_float32_up_to_rounding():
     q, kvs, masks = problem(16)
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (q, kvs))
 
@@ -99,7 +76,7 @@ def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding():
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-6 * float(jnp.abs(b).max()))
 
 
-def test_a_query_that_sees_nothing_is_finite_and_teaches_nothing():
+def test_query_that_sees_nothing_is_finite_without_gradient():
     q, (_, own), _ = problem(8)
     none = jnp.zeros((2, 3, 8, 8), bool)
     out, back = jax.vjp(lambda q, k, v: attend(q, [Segment(k, v, none)]), q, *map(jnp.asarray, own))
@@ -108,7 +85,7 @@ def test_a_query_that_sees_nothing_is_finite_and_teaches_nothing():
 
 
 def attend_plainly(q, kvs, masks):
-    """As attend, one segment after the other repeated and joined."""
+    """Attention over the repeated and concatenated segments, as an oracle for attend."""
     (root, own), (real, causal) = kvs, masks
     g = q.shape[1]
     repeat = q.shape[3] // own[0].shape[3]

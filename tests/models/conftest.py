@@ -1,4 +1,4 @@
-"""Tiny random models written by transformers, and the same inputs for both implementations."""
+"""Tiny random models saved by transformers, and the same inputs for both implementations."""
 
 import dataclasses
 import functools
@@ -21,11 +21,17 @@ from transformers import (
 
 from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
-from caprl_jax.models.vision import Images, batch_images, feature_order, lay_out, windows_of
+from caprl_jax.models.vision import (
+    Images,
+    batch_images,
+    feature_order,
+    pad_to_windows,
+    window_count,
+)
 from caprl_jax.models.vlm import Policy, Prompt, mrope_positions
 
 IMAGE, VIDEO, START, END, STOP = 290, 291, 292, 293, 294
-GRIDS = [(6, 6), (10, 14), (4, 18), (12, 2)]  # patches: none of them a square of whole windows
+GRIDS = [(6, 6), (10, 14), (4, 18), (12, 2)]  # in patches; no grid is a square of whole windows
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 48,
@@ -34,7 +40,7 @@ SIZES = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.1,
 }
-# Unlike the defaults: odd ratios of query to key-value heads, head_dim that is not width / heads.
+# Unlike the defaults: odd ratios of query to key-value heads, and head_dim isn't width / heads.
 HEADS = {
     "three": {"num_attention_heads": 6, "num_key_value_heads": 2},
     "five": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16},
@@ -54,49 +60,66 @@ VISION = {
 ROPE = {
     "qwen2_5_vl": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
     "qwen3_vl": {
-        "rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2],
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [4, 2, 2],
         "mrope_interleaved": True,
     },
-}  # fmt: skip
+}
 TOWERS = {
     "qwen2_5_vl": {
-        "depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 14,
-        "window_size": 56, "out_hidden_size": 48, "fullatt_block_indexes": [1, 3],
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": 14,
+        "window_size": 56,
+        "out_hidden_size": 48,
+        "fullatt_block_indexes": [1, 3],
         "initializer_range": 0.1,
     },
     "qwen3_vl": {
-        "depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 16,
-        "out_hidden_size": 48, "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2],
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": 16,
+        "out_hidden_size": 48,
+        "num_position_embeddings": 49,
+        "deepstack_visual_indexes": [0, 2],
         "initializer_range": 0.1,
     },
-}  # fmt: skip
+}
 IMAGE_IDS = {
-    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
     "vision_end_token_id": END,
-}  # fmt: skip
+}
 _MEASURED: dict[tuple[str, str], float] = {}
 
 
 @pytest.fixture
 def within(request):
-    """Asserts that a largest difference is within a bound, and notes it for the table."""
+    """Function that asserts a bound on the largest difference, and records it for the table."""
 
-    def check(ours, theirs, bound, what):
-        found = float(np.max(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))))
+    def check(ours, theirs, bound, name):
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        difference = float(np.max(np.abs(ours - theirs)))
         model = request.node.callspec.id if hasattr(request.node, "callspec") else ""
-        _MEASURED[model, what] = max(found, _MEASURED.get((model, what), 0.0))
-        assert found <= bound, what
+        _MEASURED[model, name] = max(difference, _MEASURED.get((model, name), 0.0))
+        assert difference <= bound, name
 
     return check
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The parity table: what was compared with transformers, and the largest differences."""
+    """Prints the parity table: the largest difference from transformers in each comparison."""
     if not _MEASURED:
         return
     terminalreporter.section("largest absolute difference from transformers, float32")
-    for (model, what), found in sorted(_MEASURED.items()):
-        terminalreporter.write_line(f"{model:<16} {what:<44} {found:.1e}")
+    for (model, name), difference in sorted(_MEASURED.items()):
+        terminalreporter.write_line(f"{model:<16} {name:<44} {difference:.1e}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +133,8 @@ class Pair:
 
 
 def pair(theirs, directory: Path) -> Pair:
-    """Writes theirs and reads it back as ours."""
-    # Zeros and ones at initialisation hide whoever forgets a bias or a norm's scale.
+    """Saves transformers' model and loads it as ours."""
+    # Random values, because initial zeros and ones would hide a forgotten bias or scale.
     for name, parameter in theirs.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -125,7 +148,7 @@ def pair(theirs, directory: Path) -> Pair:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """name -> Pair, each made once."""
+    """Function from a name to its Pair, which is made once."""
 
     @functools.cache
     def make(name):
@@ -145,19 +168,19 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=TEXT)
 def text_pair(request, pairs) -> Pair:
-    """A judge."""
+    """Pair of a judge."""
     return pairs(request.param)
 
 
 @pytest.fixture(scope="session", params=VISION)
 def vision_pair(request, pairs) -> Pair:
-    """A policy."""
+    """Pair of a policy."""
     return pairs(request.param)
 
 
 @pytest.fixture(scope="session", params=TEXT | VISION)
 def any_pair(request, pairs) -> Pair:
-    """A judge or a policy."""
+    """Pair of a judge or a policy."""
     return pairs(request.param)
 
 
@@ -171,7 +194,7 @@ class Inputs:
 
     @property
     def torch(self) -> dict[str, torch.Tensor]:
-        """As transformers takes them."""
+        """Arguments of transformers' model."""
         return {
             "input_ids": torch.tensor(self.prompt.tokens).long(),
             "attention_mask": torch.tensor(self.prompt.mask).long(),
@@ -182,18 +205,23 @@ class Inputs:
 
 
 def make_inputs(vision, text_tokens: int, bucket: int) -> Inputs:
-    """Random patches and prompts, padded on the right."""
+    """Makes random patches and prompts, padded on the right."""
     rng = np.random.default_rng(0)
     patches = [rng.normal(size=(a * b, vision.patch_dim)).astype(np.float32) for a, b in GRIDS]
-    most = max(windows_of(g, vision) for g in GRIDS)
-    laid = [lay_out(p, g, vision, most) for p, g in zip(patches, GRIDS, strict=True)]
+    most = max(window_count(g, vision) for g in GRIDS)
+    images = [pad_to_windows(p, g, vision, most) for p, g in zip(patches, GRIDS, strict=True)]
     prompts = []
     for i, grid in enumerate(GRIDS):
         features = grid[0] * grid[1] // 4
-        ids = np.concatenate([
-            rng.integers(0, 280, 5), [START], [IMAGE] * features, [END],
-            rng.integers(0, 280, text_tokens + i),
-        ])  # fmt: skip
+        ids = np.concatenate(
+            [
+                rng.integers(0, 280, 5),
+                [START],
+                [IMAGE] * features,
+                [END],
+                rng.integers(0, 280, text_tokens + i),
+            ]
+        )
         positions, following = mrope_positions(ids, IMAGE, grid, vision.merge)
         padding = bucket - len(ids)
         feature = np.full(bucket, -1)
@@ -208,10 +236,10 @@ def make_inputs(vision, text_tokens: int, bucket: int) -> Inputs:
             )
         )
     prompt = Prompt(*(np.stack(a) for a in zip(*(dataclasses.astuple(p) for p in prompts))))
-    return Inputs(batch_images(laid), prompt, patches)
+    return Inputs(batch_images(images), prompt, patches)
 
 
 @pytest.fixture(scope="session")
 def inputs(vision_pair) -> Inputs:
-    """Prompts of about 500 tokens."""
+    """Inputs with prompts of about 500 tokens."""
     return make_inputs(vision_pair.ours.vision.config, 470, 530)

@@ -1,4 +1,4 @@
-"""What the gradient computes again changes its work, and nothing else."""
+"""Rematerialisation changes the work of the gradient, but not its value."""
 
 import dataclasses
 
@@ -6,20 +6,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from caprl_jax.decode.loop import Rollout
 from caprl_jax.models.layers import REMAT
 from caprl_jax.plan import flops
-from caprl_jax.rl import rollout, update
+from caprl_jax.rl import update
 
-from ..rl.step_test import assert_close
+from ..rl.runs import assert_close
 
 
 @pytest.fixture(scope="module")
 def learned(world):
-    """Of each kind: (gradients, FLOPs of the products before the compiler merges any)."""
-    key, found = jax.random.key(0), {}
+    """Maps each remat kind to (gradients, FLOPs of the products before compilation)."""
+    key, out = jax.random.key(0), {}
     tokens = jax.random.randint(key, (4, 3, 6), 0, 50)
     mask = jnp.arange(6)[None] < jnp.asarray([[6], [4], [2]])
-    captions = rollout.Rollout(tokens, jnp.broadcast_to(mask, tokens.shape), *[None] * 4)
+    captions = Rollout(tokens, jnp.broadcast_to(mask, tokens.shape), *[None] * 4)
     for kind in REMAT:
         policy = dataclasses.replace(
             world.policy,
@@ -32,15 +33,15 @@ def learned(world):
 
         grad = jax.jit(jax.grad(loss))
         traced = grad.trace(world.params).jaxpr
-        found[kind] = jax.device_get(grad(world.params)), flops.jaxpr_flops(traced, 1)
-    return found
+        out[kind] = jax.device_get(grad(world.params)), flops.jaxpr_flops(traced, 1)
+    return out
 
 
 @pytest.mark.parametrize("kind", list(REMAT)[1:])
-def test_gradients_are_the_same(learned, kind):
+def test_gradients_equal_those_without_remat(learned, kind):
     assert_close(learned[kind][0], learned["none"][0], 1e-5)
 
 
 def test_only_full_computes_products_with_weights_again(learned):
-    """Scores of attention are computed again by all of them."""
+    """All kinds compute attention's scores again."""
     assert learned["products"][1] == learned["none"][1] < learned["full"][1]

@@ -1,4 +1,4 @@
-"""Two processes of four devices are one process of eight; one that dies ends the other's run."""
+"""Two processes of four devices equal one of eight; a lost process ends the other one."""
 
 import dataclasses
 import json
@@ -17,22 +17,40 @@ import optax
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 from caprl_jax.parallel import processes as distributed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "steps": 5, "caprl.group": 2, "caprl.questions": 2, "sampling.max_tokens": 12,
-    "caprl.updates": 1, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
-    "data.batch": 8, "data.train": 20, "data.heldout": 8, "eval.images": 8, "eval.batch": 8,
-    "eval.group": 2, "eval.every": 0, "checkpoint.every": 2,
-    # Under fsdp=8 gloo takes one collective's data for another's: "collective mismatch".
-    "mesh.data": -1, "mesh.fsdp": 1,
-}  # fmt: skip
-NO_FIGURE = {"time", "seconds_data", "seconds_step", "tokens_per_second"}
+    "steps": 5,
+    "caprl.group": 2,
+    "caprl.questions": 2,
+    "sampling.max_tokens": 12,
+    "caprl.updates": 1,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+    "data.batch": 8,
+    "data.train": 20,
+    "data.heldout": 8,
+    "eval.images": 8,
+    "eval.batch": 8,
+    "eval.group": 2,
+    "eval.every": 0,
+    "checkpoint.every": 2,
+    # With fsdp=8 gloo confuses the data of two collectives: "collective mismatch".
+    "mesh.data": -1,
+    "mesh.fsdp": 1,
+}
+TIMINGS = {
+    "time",
+    "seconds_data",
+    "seconds_step",
+    "tokens_per_second",
+    "generated_tokens_per_second",
+}
 
 
 def free_port() -> int:
@@ -43,7 +61,7 @@ def free_port() -> int:
 
 @dataclasses.dataclass
 class Run:
-    """A run's processes, each on its own devices, with what they print in files."""
+    """A run's processes, each with its own devices, and their output in files."""
 
     workdir: Path
     processes: list[subprocess.Popen]
@@ -67,16 +85,16 @@ def start(workdir: Path, processes: int, devices: int, *extra: str, **settings) 
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
         "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # busy machines are slow
     )
-    cache = {  # these runs compile the same few programs
+    cache = {  # all runs compile the same few programs
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     threads = {"NPROC": "1" if processes > 1 else "16"}
     environment = os.environ | threads | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | cache
-    where = f"--coordinator=localhost:{free_port()}", f"--processes={processes}"
+    address = f"--coordinator=localhost:{free_port()}", f"--processes={processes}"
     started = []
     for i in range(processes):
-        own = [*where, f"--process={i}"] if processes > 1 else []
+        own = [*address, f"--process={i}"] if processes > 1 else []
         with workdir.with_suffix(f".{i}.log").open("w") as log:
             started.append(
                 subprocess.Popen(
@@ -91,7 +109,7 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def captions(workdir: Path) -> dict[str, list]:
-    """Those before training: of the same parameters, so equal to the letter."""
+    """Captions before training; equal parameters give exactly equal captions."""
     sets = json.loads((workdir / "before.json").read_text())[1]
     return {name: [j["caption"] for j in judged] for name, judged in sets.items()}
 
@@ -100,19 +118,19 @@ def params(directory: Path):
     return hf.load_params(directory, families.build(hf.read_config(directory)))
 
 
-def same_params(found, expected) -> None:
-    """Where a gradient is nearly zero Adam makes a step of its noise: so all together, not each."""
+def same_params(ours, expected) -> None:
+    """Compares the norm over all parameters: Adam amplifies the noise of gradients near zero."""
     start = params(sources.fetch("asset:tiny/policy"))
     apart, moved = (
-        float(optax.tree.norm(jax.tree.map(np.subtract, tree, expected))) for tree in (found, start)
+        float(optax.tree.norm(jax.tree.map(np.subtract, tree, expected))) for tree in (ours, start)
     )
     assert moved > 0.05 and apart < 2e-3 * moved, (apart, moved)
 
 
-def same_curve(found: list[dict], expected: list[dict]) -> None:
-    assert [x["step"] for x in found] == [x["step"] for x in expected]
-    for a, b in zip(found, expected, strict=True):
-        for name in b.keys() - NO_FIGURE:
+def same_curve(ours: list[dict], expected: list[dict]) -> None:
+    assert [x["step"] for x in ours] == [x["step"] for x in expected]
+    for a, b in zip(ours, expected, strict=True):
+        for name in b.keys() - TIMINGS:
             # logp_gap and kl are differences of nearly equal numbers.
             tolerance = {"rtol": 2e-3, "atol": 2e-5}
             np.testing.assert_allclose(a[name], b[name], err_msg=name, **tolerance)
@@ -127,9 +145,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 4])  # 4: inside each process
+@pytest.mark.parametrize("fsdp", [1, 4])  # 4 devices of one process
 def test_two_processes_equal_one(whole, fsdp):
-    """The same images in the same places: metrics, captions, parameters and figures agree."""
+    """Metrics, captions, parameters and figures agree."""
     run = start(whole.workdir.parent / f"two-{fsdp}", 2, 4, **{"mesh.fsdp": fsdp})
     assert run.ended(900) == [0, 0], run.text(0) + run.text(1)
     assert captions(run.workdir) == captions(whole.workdir)
@@ -138,13 +156,13 @@ def test_two_processes_equal_one(whole, fsdp):
     names = {p.name for p in run.workdir.iterdir()}
     assert names == {p.name for p in whole.workdir.iterdir()}
     assert "report:" in run.text(0) and "report:" not in run.text(1)
-    assert "loading" not in run.text(1)  # nor bars
+    assert "loading" not in run.text(1)  # only process 0 shows bars
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_process_that_dies_ends_the_run_which_goes_on_elsewhere(whole, victim):
-    """Killed after step 3: the other ends within 90 s and names it; 1 x 2 devices go on."""
+def test_run_with_a_killed_process_ends_and_resumes_elsewhere(whole, victim):
+    """The other process ends within 90 s and names the lost one; 1 x 2 devices resume."""
     run = start(whole.workdir.parent / f"killed-{victim}", 2, 4, steps=10**6)
     metrics = run.workdir / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
@@ -156,8 +174,8 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_elsewhere(whole, victim)
     took = time.monotonic() - began
     print(f"ended with {code} after {took:.0f} s")
     assert code in (-signal.SIGABRT, distributed.LOST) and took < distributed.HEARTBEAT + 30
-    told = r"unhealthy \(stopped sending heartbeats\):\n1" if victim else r"the leader .*task 0"
-    assert re.search(told, run.text(1 - victim)), run.text(1 - victim)
+    message = r"unhealthy \(stopped sending heartbeats\):\n1" if victim else r"the leader .*task 0"
+    assert re.search(message, run.text(1 - victim)), run.text(1 - victim)
     last = lines(run.workdir)[-1]["step"]
     again = start(run.workdir, 1, 2, steps=max(5, last + 1))
     assert again.ended(900) == [0], again.text(0)
@@ -170,10 +188,10 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_elsewhere(whole, victim)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_told_to_stop_writes_a_checkpoint(tmp_path, processes):
-    """SIGTERM to the last process: all stop after the same step, with their own exit code."""
-    run = start(tmp_path / "told", processes, 8 // processes,
-                steps=10**6, **{"checkpoint.every": 10**6})  # fmt: skip
+def test_sigterm_stops_all_processes_with_a_checkpoint(tmp_path, processes):
+    """SIGTERM to the last process stops all after the same step, with the exit code STOPPED."""
+    endless = {"steps": 10**6, "checkpoint.every": 10**6}
+    run = start(tmp_path / "stopped", processes, 8 // processes, **endless)
     metrics = run.workdir / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
         assert all(p.poll() is None for p in run.processes), run.text(0)
@@ -185,7 +203,7 @@ def test_a_run_told_to_stop_writes_a_checkpoint(tmp_path, processes):
     assert (run.workdir / "checkpoints" / str(step)).is_dir()
 
 
-def test_flags_that_do_not_fit_together_are_told_in_one_paragraph():
+def test_inconsistent_flags_are_refused():
     with pytest.raises(ConfigError, match="--processes and --process missing"):
         distributed.start("localhost:1234", None, None)
     with pytest.raises(ConfigError, match="--process=2 is none of --processes=2"):
@@ -194,7 +212,7 @@ def test_flags_that_do_not_fit_together_are_told_in_one_paragraph():
         distributed.start("localhost", 2, 0)
 
 
-def test_a_port_that_is_taken_or_unreachable_is_told(monkeypatch):
+def test_error_names_a_taken_or_unreachable_port(monkeypatch):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"process 0 can't serve .*localhost:{port}"):
@@ -207,8 +225,8 @@ def test_a_port_that_is_taken_or_unreachable_is_told(monkeypatch):
 @pytest.mark.parametrize(
     "error", [RuntimeError("DEADLINE_EXCEEDED"), ValueError("bad"), KeyError("SLURM"), OSError("x")]
 )
-def test_a_cluster_whose_processes_cannot_meet_ends_each(monkeypatch, error):
-    """Swallowed, each would train alone as process 0; without a cluster one does train alone."""
+def test_processes_of_a_cluster_that_cannot_meet_end(monkeypatch, error):
+    """Otherwise each would train alone as process 0. Without a cluster one process does."""
 
     def initialize(*_, **__):
         raise error
@@ -220,14 +238,14 @@ def test_a_cluster_whose_processes_cannot_meet_ends_each(monkeypatch, error):
     distributed.start(None, None, None)
 
 
-def test_without_a_cluster_jax_says_so_in_the_words_we_know():
-    """In a process of its own: JAX starts its service only where no backend has started."""
+def test_jax_reports_a_missing_cluster_in_the_expected_words():
+    """The test needs a new process: JAX starts its service only before a backend."""
     code = "import jax; jax.distributed.initialize()"
     hidden = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "JAX_COORDINATOR")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     command, environment = [sys.executable, "-c", code], environment | {"JAX_PLATFORMS": "cpu"}
-    told = subprocess.run(command, capture_output=True, text=True, env=environment).stderr
-    assert "ValueError: coordinator_address should be defined" in told
+    errors = subprocess.run(command, capture_output=True, text=True, env=environment).stderr
+    assert "ValueError: coordinator_address should be defined" in errors
 
 
 def _wrapped(cause: Exception) -> Exception:
@@ -247,7 +265,7 @@ def _wrapped(cause: Exception) -> Exception:
         (SystemExit("error: own"), 1),
     ],
 )
-def test_the_exit_code_tells_a_lost_process_from_an_own_error(monkeypatch, error, code):
+def test_exit_code_distinguishes_a_lost_process_from_an_own_error(monkeypatch, error, code):
     class Ended(Exception):
         pass
 
@@ -262,12 +280,12 @@ def test_the_exit_code_tells_a_lost_process_from_an_own_error(monkeypatch, error
         raise error
 
 
-def test_alone_there_is_nothing_to_agree_on():
+def test_single_process_agrees_with_itself():
     assert distributed.is_first() and distributed.own_name("a.jsonl") == "a.jsonl"
     assert distributed.agreed(True) and not distributed.agreed(False)
-    assert distributed.in_turns(lambda: 3) == 3
+    assert distributed.run_in_order(lambda: 3) == 3
     distributed.wait()
-    assert config_lib.default()  # the flags above started no run
+    assert config_lib.default()  # importing the config still works
 
 
 def test_sigterm_is_noted_once():
@@ -276,5 +294,7 @@ def test_sigterm_is_noted_once():
         assert not notice.reached(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert notice.reached(2) and notice.stops
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
+        assert (
+            signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        )  # a second SIGTERM ends the process
     assert signal.getsignal(signal.SIGTERM) == before

@@ -10,22 +10,19 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax import recipes
 from caprl_jax.commands import plan_table
-from caprl_jax.config import ConfigError
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import UserError
+from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.vision import Images, VisionConfig, VisionTower
 from caprl_jax.models.vlm import Policy, Prompt
-from caprl_jax.parallel import axes as logical
-from caprl_jax.parallel import hardware as chips
-from caprl_jax.parallel import mesh
+from caprl_jax.parallel import hardware, mesh, slices
 from caprl_jax.parallel.hardware import Chip
-from caprl_jax.plan import plan
-from caprl_jax.plan import roofline as floors
-from caprl_jax.plan import shapes as abstract
+from caprl_jax.parallel.jit import bind
+from caprl_jax.plan import plan, roofline, shapes
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.plan.hlo.costs import Collective
-from caprl_jax.rl import rollout
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Batch, Decoding
 
 TEXT = DecoderConfig(512, 256, 2, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4))
 VISION = VisionConfig(12, 64, 2, 4, 64, 256, 4, 2, (1,))
@@ -36,22 +33,21 @@ TABLES = {"gathered": ({}, {}), "over tensor": (SHIPPED.mesh.rules, SHIPPED.mesh
 
 def decode_text(devices, tables):
     """The compiled text of a rollout whose weights are all larger than its activations."""
-    on = mesh.layout(mesh.make_mesh({"fsdp": -1, "tensor": 2}, devices), *tables)
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": -1, "tensor": 2}, devices), *tables)
     policy = Policy(Decoder(TEXT, jnp.bfloat16), VisionTower(VISION, jnp.bfloat16))
-    params = abstract.params(policy.init, on)
+    params = shapes.params(policy.init, rules)
     b, m, p = 8, 16, 8
 
     def of(dtype, *shape):
-        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=on.sharding("images"))
+        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=rules.sharding("images"))
 
     images = Images(of(np.float32, m, 12), of(np.int32, m, 2), of(bool, m))
     prompt = Prompt(of(np.int32, p), of(bool, p), of(np.int32, p, 3), of(np.int32, p), of(np.int32))
-    run = functools.partial(
-        rollout.sample, policy, group=4, stop=(5,), sampling=Sampling(max_tokens=6),
-        layout=on,
-    )  # fmt: skip
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(on))
-    compiled = jax.jit(run).lower(params, images, prompt, key).compile()
+    decoding = Decoding(4, (5,), Sampling(max_tokens=6))
+    draw = functools.partial(rollout, policy, decoding=decoding)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(rules))
+    batch = Batch(images, prompt, None, of(bool))
+    compiled = jax.jit(bind(draw, rules)).lower(params, batch, key=key).compile()
     return hlo_costs.hlo_text(compiled)
 
 
@@ -74,14 +70,14 @@ def test_no_weights_are_gathered_in_the_decode_loop(tables):
 def tpu(topology):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'caprl_jax[plan]'")
     try:
-        chips.before_jax(topology)
-        return chips.devices(topology)
+        hardware.before_jax(topology)
+        return hardware.devices(topology)
     except ConfigError as e:
         pytest.skip(f"the TPU compiler can't be had: {e}")
 
 
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
-def test_nor_on_a_tpu(tables):
+def test_tpu_decode_gathers_no_weights(tables):
     assert largest_gather(decode_text(tpu("v5e:2x4"), tables)) < SMALLEST
 
 
@@ -110,13 +106,13 @@ def test_a_plan_accounts_for_every_byte_and_phase():
         and found.chips == 8
         and found.mesh == {"data": 1, "fsdp": 8, "tensor": 1}
     )
-    built = abstract.build(small(), jax.devices())
+    built = shapes.build(small(), jax.devices())
     whole = sum(a.size * 4 for a in jax.tree.leaves(built.state.params))
     assert whole / 8 <= found.memory["parameters"] < whole / 4  # norms are on every device
     assert found.memory["optimizer"] == 2 * found.memory["parameters"] + 4 * 2
-    assert found.memory["layout and rest"] < 4096
-    assert set(floors.PHASES) <= set(found.floors)
-    assert all(found.floors[name].flops > 0 for name in floors.PHASES)
+    assert found.memory["padding and rest"] < 4096
+    assert set(roofline.PHASES) <= set(found.floors)
+    assert all(found.floors[name].flops > 0 for name in roofline.PHASES)
     told = plan.tell("small", "local", found)
     assert "what there is isn't known" in told and "peaks of this device are not known" in told
 
@@ -128,8 +124,8 @@ def test_caches_are_counted_as_they_lie():
     c.mesh.fsdp, c.mesh.tensor = 2, 4
     c.mesh.rules.update({"heads": "", "kv_heads": ""})
     c.mesh.decode_rules.update({"heads": "", "kv_heads": ""})
-    built = abstract.build(c, jax.devices())
-    text = built.parts.policy.decoder.config
+    built = shapes.build(c, jax.devices())
+    text = built.policy.decoder.config
     token = 2 * 4 * text.layers * text.kv_heads * text.head_dim
     assert plan.caches(c, built) == token * (8 // 2) * (32 + 6 * 4)
     c.caprl.slots = 2
@@ -162,7 +158,7 @@ def test_suggestions_build_on_what_could_be_tried(monkeypatch, capsys):
 
 
 def test_the_table_and_the_efficiency():
-    floor = floors.Floor(
+    floor = roofline.Floor(
         1e12, 1e9, {"all-gather": 2e9}, {"compute": 2.0, "memory": 1.0, "links": 1.0}
     )
     small, large = (
@@ -182,19 +178,19 @@ def test_the_table_and_the_efficiency():
 def test_a_batch_that_does_not_lie_evenly_is_refused():
     c = small()
     c.data.batch = 12
-    with pytest.raises(ConfigError, match="don't lie evenly on the 8 devices"):
+    with pytest.raises(ConfigError, match="don't divide evenly over the 8 devices"):
         plan.make(c, "local")
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "cpu:", "tpu"])
 def test_what_is_no_topology_is_refused(topology):
     with pytest.raises(ConfigError, match="v5e:4x4"):
-        chips.before_jax(topology)
+        hardware.before_jax(topology)
 
 
 def test_a_model_of_unknown_size_is_refused():
     with pytest.raises(ConfigError, match=r"no published size: .*qwen2\.5-vl-3b"):
-        abstract.model_config("Qwen/Qwen2.5-VL-4B-Instruct")
+        shapes.model_config("Qwen/Qwen2.5-VL-4B-Instruct")
 
 
 @pytest.mark.parametrize(
@@ -203,14 +199,14 @@ def test_a_model_of_unknown_size_is_refused():
 def test_what_a_device_receives(kind, expected):
     """Of 100 bytes among 4 devices: three quarters; twice to sum and give back; all, if sent."""
     c = Collective(kind, 100, 3, ((0, 1, 2, 3),), (), "", "", "", ())
-    assert floors.received(c) == 3 * expected
+    assert roofline.received(c) == 3 * expected
 
 
 def test_the_slowest_of_compute_memory_and_links_is_the_floor():
     chip = Chip("c", 10.0, 0.0, 5.0, 2.0)
     gather = Collective("all-gather", 8, 1, ((0, 1),), (), "", "", "", ())
     costs = hlo_costs.Costs(20.0, 15.0, (gather,), (), (), ())
-    found = floors.floor(costs, chip)
+    found = roofline.floor(costs, chip)
     assert found.seconds == {"compute": 2.0, "memory": 3.0, "links": 2.0}
     assert found.bound == "memory" and found.floor == 3.0
 
@@ -228,8 +224,8 @@ def test_what_can_not_fit_is_refused_with_the_compilers_figure():
     assert any(ch.isdigit() for ch in found.refusal)
 
 
-def test_pieces_are_joined_in_the_order_of_the_whole():
+def test_slices_are_joined_in_the_order_of_the_whole():
     tree = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8)}
-    whole = logical.in_pieces(lambda t: jax.tree.map(lambda a: a + 1, t), tree, 1)
-    pieces = logical.in_pieces(lambda t: jax.tree.map(lambda a: a + 1, t), tree, 4)
+    whole = slices.map_slices(lambda t: jax.tree.map(lambda a: a + 1, t), tree, 1)
+    pieces = slices.map_slices(lambda t: jax.tree.map(lambda a: a + 1, t), tree, 4)
     jax.tree.map(np.testing.assert_array_equal, pieces, whole)

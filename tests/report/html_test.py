@@ -1,4 +1,4 @@
-"""The report says what happened, to anyone, whatever the captions hold, and loads nothing."""
+"""The report shows a run's results, escapes all text, and loads nothing."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ NAN = float("nan")
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, visible text, and the text of every cell and heading."""
+    """Parsed HTML: tags with their attributes, visible text, and style sheets."""
 
     def __init__(self, html):
         super().__init__()
@@ -70,13 +70,13 @@ def _page(tmp_path, **given):
         "set_aside": [],
         "config_text": "",
     }
-    report.write_report(tmp_path / "report.html", **(arguments | given))
+    report.write_report(tmp_path / "report.html", report.Content(**(arguments | given)))
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     return Page((tmp_path / "report.html").read_text("utf-8"))
 
 
 def _everything(text, steps=3):
-    """Arguments in which every string is the given one."""
+    """Fields of a report's content in which every string is the given text."""
     answer = Answer(text, [f"A) {text}", f"B) {text}"], text[:1], "B", False, 0.5)
     caption = _caption(text, [answer])
     return {
@@ -89,17 +89,17 @@ def _everything(text, steps=3):
     }
 
 
-def test_hostile_text_is_shown_and_never_obeyed(tmp_path):
+def test_hostile_text_is_shown_and_escaped(tmp_path):
     page = _page(tmp_path, **_everything(HOSTILE))
     expected = " ".join(HOSTILE.split())
     assert page.text.count(expected) >= 10
     assert not any(tag == "script" for tag, _ in page.tags)
     names = {name for _, attrs in page.tags for name in attrs}
     assert not any(name.startswith("on") for name in names)
-    assert "49" not in page.text  # nor is it a template
+    assert "49" not in page.text  # the text is no template either
 
 
-def test_the_page_loads_nothing_from_elsewhere(tmp_path):
+def test_page_loads_nothing_from_elsewhere(tmp_path):
     page = _page(tmp_path, **_everything("see https://example.com/x.png"))
     loading = {"src", "href", "xlink:href", "srcset", "poster", "action", "data", "background"}
     loaded = [v for _, attrs in page.tags for name, v in attrs.items() if name in loading]
@@ -111,7 +111,7 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path):
     assert policy.startswith("default-src 'none'")
 
 
-def test_every_sample_shows_its_questions_options_and_both_answers(tmp_path):
+def test_samples_show_their_questions_options_and_both_answers(tmp_path):
     questions = [f"Which digit is at place {i}?" for i in range(9)]
     samples = []
     for i in range(0, 9, 3):
@@ -121,9 +121,10 @@ def test_every_sample_shows_its_questions_options_and_both_answers(tmp_path):
     page = _page(tmp_path, samples=samples)
     for i, question in enumerate(questions):
         assert page.text.count(question) == 1  # once, with the answers side by side
-        told = page.text.split(question)[1][:160]
-        assert re.match(r" ✗ judge A, truth B p\(truth\) 0.25 A\) two B\) nine ✓ judge A, truth A "
-                        r"p\(truth\) 0.25 A\) nine B\) two", told), (i, told)  # fmt: skip
+        shown = page.text.split(question)[1][:160]
+        before = " ✗ judge A, truth B p(truth) 0.25 A) two B) nine"
+        after = " ✓ judge A, truth A p(truth) 0.25 A) nine B) two"
+        assert shown.startswith(before + after), (i, shown)
     for i in (0, 3, 6):
         assert f"old {i}" in page.text and f"new {i}" in page.text
 
@@ -132,7 +133,7 @@ def test_every_sample_shows_its_questions_options_and_both_answers(tmp_path):
     ("letter", "abstained", "verdict", "mark"),
     [("B", False, "right", "✓"), ("A", False, "wrong", "✗"), ("C", True, "abstained", "?")],
 )
-def test_verdicts_differ_in_colour_and_in_symbol(tmp_path, letter, abstained, verdict, mark):
+def test_verdicts_differ_in_colour_and_symbol(tmp_path, letter, abstained, verdict, mark):
     answer = _answer(letter=letter, abstained=abstained)
     assert answer.verdict == verdict
     page = _page(tmp_path, samples=[_sample(_caption(answers=[answer]))])
@@ -144,7 +145,7 @@ def test_verdicts_differ_in_colour_and_in_symbol(tmp_path, letter, abstained, ve
     assert len(set(colors.values())) == 3
 
 
-def test_captions_that_were_asked_different_questions(tmp_path):
+def test_answers_to_different_questions_are_shown_without_a_partner(tmp_path):
     old = [_answer("Q1?"), _answer("Q1?", "A"), _answer("Q2?")]
     new = [_answer("Q3?"), _answer("Q1?")]
     assert report._pairs(old, new) == [
@@ -157,25 +158,25 @@ def test_captions_that_were_asked_different_questions(tmp_path):
     assert page.text.count("not asked") == 3
 
 
-def test_a_run_of_nothing_has_a_report(tmp_path):
+def test_empty_run_has_a_report(tmp_path):
     page = _page(tmp_path)
     assert "No step was logged" in page.text
     assert "supervision" not in page.text and "reinforcement" not in page.text
 
 
-def test_zero_history_keeps_the_figures(tmp_path):
+def test_report_without_history_shows_the_figures(tmp_path):
     page = _page(tmp_path, summary={"heldout_accuracy_before": 0.25, "heldout_accuracy_after": 0.5})
     assert "No step was logged" in page.text and "25.0% → 50.0%" in page.text
 
 
-def test_the_intro_says_how_the_model_was_trained(tmp_path):
+def test_intro_says_how_the_model_was_trained(tmp_path):
     reinforced = _page(tmp_path, history=[{"step": 1, "reward": 0.5}]).text
     supervised = _page(tmp_path, history=[{"step": 1, "loss": 0.5}]).text
     assert "never sees the image" in reinforced and "supervision" not in reinforced
     assert "supervision" in supervised and "never sees the image" not in supervised
 
 
-def test_the_headline_has_the_accuracies_on_one_scale(tmp_path):
+def test_headline_shows_the_accuracies_on_one_scale(tmp_path):
     summary = {
         "heldout_accuracy_before": 0.262,
         "heldout_accuracy_after": 0.851,
@@ -189,26 +190,27 @@ def test_the_headline_has_the_accuracies_on_one_scale(tmp_path):
         "wall_seconds": 252.4,
     }
     page = _page(tmp_path, summary=summary)
-    for told in ("26.2% → 85.1%", "90.0% → 30.0%", "ceiling 97.2%", "22.0% → 88.7%", "3.0%",
-                 "60 steps", "wall time 4 min 12 s"):  # fmt: skip
-        assert told in page.text
+    accuracies = ("26.2% → 85.1%", "90.0% → 30.0%", "ceiling 97.2%")
+    for figure in (*accuracies, "22.0% → 88.7%", "3.0%", "60 steps", "wall time 4 min 12 s"):
+        assert figure in page.text
     bars = [(a["class"], a["style"]) for t, a in page.tags if t == "b" and "style" in a]
-    # A shorter bar lies on the longer one, or it would hide it.
-    assert bars == [("after", "width: 85.10%"), ("before", "width: 26.20%"),
-                    ("before", "width: 90.00%"), ("after", "width: 30.00%")]  # fmt: skip
+    # The shorter bar comes last: the longer one would hide it.
+    greedy = [("after", "width: 85.10%"), ("before", "width: 26.20%")]
+    sampled = [("before", "width: 90.00%"), ("after", "width: 30.00%")]
+    assert bars == greedy + sampled
     assert [a["style"] for t, a in page.tags if t == "u"] == ["left: 97.20%"] * 2
 
 
 @pytest.mark.parametrize("missing", ["heldout_accuracy_before", "heldout_accuracy_after"])
-def test_half_a_pair_is_shown_as_half(tmp_path, missing):
+def test_missing_half_of_a_pair_is_a_dash(tmp_path, missing):
     summary = {"heldout_accuracy_before": 0.25, "heldout_accuracy_after": 0.5}
     del summary[missing]
-    told = _page(tmp_path, summary=summary | {"caption_length_after": NAN, "ceiling": None}).text
-    assert ("– → 50.0%" if missing.endswith("before") else "25.0% → –") in told
-    assert "not finite" in told
+    text = _page(tmp_path, summary=summary | {"caption_length_after": NAN, "ceiling": None}).text
+    assert ("– → 50.0%" if missing.endswith("before") else "25.0% → –") in text
+    assert "not finite" in text
 
 
-def test_curves_appear_when_measured_and_only_then(tmp_path):
+def test_only_measured_curves_appear(tmp_path):
     history = [{"step": i, "reward": 0.5, "kl": None, "eval/accuracy_greedy": 0.5} for i in (1, 2)]
     page = _page(tmp_path, history=history, summary={"ceiling": 0.97})
     assert [a["aria-label"] for t, a in page.tags if t == "svg" and "aria-label" in a] == [
@@ -220,12 +222,12 @@ def test_curves_appear_when_measured_and_only_then(tmp_path):
     assert "Gradient norm" not in page.text
 
 
-def test_what_is_not_unicode_costs_nothing_but_itself(tmp_path):
+def test_invalid_unicode_is_replaced(tmp_path):
     page = _page(tmp_path, samples=[_sample(_caption("before\ud800after\x00 \u202e ✓"))])
     assert "before?after" in page.text
 
 
-def test_an_empty_caption_is_said_to_be_empty(tmp_path):
+def test_empty_caption_is_marked(tmp_path):
     assert "(an empty caption)" in _page(tmp_path, samples=[_sample(_caption(" \n"))]).text
 
 
@@ -249,28 +251,28 @@ def test_photographs_become_png_of_moderate_size(tmp_path, form):
 
 
 @pytest.mark.parametrize("broken", [b"", b"no image", _png((84, 84))[:60]])
-def test_an_unreadable_image_leaves_the_rest_of_the_report(tmp_path, broken):
+def test_unreadable_image_leaves_the_rest_of_the_report(tmp_path, broken):
     page = _page(tmp_path, samples=[_sample(_caption("still here"), image=broken)])
     assert "can’t be read" in page.text and "still here" in page.text
     assert not any(tag == "img" for tag, _ in page.tags)
 
 
-def test_records_set_aside_are_all_counted_and_some_listed(tmp_path):
+def test_records_set_aside_are_counted_and_the_first_listed(tmp_path):
     assert "None: every record" in _page(tmp_path).text
-    one = _page(tmp_path, set_aside=[{"id": "r7", "reason": "has no questions"}]).text
-    assert "1 record couldn’t" in one and "1 record set aside" in one
-    assert "r7 has no questions" in one
+    single = _page(tmp_path, set_aside=[{"id": "r7", "reason": "has no questions"}]).text
+    assert "1 record couldn’t" in single and "1 record set aside" in single
+    assert "r7 has no questions" in single
     many = [{"id": f"r{i:04d}", "reason": "broken"} for i in range(1000)]
-    told = _page(tmp_path, set_aside=many).text
-    assert "1000 records" in told and "800 more" in told
-    assert "r0199" in told and "r0200" not in told
+    text = _page(tmp_path, set_aside=many).text
+    assert "1000 records" in text and "800 more" in text
+    assert "r0199" in text and "r0200" not in text
 
 
-def test_the_config_and_every_figure_are_there(tmp_path):
+def test_report_shows_the_config_and_every_figure(tmp_path):
     summary = {"my_own_figure": 1234567, "odd": {"a": [1]}, "flag": True, "learning_rate": 2e-4}
-    told = _page(tmp_path, summary=summary, config_text='{"steps": 60}').text
+    text = _page(tmp_path, summary=summary, config_text='{"steps": 60}').text
     for part in ("my_own_figure", "1,234,567", '{"a": [1]}', "true", "0.0002", '{"steps": 60}'):
-        assert part in told
+        assert part in text
 
 
 def test_summary_table_sets_before_and_after_side_by_side():
@@ -298,10 +300,10 @@ def test_summary_table_sets_before_and_after_side_by_side():
         ["wall time", "1 h 02 min"],
         ["extra", "–", "2.5"],
     ]
-    assert len({len(line) for line in table.splitlines()}) == 1  # figures end in one column
+    assert len({len(line) for line in table.splitlines()}) == 1  # figures are aligned right
 
 
-def test_summary_table_of_nothing():
+def test_empty_summary_gives_a_table_without_rows():
     assert report.summary_table({}).split() == ["before", "after"]
 
 
@@ -315,5 +317,5 @@ def test_summary_table_of_nothing():
         (3600, "1 h 00 min"),
     ],
 )
-def test_durations(seconds, shown):
+def test_durations_have_readable_units(seconds, shown):
     assert report._shown("wall_seconds", seconds) == shown

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.rl.judge import Questions, verdicts
+from caprl_jax.rl import judge
+from caprl_jax.rl.judge import Judging
+from caprl_jax.rl.types import Questions
 
 P = np.asarray([0.5, 0.2, 0.1, 0.2])  # of options A to D, the last one abstaining; E is none
 
@@ -21,6 +23,10 @@ def asked(truth, letters=4, valid=True):
 def logits(p, temperature=1.0):
     """Letter logits whose softmax at the temperature is p; a fifth letter is far more likely."""
     return jnp.asarray([[[[*(temperature * np.log(p)), 50.0]]]], jnp.float32)
+
+
+def verdicts(logits, questions, key, mode="expected", temperature=0.6):
+    return judge.verdicts(logits, questions, judging=Judging(mode, temperature), key=key)
 
 
 @pytest.mark.parametrize(("truth", "expected"), [(0, 0.5), (1, 0.2), (2, 0.1)])

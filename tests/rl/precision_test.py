@@ -9,7 +9,12 @@ import pytest
 
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models.attention import Segment, attend, causal_mask
-from caprl_jax.rl import judge, step, update
+from caprl_jax.rl import update
+from caprl_jax.rl.judge import letter_logits
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Captions, Decoding, Rollout
+
+from .runs import make_run
 
 # exp: softmax and ratios; rsqrt: norms; cos, sin: RoPE; log: log-probabilities and entropies.
 EXACT = ("exp", "rsqrt", "cos", "sin", "log", "log1p", "exp2")
@@ -44,10 +49,10 @@ def half(world, request):
         decoder=world.policy.decoder.clone(dtype=jnp.bfloat16),
         vision=world.policy.vision.clone(dtype=jnp.bfloat16),
     )
-    cast = jax.tree.map(lambda a: a.astype(request.param), (world.params, world.frozen.judge))
-    frozen = world.frozen.replace(judge=cast[1])
-    decoder = world.judge.clone(dtype=jnp.bfloat16)
-    return dataclasses.replace(world, policy=policy, params=cast[0], judge=decoder, frozen=frozen)
+    cast = jax.tree.map(lambda a: a.astype(request.param), (world.params, world.judge.params))
+    decoder = world.judge.decoder.clone(dtype=jnp.bfloat16)
+    judge = world.judge.replace(decoder=decoder, params=cast[1])
+    return dataclasses.replace(world, policy=policy, params=cast[0], judge=judge)
 
 
 def captions(world):
@@ -60,12 +65,11 @@ def captions(world):
 def losses(world):
     tokens, mask = captions(world)
     length = jnp.sum(mask, -1)
-    rollout = step.rollout.Rollout(
-        tokens, mask, jnp.zeros(tokens.shape), jnp.zeros(tokens.shape), length, length > 9
-    )
-    learn = update.Learn(world.batch, rollout, jnp.ones((4, 3)), jnp.zeros(tokens.shape))
-    settings = step.Settings(kl=0.1)
-    return lambda params: update.caption_losses(world.policy, settings, params, learn)[0]
+    zeros = jnp.zeros(tokens.shape)
+    captions_ = Rollout(tokens, mask, zeros, zeros, length, length > 9)
+    example = update._Example(world.batch, captions_, jnp.ones((4, 3)), zeros)
+    learner = make_run(world, kl=0.1).learner
+    return lambda params: update._slice_loss(learner, params, example)[0]
 
 
 def test_the_gradient_of_attention_has_its_softmax_in_float32():
@@ -99,9 +103,8 @@ def test_update_and_its_gradient(half):
 
 def test_rollout(half):
     def draw(params, key):
-        b = half.batch
-        how = Sampling(max_tokens=4)
-        return step.rollout.sample(half.policy, params, b.images, b.prompt, key, 2, (5,), how)
+        decoding = Decoding(2, (5,), Sampling(max_tokens=4))
+        return rollout(half.policy, params, half.batch, decoding=decoding, key=key)
 
     found = computed_in(draw, half.params, jax.random.key(0))
     assert found["exp"] == found["cos"] == found["rsqrt"] == {jnp.dtype("float32")}
@@ -111,14 +114,12 @@ def test_rollout(half):
 def test_judge(half):
     tokens, mask = captions(half)
 
-    def logits(params):
-        return judge.letter_logits(
-            half.judge, params, half.frozen.instruction, tokens, mask, half.batch.questions
-        )
+    def logits(model):
+        return letter_logits(model, Captions(tokens, mask), half.batch.questions)
 
-    found = computed_in(logits, half.frozen.judge)
+    found = computed_in(logits, half.judge)
     assert found["exp"] == found["cos"] == found["rsqrt"] == {jnp.dtype("float32")}
-    assert jax.eval_shape(logits, half.frozen.judge).dtype == jnp.float32
+    assert jax.eval_shape(logits, half.judge).dtype == jnp.float32
 
 
 def test_half_precision_is_near_full(world, half):

@@ -5,21 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.decode import caches as decoding
+from caprl_jax.decode import caches, loop
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.plan.hlo import costs as hlo_costs
-from caprl_jax.rl import rollout as rollout_lib
-from caprl_jax.rl.rollout import sample
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Decoding
 
 
-def rollout(world, stop, key=0):
-    return jax.jit(lambda params, batch: sample(
-        world.policy, params, batch.images, batch.prompt, jax.random.key(key), 2, stop, Sampling(4)
-    ))(world.params, world.batch)  # fmt: skip
+def sample(world, params, batch, decoding, key=0):
+    return rollout(world.policy, params, batch, decoding=decoding, key=jax.random.key(key))
+
+
+def drawn(world, stop, key=0):
+    decoding = Decoding(2, stop, Sampling(4))
+    run = jax.jit(lambda params, batch: sample(world, params, batch, decoding, key))
+    return run(world.params, world.batch)
 
 
 def test_a_stop_token_ends_a_caption_and_belongs_to_it(world):
-    found = rollout(world, tuple(range(60)))
+    found = drawn(world, tuple(range(60)))
     assert np.all(found.length == 1) and not np.any(found.truncated)
     assert np.all(found.logp[..., 0] < 0) and not np.any(found.logp[..., 1:])
 
@@ -27,29 +31,27 @@ def test_a_stop_token_ends_a_caption_and_belongs_to_it(world):
 def test_nobody_waits_for_rows_that_only_fill_up(world):
     """Without a stop token the loop would run on for them; their captions are empty."""
     valid = jnp.asarray([True, False, True, False])
-    run = jax.jit(sample, static_argnums=(0, 5, 6, 7, 8, 9))
-    found = run(
-        world.policy, world.params, world.batch.images, world.batch.prompt, jax.random.key(0),
-        2, (), Sampling(max_tokens=5), 1, None, valid,
-    )  # fmt: skip
+    decoding = Decoding(2, (), Sampling(max_tokens=5))
+    run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
+    found = run(world.params, world.batch.replace(valid=valid))
     assert found.length.tolist() == [[5, 5], [0, 0], [5, 5], [0, 0]]
     assert not np.any(found.truncated[1::2])
 
 
 def test_without_a_stop_token_the_bucket_truncates(world):
-    found = rollout(world, (99,))
+    found = drawn(world, (99,))
     assert np.all(found.length == 4) and np.all(found.truncated) and np.all(found.mask)
     assert not np.array_equal(found.tokens[:, 0], found.tokens[:, 1])
-    assert not np.array_equal(found.tokens, rollout(world, (99,), key=1).tokens)
+    assert not np.array_equal(found.tokens, drawn(world, (99,), key=1).tokens)
 
 
 def decoded(world, monkeypatch, stage, platform):
     """(captions of 8 tokens, FLOPs of their decoding), stages so long, layers as on a platform."""
-    monkeypatch.setattr(rollout_lib, "STAGE", stage)
-    monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
-    compiled = jax.jit(lambda params, batch: sample(
-        world.policy, params, batch.images, batch.prompt, jax.random.key(0), 2, (5,), Sampling(8)
-    )).lower(world.params, world.batch).compile()  # fmt: skip
+    monkeypatch.setattr(loop, "STAGE", stage)
+    monkeypatch.setattr(caches, "_platform", lambda: platform)
+    decoding = Decoding(2, (5,), Sampling(8))
+    run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
+    compiled = run.lower(world.params, world.batch).compile()
     found = hlo_costs.costs(hlo_costs.parse(compiled.as_text()), ("decode",))["decode"]
     return jax.device_get(compiled(world.params, world.batch)), found.flops
 
@@ -64,7 +66,7 @@ def assert_same_captions(found, expected):
 def test_in_stages_less_of_the_cache_is_read_and_captions_are_the_same(
     world, monkeypatch, platform
 ):
-    assert rollout_lib.stages(1000) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    assert loop.stages(1000) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
     (whole, more), (staged, less) = (
         decoded(world, monkeypatch, stage, platform) for stage in (8, 2)
     )
@@ -75,24 +77,25 @@ def test_in_stages_less_of_the_cache_is_read_and_captions_are_the_same(
     assert more - less == saved
 
 
-def test_layers_give_the_same_captions_however_they_lie(world, monkeypatch):
-    stacked, apart, flipped = (
+def test_every_variant_of_the_weights_gives_the_same_captions(world, monkeypatch):
+    stacked, per_layer, transposed = (
         decoded(world, monkeypatch, 8, platform)[0] for platform in ("tpu", "gpu", "cpu")
     )
-    assert_same_captions(apart, stacked)
-    assert_same_captions(flipped, stacked)
+    assert_same_captions(per_layer, stacked)
+    assert_same_captions(transposed, stacked)
 
 
-def test_layers_lie_as_suits_the_platform(world, monkeypatch):
-    def lie(platform, apart=None):
-        monkeypatch.setattr(decoding, "_platform", lambda layout: platform)
-        found = decoding.weights(world.policy, world.params, None, apart)
+def test_the_platform_decides_the_variant_of_the_weights(world, monkeypatch):
+    def prepared(platform, per_layer=None):
+        monkeypatch.setattr(caches, "_platform", lambda: platform)
+        found = caches.weights(world.policy, world.params, per_layer)
         layers = found["decoder"]["layers"]
         kernel = (layers[0] if isinstance(layers, tuple) else layers)["gate"]["kernel"]
-        return type(decoding.way(world.policy, found)), kernel.shape
+        return type(caches.variant(world.policy, found)), kernel.shape
 
     c = world.policy.decoder.config
-    assert lie("tpu") == (decoding.Stacked, (c.layers, c.width, c.feed_forward))
-    assert lie("gpu") == (decoding.Apart, (c.width, c.feed_forward))
-    assert lie("cpu") == (decoding.Apart, (c.feed_forward, c.width))
-    assert lie("tpu", apart=True) == lie("gpu") and lie("cpu", apart=False) == lie("tpu")
+    assert prepared("tpu") == (caches.Stacked, (c.layers, c.width, c.feed_forward))
+    assert prepared("gpu") == (caches.PerLayer, (c.width, c.feed_forward))
+    assert prepared("cpu") == (caches.PerLayer, (c.feed_forward, c.width))
+    assert prepared("tpu", True) == prepared("gpu")
+    assert prepared("cpu", False) == prepared("tpu")

@@ -12,18 +12,23 @@ import pytest
 from flax import linen as nn
 
 from caprl_jax import config as config_lib
-from caprl_jax import mesh, sft, startup
-from caprl_jax.data import digits, digits_sft, pipeline
-from caprl_jax.data.digits import JUDGE_PROMPT
+from caprl_jax.data import pipeline
+from caprl_jax.data.digits import sft as digits_sft
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.data.questions import ABSTAIN, JudgePrompt
 from caprl_jax.data.records import LETTERS, Question
 from caprl_jax.data.tokens import Tokenizer, pad
 from caprl_jax.models.decoder import Decoder, DecoderConfig
-from caprl_jax.models.policy import Policy, Prompt
-from caprl_jax.step_types import State
+from caprl_jax.models.vlm import Policy, Prompt
+from caprl_jax.parallel import mesh
+from caprl_jax.parallel.jit import bind
+from caprl_jax.rl import sft
+from caprl_jax.rl.types import State
+from caprl_jax.run import load
 
-from .conftest import make_world
-from .step_test import assert_close
+from ..conftest import make_world
+from .runs import assert_close
 
 GRID = (3, 3)
 END = "<|im_end|>"
@@ -45,10 +50,10 @@ def shipped():
     """(tokenizer, image prompt, judge's prompt) of the tiny policy."""
     c = config_lib.default()
     c.data.max_windows, c.data.max_prompt = 4, 32
-    policy, directory = startup.read_model(c.policy.path, "", np.float32)
+    policy, directory = load.read_model(c.policy.path, "", np.float32)
     tokenizer = Tokenizer.from_pretrained(directory, 512)
     prompt = JudgePrompt.create(tokenizer, JUDGE_PROMPT)
-    return tokenizer, startup.image_prompt(c, policy, directory, tokenizer), prompt
+    return tokenizer, load.image_prompt(c, policy, directory, tokenizer), prompt
 
 
 def policy_task(**changes):
@@ -480,9 +485,9 @@ def test_a_shared_prefix_is_the_prefix_in_every_trunk(case):
 # What an update changes
 
 
-def one_update(policy, state, examples, on=None):
-    """sft.update."""
-    return sft.update(policy, OPTIMIZER, state, examples, on)
+def one_update(policy, state, examples):
+    """sft.sft_step."""
+    return sft.sft_step(policy, OPTIMIZER, state, examples)
 
 
 compiled_update = jax.jit(one_update, static_argnums=0)
@@ -500,7 +505,7 @@ def updated(case, examples, steps=1, on=None):
         examples = placed.replace(prefix=prefix)
     run = functools.partial(compiled_update, case.policy)
     if on is not None:
-        run = jax.jit(functools.partial(one_update, case.policy, on=on))
+        run = jax.jit(bind(functools.partial(one_update, case.policy), on))
     metrics = []
     for _ in range(steps):
         state, measured = run(state, examples)
@@ -576,7 +581,7 @@ def test_rows_without_weight_change_nothing(pictured):
 
 def test_an_update_on_eight_devices_is_that_on_one(pictured, alone):
     """Rows, parameters and layers' channels cut in two each."""
-    on = mesh.layout(mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    on = mesh.shard_rules(mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     state, (metrics,) = updated(pictured, pictured.examples, on=on)
     assert_close(moved(pictured, state), moved(pictured, alone[0]))
     for name in ("loss", "accuracy", "grad_norm"):

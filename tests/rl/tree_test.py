@@ -10,9 +10,12 @@ import pytest
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.parallel import mesh
-from caprl_jax.plan.hlo import costs as hlo_costs
-from caprl_jax.rl import judge, rollout, update
-from caprl_jax.run import compile as programs
+from caprl_jax.plan.hlo import costs
+from caprl_jax.rl import update
+from caprl_jax.rl.judge import letter_logits
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Captions, Decoding
+from caprl_jax.run import compile as compile_lib
 
 from .work_test import judge_flops
 
@@ -27,9 +30,12 @@ def relative(a, b):
 
 @pytest.fixture(scope="module")
 def captions(world):
-    draw = jax.jit(lambda p, batch, key: rollout.sample(
-        world.policy, p, batch.images, batch.prompt, key, GROUP, STOP, SAMPLING
-    ))  # fmt: skip
+    decoding = Decoding(GROUP, STOP, SAMPLING)
+
+    @jax.jit
+    def draw(params, batch, key):
+        return rollout(world.policy, params, batch, decoding=decoding, key=key)
+
     found = draw(world.params, world.batch, jax.random.key(3))
     # The cases below mean something only if captions end at different places.
     assert len(set(np.asarray(found.length).ravel())) > 2
@@ -114,21 +120,12 @@ def test_gradients_of_every_parameter_equal_naive(world, captions):
 
 
 def judged(world, captions, questions):
-    return jax.jit(
-        lambda params: judge.letter_logits(
-            world.judge,
-            params,
-            world.frozen.instruction,
-            captions.tokens,
-            captions.mask,
-            questions,
-        )
-    )(world.frozen.judge)
+    return jax.jit(letter_logits)(world.judge, captions, questions)
 
 
 def test_letter_logits_equal_naive(world, captions):
     """Instruction, caption and question as one plain sequence each, without past or holes."""
-    instruction, questions = world.frozen.instruction, world.batch.questions
+    instruction, questions = world.judge.instruction, world.batch.questions
     found, rows, ends = judged(world, captions, questions), [], []
     for b, g, n in np.ndindex(found.shape[:3]):
         caption = np.asarray(captions.tokens[b, g])[np.asarray(captions.mask[b, g])]
@@ -140,12 +137,12 @@ def test_letter_logits_equal_naive(world, captions):
 
     def plain(params, ids):
         variables = {"params": params}
-        x = world.judge.apply(variables, ids, method=Decoder.embed)
+        x = world.judge.decoder.apply(variables, ids, method=Decoder.embed)
         positions = jnp.broadcast_to(jnp.arange(30), ids.shape)
-        hidden, _ = world.judge.apply(variables, x, positions, jnp.ones(ids.shape, bool))
-        return world.judge.apply(variables, hidden, method=Decoder.logits)
+        hidden, _ = world.judge.decoder.apply(variables, x, positions, jnp.ones(ids.shape, bool))
+        return world.judge.decoder.apply(variables, hidden, method=Decoder.logits)
 
-    logits = jax.jit(plain)(world.frozen.judge, np.stack(rows))
+    logits = jax.jit(plain)(world.judge.params, np.stack(rows))
     expected = logits[np.arange(len(ends)), ends][:, instruction.letters].reshape(found.shape)
     for got, want in zip(
         found.reshape(-1, found.shape[-1]), expected.reshape(-1, found.shape[-1]), strict=True
@@ -154,26 +151,25 @@ def test_letter_logits_equal_naive(world, captions):
 
 
 def test_an_instruction_read_before_is_not_read_again(world, captions):
-    args = captions.tokens, captions.mask, world.batch.questions
-
     @jax.jit
-    def logits(params, instruction):
+    def logits(model):
         with jax.named_scope("score"):
-            return judge.letter_logits(world.judge, params, instruction, *args)
+            return letter_logits(model, captions, world.batch.questions)
 
-    def flops(instruction):
-        text = hlo_costs.hlo_text(logits.lower(world.frozen.judge, instruction).compile())
-        return hlo_costs.costs(hlo_costs.parse(text), ("score",))["score"].flops
+    def flops(model):
+        text = costs.hlo_text(logits.lower(model).compile())
+        return costs.costs(costs.parse(text), ("score",))["score"].flops
 
-    here = world.frozen.instruction
-    on = mesh.layout(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]))
-    before = programs.read_instruction(world.judge, world.frozen.judge, here, on)
-    found, expected = (logits(world.frozen.judge, i) for i in (before, here))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    s = here.tokens.shape[0]
-    own = judge_flops(world.judge.config, s, 0, ends=s)
-    assert flops(here) - flops(before) == own > 0
-    assert before.with_tokens(here.tokens).kv is None  # of another prompt nothing has been read
+    judge = world.judge
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]))
+    read = compile_lib.read_instruction(judge.decoder, judge.params, judge.instruction, rules)
+    before = judge.replace(instruction=read)
+    np.testing.assert_allclose(logits(before), logits(judge), rtol=1e-5, atol=1e-6)
+    s = judge.instruction.tokens.shape[0]
+    own = judge_flops(judge.decoder.config, s, 0, ends=s)
+    assert flops(judge) - flops(before) == own > 0
+    other = read.with_tokens(judge.instruction.tokens)
+    assert other.kv is None  # another prompt has not been read
 
 
 def test_questions_of_their_own_equal_shared_ones(world, captions):
@@ -190,8 +186,7 @@ def test_special_tokens_never_reach_the_judge(world):
     one = jax.tree.map(lambda a: a[:1], world.batch.questions)
 
     def logits(tokens, mask):
-        args = world.judge, world.frozen.judge, world.frozen.instruction
-        return jax.jit(lambda t, m: judge.letter_logits(*args, t, m, one))(tokens, mask)
+        return jax.jit(letter_logits)(world.judge, Captions(tokens, mask), one)
 
     clean = logits(plain, np.asarray([[[True] * 3 + [False] * 2]]))
     attacked = logits(hostile, np.ones((1, 1, 5), bool))
@@ -203,8 +198,7 @@ def test_ids_beyond_the_judges_vocabulary_count_as_absent(world):
     plain = np.asarray([[[3, 9, 12, 0, 0]]], np.int32)
     beyond = np.asarray([[[3, 60, 9, 7000, 12]]], np.int32)
     one = jax.tree.map(lambda a: a[:1], world.batch.questions)
-    args = world.judge, world.frozen.judge, world.frozen.instruction
-    logits = jax.jit(lambda t, m: judge.letter_logits(*args, t, m, one))
+    logits = jax.jit(lambda t, m: letter_logits(world.judge, Captions(t, m), one))
     clean = logits(plain, np.asarray([[[True] * 3 + [False] * 2]]))
     np.testing.assert_allclose(
         logits(beyond, np.ones((1, 1, 5), bool)), clean, rtol=1e-5, atol=1e-6
@@ -266,8 +260,9 @@ def test_early_stop_leaves_the_rest_empty(world, captions):
 
 def test_greedy_group_is_one_caption(world):
     greedy = dataclasses.replace(SAMPLING, temperature=0.0)
-    found = jax.jit(lambda params, batch: rollout.sample(
-        world.policy, params, batch.images, batch.prompt, jax.random.key(0), 2, STOP, greedy
+    decoding, key = Decoding(2, STOP, greedy), jax.random.key(0)
+    found = jax.jit(lambda params, batch: rollout(
+        world.policy, params, batch, decoding=decoding, key=key
     ))(world.params, world.batch)  # fmt: skip
     np.testing.assert_array_equal(found.tokens[:, 0], found.tokens[:, 1])
     assert not np.any(found.sample_logp)

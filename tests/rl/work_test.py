@@ -13,20 +13,19 @@ import jax.numpy as jnp
 import pytest
 
 from caprl_jax.bench import naive
-from caprl_jax.decode import caches as decoding
+from caprl_jax.decode import caches, loop
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models import families
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder, DecoderConfig
 from caprl_jax.models.vision import VisionConfig, VisionTower
 from caprl_jax.models.vlm import Policy, Trunk
-from caprl_jax.parallel import hardware as chips
-from caprl_jax.parallel import mesh
-from caprl_jax.plan import plan
-from caprl_jax.plan import shapes as abstract
+from caprl_jax.parallel import axes, hardware, mesh
+from caprl_jax.parallel.jit import bind
+from caprl_jax.plan import plan, shapes
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.plan.hlo import work as hlo_work
-from caprl_jax.rl import rollout
+from caprl_jax.rl.types import Decoding
 
 from .. import shipped
 from ..plan.plan_test import TABLES, tpu
@@ -57,15 +56,15 @@ class Size:
         return {"q": q, "k": k, "v": k, "o": q, "gate": f, "up": f, "down": f}
 
 
-def decode_text(size, on, apart=None):
-    """The compiled text of a group's decoding after a trunk that is there; apart as for weights."""
+def decode_text(size, rules, per_layer=None):
+    """The compiled text of a group's decoding after a given trunk; per_layer as for weights."""
     c, vision = size.decoder, VisionConfig(12, 16, 2, 4, 24, size.decoder.width, 4, 2, (1,))
     policy = Policy(Decoder(c, size.dtype), VisionTower(vision, size.dtype))
-    params = abstract.params(policy.init, on)
+    params = shapes.params(policy.init, rules)
 
     def of(dtype, *shape, before=()):
-        spec = jax.sharding.PartitionSpec(*before, on.rules["images"])
-        sharding = jax.sharding.NamedSharding(on.mesh, spec)
+        spec = jax.sharding.PartitionSpec(*before, rules.table["images"])
+        sharding = jax.sharding.NamedSharding(rules.mesh, spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     kv = of(size.dtype, c.layers, size.b, size.p, c.kv_heads, c.head_dim, before=(None,))
@@ -74,15 +73,17 @@ def decode_text(size, on, apart=None):
         of(jnp.int32, size.b),
     )  # fmt: skip
 
-    def run(params, trunk, key):
-        with jax.named_scope("decode"):
-            weights = decoding.weights(policy, params, on, apart)
-            valid = jnp.ones(size.b, bool)
-            sampling = Sampling(size.t)
-            return rollout.decode(policy, weights, trunk, key, size.g, (5,), sampling, valid)
+    decoding, valid = Decoding(size.g, (5,), Sampling(size.t)), jnp.ones(size.b, bool)
 
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(on))
-    return hlo_costs.hlo_text(jax.jit(run).lower(params, trunk, key).compile())
+    def run(params, trunk, key):
+        with axes.decoding(), jax.named_scope("decode"):
+            weights = caches.weights(policy, params, per_layer)
+            return loop.decode_with(
+                policy, weights, trunk, decoding=decoding, valid=valid, key=key
+            )
+
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(rules))
+    return hlo_costs.hlo_text(jax.jit(bind(run, rules)).lower(params, trunk, key).compile())
 
 
 def copies(text, least, layers):
@@ -110,22 +111,24 @@ CPU = Size(DecoderConfig(256, 256, 3, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4))
            40, 48)  # fmt: skip
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_a_cpu_copies_neither_weights_nor_caches_of_layers_that_lie_apart(apart, monkeypatch):
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_a_cpu_copies_neither_weights_nor_caches_of_layers_with_arrays_of_their_own(
+    per_layer, monkeypatch
+):
     """Out of a stack of layers it copies each layer's for every token, which is why they don't."""
-    on = mesh.layout(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]), mesh.RULES, mesh.DECODE_RULES)
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]))
     weights = collections.Counter(4 * n for n in CPU.weights().values())
-    if apart:  # in three stages; stacked in one, so that caches are of no weight's size
-        monkeypatch.setattr(rollout, "STAGE", 16)
-    text = decode_text(CPU, on, apart)
+    if per_layer:  # in three stages; stacked in one, so that caches are of no weight's size
+        monkeypatch.setattr(loop, "STAGE", 16)
+    text = decode_text(CPU, rules, per_layer)
     by_layer, beside, moved = copies(text, min(weights), CPU.decoder.layers)
     assert not beside
-    assert bool(by_layer) != apart
+    assert bool(by_layer) != per_layer
     for found in by_layer:
         assert all(found[size] == count for size, count in weights.items())
-        caches = found - weights
-        assert sum(caches.values()) <= 4  # keys and values, of prompts and captions
-        assert max(caches) <= 4 * CPU.cache(captions=True)
+        of_caches = found - weights
+        assert sum(of_caches.values()) <= 4  # keys and values, of prompts and captions
+        assert max(of_caches) <= 4 * CPU.cache(captions=True)
     assert moved >= CPU.decoder.layers * sum(4 * n for n in CPU.weights().values())
 
 
@@ -137,13 +140,13 @@ TPU = Size(DecoderConfig(4096, 2048, 6, 16, 2, 128, 8192, 1e4, 1e-6, True, (16, 
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
 def test_a_tpu_copies_neither_weights_nor_caches(tables):
     devices = tpu("v5e:2x4")
-    on = mesh.layout(mesh.make_mesh({"fsdp": -1, "tensor": 2}, devices), *tables)
-    weights, caches = TPU.weights(), [TPU.cache(captions) for captions in (False, True)]
-    least = 2 * min(*weights.values(), *caches) // len(devices)  # the smallest part of one
-    by_layer, beside, moved = copies(decode_text(TPU, on), least, TPU.decoder.layers)
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": -1, "tensor": 2}, devices), *tables)
+    weights, held = TPU.weights(), [TPU.cache(captions) for captions in (False, True)]
+    least = 2 * min(*weights.values(), *held) // len(devices)  # the smallest part of one
+    by_layer, beside, moved = copies(decode_text(TPU, rules), least, TPU.decoder.layers)
     assert by_layer and not any(by_layer) and not beside
     # And they are there to be copied: most of the weights stay in HBM, which every token reads.
-    part = 2 * TPU.decoder.layers * sum(weights.values()) // on.mesh.shape["tensor"]
+    part = 2 * TPU.decoder.layers * sum(weights.values()) // rules.mesh.shape["tensor"]
     assert moved >= part / 2
 
 
@@ -183,7 +186,7 @@ def test_flops_and_bytes_are_as_recorded(compared):
 
 @pytest.mark.slow  # it compiles the same step once more
 def test_the_trees_figures_are_the_plans(tiny, compared, monkeypatch):
-    monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:1])
+    monkeypatch.setattr(hardware, "devices", lambda topology: jax.devices()[:1])
     assert plan.make(naive.smallest(tiny), "local").floors == compared.tree.phases
 
 
@@ -196,10 +199,10 @@ def test_what_is_repeated_is_counted(tiny, compared):
     g, n = tiny.caprl.group, tiny.caprl.questions
     assert both["prefill"][1].flops == g * both["prefill"][0].flops
     assert both["decode"][1].flops == pytest.approx(both["decode"][0].flops, rel=1e-3)
-    s, t, q = abstract.INSTRUCTION, tiny.sampling.max_tokens, tiny.data.max_question
-    c = families.build(abstract.model_config(tiny.judge.path)).decoder.config
+    s, t, q = shapes.INSTRUCTION, tiny.sampling.max_tokens, tiny.data.max_question
+    c = families.build(shapes.model_config(tiny.judge.path)).decoder.config
     one = functools.partial(judge_flops, c)
-    asked = one(q, s + t, ends=1) + 2 * abstract.LETTERS * c.width
+    asked = one(q, s + t, ends=1) + 2 * shapes.LETTERS * c.width
     tree = g * one(t, s, ends=0) + g * n * asked
     whole = one(s, 0, ends=s) + one(t, s, ends=0) + asked
     # Of products with one row, the last layer's attention, the compiler forgets whose they are.

@@ -11,14 +11,14 @@ import jax
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax.config import ConfigError
 from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models.hf import download as sources
-from caprl_jax.run import build as objectives
+from caprl_jax.rl.step import caprl_step
+from caprl_jax.run import build
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def _no_compilation(monkeypatch):
 def refused(config, message, error=ConfigError, **changes):
     config.update_from_flattened_dict(changes)
     with pytest.raises(error, match=message) as e:
-        objectives.caprl(config, SetAside())
+        build.caprl(config_lib.complete(config), SetAside(), caprl_step)
     assert "\n\n" not in str(e.value)
 
 
@@ -57,7 +57,7 @@ def refused(config, message, error=ConfigError, **changes):
     [
         ({"mesh.data": 3}, "config.mesh: .* doesn't fit 8 devices"),
         ({"data.batch": 12}, r"config.data.batch=12 .* choose a multiple of 8"),
-        ({"caprl.micro_batches": 2}, "in config.caprl.micro_batches=2 pieces doesn't lie evenly"),
+        ({"caprl.micro_batches": 2}, "in config.caprl.micro_batches=2 slices doesn't divide evenly"),
         ({"judge.prompt": "{caption}"}, r"config.judge.prompt: .*\{question\}"),
         ({"data.max_prompt": 20}, "a prompt takes up to .* more than config.data.max_prompt=20"),
         ({"data.max_windows": 2}, "at least 3 windows, more than config.data.max_windows=2"),

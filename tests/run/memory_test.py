@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax.config import ConfigError
+from caprl_jax.errors import ConfigError
 from caprl_jax.run import memory
 
 SHORT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 81604378624 bytes."
@@ -26,17 +26,6 @@ def test_running_out_of_memory_says_what_to_change():
     remat = "--config.policy.remat=products; then --config.policy.remat=full; then "
     assert f"{remat}--config.caprl.micro_batches=2" in str(told.value)
     assert "caprl_jax.plan" in str(told.value) and "BufferAssignment" not in str(told.value)
-
-
-def test_what_a_step_holds_for_speed_is_given_up_first():
-    c = config_lib.default()
-    c.caprl.reuse = "rollout"
-    first = list(memory.changes(c, 1))[:3]
-    assert first == [
-        {"caprl.reuse": "prefill"},
-        {"caprl.reuse": "none"},
-        {"policy.remat": "products"},
-    ]
 
 
 def test_any_other_error_is_left_alone():

@@ -6,14 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from caprl_jax import config as config_lib
 from caprl_jax.run import optimizer as optimizers
+from caprl_jax.run.optimizer import Optimizer
 
 
 def section(**changes):
-    c = config_lib.default().optimizer
-    c.update({"learning_rate": 0.1, "warmup_steps": 10} | changes)
-    return c
+    return Optimizer(**{"learning_rate": 0.1, "warmup_steps": 10} | changes)
 
 
 def test_cosine_after_a_linear_warm_up():

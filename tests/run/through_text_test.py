@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from caprl_jax.config import ConfigError
+from caprl_jax import config as config_lib
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models.hf import download as sources
-from caprl_jax.run import build as objectives
+from caprl_jax.rl.step import caprl_step
+from caprl_jax.run import build
 from caprl_jax.run.through_text import Retokeniser
 
 from ..train_test import tiny
@@ -41,6 +42,11 @@ def renumbered(tmp_path_factory):
     return directory
 
 
+def built(config):
+    """(task, initial state) of a config."""
+    return build.caprl(config_lib.complete(config), SetAside(), caprl_step)
+
+
 def test_retokenising_gives_the_judges_ids_and_says_what_it_cut(renumbered):
     policy, other = (Tokenizer.from_pretrained(d, 512) for d in (POLICY, renumbered))
     texts = ["digits: west red three", "digits: east blue one, west red two, total two"]
@@ -57,15 +63,6 @@ def test_retokenising_gives_the_judges_ids_and_says_what_it_cut(renumbered):
     assert cut.tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("reuse", ["prefill", "rollout"])
-def test_two_programs_share_no_reading(tmp_path, renumbered, reuse):
-    c = tiny(tmp_path, **{
-        "judge.path": str(renumbered), "caprl.updates": 1, "caprl.reuse": reuse,
-    })  # fmt: skip
-    with pytest.raises(ConfigError, match=r"tokenizers differ (?s:.*)caprl.reuse to none"):
-        objectives.caprl(c, SetAside())
-
-
 @pytest.mark.slow
 def test_two_programs_equal_one(tmp_path, renumbered, caplog):
     """With the same judge under other ids, a step through text is the step on device."""
@@ -75,18 +72,17 @@ def test_two_programs_equal_one(tmp_path, renumbered, caplog):
     for judge in ("asset:tiny/judge", str(renumbered)):
         c = tiny(tmp_path, **settings, **{"judge.path": judge})
         with caplog.at_level(logging.WARNING):
-            objective = objectives.caprl(c, SetAside())
-        state = objective.state
+            task, state = built(c)
         initial = jax.device_get(state.params)
         key = jax.device_put(jax.random.key(0), state.step.sharding)
-        data = objective.data(0)
+        data = task.data(0)
         for _ in range(2):
-            batch = objective.place(next(data))
+            batch = task.place(next(data))
             with jax.transfer_guard("disallow"):
-                state, metrics = objective.step(state, batch, key)
+                state, metrics = task.step(state, batch, key)
         data.close()
-        assert objective.traces() == 1
-        evaluated, _ = objective.evaluate(state.params)
+        assert task.traces() == 1
+        evaluated, _ = task.evaluate(state.params)
         results.append((jax.device_get((state.params, metrics)), evaluated))
     assert "tokenizers differ" in caplog.text and "two programs" in caplog.text
     (one, metrics), evaluated = results[0]
@@ -110,11 +106,11 @@ def test_two_programs_equal_one(tmp_path, renumbered, caplog):
 def test_splicing_is_measured_and_catches_a_boundary_that_moves(tmp_path):
     """The shipped prompt splices cleanly; one with a space before the caption does not."""
     c = tiny(tmp_path)
-    objective = objectives.caprl(c, SetAside())
-    found, _ = objective.evaluate(objective.state.params)
+    task, state = built(c)
+    found, _ = task.evaluate(state.params)
     assert found["splice_ids_differ"] == 0 and found["splice_letters_differ"] == 0
     # A space joins the word after it, in whole text.
     c.judge.prompt = c.judge.prompt.replace("\n{caption}", " {caption}")
-    objective = objectives.caprl(c, SetAside())
-    found, _ = objective.evaluate(objective.state.params)
+    task, state = built(c)
+    found, _ = task.evaluate(state.params)
     assert found["splice_ids_differ"] > 0.5

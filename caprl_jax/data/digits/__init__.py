@@ -1,0 +1,1 @@
+"""The embedded world: world.py draws scenes and asks questions; sft.py makes SFT examples."""

@@ -1,8 +1,8 @@
-"""What the embedded world's tiny models learn before RL, as weighted pieces of text.
+"""Supervised examples for the embedded world's tiny models, as texts with loss weights.
 
 The judge reads captions with random subsets of a scene's facts, recalls them in other orders, and
-answers questions about them, in words and by letter, abstaining where the fact is absent. The
-policy states what each cell holds, and captions its images sparsely: mostly one or two digits.
+answers questions about them, in words and by letter. It abstains if the caption lacks the fact. The
+policy names the content of each cell, and captions its images sparsely: mostly one or two digits.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _LETTER_WEIGHT = 2.0
 
 
 def encode(tokenizer: Tokenizer, pieces: Pieces) -> tuple[list[int], list[float]]:
-    """Pieces -> (ids, weight of each); every piece is tokenised by itself."""
+    """Tokenises each text separately; returns all ids and the loss weight of each."""
     ids, weights = [], []
     for text, weight in pieces:
         piece = tokenizer.encode(text) if text else []
@@ -35,7 +35,7 @@ def encode(tokenizer: Tokenizer, pieces: Pieces) -> tuple[list[int], list[float]
 
 @dataclasses.dataclass(frozen=True)
 class PolicyTask:
-    """Branches for the policy: what each of some cells holds, and sparse captions.
+    """Makes branches for the policy: the content of some cells, and sparse captions.
 
     Attributes:
       grid: rows and columns.
@@ -52,9 +52,9 @@ class PolicyTask:
     count: float
 
     def cells(self, record: Record, rng: np.random.Generator) -> list[str]:
-        """One word on each cell, in row-major order: its colour or its digit, or " nothing".
+        """One word for each cell in row-major order: its colour, its digit, or " nothing".
 
-        Read off the image's own features, it teaches the tower before any text can ask for a place.
+        As targets of the image's features, the words teach the tower before text can name places.
         """
         words = {f[0]: (f" {f[1]}", f" {digits.NUMBERS[f[2]]}") for f in record.facts}
         return [
@@ -63,7 +63,7 @@ class PolicyTask:
         ]
 
     def branches(self, record: Record, rng: np.random.Generator) -> list[Pieces]:
-        """A record's branches."""
+        """Makes a record's branches."""
         facts = [tuple(f) for f in record.facts]
         held = {f[0]: digits.statement(f).removeprefix(f[0]) for f in facts}
         cells = rng.permutation(digits.places(*self.grid))[: self.probes]
@@ -80,15 +80,15 @@ class PolicyTask:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeTask:
-    """Trunk and branches for the judge: a caption, questions about it, recall drills.
+    """Makes trunk and branches for the judge: a caption, questions about it, recall drills.
 
     Attributes:
       grid: rows and columns.
       digits: least and most digits of a scene.
-      prompt: the judge's.
-      questions: per caption, answered by a letter.
-      open_questions: per caption, answered in words.
-      caption_weight: of the caption's own tokens in the loss.
+      prompt: the judge's prompt.
+      questions: questions per caption that are answered by a letter.
+      open_questions: questions per caption that are answered in words.
+      caption_weight: loss weight of the caption's own tokens.
     """
 
     grid: tuple[int, int]
@@ -99,11 +99,11 @@ class JudgeTask:
     caption_weight: float = 0.1
 
     def scene(self, rng: np.random.Generator) -> tuple[list[Fact], list[Fact], int | None]:
-        """(facts, those that the caption states in its order, the count if it states that).
+        """Draws (facts, the facts that the caption states in its order, the count if it states it).
 
-        Scenes are new each time, not the record's: text is all that the judge sees, and it must not
-        know by heart what a caption leaves out. A fifth of the captions say a fact twice, as a
-        policy in training does.
+        Every call draws a new scene: the judge sees only text, and must not memorise the facts that
+        a caption leaves out. A fifth of the captions repeat a fact, as captions of a policy in
+        training do.
         """
         facts = digits.random_facts(rng, self.grid, self.digits)
         kept = rng.permutation(len(facts))[: rng.integers(0, len(facts) + 1)]
@@ -114,7 +114,7 @@ class JudgeTask:
         return facts, [facts[i] for i in kept], len(facts) if rng.random() < 0.5 else None
 
     def sample(self, rng: np.random.Generator) -> tuple[Pieces, list[Pieces]]:
-        """(trunk, branches)."""
+        """Draws (trunk, branches)."""
         facts, stated, count = self.scene(rng)
         caption = digits.caption(stated, count)
         asked = digits.questions(facts, self.grid, rng)
@@ -130,7 +130,7 @@ class JudgeTask:
         return ((caption, self.caption_weight),), branches
 
     def _open(self, caption: str, asked: Sequence[Question], rng: np.random.Generator) -> Pieces:
-        """Questions answered in words, without options: the lookup that a letter then points to."""
+        """Questions without options and their answers in words, which teach the lookup itself."""
         pieces: list[Piece] = []
         for i in rng.permutation(len(asked))[: self.open_questions]:
             found = digits.lookup(caption, asked[i])
@@ -139,7 +139,7 @@ class JudgeTask:
         return pieces
 
     def _drill(self, stated: list[Fact], rng: np.random.Generator) -> Pieces:
-        """The caption's facts again in another order: by place, or by colour and digit."""
+        """Repeats the caption's facts in another order, keyed by place or by colour and digit."""
         pieces: list[Piece] = [("\n", 0.0)]
         for i in rng.permutation(len(stated)):
             place, inked = stated[i][0], digits.statement(stated[i]).removeprefix(stated[i][0])

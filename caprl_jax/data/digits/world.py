@@ -1,24 +1,20 @@
-"""The embedded world: real handwritten digits in ink colours on a grid, where all truth is known.
+"""The embedded world: real handwritten digits in ink colours on a grid, with all facts known.
 
 A scene places digits of scikit-learn's load_digits on the cells of a grid. Its captions list facts,
 "digits: northwest red three, center blue seven, total two", and its questions ask for one fact
-each, so that the precision and recall of a caption, and what a perfect judge would answer, can be
+each. The precision and recall of a caption, and a perfect judge's answers, can therefore be
 computed.
 """
 
 import functools
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from caprl_jax.data import records
 from caprl_jax.data.records import Question, Record
-from caprl_jax.data.set_aside import SetAside
 
-VERSION = "1.0.0"
 CELL = 28  # pixels
 COLORS = {
     "red": (255, 70, 60),
@@ -38,7 +34,7 @@ Fact = tuple[str, str, int]  # (place, color, digit)
 
 
 def places(rows: int, columns: int) -> list[str]:
-    """Names of the cells in row-major order: compass points on 3 x 3, else a1, a2, b1, ..."""
+    """Names of the cells in row-major order: compass points on 3 x 3, else a1, a2, .., b1, .."""
     if (rows, columns) == (3, 3):
         return list(_COMPASS)
     return [f"{chr(ord('a') + r)}{c + 1}" for r in range(rows) for c in range(columns)]
@@ -47,7 +43,7 @@ def places(rows: int, columns: int) -> list[str]:
 def random_facts(
     rng: np.random.Generator, grid: tuple[int, int], digits: tuple[int, int]
 ) -> list[Fact]:
-    """A scene: `digits` (least, most) cells of the grid, no coloured digit twice."""
+    """Draws a scene with `digits` (least, most) digits; no coloured digit occurs twice."""
     names = places(*grid)
     count = int(rng.integers(digits[0], digits[1] + 1))
     cells = rng.choice(len(names), count, replace=False)
@@ -72,7 +68,7 @@ def _instances(split: str) -> tuple[np.ndarray, np.ndarray]:
 def draw(
     facts: Sequence[Fact], rng: np.random.Generator, grid: tuple[int, int], split: str
 ) -> bytes:
-    """A scene as PNG: handwriting of the split's instances, placed with a small jitter."""
+    """Draws a scene as PNG, with the split's instances of handwriting and a small jitter."""
     rows, columns = grid
     canvas = np.zeros((rows * CELL, columns * CELL, 3), np.float32)
     canvas += rng.uniform(0, 30)
@@ -107,26 +103,26 @@ def _choices(truth: str, near: Iterable[str], all_: Iterable[str], rng) -> tuple
 
 
 def ask_digit(facts: Sequence[Fact], place: str, truth: int, rng) -> Question:
-    """Which digit stands at a place."""
+    """Makes a question about the digit at a place."""
     near = [NUMBERS[d] for _, _, d in facts]
     options, answer = _choices(NUMBERS[truth], near, NUMBERS, rng)
     return Question(f"Which digit is {place}?", tuple(options), answer)
 
 
 def ask_color(facts: Sequence[Fact], place: str, truth: str, rng) -> Question:
-    """Which ink a place has."""
+    """Makes a question about the ink colour at a place."""
     options, answer = _choices(truth, [c for _, c, _ in facts], COLORS, rng)
     return Question(f"Which color is {place}?", tuple(options), answer)
 
 
 def ask_place(facts: Sequence[Fact], color: str, digit: int, truth: str, grid, rng) -> Question:
-    """Where a coloured digit stands."""
+    """Makes a question about the place of a coloured digit."""
     options, answer = _choices(truth, [p for p, _, _ in facts], places(*grid), rng)
     return Question(f"Where is the {color} {NUMBERS[digit]}?", tuple(options), answer)
 
 
 def ask_count(count: int, rng) -> Question:
-    """How many digits there are."""
+    """Makes a question about the number of digits."""
     options, answer = _choices(NUMBERS[count], [], NUMBERS[1:], rng)
     return Question("How many digits are there?", tuple(options), answer)
 
@@ -142,13 +138,13 @@ def questions(facts: Sequence[Fact], grid: tuple[int, int], rng) -> tuple[Questi
 
 
 def statement(fact: Fact) -> str:
-    """(place, color, digit) -> "place color digit"; adjacent words are what makes it learnable."""
+    """Statement "place color digit" of a fact; words must be adjacent to be learnable."""
     place, color, digit = fact
     return f"{place} {color} {NUMBERS[digit]}"
 
 
 def caption(facts: Sequence[Fact], count: int | None) -> str:
-    """States the facts in their order, then the count unless it is None."""
+    """Writes a caption that states the facts in order, then the count unless it is None."""
     parts = [statement(f) for f in facts]
     return "digits: " + ", ".join(parts + ([] if count is None else [f"total {NUMBERS[count]}"]))
 
@@ -159,7 +155,7 @@ def _parts(text: str) -> list[list[str]]:
 
 
 def stated(text: str) -> list[Fact | int]:
-    """What a caption states: facts and counts, in order, repetitions kept; the rest is ignored."""
+    """Facts and counts that a caption states, in order and with repetitions."""
     out: list[Fact | int] = []
     for words in _parts(text):
         if words[-1] not in NUMBERS:
@@ -173,9 +169,9 @@ def stated(text: str) -> list[Fact | int]:
 
 
 def precision_recall(text: str, facts: Sequence[Fact]) -> tuple[int, int, int, int]:
-    """(true statements, statements, facts and count recalled, facts and count there are).
+    """Counts (true statements, statements, recalled facts and count, all facts and count).
 
-    What isn't even a statement counts against precision too.
+    Text that is no statement counts against precision too.
     """
     truth = {tuple(f) for f in facts} | {len(facts)}
     said = stated(text)
@@ -183,7 +179,7 @@ def precision_recall(text: str, facts: Sequence[Fact]) -> tuple[int, int, int, i
 
 
 def lookup(text: str, question: Question) -> int | None:
-    """What a perfect reader answers from the caption: index in choices, None to abstain."""
+    """Answer of a perfect reader of the caption: index in choices, or None to abstain."""
     said = stated(text)
     facts = [s for s in said if not isinstance(s, int)]
     words = question.text.rstrip("?").split()
@@ -201,27 +197,9 @@ def lookup(text: str, question: Question) -> int | None:
 def scenes(
     split: str, count: int, grid: tuple[int, int], digits: tuple[int, int]
 ) -> Iterator[Record]:
-    """The records of a split, the same on every machine."""
+    """Yields the records of a split, which are the same on every machine."""
     for i in range(count):
         rng = np.random.default_rng([i, split == "heldout", *grid])
         facts = random_facts(rng, grid, digits)
         image = draw(facts, rng, grid, split)
         yield Record(f"{split}-{i:05d}", image, questions(facts, grid, rng), facts)
-
-
-def prepare(data: Any, set_aside: SetAside) -> Any:
-    """Writes the scenes of a config's data section (rows, columns, digits, ..), once.
-
-    Returns:
-      The prepared tensorflow-datasets builder, with the splits train and heldout.
-    """
-    del set_aside  # scenes are made, so all can be used
-    grid, digits = (data.rows, data.columns), tuple(data.digits)
-    name = f"caprl_digits_{grid[0]}x{grid[1]}_{digits[0]}to{digits[1]}_{data.train}_{data.heldout}"
-    splits = {
-        "train": functools.partial(scenes, "train", data.train, grid, digits),
-        "heldout": functools.partial(scenes, "heldout", data.heldout, grid, digits),
-    }
-    made = records.builder(name, VERSION, splits, data.data_dir or None)
-    made.download_and_prepare()
-    return made

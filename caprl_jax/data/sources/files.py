@@ -1,10 +1,11 @@
-"""Images and questions in files that people have: CapRL-QA-75K's parquet rows, or JSON lines.
+"""Source of images and questions in users' files: CapRL-QA-75K's parquet rows, or JSON lines.
 
 A parquet row is {"image": {"bytes"}, "reward_model": {"ground_truth": [question, ..]}, ..}; a JSON
 line is {"image": path (relative to the file), "questions": [question, ..], "id": optional}. A
-question is {"question", "choices": ["A) ..", ..], "answer": "B"}. Rows are checked and converted
-once, to the same ArrayRecord dataset as the embedded world's; rows that can't be used are set
-aside, with the reason, beside the dataset.
+question is {"question", "choices": ["A) ..", ..], "answer": "B"}. A row may have "extras": numbers,
+or lists of numbers, by name, for reward terms to read. The first use checks the rows and converts
+them to an ArrayRecord dataset, like the embedded world's. It sets unusable rows aside, with the
+reason, in a file beside the dataset.
 """
 
 import dataclasses
@@ -13,55 +14,55 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from caprl_jax.data import records
-from caprl_jax.data.images import UnreadableImage, decode_image
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside
+from caprl_jax.settings import setting
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 _SUFFIXES = (".parquet", ".jsonl")
 
 
 def find(path: str) -> list[Path]:
-    """The files that a path names: itself, a pattern's matches, or a directory's files.
+    """Lists the files that a path names: a file, a pattern's matches, or a directory's files.
 
     Raises:
-      ValueError: there are none.
+      ValueError: the path names no file, or one of another kind.
     """
     given = Path(path)
     if not path:
-        found = []
+        matches = []
     elif given.is_dir():
-        found = sorted(f for f in given.rglob("*") if f.suffix in _SUFFIXES)
+        matches = sorted(f for f in given.rglob("*") if f.suffix in _SUFFIXES)
     elif given.is_file():
-        found = [given]
+        matches = [given]
     else:
         pattern = given.relative_to(given.anchor) if given.is_absolute() else given
-        found = sorted(Path(given.anchor or ".").glob(str(pattern)))
-    wrong = [f for f in found if f.suffix not in _SUFFIXES]
+        matches = sorted(Path(given.anchor or ".").glob(str(pattern)))
+    wrong = [f for f in matches if f.suffix not in _SUFFIXES]
     if wrong:
         raise ValueError(f"{wrong[0]} is neither .parquet nor .jsonl")
-    if not found:
+    if not matches:
         raise ValueError(
             f"path={path!r} names no .parquet or .jsonl file: give a file, a pattern or a directory"
         )
-    return found
+    return matches
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row as it stands in a file; parsed only when it is used.
+    """A row of a file, not yet parsed.
 
     Attributes:
-      id: of the record it becomes.
-      raw: its fields; a string if they could not even be read.
-      beside: the directory that its paths are relative to.
+      id: id of the record that the row becomes.
+      raw: its fields; if reading them failed, the reason as a string.
+      beside: directory that its paths are relative to.
     """
 
     id: str
@@ -70,10 +71,10 @@ class Row:
 
 
 def count(file: Path) -> int:
-    """How many rows a file has, damaged ones too.
+    """Number of rows in a file, damaged ones included.
 
     Raises:
-      ValueError: it is no parquet file.
+      ValueError: the file is neither JSON lines nor parquet.
     """
     if file.suffix == ".jsonl":
         with file.open("rb") as f:
@@ -82,7 +83,7 @@ def count(file: Path) -> int:
 
 
 def rows(file: Path) -> Iterator[Row]:
-    """The rows of a file, in order, a few at a time in memory."""
+    """Yields a file's rows in order; memory holds a few at a time."""
     if file.suffix == ".jsonl":
         with file.open("rb") as f:
             for i, line in enumerate(line for line in f if line.strip()):
@@ -93,13 +94,13 @@ def rows(file: Path) -> Iterator[Row]:
                 yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
         return
     parquet = _parquet(file)
-    columns = [c for c in ("image", "reward_model") if c in parquet.schema_arrow.names]
+    columns = [c for c in ("image", "reward_model", "extras") if c in parquet.schema_arrow.names]
     batches = parquet.iter_batches(32, columns=columns)
     try:
         numbered = enumerate(raw for batch in batches for raw in batch.to_pylist())
         for i, raw in numbered:
             yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
-    except OSError as e:  # ArrowException's kinds for damaged pages are OSErrors too
+    except OSError as e:  # pyarrow's errors for damaged pages are OSErrors
         raise ValueError(f"{file} is damaged: {e}; copy it again, or leave it out") from e
 
 
@@ -114,11 +115,13 @@ def _parquet(file: Path) -> Any:
 
 
 def parse_row(row: Row) -> Record:
-    """A row -> Record, its image decoded once to be sure of it.
+    """Parses a row, and decodes its image once to check it.
 
     Raises:
-      MalformedRecord, UnreadableImage: saying why.
+      MalformedRecord, UnreadableImage: the row is unusable; the message says why.
     """
+    from caprl_jax.data.images import decode_image  # Pillow is imported where it is used
+
     if isinstance(row.raw, str):
         raise MalformedRecord(row.raw)
     if not isinstance(row.raw, Mapping):
@@ -128,10 +131,13 @@ def parse_row(row: Row) -> Record:
     asked = _questions(row.raw)
     if not isinstance(asked, list) or not asked:
         raise MalformedRecord("the row has no questions")
-    return Record(row.id, image, tuple(records.parse_question(q) for q in asked))
+    questions = tuple(records.parse_question(q) for q in asked)
+    return Record(row.id, image, questions, extras=records.parse_extras(row.raw.get("extras")))
 
 
 def _image(row: Row) -> bytes:
+    from caprl_jax.data.images import UnreadableImage
+
     image = row.raw.get("image")
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
@@ -158,11 +164,13 @@ def _questions(raw: Mapping[str, Any]) -> Any:
 
 
 def _split(files: list[Path], held_out: np.ndarray, want: bool, aside: SetAside):
-    at = 0
+    from caprl_jax.data.images import UnreadableImage
+
+    index = 0
     for file in files:
         for row in rows(file):
-            chosen = held_out[at] == want
-            at += 1
+            chosen = held_out[index] == want
+            index += 1
             if not chosen:
                 continue
             try:
@@ -171,50 +179,61 @@ def _split(files: list[Path], held_out: np.ndarray, want: bool, aside: SetAside)
                 aside.add(row.id, str(e))
 
 
-def prepare(data: Any, set_aside: SetAside) -> Any:
-    """Converts the rows of a config's data section (path, heldout, data_dir), once.
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Options of the source files."""
 
-    `heldout` rows are drawn to be held out, the same ones for the same files. Files that change
-    are converted anew.
+    path: str = setting("", "parquet or JSON lines: a file, a pattern, or a directory")
+
+
+def files(
+    settings: Any, set_aside: SetAside, options: Files
+) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """Rows of files as stored elements, {"train", "heldout"}; the first use converts them.
+
+    The same files always give the same `settings.heldout` held-out rows. Files that changed are
+    converted again.
 
     Args:
-      data: the section.
-      set_aside: gets the rows that can't be used.
-
-    Returns:
-      The prepared tensorflow-datasets builder, with the splits train and heldout.
+      settings: the config's section `data`.
+      set_aside: collects unusable rows.
+      options: path of the files.
 
     Raises:
-      ValueError: data.path names no files, or no more rows than are to be held out.
+      ValueError: the path names no files, or they hold no rows to train on.
     """
-    files = find(data.path)
-    counts = [count(f) for f in files]
-    total = sum(counts)
-    if data.heldout >= total:
-        raise ValueError(f"{data.path} holds {total} rows, no more than heldout={data.heldout}")
-    stems = [f.stem for f in files]
+    sources = find(options.path)
+    total = sum(count(f) for f in sources)
+    if settings.heldout >= total:
+        raise ValueError(
+            f"{options.path} holds {total} rows, no more than heldout={settings.heldout}"
+        )
+    stems = [f.stem for f in sources]
     if len(set(stems)) < len(stems):
-        again = next(s for s in stems if stems.count(s) > 1)
-        raise ValueError(f"{data.path}: two files are called {again}, and rows are named by them")
+        repeated = next(s for s in stems if stems.count(s) > 1)
+        raise ValueError(
+            f"{options.path}: two files are called {repeated}, so their rows would share names"
+        )
     held_out = np.zeros(total, bool)
-    held_out[np.random.default_rng(0).permutation(total)[: data.heldout]] = True
-    stats = [f.stat() for f in files]
-    what = [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)]
-    name = f"caprl_files_{hashlib.sha256(repr((what, data.heldout)).encode()).hexdigest()[:16]}"
+    held_out[np.random.default_rng(0).permutation(total)[: settings.heldout]] = True
+    stats = [f.stat() for f in sources]
+    content = [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(sources, stats, strict=True)]
+    digest = hashlib.sha256(repr((content, settings.heldout)).encode()).hexdigest()
+    name = f"caprl_files_{digest[:16]}"
     aside = SetAside()
     splits = {
-        split: functools.partial(_split, files, held_out, split == "heldout", aside)
+        split: functools.partial(_split, sources, held_out, split == "heldout", aside)
         for split in ("train", "heldout")
     }
-    made = records.builder(name, VERSION, splits, data.data_dir or None)
+    made = records.builder(name, VERSION, splits, settings.data_dir or None)
     _convert(made, aside, total)
     for line in aside.listing():
         set_aside.add(line["id"], line["reason"])
-    return made
+    return {split: records.source(made, split) for split in splits}
 
 
 def _convert(made: Any, aside: SetAside, total: int) -> None:
-    """Writes the dataset, and beside it what was set aside; together they are all the rows."""
+    """Writes the dataset and the listing of rows set aside, unless both exist and are complete."""
     directory = Path(made.data_dir)
     listing = directory.with_name("set_aside.jsonl")
     if directory.is_dir() and listing.is_file():
@@ -222,13 +241,13 @@ def _convert(made: Any, aside: SetAside, total: int) -> None:
         if sum(s.num_examples for s in made.info.splits.values()) + len(aside.reasons) == total:
             return
         aside.reasons.clear()
-    shutil.rmtree(directory, ignore_errors=True)  # an interrupted conversion
+    shutil.rmtree(directory, ignore_errors=True)  # left by an interrupted conversion
     try:
         made.download_and_prepare()
-    except AssertionError as e:  # how tensorflow-datasets tells of an empty split
+    except AssertionError as e:  # tensorflow-datasets raises it for an empty split
         reasons = [line["reason"] for line in aside.listing()]
         raise ValueError(
-            f"no row is left to train on or to hold out: {len(reasons)} of {total} can't be used "
+            f"no row is left to train on or to hold out: {len(reasons)} of {total} are unusable "
             f"so far; the first: {reasons[0] if reasons else e}"
         ) from e
     listing.write_text("".join(json.dumps(line) + "\n" for line in aside.listing()))

@@ -1,6 +1,7 @@
-"""Hugging Face directories in and out: safetensors files <-> parameters, tensor by tensor."""
+"""Loads and saves Hugging Face directories: safetensors files <-> parameters, tensor by tensor."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -15,8 +16,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from caprl_jax.models.families import ModelDirectoryError, family
-from caprl_jax.models.hf import tensors as layout
+from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.models.families import family
+from caprl_jax.models.hf import tensors as tensors_lib
 from caprl_jax.models.hf.tensors import Tensor
 from caprl_jax.models.vlm import Policy
 
@@ -25,7 +27,7 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a model directory, checked to be of a family that is built here."""
+    """Reads config.json of a model directory and checks that its family is supported."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ModelDirectoryError(
@@ -38,18 +40,18 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model directory that must hold an object."""
+    """Reads a JSON file of a model directory and checks that it holds an object."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ModelDirectoryError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(found, dict):
-        raise ModelDirectoryError(f"{path} holds a {type(found).__name__}, not a JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise ModelDirectoryError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 def _index(directory: Path) -> dict[str, tuple[Path, str]]:
-    """Canonical tensor name -> (file, name in the file), every name once."""
+    """Maps each canonical tensor name to (file, name in the file); refuses repeated names."""
     files = sorted(directory.glob("*.safetensors"))
     _check_complete(directory, files)
     index: dict[str, tuple[Path, str]] = {}
@@ -57,7 +59,7 @@ def _index(directory: Path) -> dict[str, tuple[Path, str]]:
         with _opened(file) as f:
             names = list(f.keys())
         for name in names:
-            key = layout.canonical(name)
+            key = tensors_lib.canonical(name)
             if key in index:
                 raise ModelDirectoryError(
                     f"{directory}: {key} is in {index[key][0].name} and in {file.name}"
@@ -67,7 +69,7 @@ def _index(directory: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _check_complete(directory: Path, files: list[Path]) -> None:
-    """All files there that model.safetensors.index.json speaks of; at least one of some kind."""
+    """Refuses a directory without weights, or without a file that its index names."""
     path = directory / "model.safetensors.index.json"
     if path.is_file():
         weight_map = read_json(path).get("weight_map")
@@ -82,13 +84,13 @@ def _check_complete(directory: Path, files: list[Path]) -> None:
             )
     if not files:
         other = [f for pattern in ("*.bin", "*.pth", "*.gguf") for f in directory.glob(pattern)]
-        found = f"; {other[0].name} is of another format: convert it first" if other else ""
-        raise ModelDirectoryError(f"{directory} holds no *.safetensors file{found}")
+        hint = f"; {other[0].name} is of another format: convert it first" if other else ""
+        raise ModelDirectoryError(f"{directory} holds no *.safetensors file{hint}")
 
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped into memory for as long as it is read."""
+    """Maps a safetensors file into memory until the block ends."""
     try:
         with safetensors.safe_open(file, framework="numpy") as f:
             yield f
@@ -105,26 +107,26 @@ def load_params(
     shardings: Any = None,
     progress: bool = False,
 ) -> dict:
-    """Reads parameters tensor by tensor, every one checked before the first is read.
+    """Reads parameters tensor by tensor, after checking the names and shapes of all of them.
 
-    With shardings each device's part is read from the file, cast and placed by itself, so that a
-    process reads what its devices need and holds at most one (stacked) tensor on the host.
+    With shardings each device's shard is read, cast and placed separately. A process reads only
+    what its devices need, and holds at most one (stacked) tensor on the host.
 
     Args:
-      directory: in Hugging Face format.
-      policy: as `families.build` makes it from that directory's config.
-      dtype: of the parameters.
-      shardings: tree of NamedSharding like the parameters; None gives numpy arrays.
-      progress: show a bar of the parameters read.
+      directory: directory in Hugging Face format.
+      policy: the modules that `families.build` makes from that directory's config.
+      dtype: dtype of the parameters.
+      shardings: tree of NamedSharding with the parameters' structure; None gives numpy arrays.
+      progress: whether to show a progress bar.
 
     Returns:
-      Nested dict of arrays, in the tree that `Policy.init` makes (unboxed).
+      Nested dict of arrays with the structure of `Policy.init`'s, unboxed.
 
     Raises:
-      ModelDirectoryError: naming each tensor that is missing, left over or of the wrong shape.
+      ModelDirectoryError: tensors are missing, left over or of the wrong shape; it names them.
     """
     directory = Path(directory)
-    index, tensors = _index(directory), layout.tensors(policy, read_config(directory))
+    index, tensors = _index(directory), tensors_lib.tensors(policy, read_config(directory))
     shapes = _checked_shapes(directory, policy, tensors, index)
     placed = None if shardings is None else flax.traverse_util.flatten_dict(shardings)
     params = {}
@@ -139,36 +141,36 @@ def load_params(
 
 
 class _Reader:
-    """Reads parts of one of our tensors; what several devices hold is read once."""
+    """Reads shards of one parameter; a shard that several devices hold is read once."""
 
     def __init__(self, tensor: Tensor, shape, index, dtype, advance: Callable[[int], None]):
         self._tensor, self._shape, self._index = tensor, shape, index
-        self._dtype, self._advance, self._read = np.dtype(dtype), advance, {}
+        self._dtype, self._advance, self._cache = np.dtype(dtype), advance, {}
 
     def __call__(self, part: tuple[slice, ...]) -> np.ndarray:
         key = tuple(s.indices(size) for s, size in zip(part, self._shape, strict=True))
-        if key not in self._read:
-            self._read[key] = self._fresh(part, tuple(len(range(*k)) for k in key))
-        return self._read[key]
+        if key not in self._cache:
+            self._cache[key] = self._read(part, tuple(len(range(*k)) for k in key))
+        return self._cache[key]
 
-    def _fresh(self, part: tuple[slice, ...], size: tuple[int, ...]) -> np.ndarray:
+    def _read(self, part: tuple[slice, ...], size: tuple[int, ...]) -> np.ndarray:
         t, out = self._tensor, np.empty(size, self._dtype)
         if not t.stacked:
-            out[...] = self._one(t.name, self._shape, part)
+            out[...] = self._read_layer(t.name, self._shape, part)
             return out
         layers = range(*part[0].indices(self._shape[0]))
         for i, name in enumerate(t.names(layers)):
-            out[i] = self._one(name, self._shape[1:], part[1:])
+            out[i] = self._read_layer(name, self._shape[1:], part[1:])
         return out
 
-    def _one(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
+    def _read_layer(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> np.ndarray:
         file, name = self._index[name]
-        # Opened anew each time: pages of a mapping that stays open would count as ours.
+        # Each read opens the file again: pages of an open mapping count as this process's memory.
         with _opened(file) as f:
-            found = self._tensor.read(f.get_slice(name), shape, part)
-            found = found.astype(self._dtype)  # a copy, before the mapping goes
-        self._advance(found.size)
-        return found
+            values = self._tensor.read(f.get_slice(name), shape, part)
+            values = values.astype(self._dtype)  # a copy, which outlives the mapping
+        self._advance(values.size)
+        return values
 
 
 def _checked_shapes(
@@ -177,12 +179,12 @@ def _checked_shapes(
     tensors: list[Tensor],
     index: Mapping[str, tuple[Path, str]],
 ) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Our shapes by path, after checking names and shapes in the files' headers."""
+    """Checks names and shapes in the files' headers; returns the parameters' shapes by path."""
     targets = flax.traverse_util.flatten_dict(abstract_params(policy))
     shapes = {path: a.shape for path, a in targets.items()}
     wanted = {n: t for t in tensors for n in t.names(range(shapes[t.path][0]))}
     left_over = set(index) - set(wanted)
-    if policy.decoder.config.tied and _HEAD in left_over:  # some files hold the tied head again
+    if policy.decoder.config.tied and _HEAD in left_over:  # some files repeat the tied head
         left_over.discard(_HEAD)
         _check_tied(directory, index)
     problems = [f"missing {n}" for n in sorted(set(wanted) - set(index))]
@@ -194,10 +196,10 @@ def _checked_shapes(
         with _opened(file) as f:
             for name in names:
                 part = f.get_slice(index[name][1])
-                found, kind = tuple(part.get_shape()), part.get_dtype()
-                if found != wanted[name].shape:
+                shape, kind = tuple(part.get_shape()), part.get_dtype()
+                if shape != wanted[name].shape:
                     problems.append(
-                        f"{name} has shape {found}, config.json says {wanted[name].shape}"
+                        f"{name} has shape {shape}, config.json says {wanted[name].shape}"
                     )
                 if kind not in ("F64", "F32", "F16", "BF16"):
                     problems.append(f"{name} is of type {kind}, not a float of 16 bits or more")
@@ -207,11 +209,12 @@ def _checked_shapes(
 
 
 def _check_tied(directory: Path, index: Mapping[str, tuple[Path, str]], rows: int = 8192) -> None:
-    """Refuses to drop a head that differs from the embedding it is said to be."""
+    """Refuses to drop a head that config.json ties to the embedding, but that differs from it."""
     if _EMBEDDING not in index:
         return
-    with _opened(index[_HEAD][0]) as one, _opened(index[_EMBEDDING][0]) as two:
-        head, table = one.get_slice(index[_HEAD][1]), two.get_slice(index[_EMBEDDING][1])
+    with _opened(index[_HEAD][0]) as head_file, _opened(index[_EMBEDDING][0]) as table_file:
+        head = head_file.get_slice(index[_HEAD][1])
+        table = table_file.get_slice(index[_EMBEDDING][1])
         shape = head.get_shape()
         same = shape == table.get_shape() and all(
             np.array_equal(head[i : min(i + rows, shape[0])], table[i : min(i + rows, shape[0])])
@@ -229,7 +232,7 @@ def _bar(shown: bool, directory: Path, total: int) -> Iterator[Callable[[int], N
     if not shown:
         yield lambda _: None
         return
-    from tqdm import tqdm  # imported where used: embedding the core doesn't need it
+    from tqdm import tqdm  # imported where used: programs that embed the core don't need it
 
     title = f"loading {directory.name}"
     with tqdm(total=total, unit=" parameters", unit_scale=True, desc=title) as bar:
@@ -242,48 +245,54 @@ def _summary(directory: Path, problems: list[str], shown: int = 5) -> str:
 
 
 def abstract_params(policy: Policy) -> dict:
-    """The unboxed tree of jax.ShapeDtypeStruct that `Policy.init` would make."""
+    """Shapes and dtypes of `Policy.init`'s parameters, as an unboxed tree of ShapeDtypeStruct."""
     return nn.meta.unbox(jax.eval_shape(policy.init, jax.random.key(0)))
 
 
-def save(
-    directory: str | Path,
-    policy: Policy,
-    params: Mapping[str, Any],
-    source: str | Path,
-    dtype: Any = np.float32,
-    shard_bytes: int = SHARD_BYTES,
-    card: str | None = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A model directory to write.
+
+    Attributes:
+      directory: its path, which must not exist.
+      dtype: dtype of the tensors in the files.
+      shard_bytes: maximum size of a file; a larger tensor gets a file of its own.
+      card: content of README.md, the model card; None writes no card.
+    """
+
+    directory: Path
+    dtype: Any = np.float32
+    shard_bytes: int = SHARD_BYTES
+    card: str | None = None
+
+
+def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str | Path) -> None:
     """Writes a Hugging Face directory, under a temporary name until it is complete.
 
-    Holds one file's tensors on the host at a time.
+    The host holds the tensors of one file at a time.
 
     Args:
-      directory: to be made; must not exist.
+      target: the directory to write.
       policy: the modules.
-      params: unboxed parameters, numpy or JAX arrays. Of those that no process has whole, one
-        tensor at a time is gathered: all processes must call, and the first one writes.
-      source: the directory whose config.json, tokenizer and processor files go along.
-      dtype: of the tensors in the files.
-      shard_bytes: size of a file at most, unless one tensor is larger.
-      card: content of README.md, the model card; None writes none.
+      params: unboxed parameters, numpy or JAX arrays. If several processes share an array, save
+        gathers one tensor at a time: all processes must call it, and the first one writes.
+      source: the directory to copy config.json, tokenizer and processor files from.
 
     Raises:
-      FileExistsError: directory exists.
+      FileExistsError: the directory exists.
     """
-    directory, source = Path(directory), Path(source)
+    directory, source, dtype = Path(target.directory), Path(source), np.dtype(target.dtype)
     flat = flax.traverse_util.flatten_dict(nn.meta.unbox(params))
     config = read_config(source)
-    of = family(config, source)
-    pieces = (
-        (layout.saved_name(name, of), flat[t.path], layer, t)
-        for t in layout.tensors(policy, config)
+    model_family = family(config, source)
+    named = (
+        (tensors_lib.saved_name(name, model_family), flat[t.path], layer, t)
+        for t in tensors_lib.tensors(policy, config)
         for layer, name in enumerate(t.names(range(flat[t.path].shape[0])))
     )
-    tensors = _on_host(pieces, np.dtype(dtype))
+    tensors = _on_host(named, dtype)
     if jax.process_index() > 0:
-        for _ in tensors:  # takes part in gathering
+        for _ in tensors:  # all processes take part in gathering
             pass
         return
     if directory.exists():
@@ -292,20 +301,20 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy_companions(source, partial)
-    config["dtype"] = np.dtype(dtype).name
+    config["dtype"] = dtype.name
     for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
-        part.pop("torch_dtype", None)  # the older spelling, of the source's dtype
+        part.pop("torch_dtype", None)  # the older name of dtype, with the source's value
         if "dtype" in part:
-            part["dtype"] = np.dtype(dtype).name
+            part["dtype"] = dtype.name
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if card is not None:
-        (partial / "README.md").write_text(card)
-    _write_shards(partial, tensors, shard_bytes)
+    if target.card is not None:
+        (partial / "README.md").write_text(target.card)
+    _write_shards(partial, tensors, target.shard_bytes)
     partial.rename(directory)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, processor and generation files; not weights, nor the source's own model card."""
+    """Copies tokenizer, processor and generation files, but neither weights nor the model card."""
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".gguf")
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(weights) and file.name != "README.md":
@@ -313,22 +322,22 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _on_host(
-    pieces: Iterator[tuple[str, Any, int, Tensor]], dtype: np.dtype
+    named: Iterator[tuple[str, Any, int, Tensor]], dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor as a file has it), one after another."""
+    """Yields (name, tensor with the file's shape), one at a time."""
     host = (None, None)
-    for name, value, layer, t in pieces:
+    for name, value, layer, t in named:
         if isinstance(value, jax.Array):
-            # Of a fresh array: JAX keeps the host's copy for as long as the array itself lives.
-            own = _whole(value[layer] if t.stacked else value.copy())
+            # JAX keeps an array's host copy as long as the array lives: gather a fresh array.
+            tensor = _gather(value[layer] if t.stacked else value.copy())
         else:
             if host[0] is not value:
                 host = (value, np.asarray(value))
-            own = host[1][layer] if t.stacked else host[1]
-        yield name, t.to_file(own.astype(dtype))
+            tensor = host[1][layer] if t.stacked else host[1]
+        yield name, t.to_file(tensor.astype(dtype))
 
 
-def _whole(value: jax.Array) -> np.ndarray:
+def _gather(value: jax.Array) -> np.ndarray:
     if value.is_fully_addressable:
         return np.asarray(value)
     from jax.experimental import multihost_utils
@@ -337,7 +346,7 @@ def _whole(value: jax.Array) -> np.ndarray:
 
 
 def _write_shards(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
-    """Writes one file after another, so that no more than one is held on the host."""
+    """Writes one file after another, so that the host holds the tensors of one at a time."""
     files: list[tuple[Path, list[str]]] = []
     shard: dict[str, np.ndarray] = {}
     total, held = 0, 0
@@ -345,7 +354,7 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], li
     def flush():
         path = directory / f"{len(files)}.safetensors"
         safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # others serve it
+        path.chmod(0o644)  # other users may serve it
         files.append((path, list(shard)))
         shard.clear()
 

@@ -1,16 +1,19 @@
-"""The sizes that the supported families are published in, as config.json says them.
+"""Content of config.json for the published sizes of the supported families.
 
-Beside them two sizes of no published model, for comparisons with peers on a CPU.
-
-For benchmarks and plans without a model at hand; a run reads its own directory's config.json.
+Benchmarks and plans use it to do without model directories; a run reads its own directory's
+config.json. Two more sizes belong to no published model: they serve comparisons on a CPU.
 """
 
 from typing import Any
 
 _IDS = {
-    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653, "eos_token_id": 151645, "bos_token_id": 151643,
-}  # fmt: skip
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "eos_token_id": 151645,
+    "bos_token_id": 151643,
+}
 # name: (vocab, width, feed-forward, layers, heads, key-value heads, tied)
 _SECOND = {
     "0.5b": (151936, 896, 4864, 24, 14, 2, True),
@@ -38,9 +41,9 @@ _TOWERS = {
 }
 
 
-# Of no published model: what two CPU cores train, for comparisons with peers (bench/peers.py).
-# name: (policy's text sizes, judge's), then the tower's (depth, width, heads, feed-forward, blocks
-# that see the whole image)
+# Models that two CPU cores can train, for comparisons with peers (bench/peers.py).
+# name: (policy's text sizes, judge's text sizes); and the tower's (depth, width, heads,
+# feed-forward, blocks that attend over the whole image)
 _PEER_TEXT = {
     "50m": ((32768, 512, 1408, 8, 8, 2, True), (32768, 512, 1408, 12, 8, 2, True)),
     "500m": (_SECOND["0.5b"], _SECOND["0.5b"]),
@@ -50,7 +53,7 @@ _PEER_TOWERS = {"50m": (8, 320, 5, 864, [3, 7]), "500m": (8, 640, 10, 1712, [3, 
 
 def _text(sizes: tuple, third: bool) -> dict[str, Any]:
     vocab, width, feed_forward, layers, heads, kv_heads, tied = sizes
-    found = {
+    config = {
         "vocab_size": vocab,
         "hidden_size": width,
         "intermediate_size": feed_forward,
@@ -65,18 +68,27 @@ def _text(sizes: tuple, third: bool) -> dict[str, Any]:
         "eos_token_id": 151645,
         "bos_token_id": 151643,
     }
-    return found | ({"head_dim": 128, "attention_bias": False} if third else {})
+    return config | ({"head_dim": 128, "attention_bias": False} if third else {})
 
 
 def _second_vl(name: str) -> dict[str, Any]:
     text = _text(_SECOND[name], third=False)
     vision = {
-        "model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "num_heads": 16,
-        "intermediate_size": 3420 if name in ("3b", "7b") else 3456, "in_channels": 3,
-        "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": text["hidden_size"],
-        "hidden_act": "silu", "tokens_per_second": 2,
-    }  # fmt: skip
+        "model_type": "qwen2_5_vl",
+        "depth": 32,
+        "hidden_size": 1280,
+        "num_heads": 16,
+        "intermediate_size": 3420 if name in ("3b", "7b") else 3456,
+        "in_channels": 3,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "out_hidden_size": text["hidden_size"],
+        "hidden_act": "silu",
+        "tokens_per_second": 2,
+    }
     return (
         text
         | _IDS
@@ -90,13 +102,17 @@ def _second_vl(name: str) -> dict[str, Any]:
 
 
 def _peer(name: str) -> dict[str, dict[str, Any]]:
-    """The policy and the judge of a comparison; as the second generation, at other sizes."""
+    """Policy and judge of a comparison: Qwen2.5's architectures at other sizes."""
     (text, judge), (depth, width, heads, hidden, full) = _PEER_TEXT[name], _PEER_TOWERS[name]
     policy = _second_vl("3b") | _text(text, third=False)
     policy["vision_config"] |= {
-        "depth": depth, "hidden_size": width, "num_heads": heads, "intermediate_size": hidden,
-        "fullatt_block_indexes": full, "out_hidden_size": text[1],
-    }  # fmt: skip
+        "depth": depth,
+        "hidden_size": width,
+        "num_heads": heads,
+        "intermediate_size": hidden,
+        "fullatt_block_indexes": full,
+        "out_hidden_size": text[1],
+    }
     policy["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
     return {
         f"peer-vl-{name}": policy,
@@ -109,12 +125,20 @@ def _third_vl(name: str) -> dict[str, Any]:
     text = _text(_THIRD[sizes], third=True) | {"model_type": "qwen3_vl_text", "rope_theta": 5e6}
     rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
     vision = {
-        "model_type": "qwen3_vl", "depth": depth, "hidden_size": width, "num_heads": 16,
-        "intermediate_size": feed_forward, "in_channels": 3, "patch_size": 16,
-        "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": list(deep), "out_hidden_size": text["hidden_size"],
+        "model_type": "qwen3_vl",
+        "depth": depth,
+        "hidden_size": width,
+        "num_heads": 16,
+        "intermediate_size": feed_forward,
+        "in_channels": 3,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": list(deep),
+        "out_hidden_size": text["hidden_size"],
         "hidden_act": "gelu_pytorch_tanh",
-    }  # fmt: skip
+    }
     return _IDS | {
         "model_type": "qwen3_vl",
         "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -139,16 +163,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def preprocessor(config: dict[str, Any]) -> dict[str, Any] | None:
-    """preprocessor_config.json as published with a policy; None for a judge."""
+    """Content of preprocessor_config.json as published with a policy; None for a judge."""
     if "vision_config" not in config:
         return None
-    third = config["model_type"] == "qwen3_vl"
-    mean, std = ([0.5] * 3, [0.5] * 3) if third else (
-        [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    )  # fmt: skip
-    bounds = {"shortest_edge": 65536, "longest_edge": 16777216} if third else (
-        {"shortest_edge": 3136, "longest_edge": 12845056}
-    )  # fmt: skip
+    if config["model_type"] == "qwen3_vl":
+        mean, std = [0.5] * 3, [0.5] * 3
+        bounds = {"shortest_edge": 65536, "longest_edge": 16777216}
+    else:
+        mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+        bounds = {"shortest_edge": 3136, "longest_edge": 12845056}
     return {
         "image_processor_type": "Qwen2VLImageProcessorFast",
         "size": bounds,

@@ -1,4 +1,4 @@
-"""What lies where in a model's safetensors files: one Tensor for each of our parameters."""
+"""Maps our parameters to tensors in safetensors files: names, shapes and order of axes."""
 
 import dataclasses
 import math
@@ -14,21 +14,21 @@ from caprl_jax.models.vlm import Policy
 
 
 def canonical(name: str) -> str:
-    """One spelling for all naming schemes: saved by old and new transformers, and in-memory."""
+    """Canonical tensor name, the same for files of old and new transformers and its modules."""
     name = name.replace("model.language_model.", "model.", 1)
     return name.replace("model.visual.", "visual.", 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """How one of our parameters lies in a file.
+    """One of our parameters and the tensor, or stack of tensors, that holds it in files.
 
     Attributes:
-      path: where it is in our tree.
-      name: its name in the file; {i} stands for the layer if it is one of a stack.
-      shape: its shape in the file.
-      axes: for each axis of the file, which of ours (of one layer) it joins, in order. Where the
-        file has more axes, a convolution, all but its first are one here.
+      path: the parameter's path in our tree.
+      name: the tensor's name in the file; {i} stands for the layer of a stacked parameter.
+      shape: the tensor's shape in the file, for one layer.
+      axes: for each axis in the file, our axes (of one layer) that it flattens, in order. If the
+        file has more axes than ours, as for a convolution, all but its first count as one.
     """
 
     path: tuple[str, ...]
@@ -38,20 +38,20 @@ class Tensor:
 
     @property
     def stacked(self) -> bool:
-        """Whether ours has a leading axis of layers."""
+        """True if our parameter has a leading axis of layers."""
         return "{i}" in self.name
 
     def names(self, layers: Sequence[int]) -> list[str]:
-        """The names in the file of the given layers; one name if it is not stacked."""
+        """Names of the given layers' tensors in files; one name if the parameter isn't stacked."""
         return [self.name.format(i=i) for i in layers] if self.stacked else [self.name]
 
     def read(self, lazy: Any, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """A part of our tensor, touching only the rows and columns of the file that it needs.
+        """Reads a part of one layer of our parameter, and only the rows and columns it needs.
 
         Args:
-          lazy: sliceable, of self.shape, as safetensors' get_slice gives it.
-          shape: of ours, of one layer.
-          index: of the part, a slice for each of our axes.
+          lazy: safetensors' get_slice of the tensor, with shape self.shape.
+          shape: shape of one layer of our parameter.
+          index: the part to read, a slice for each of our axes.
         """
         index = tuple(slice(*s.indices(size)) for s, size in zip(index, shape, strict=True))
         cut, rest = [], [slice(None)] * len(shape)
@@ -59,20 +59,20 @@ class Tensor:
             first, inner = group[0], math.prod(shape[a] for a in group[1:])
             if all(index[a] == slice(0, shape[a], 1) for a in group[1:]):
                 cut.append(slice(index[first].start * inner, index[first].stop * inner))
-            else:  # not one run of the file's axis: read all of it, then pick
+            else:  # the part isn't contiguous on the file's axis: read all of it, then index
                 cut.append(slice(None))
                 for a in group:
                     rest[a] = index[a]
         if len(self.axes) < len(self.shape):
-            found = lazy[:].reshape(self.shape[0], -1)[tuple(cut)]
+            values = lazy[:].reshape(self.shape[0], -1)[tuple(cut)]
         else:
-            found = lazy[tuple(cut)]
+            values = lazy[tuple(cut)]
         order = [a for group in self.axes for a in group]
         sizes = [shape[a] if rest[a] != slice(None) else _length(index[a]) for a in order]
-        return found.reshape(sizes).transpose(np.argsort(order))[tuple(rest)]
+        return values.reshape(sizes).transpose(np.argsort(order))[tuple(rest)]
 
     def to_file(self, tensor: np.ndarray) -> np.ndarray:
-        """Ours, of one layer -> the file's layout."""
+        """Converts one layer of our parameter to the file's shape and order of axes."""
         order = [a for group in self.axes for a in group]
         return np.ascontiguousarray(tensor.transpose(order).reshape(self.shape))
 
@@ -82,7 +82,7 @@ def _length(s: slice) -> int:
 
 
 def _linear(path, name, outputs, inputs, bias=True) -> list[Tensor]:
-    """A kernel [*inputs, *outputs] and its bias [*outputs], as Linear makes them."""
+    """Tensors of a Linear: its kernel [*inputs, *outputs] and, with bias, its bias [*outputs]."""
     n, m = len(inputs), len(outputs)
     axes = (tuple(range(n, n + m)), tuple(range(n)))
     shape = (math.prod(outputs), math.prod(inputs))
@@ -102,23 +102,23 @@ def _table(path, name, rows, width) -> Tensor:
 
 
 def tensors(policy: Policy, config: Mapping[str, Any]) -> list[Tensor]:
-    """The file layout of every parameter, by canonical names.
+    """Tensors of every parameter of a policy, with canonical names.
 
     Args:
-      policy: as `build` makes it.
-      config: its config.json.
+      policy: the modules that `families.build` makes from config.
+      config: the content of config.json.
     """
-    found = _decoder_tensors(policy.decoder.config)
+    out = _decoder_tensors(policy.decoder.config)
     if policy.vision is not None:
-        found += _vision_tensors(policy.vision.config, patch_kernel(config["vision_config"]))
-    return found
+        out += _vision_tensors(policy.vision.config, patch_kernel(config["vision_config"]))
+    return out
 
 
-def saved_name(name: str, of: Family) -> str:
-    """A canonical name as the family's files spell it."""
+def saved_name(name: str, family: Family) -> str:
+    """Name of a tensor in the family's files, from its canonical name."""
     if name.startswith("visual."):
-        return of.vision_prefix + name.removeprefix("visual.")
-    return of.text_prefix + name.removeprefix("model.") if name.startswith("model.") else name
+        return family.vision_prefix + name.removeprefix("visual.")
+    return family.text_prefix + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def _decoder_tensors(c: DecoderConfig) -> list[Tensor]:

@@ -1,0 +1,2 @@
+"""Compiled programs as text: text.py parses it, loops.py counts trips, work.py prices instructions,
+and costs.py sums them by phase."""

@@ -1,4 +1,4 @@
-"""The embedded world: scenes that split cleanly, and captions and questions that agree."""
+"""The embedded world: disjoint splits, and captions and questions that agree."""
 
 import io
 
@@ -17,7 +17,7 @@ def scenes(split, count=20, grid=GRID):
     return list(digits.scenes(split, count, grid, COUNTS))
 
 
-def test_train_and_held_out_scenes_show_disjoint_handwriting():
+def test_train_and_held_out_scenes_have_disjoint_handwriting():
     train, held = (digits._instances(split)[0] for split in ("train", "heldout"))
     assert len(train) + len(held) == 1797
     same = {a.tobytes() for a in train} & {a.tobytes() for a in held}
@@ -30,7 +30,7 @@ def test_scenes_are_the_same_every_time_and_differ_from_each_other():
     assert len({r.image for r in first} | {r.image for r in scenes("heldout")}) == 40
 
 
-def test_digits_stand_where_the_facts_say_in_the_colour_they_say():
+def test_digits_have_the_places_and_colours_of_the_facts():
     for record in scenes("train"):
         pixels = np.asarray(Image.open(io.BytesIO(record.image)), np.float32)
         assert pixels.shape == (84, 84, 3)
@@ -45,7 +45,7 @@ def test_digits_stand_where_the_facts_say_in_the_colour_they_say():
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
-def test_a_complete_true_caption_answers_every_question(grid):
+def test_complete_true_caption_answers_every_question(grid):
     for record in scenes("heldout", grid=grid):
         text = digits.caption(record.facts, len(record.facts))
         assert len(record.questions) == 1 + 3 * len(record.facts)
@@ -54,7 +54,7 @@ def test_a_complete_true_caption_answers_every_question(grid):
             assert len(question.choices) == len(set(question.choices)) == 4
 
 
-def test_a_caption_without_the_fact_answers_nothing():
+def test_caption_answers_no_question_about_missing_facts():
     for record in scenes("heldout"):
         assert all(digits.lookup("digits: ", q) is None for q in record.questions)
         wrong = digits.caption([("north", "red", 3)], None)
@@ -63,7 +63,7 @@ def test_a_caption_without_the_fact_answers_nothing():
 
 
 def test_precision_and_recall_by_hand():
-    """Two of three facts and a wrong count; one statement wrong, one repeated, one no statement."""
+    """Two of three facts, a wrong count, a wrong statement, a repeated one and a malformed one."""
     said = (
         "digits: north red three, north red three, center blue four, up down, "
         "southeast red seven, total two"
@@ -74,13 +74,13 @@ def test_precision_and_recall_by_hand():
     assert digits.precision_recall("", FACTS) == (0, 0, 0, 4)
 
 
-def test_a_reader_takes_the_first_of_contradicting_statements():
+def test_reader_takes_the_first_of_contradicting_statements():
     question = Question("Which digit is north?", ("four", "three"), 1)
     assert digits.lookup("digits: north red four, north red three", question) == 0
     assert digits.lookup("digits: north red five", question) is None
 
 
-def test_no_coloured_digit_twice_so_its_place_is_unambiguous():
+def test_no_coloured_digit_occurs_twice():
     rng = np.random.default_rng(0)
     for _ in range(200):
         facts = digits.random_facts(rng, GRID, COUNTS)

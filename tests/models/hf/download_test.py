@@ -1,4 +1,4 @@
-"""Model directories from the package, paths, buckets and the hub: offline, and a loopback one."""
+"""Fetching model directories from the package, paths, buckets and a loopback hub."""
 
 import http.server
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from caprl_jax.models.families import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.hf import download as sources
 
 JUDGE = sources.fetch("asset:tiny/judge")
@@ -19,13 +19,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
-def test_assets_and_local_directories(tmp_path):
+def test_assets_and_local_directories_are_found(tmp_path):
     assert (JUDGE / "config.json").is_file()
     assert sources.fetch(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("path", ["/no/such/dir", "no/such/dir", "../model"])
-def test_what_is_not_there_says_how_to_fetch_it(path):
+def test_error_for_a_missing_directory_says_how_to_fetch_it(path):
     with pytest.raises(ModelDirectoryError, match="hf download ORG/NAME --local-dir DIR"):
         sources.fetch(path)
 
@@ -39,18 +39,18 @@ def bucket():
     memory.rm("/models", recursive=True)
 
 
-def test_a_bucket_is_copied_once_without_what_is_not_needed(bucket, tmp_path, monkeypatch):
-    found = sources.fetch("memory://models/tiny/", cache=tmp_path)
-    assert {p.name for p in found.iterdir()} == set(FILES)
-    assert (found / "config.json").read_text() == "config.json"
+def test_bucket_is_copied_once_without_unneeded_files(bucket, tmp_path, monkeypatch):
+    copy = sources.fetch("memory://models/tiny/", cache=tmp_path)
+    assert {p.name for p in copy.iterdir()} == set(FILES)
+    assert (copy / "config.json").read_text() == "config.json"
     with monkeypatch.context() as m:
         m.setattr(type(bucket), "get_file", lambda *_: pytest.fail("copied again"))
-        assert sources.fetch("memory://models/tiny", cache=tmp_path) == found
+        assert sources.fetch("memory://models/tiny", cache=tmp_path) == copy
     bucket.pipe("/models/tiny/config.json", b"another")
-    assert sources.fetch("memory://models/tiny", cache=tmp_path) != found
+    assert sources.fetch("memory://models/tiny", cache=tmp_path) != copy
 
 
-def test_an_interrupted_copy_never_looks_complete(bucket, tmp_path, monkeypatch):
+def test_interrupted_copy_never_looks_complete(bucket, tmp_path, monkeypatch):
     def fail(*_):
         raise ConnectionError("reset")
 
@@ -69,13 +69,13 @@ def test_an_interrupted_copy_never_looks_complete(bucket, tmp_path, monkeypatch)
         ("nosuch://bucket/model", "nosuch"),
     ],
 )
-def test_a_bucket_without_a_model_is_refused(url, message, tmp_path):
+def test_bucket_without_a_model_is_refused(url, message, tmp_path):
     with pytest.raises(ModelDirectoryError, match=message):
         sources.fetch(url, cache=tmp_path)
 
 
-def fetched(tmp_path, name, revision="", **environment):
-    """What a fresh process fetches from the hub: it reads its settings at import."""
+def fetch_in_process(tmp_path, name, revision="", **environment):
+    """Fetches from the hub in a new process, because the hub's library reads settings at import."""
     code = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"
         "from caprl_jax.models.hf.download import fetch\n"
@@ -86,21 +86,21 @@ def fetched(tmp_path, name, revision="", **environment):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_a_filled_cache_serves_offline(tmp_path):
+def test_filled_cache_serves_offline(tmp_path):
     cache = tmp_path / "hf" / "hub" / "models--org--tiny"
     snapshot = cache / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     (cache / "refs").mkdir()
     (cache / "refs" / "v1").write_text(COMMIT)
-    found = fetched(tmp_path, "org/tiny", "v1", HF_HUB_OFFLINE="1")
-    assert Path(found.stdout.strip()) == snapshot, found.stderr
-    missing = fetched(tmp_path, "org/tiny", "v2", HF_HUB_OFFLINE="1")
+    cached = fetch_in_process(tmp_path, "org/tiny", "v1", HF_HUB_OFFLINE="1")
+    assert Path(cached.stdout.strip()) == snapshot, cached.stderr
+    missing = fetch_in_process(tmp_path, "org/tiny", "v2", HF_HUB_OFFLINE="1")
     assert missing.returncode and "hf download org/tiny --revision v2" in missing.stderr
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download of one model needs."""
+    """Server with the part of the hub's protocol that a download of one model needs."""
 
     def _send(self, body: bytes, **headers):
         self.send_response(200)
@@ -134,21 +134,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_from_the_hub_tells_its_size_first(tmp_path):
+def test_download_from_the_hub_announces_its_size(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
         online = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
-        found = fetched(tmp_path, "org/tiny", **online)
-        refused = fetched(tmp_path, "org/other", **online)
+        done = fetch_in_process(tmp_path, "org/tiny", **online)
+        refused = fetch_in_process(tmp_path, "org/other", **online)
     finally:
         server.shutdown()
-    directory = Path(found.stdout.strip())
-    assert found.returncode == 0, found.stderr
+    directory = Path(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
     assert {p.name for p in directory.iterdir()} == set(FILES)
     for file in FILES:
         assert (directory / file).read_bytes() == (JUDGE / file).read_bytes()
     size = sum((JUDGE / f).stat().st_size for f in FILES) / 1e9
-    assert f"downloading org/tiny (default branch): {size:.2f} GB in 3 files" in found.stderr
+    assert f"downloading org/tiny (default branch): {size:.2f} GB in 3 files" in done.stderr
     assert "hf download org/other" in refused.stderr

@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out: everything checked, nothing half written."""
+"""Loading and saving Hugging Face directories: all content is checked, and saving is atomic."""
 
 import json
 import shutil
@@ -10,21 +10,21 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models import families
-from caprl_jax.models.families import ModelDirectoryError
 from caprl_jax.models.hf import files as hf
-from caprl_jax.models.hf import tensors as layout
+from caprl_jax.models.hf import tensors as tensors_lib
 from caprl_jax.parallel import mesh
 
 
 def theirs(model):
-    """What transformers loads the pair's directories with."""
+    """transformers' class that loads the pair's directories."""
     return AutoModelForImageTextToText if model.ours.vision else AutoModelForCausalLM
 
 
 @pytest.fixture
 def edited(text_pair, tmp_path):
-    """A copy of a text model's directory whose tensors and config a test may change."""
+    """Function that copies a text model's directory and changes its tensors and config."""
 
     def edit(change_tensors=None, change_config=None):
         directory = tmp_path / "model"
@@ -52,9 +52,9 @@ def same_trees(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_an_export_is_the_same_model_in_transformers(any_pair, tmp_path):
+def test_export_is_the_same_model_in_transformers(any_pair, tmp_path):
     model = any_pair
-    hf.save(tmp_path / "out", model.ours, model.params, model.directory)
+    hf.save(hf.Target(tmp_path / "out"), model.ours, model.params, model.directory)
     again = theirs(model).from_pretrained(tmp_path / "out").state_dict()
     before = model.theirs.state_dict()
     assert again.keys() == before.keys()
@@ -63,7 +63,8 @@ def test_an_export_is_the_same_model_in_transformers(any_pair, tmp_path):
 
 def test_shards_hold_each_tensor_once_and_load(any_pair, tmp_path):
     model = any_pair
-    hf.save(tmp_path / "out", model.ours, model.params, model.directory, shard_bytes=100_000)
+    target = hf.Target(tmp_path / "out", shard_bytes=100_000)
+    hf.save(target, model.ours, model.params, model.directory)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in jax.tree.leaves(model.params))
@@ -72,10 +73,10 @@ def test_shards_hold_each_tensor_once_and_load(any_pair, tmp_path):
     assert all(torch.equal(v, loaded[k]) for k, v in model.theirs.state_dict().items())
 
 
-def test_both_naming_schemes_of_the_vision_models_load(vision_pair, tmp_path):
-    """Files hold visual.* and model.layers.*, or model.visual.* and model.language_model.*."""
+def test_both_naming_schemes_of_vision_models_load(vision_pair, tmp_path):
+    """Names are visual.* and model.layers.*, or model.visual.* and model.language_model.*."""
     tensors = safetensors.numpy.load_file(vision_pair.directory / "model.safetensors")
-    plain = {layout.canonical(k): v for k, v in tensors.items()}
+    plain = {tensors_lib.canonical(k): v for k, v in tensors.items()}
 
     def in_memory(name):
         if name.startswith("visual."):
@@ -94,46 +95,53 @@ def test_both_naming_schemes_of_the_vision_models_load(vision_pair, tmp_path):
 
 @pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}])
 def test_sharded_loading_reads_the_same_model(any_pair, shape):
-    """Every device's part, read from the file by itself, is that part of the whole."""
+    """Each device's shard, read separately from the file, equals that part of the whole."""
     model = any_pair
     towers = [model.ours.vision.config] if model.ours.vision else []
-    cut = all(c.heads % shape["tensor"] == 0 for c in (model.ours.decoder.config, *towers))
-    on = mesh.layout(mesh.make_mesh(shape), {} if cut else {"heads": "", "kv_heads": ""})
+    divisible = all(c.heads % shape["tensor"] == 0 for c in (model.ours.decoder.config, *towers))
+    table = {} if divisible else {"heads": "", "kv_heads": ""}
+    rules = mesh.shard_rules(mesh.make_mesh(shape), table)
     boxed = jax.eval_shape(model.ours.init, jax.random.key(0))
-    shardings = mesh.param_shardings(boxed, on)
-    found = hf.load_params(model.directory, model.ours, np.float32, shardings)
-    same_trees(found, model.params)
-    parts = {str(s.index) for s in found["decoder"]["layers"]["gate"]["kernel"].addressable_shards}
-    assert len(parts) == shape.get("fsdp", 1) * shape["tensor"]
-    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, found, shardings))
+    shardings = mesh.param_shardings(boxed, rules)
+    params = hf.load_params(model.directory, model.ours, np.float32, shardings)
+    same_trees(params, model.params)
+    kernel = params["decoder"]["layers"]["gate"]["kernel"]
+    shards = {str(s.index) for s in kernel.addressable_shards}
+    assert len(shards) == shape.get("fsdp", 1) * shape["tensor"]
+    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, params, shardings))
 
 
-def test_what_several_devices_hold_is_read_once(text_pair, monkeypatch):
-    on, opened = mesh.layout(mesh.make_mesh({"data": 8})), []
-    monkeypatch.setattr(layout.Tensor, "read", lambda t, lazy, *_: opened.append(t.name) or lazy[:])
+def test_replicated_tensor_is_read_once(text_pair, monkeypatch):
+    rules, opened = mesh.shard_rules(mesh.make_mesh({"data": 8})), []
+
+    def read_all(tensor, lazy, *_):
+        opened.append(tensor.name)
+        return lazy[:]
+
+    monkeypatch.setattr(tensors_lib.Tensor, "read", read_all)
     shape, name = text_pair.params["decoder"]["embedding"].shape, "model.embed_tokens.weight"
-    embedding = next(t for t in layout.tensors(text_pair.ours, {}) if t.name == name)
+    embedding = next(t for t in tensors_lib.tensors(text_pair.ours, {}) if t.name == name)
     read = hf._Reader(embedding, shape, hf._index(text_pair.directory), np.float32, lambda _: None)
-    placed = jax.make_array_from_callback(shape, mesh.replicated(on), read)
+    placed = jax.make_array_from_callback(shape, mesh.replicated(rules), read)
     np.testing.assert_array_equal(placed, text_pair.params["decoder"]["embedding"])
     assert opened == [name]
 
 
-def test_an_interrupted_export_never_looks_complete(text_pair, tmp_path, monkeypatch):
+def test_interrupted_export_never_looks_complete(text_pair, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
     with monkeypatch.context() as m, pytest.raises(OSError, match="disk full"):
         m.setattr(hf, "_write_shards", fail)
-        hf.save(tmp_path / "out", text_pair.ours, text_pair.params, text_pair.directory)
+        hf.save(hf.Target(tmp_path / "out"), text_pair.ours, text_pair.params, text_pair.directory)
     assert not (tmp_path / "out").exists()
-    hf.save(tmp_path / "out", text_pair.ours, text_pair.params, text_pair.directory)
+    hf.save(hf.Target(tmp_path / "out"), text_pair.ours, text_pair.params, text_pair.directory)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_nothing_is_overwritten(text_pair, tmp_path):
+def test_existing_directory_is_not_overwritten(text_pair, tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
-        hf.save(tmp_path, text_pair.ours, text_pair.params, text_pair.directory)
+        hf.save(hf.Target(tmp_path), text_pair.ours, text_pair.params, text_pair.directory)
 
 
 def test_missing_and_left_over_tensors_are_named(edited):
@@ -146,7 +154,7 @@ def test_missing_and_left_over_tensors_are_named(edited):
     assert "left over model.layers.1.extra" in str(e.value)
 
 
-def test_a_wrong_shape_is_named_with_both_shapes(edited):
+def test_error_for_a_wrong_shape_names_both_shapes(edited):
     def cut(tensors):
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:7].copy()
 
@@ -154,14 +162,14 @@ def test_a_wrong_shape_is_named_with_both_shapes(edited):
         load(edited(cut))
 
 
-def test_a_tensor_in_two_files_is_refused(edited):
+def test_tensor_in_two_files_is_refused(edited):
     directory = edited()
     shutil.copy(directory / "model.safetensors", directory / "second.safetensors")
     with pytest.raises(ModelDirectoryError, match=r"is in model\.safetensors and in second"):
         load(directory)
 
 
-def test_a_tied_head_written_again_is_ignored(edited):
+def test_repeated_tied_head_is_ignored(edited):
     def tie(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
 
@@ -189,22 +197,22 @@ def test_a_tied_head_written_again_is_ignored(edited):
         ),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(edited, change, message):
+def test_unsupported_feature_is_refused_by_name(edited, change, message):
     with pytest.raises(ModelDirectoryError, match=message):
         load(edited(change_config=lambda c: c.update(change)))
 
 
-def test_a_sliding_window_that_no_layer_uses_is_no_obstacle(edited):
+def test_sliding_window_that_no_layer_uses_is_accepted(edited):
     flags = {"use_sliding_window": True, "max_window_layers": 99, "layer_types": None}
     assert load(edited(change_config=lambda c: c.update(flags)))
 
 
-def test_a_config_without_a_size_names_it(edited):
+def test_error_for_a_missing_size_names_it(edited):
     with pytest.raises(ModelDirectoryError, match="lacks 'intermediate_size'"):
         load(edited(change_config=lambda c: c.pop("intermediate_size")))
 
 
-def test_what_is_no_model_directory_says_so(tmp_path):
+def test_error_says_that_a_path_is_no_model_directory(tmp_path):
     with pytest.raises(ModelDirectoryError, match="is not a model directory"):
         hf.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -212,7 +220,7 @@ def test_what_is_no_model_directory_says_so(tmp_path):
         hf.read_config(tmp_path)
 
 
-def test_a_truncated_file_is_named(edited):
+def test_error_for_a_truncated_file_names_it(edited):
     directory = edited()
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])

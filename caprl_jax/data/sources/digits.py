@@ -1,0 +1,44 @@
+"""Source of the embedded world: makes scenes of handwritten digits on first use."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from caprl_jax.data import records
+from caprl_jax.data.set_aside import SetAside
+from caprl_jax.settings import setting
+
+VERSION = "1.1.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Options of the source digits."""
+
+    rows: int = setting(3, "rows of the grid", least=1)
+    columns: int = setting(3, "columns of the grid", least=1)
+    digits: tuple = setting((2, 5), "least and most digits of a scene")
+    train: int = setting(4096, "scenes to train on", least=1)
+
+
+def digits(
+    settings: Any, set_aside: SetAside, options: Digits
+) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """Scenes as stored elements, {"train", "heldout"}; the first use writes them to disk."""
+    from caprl_jax.data.digits import world  # Pillow is imported where it is used
+
+    del set_aside  # all scenes are usable
+    grid, least_most = (options.rows, options.columns), tuple(options.digits)
+    name = (
+        f"caprl_digits_{grid[0]}x{grid[1]}_{least_most[0]}to{least_most[1]}_{options.train}_"
+        f"{settings.heldout}"
+    )
+    counts = {"train": options.train, "heldout": settings.heldout}
+    splits = {
+        split: functools.partial(world.scenes, split, count, grid, least_most)
+        for split, count in counts.items()
+    }
+    made = records.builder(name, VERSION, splits, settings.data_dir or None)
+    made.download_and_prepare()
+    return {split: records.source(made, split) for split in splits}

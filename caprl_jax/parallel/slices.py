@@ -1,0 +1,95 @@
+"""Slices: parts of a batch that are processed one after the other, so that less is held at a time.
+
+How a batch is cut is bound once, when a step is compiled: a function that is traced inside
+`using(slices)` reads `current()`. Results do not depend on it, but for rounding, and for the draws of
+a rollout in several slices.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """How many slices each phase of a step cuts its images into.
+
+    Attributes:
+      rollout: slices that are captioned, each with caches of its own. The draws depend on it.
+      prefill: slices in which all images and prompts are read; at least one for each of the
+        rollout's.
+      score: slices in which the judge reads captions.
+      update: slices whose gradients are summed.
+      lengths: length buckets that judge and update are compiled for. Each of their slices is cut to
+        the shortest that holds its captions.
+    """
+
+    rollout: int = 1
+    prefill: int = 1
+    score: int = 1
+    update: int = 1
+    lengths: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive")
+
+    @property
+    def prefill_of_rollout(self) -> int:
+        """Slices in which the images of one of the rollout's slices are read."""
+        return max(self.prefill // self.rollout, 1)
+
+
+_current: contextvars.ContextVar[Slices] = contextvars.ContextVar("slices", default=Slices())
+
+
+def current() -> Slices:
+    """The slices of the program that is being traced; one of each outside of `using`."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def using(slices: Slices) -> Iterator[None]:
+    """Binds how batches are cut while a program is traced."""
+    token = _current.set(slices)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def map_slices(function: Callable, tree: Any, count: int, key: jax.Array | None = None) -> Any:
+    """Applies a function to one slice after the other.
+
+    Args:
+      function: slice -> tree of arrays [b / count, ..]; with a key, (slice, key) -> such a tree.
+      tree: arrays [b, ..]; b is a multiple of count.
+      count: number of slices. Every slice is spread over all devices of the first axis.
+      key: split into one key for each slice, if given.
+
+    Returns:
+      Tree of arrays [b, ..].
+    """
+    if count == 1 and key is None:
+        return function(tree)
+    cut = split(tree, count)
+    if key is None:
+        out = jax.lax.map(function, cut)
+    else:
+        out = jax.lax.map(lambda a: function(*a), (cut, jax.random.split(key, count)))
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a, 0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:]), out
+    )
+
+
+def split(tree: Any, count: int) -> Any:
+    """Cuts arrays [b, ..] into [count, b / count, ..]; slice i holds images i, i + count, .."""
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1), tree
+    )

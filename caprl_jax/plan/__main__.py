@@ -1,0 +1,42 @@
+"""Plans a config's step for a topology: python -m caprl_jax.plan (see plan.py)."""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from caprl_jax.commands import cli
+from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
+from caprl_jax.parallel import hardware
+from caprl_jax.plan.plan import as_json, make, suggest, tell
+
+
+def define_flags() -> None:
+    """This command's flags."""
+    flags.DEFINE_string("topology", "local", "v5e:4x4, v5p:2x2x2, cpu:8, .., or local.")
+    flags.DEFINE_string("json", None, "Where to write the plan as JSON too.")
+    flags.DEFINE_bool("suggest", False, "Try changes until one fits.")
+
+
+def main(argv: list[str]) -> None:
+    """Plans, prints, and exits with 1 where the config doesn't fit."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
+    topology, config = flags.FLAGS.topology, flags.FLAGS.config
+    name = cli.config_name()
+    with in_one_paragraph():
+        hardware.before_jax(topology)
+        plan = make(config, topology)
+        print(tell(name, topology, plan), flush=True)
+        if plan.fits is False and flags.FLAGS.suggest:
+            plan = suggest(config, topology, name, plan)
+    if flags.FLAGS.json:
+        found = as_json(name, topology, plan)
+        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(1 if plan.fits is False else 0)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=parse_config_flags)

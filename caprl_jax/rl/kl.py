@@ -1,0 +1,29 @@
+"""Estimators of the KL divergence of the policy from its reference.
+
+To add one, write `estimator(logp, reference_logp) -> float32 of the same shape`, and register it here
+or name it in a config by its import path.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from caprl_jax.registry import Registry
+
+KL_ESTIMATORS = Registry("KL estimator", ("logp", "reference_logp"))
+
+
+@KL_ESTIMATORS.register("k3")
+def k3(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
+    """Schulman's k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1 >= 0.
+
+    Args:
+      logp: float32 [*batch, t], of the policy.
+      reference_logp: float32 [*batch, t]; d = reference_logp - logp.
+
+    Returns:
+      float32 [*batch, t], nats.
+    """
+    chex.assert_equal_shape([logp, reference_logp])
+    d = reference_logp - logp
+    return jnp.exp(d) - d - 1

@@ -1,0 +1,83 @@
+"""Reward terms: pure functions of what a caption was scored by, one file each.
+
+To add one, write `term(scored: Scored) -> float32 [b, g]`, or `term(scored, options)` with a frozen
+dataclass of options, and register it here or name it in a config by its import path. `@needs("judge")`
+declares the frozen models that a term reads from `scored.models`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import chex
+import flax.struct
+import jax.numpy as jnp
+
+from caprl_jax.registry import Choice, Registry
+from caprl_jax.rl.rewards.accuracy import accuracy
+from caprl_jax.rl.rewards.length import length
+from caprl_jax.rl.types import Rewards, Scored
+
+REWARDS = Registry("reward", ("scored",))
+REWARDS.register("accuracy")(accuracy)
+REWARDS.register("length")(length)
+MODELS = ("judge", "reference")  # frozen models that a term may declare
+
+
+@flax.struct.dataclass
+class Term:
+    """A reward term of a run.
+
+    Attributes:
+      name: under which it is logged, as reward/NAME.
+      choice: function and options.
+      weight: factor in the sum.
+    """
+
+    name: str = flax.struct.field(pytree_node=False)
+    choice: Choice = flax.struct.field(pytree_node=False)
+    weight: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
+def needs(*models: str) -> Callable[[Callable], Callable]:
+    """Decorator that declares which frozen models a term reads: "judge", "reference".
+
+    scored.models["judge"] is an rl.judge.Judge, scored.models["reference"] the initial policy's
+    parameters.
+    """
+    unknown = set(models) - set(MODELS)
+    if unknown:
+        raise ValueError(f"a reward can't need {sorted(unknown)}: models are {', '.join(MODELS)}")
+
+    def declare(term: Callable) -> Callable:
+        term.needs = models
+        return term
+
+    return declare
+
+
+def needed_models(terms: Iterable[Term]) -> set[str]:
+    """Names of the frozen models that any of the terms reads."""
+    return {name for term in terms for name in getattr(term.choice.function, "needs", ())}
+
+
+def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
+    """Rewards of captions: the weighted sum of the terms, and each term by name.
+
+    Args:
+      terms: with their weights.
+      scored: batch, captions and verdicts.
+
+    Returns:
+      Rewards [b, g].
+
+    Raises:
+      AssertionError: a term's value is not [b, g] floats; the message names the term.
+    """
+    shape = scored.captions.mask.shape[:2]
+    values: dict[str, Any] = {}
+    for term in terms:
+        values[term.name] = value = jnp.asarray(term.choice(scored))
+        chex.assert_shape(value, shape, custom_message=f"reward {term.name!r} must be [b, g]")
+        chex.assert_type(value, float)
+    total = sum(term.weight * values[term.name] for term in terms)
+    return Rewards(total, values)

@@ -1,0 +1,22 @@
+"""The judge's accuracy: CapRL's reward."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from caprl_jax.rl.types import Scored
+
+
+def accuracy(scored: Scored) -> jax.Array:
+    """R(c): the mean score over a caption's questions (CapRL, arXiv 2509.22647, eq. 1).
+
+    Args:
+      scored: its verdicts are read; questions that are not valid don't count.
+
+    Returns:
+      float32 [b, g] in [0, 1]; 0 for a caption without questions.
+    """
+    verdicts = scored.verdicts
+    chex.assert_rank(verdicts.score, 3)
+    total = jnp.sum(verdicts.score * verdicts.valid, axis=-1)
+    return total / jnp.maximum(jnp.sum(verdicts.valid, axis=-1), 1)

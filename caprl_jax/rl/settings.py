@@ -1,0 +1,59 @@
+"""The settings of a CapRL step, a config's section `caprl`."""
+
+import dataclasses
+
+from caprl_jax.rl.advantages import ADVANTAGES
+from caprl_jax.rl.kl import KL_ESTIMATORS
+from caprl_jax.rl.losses import AGGREGATIONS, LOSSES
+from caprl_jax.settings import setting
+
+OPTIONS = "the entry's own options; empty means its defaults"
+
+
+@dataclasses.dataclass(frozen=True)
+class Caprl:
+    """Settings of a CapRL step."""
+
+    group: int = setting(8, "captions per image, G; advantages compare them", least=2)
+    slots: int = setting(
+        0,
+        "captions of an image that are drawn at the same time, the next one beginning as one ends; "
+        "0 is all. Faster where FLOPs bound decoding and lengths differ",
+        least=0,
+    )
+    questions: int = setting(4, "questions per caption, N", least=1)
+    rewards: dict = setting(
+        {"accuracy": {"term": "accuracy", "weight": 1.0}},
+        "reward terms by name: {term, weight, options}; term defaults to the name",
+    )
+    advantage: str = setting("grpo", "advantages of captions", choices=ADVANTAGES)
+    advantage_options: dict = setting({}, OPTIONS)
+    loss: str = setting("clipped", "loss of each token", choices=LOSSES)
+    loss_options: dict = setting({}, OPTIONS)
+    aggregation: str = setting("caption_mean", "mean over tokens and captions", choices=AGGREGATIONS)
+    aggregation_options: dict = setting({}, OPTIONS)
+    kl: float = setting(
+        0.0, "weight of the KL divergence from the initial policy; 0 holds no reference", least=0
+    )
+    kl_estimator: str = setting("k3", "estimator of that divergence", choices=KL_ESTIMATORS)
+    kl_estimator_options: dict = setting({}, OPTIONS)
+    updates: int = setting(1, "optimizer updates per rollout", least=1)
+    micro_batches: int = setting(
+        1, "slices of the batch whose gradients are summed for an update", least=1, resume=True
+    )
+    rollout_batches: int = setting(
+        1, "slices that are captioned one after the other; the draws depend on it", least=1
+    )
+    prefill_batches: int = setting(
+        0, "slices in which images and prompts are read; 0: as micro_batches", least=0, resume=True
+    )
+    score_batches: int = setting(
+        0, "slices in which the judge reads; 0: as micro_batches", least=0, resume=True
+    )
+    length_buckets: int = setting(
+        1,
+        "padded lengths that judge and update are compiled for, in even steps up to "
+        "sampling.max_tokens: a slice takes the shortest that holds its captions",
+        least=1,
+        resume=True,
+    )

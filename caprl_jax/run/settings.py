@@ -1,0 +1,104 @@
+"""Settings of a run around its step: models, evaluation, checkpoints, export."""
+
+import dataclasses
+
+from caprl_jax.models.layers import REMAT
+from caprl_jax.rl.judge import Judging
+from caprl_jax.settings import setting
+
+_PATH = "a directory in Hugging Face format, its gs:// URL, a hub id, or asset:NAME (shipped)"
+
+
+@dataclasses.dataclass(frozen=True)
+class General:
+    """Top-level settings."""
+
+    seed: int = setting(0, "seed of data order, questions and draws")
+    objective: str = setting("caprl", "what is trained", choices=("caprl", "sft"))
+    steps: int = setting(100, "steps of the run", least=1, resume=True)
+    log_every: int = setting(1, "steps between two lines of metrics", least=1, resume=True)
+    dtype: str = setting(
+        "auto",
+        "dtype of the computation; auto is bfloat16 on accelerators and float32 on CPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    sinks: dict = setting(
+        {"tensorboard": {"sink": "tensorboard"}},
+        "where metrics go beside metrics.jsonl, by name: {sink, options}; sink defaults to the name",
+        resume=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySettings:
+    """The model that is trained."""
+
+    path: str = setting("asset:tiny/policy", _PATH)
+    revision: str = setting("", "branch, tag or commit of a hub id")
+    init: str = setting(
+        "pretrained",
+        "random reads only config.json, tokenizer and processor of the directory",
+        choices=("pretrained", "random"),
+    )
+    prompt: str = setting("Describe the image in detail.", "the user's text beside the image")
+    freeze_vision: bool = setting(False, "whether the vision tower stays as it is")
+    remat: str = setting(
+        "none",
+        "what each layer's gradient computes again: only attention's scores (none), all but "
+        "products with weights (products), or the whole layer (full)",
+        choices=tuple(REMAT),
+        resume=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeSettings(Judging):
+    """The judge."""
+
+    path: str = setting("asset:tiny/judge", _PATH)
+    revision: str = setting("", "branch, tag or commit of a hub id")
+    prompt: str = setting(
+        "",
+        "user turn with {caption} and {question}; empty: the directory's judge_prompt.txt, or else "
+        "the project's own (data/questions.py)",
+    )
+    max_caption: int = setting(
+        0,
+        "longest caption in the judge's tokens, where its tokenizer is not the policy's; 0 is twice "
+        "sampling.max_tokens",
+        least=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out evaluation."""
+
+    every: int = setting(100, "steps between two; 0: only before and after", least=0, resume=True)
+    images: int = setting(64, "held-out images", least=1, resume=True)
+    batch: int = setting(32, "images at a time", least=1, resume=True)
+    group: int = setting(4, "sampled captions per image, beside a greedy one", least=1, resume=True)
+    shown: int = setting(8, "images in the report", least=0, resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+    """Checkpoints of the run."""
+
+    every: int = setting(100, "steps between two; the last step has one", least=1, resume=True)
+    keep: int = setting(2, "checkpoints that are kept, the last ones", least=1, resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """The trained model as a Hugging Face directory, WORKDIR/export/STEP."""
+
+    when: str = setting(
+        "end",
+        "when the model is written",
+        choices=("end", "checkpoints", "never"),
+        resume=True,
+    )
+    dtype: str = setting(
+        "float32", "dtype of its weights", choices=("float32", "bfloat16"), resume=True
+    )
