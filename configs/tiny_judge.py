@@ -23,7 +23,7 @@ def get_config(stage="recall"):
     c.judge.prompt = JUDGE_PROMPT
     c.sft.task = "judge"
     c.data.batch = 24
-    c.data.max_question = 40
+    c.data.max_question = 46
     c.optimizer.warmup_steps = 100
     c.optimizer.b2 = 0.98
     c.optimizer.weight_decay = 0.1
@@ -37,13 +37,13 @@ def get_config(stage="recall"):
         # More digits than the captions of the RL run hold: more facts to look up in each.
         c.data.digits = (2, 8)
         c.data.max_prompt = 44
-        c.sft.max_tokens = 52
+        c.sft.max_tokens = 48
         c.sft.questions = 1
     elif stage == "letters":
         c.steps = 1000
         c.optimizer.learning_rate = 7e-4
         c.data.max_prompt = 28
-        c.sft.max_tokens = 44
+        c.sft.max_tokens = 48
         c.sft.questions = 5
     else:
         raise ValueError(f"tiny_judge.py:{stage} is neither :recall nor :letters")

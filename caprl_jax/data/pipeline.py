@@ -380,7 +380,7 @@ def text_quiz(task: digits_sft.JudgeTask, size: HeldOutSize) -> tuple[HeldOut, l
         # Training scenes have other seeds: Grain derives them from the config's seed.
         rng = np.random.default_rng([size.images, i])
         facts, stated, count = task.scene(rng)
-        asked = digits.questions(facts, task.grid, rng)
+        asked = task.ask(facts, rng)
         kept.append(Record(f"quiz-{i:05d}", b"", asked, facts))
         presented.append([questions.present(q, rng) for q in asked])
         texts.append(digits.caption(stated, count))

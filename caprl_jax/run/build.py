@@ -302,7 +302,9 @@ def _sft_judge(config, model: _Model, stored: Stored, set_aside: SetAside):
     prompt, own = load.judge_prompt(config, model.tokenizer), config.sft
     instruction = prompt.instruction()
     grid, digits = (config.data.rows, config.data.columns), tuple(config.data.digits)
-    task = digits_sft.JudgeTask(grid, digits, prompt, own.questions, own.open_questions)
+    task = digits_sft.JudgeTask(
+        grid, digits, prompt, own.questions, own.open_questions, tuple(own.options)
+    )
     example = pipeline.SftExamples(
         task, model.tokenizer, None, instruction.tokens, config.data.max_prompt, own.max_tokens
     )

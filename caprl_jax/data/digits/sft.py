@@ -88,6 +88,7 @@ class JudgeTask:
       prompt: the judge's prompt.
       questions: questions per caption that are answered by a letter.
       open_questions: questions per caption that are answered in words.
+      options: least and most options of a question, the abstain option not counted.
       caption_weight: loss weight of the caption's own tokens.
     """
 
@@ -96,6 +97,7 @@ class JudgeTask:
     prompt: JudgePrompt
     questions: int
     open_questions: int
+    options: tuple[int, int] = (2, 6)
     caption_weight: float = 0.1
 
     def scene(self, rng: np.random.Generator) -> tuple[list[Fact], list[Fact], int | None]:
@@ -113,11 +115,15 @@ class JudgeTask:
             kept = np.insert(kept, rng.integers(1, len(kept) + 1), kept[0])
         return facts, [facts[i] for i in kept], len(facts) if rng.random() < 0.5 else None
 
+    def ask(self, facts: Sequence[Fact], rng: np.random.Generator) -> tuple[Question, ...]:
+        """Asks every question of a scene, each with a number of options of its own."""
+        return digits.questions(facts, self.grid, rng, self.options)
+
     def sample(self, rng: np.random.Generator) -> tuple[Pieces, list[Pieces]]:
         """Draws (trunk, branches)."""
         facts, stated, count = self.scene(rng)
         caption = digits.caption(stated, count)
-        asked = digits.questions(facts, self.grid, rng)
+        asked = self.ask(facts, rng)
         known = [q for q in asked if digits.lookup(caption, q) is not None]
         unknown = [q for q in asked if digits.lookup(caption, q) is None]
         branches = [self._drill(stated, rng), self._open(caption, asked, rng)]

@@ -28,6 +28,7 @@ _COMPASS = "northwest north northeast west center east southwest south southeast
 NUMBERS = "zero one two three four five six seven eight nine".split()
 # No instruction: a long text before the caption kept the tiny judge from learning to look up.
 JUDGE_PROMPT = "<caption>\n{caption}\n</caption>\n{question}"
+OPTIONS = (4, 4)  # least and most of a question in the records
 _HELD_OUT = 300  # digit instances, of 1797, that no training scene shows
 
 Fact = tuple[str, str, int]  # (place, color, digit)
@@ -89,51 +90,69 @@ def draw(
     return out.getvalue()
 
 
-def _choices(truth: str, near: Iterable[str], all_: Iterable[str], rng) -> tuple[list[str], int]:
-    """Four options: the truth, and distractors of which about half come from the same scene."""
+def _choices(
+    truth: str, near: Iterable[str], all_: Iterable[str], rng, options: tuple[int, int]
+) -> tuple[list[str], int]:
+    """The truth and distractors, of which about half come from the same scene, and its index."""
+    least, most = options
+    # A fixed number draws nothing: the embedded world's records stay as they are.
+    count = least if least == most else int(rng.integers(least, most + 1))
     near = [x for x in dict.fromkeys(near) if x != truth]
     far = [x for x in all_ if x != truth and x not in near]
     rng.shuffle(near)
     rng.shuffle(far)
-    taken = near[: int(rng.integers(0, 3))]
-    options = [truth, *taken, *far][:4]
-    options += [x for x in near if x not in options][: 4 - len(options)]
-    rng.shuffle(options)
-    return options, options.index(truth)
+    taken = near[: int(rng.integers(0, count // 2 + 1))]
+    chosen = [truth, *taken, *far][:count]
+    chosen += [x for x in near if x not in chosen][: count - len(chosen)]
+    rng.shuffle(chosen)
+    return chosen, chosen.index(truth)
 
 
-def ask_digit(facts: Sequence[Fact], place: str, truth: int, rng) -> Question:
-    """Makes a question about the digit at a place."""
+def ask_digit(facts: Sequence[Fact], fact: Fact, rng, options=OPTIONS) -> Question:
+    """Asks which digit stands at the fact's place."""
     near = [NUMBERS[d] for _, _, d in facts]
-    options, answer = _choices(NUMBERS[truth], near, NUMBERS, rng)
-    return Question(f"Which digit is {place}?", tuple(options), answer)
+    choices, answer = _choices(NUMBERS[fact[2]], near, NUMBERS, rng, options)
+    return Question(f"Which digit is {fact[0]}?", tuple(choices), answer)
 
 
-def ask_color(facts: Sequence[Fact], place: str, truth: str, rng) -> Question:
-    """Makes a question about the ink colour at a place."""
-    options, answer = _choices(truth, [c for _, c, _ in facts], COLORS, rng)
-    return Question(f"Which color is {place}?", tuple(options), answer)
+def ask_color(facts: Sequence[Fact], fact: Fact, rng, options=OPTIONS) -> Question:
+    """Asks which ink the fact's place has."""
+    choices, answer = _choices(fact[1], [c for _, c, _ in facts], COLORS, rng, options)
+    return Question(f"Which color is {fact[0]}?", tuple(choices), answer)
 
 
-def ask_place(facts: Sequence[Fact], color: str, digit: int, truth: str, grid, rng) -> Question:
-    """Makes a question about the place of a coloured digit."""
-    options, answer = _choices(truth, [p for p, _, _ in facts], places(*grid), rng)
-    return Question(f"Where is the {color} {NUMBERS[digit]}?", tuple(options), answer)
+def ask_place(facts: Sequence[Fact], fact: Fact, grid, rng, options=OPTIONS) -> Question:
+    """Asks where the fact's coloured digit stands."""
+    place, color, digit = fact
+    choices, answer = _choices(place, [p for p, _, _ in facts], places(*grid), rng, options)
+    return Question(f"Where is the {color} {NUMBERS[digit]}?", tuple(choices), answer)
 
 
-def ask_count(count: int, rng) -> Question:
-    """Makes a question about the number of digits."""
-    options, answer = _choices(NUMBERS[count], [], NUMBERS[1:], rng)
-    return Question("How many digits are there?", tuple(options), answer)
+def ask_count(count: int, rng, options=OPTIONS) -> Question:
+    """Asks how many digits there are."""
+    choices, answer = _choices(NUMBERS[count], [], NUMBERS[1:], rng, options)
+    return Question("How many digits are there?", tuple(choices), answer)
 
 
-def questions(facts: Sequence[Fact], grid: tuple[int, int], rng) -> tuple[Question, ...]:
-    """Every question of a scene: three for each digit, and their number."""
-    out = [ask_count(len(facts), rng)]
-    for place, color, digit in facts:
-        out.append(ask_digit(facts, place, digit, rng))
-        out.append(ask_color(facts, place, color, rng))
-        out.append(ask_place(facts, color, digit, place, grid, rng))
+def questions(
+    facts: Sequence[Fact], grid: tuple[int, int], rng, options: tuple[int, int] = OPTIONS
+) -> tuple[Question, ...]:
+    """Asks every question of a scene: three for each digit, and their number.
+
+    Args:
+      facts: of the scene.
+      grid: rows and columns.
+      rng: draws the options.
+      options: least and most of a question, drawn for each; six is the number of colours.
+
+    Returns:
+      The questions.
+    """
+    out = [ask_count(len(facts), rng, options)]
+    for fact in facts:
+        out.append(ask_digit(facts, fact, rng, options))
+        out.append(ask_color(facts, fact, rng, options))
+        out.append(ask_place(facts, fact, grid, rng, options))
     return tuple(out)
 
 

@@ -1,5 +1,6 @@
 """The embedded world: disjoint splits, and captions and questions that agree."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -28,6 +29,31 @@ def test_scenes_are_the_same_every_time_and_differ_from_each_other():
     again, first = scenes("train"), scenes("train")
     assert again == first
     assert len({r.image for r in first} | {r.image for r in scenes("heldout")}) == 40
+
+
+def test_records_are_what_they_always_were():
+    """Ids, questions with options and facts, to the last letter: runs are compared by them."""
+    seen = hashlib.sha256()
+    for split in ("train", "heldout"):
+        for r in scenes(split, 50):
+            seen.update(repr((r.id, r.questions, [tuple(f) for f in r.facts])).encode())
+    assert seen.hexdigest() == "8c829e32b3bdcdc79853e55f3601a47714950a7bb155513f3f939b4a9dea8b0e"
+
+
+@pytest.mark.parametrize("options", [(2, 2), (3, 3), (5, 5), (6, 6), (2, 6)])
+def test_a_question_has_as_many_options_as_asked_for(options):
+    """Every kind of question has them, in scenes of few digits and of many, with the truth."""
+    rng, seen = np.random.default_rng(0), set()
+    for count in (2, 5, 9):
+        for _ in range(40):
+            facts = digits.random_facts(rng, GRID, (count, count))
+            text = digits.caption(facts, count)
+            for question in digits.questions(facts, GRID, rng, options):
+                assert digits.lookup(text, question) == question.answer
+                assert len(question.choices) == len(set(question.choices))
+                seen.add((" ".join(question.text.split()[:2]), len(question.choices)))
+    kinds = ("Which digit", "Which color", "Where is", "How many")
+    assert seen == {(k, n) for k in kinds for n in range(options[0], options[1] + 1)}
 
 
 def test_digits_have_the_places_and_colours_of_the_facts():
