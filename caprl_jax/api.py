@@ -25,7 +25,7 @@ from PIL import Image
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
 from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
-from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.decode.lengths import bucket
 from caprl_jax.decode.sampling import Sampling
@@ -332,11 +332,13 @@ def load_judge(
     """Reads a judge: Qwen2, Qwen2.5 or Qwen3. Arguments as load_policy's, and:
 
     Args:
-      prompt: the user's turn, with {caption} and {question}; empty is the project's own. The tiny
-        judge that ships, "asset:tiny/judge", wants caprl_jax.data.digits.world.JUDGE_PROMPT.
+      prompt: the user's turn, with {caption} and {question}. Empty takes the one that the
+        directory carries in judge_prompt.txt, as the tiny judge that ships does, and without such
+        a file the project's own.
 
     Raises:
-      ModelDirectoryError: there is no such model, or it is not supported.
+      ModelDirectoryError: there is no such model, it is not supported, or its prompt lacks its
+        fields.
       ValueError: prompt lacks its fields.
     """
     loaded = _load(path, revision, mesh, dtype, param_dtype)
@@ -344,7 +346,8 @@ def load_judge(
         raise ModelDirectoryError(
             f"{path} holds a model with vision: a judge never sees the image. load_policy reads it"
         )
-    return LoadedJudge(*loaded[:3], JudgePrompt.create(loaded[2], prompt), *loaded[3:])
+    template = prompt or own_prompt(loaded[-1])
+    return LoadedJudge(*loaded[:3], JudgePrompt.create(loaded[2], template), *loaded[3:])
 
 
 def _load(path, revision, mesh, dtype, param_dtype):

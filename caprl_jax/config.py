@@ -174,7 +174,7 @@ def sinks(config: ml_collections.ConfigDict) -> dict[str, Choice]:
     return {name: _entry(config, "sinks", "sink", name, SINKS) for name in sorted(config.sinks)}
 
 
-class about:  # noqa: N801
+class about:
     """Context that turns a ValueError into a ConfigError that names the section it is about."""
 
     def __init__(self, key: str):

@@ -7,13 +7,11 @@ Measured:  2 CPU cores, 100 steps, 3 min with compilation: held-out accuracy of 
 """
 
 from caprl_jax.config import default
-from caprl_jax.data.digits.world import JUDGE_PROMPT
 
 
 def get_config():
     c = default()
     c.steps = 100
-    c.judge.prompt = JUDGE_PROMPT
     c.sampling.max_tokens = 32
     c.caprl.group = 8
     c.caprl.questions = 4

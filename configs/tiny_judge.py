@@ -14,13 +14,11 @@ Measured:  one CPU core, seed 0: recall 2000 steps in 29 min; letters 1000 steps
 """
 
 from caprl_jax.config import default
-from caprl_jax.data.digits.world import JUDGE_PROMPT
 
 
 def get_config(stage="recall"):
     c = default(objective="sft")
     c.log_every = 20
-    c.judge.prompt = JUDGE_PROMPT
     c.sft.task = "judge"
     c.data.batch = 24
     c.data.max_question = 46

@@ -10,7 +10,7 @@ from PIL import Image
 import caprl_jax
 from caprl_jax.data import records
 from caprl_jax.data.digits import world as digits
-from caprl_jax.data.digits.world import JUDGE_PROMPT
+from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.parallel import mesh
 
@@ -24,7 +24,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def judge():
-    return caprl_jax.load_judge("asset:tiny/judge", prompt=JUDGE_PROMPT)
+    return caprl_jax.load_judge("asset:tiny/judge")
 
 
 def pictures():
@@ -67,6 +67,13 @@ def test_logits_predict_the_greedy_caption(policy):
     np.testing.assert_array_equal(np.argmax(logits, -1)[mask], tokens[mask])
     with pytest.raises(ValueError, match="1 texts for 3 images"):
         policy.logits(images, ["x"])
+
+
+def test_a_judge_has_the_callers_prompt_or_else_its_directorys_own(judge):
+    assert judge.prompt == JudgePrompt.create(judge.tokenizer, digits.JUDGE_PROMPT)
+    given = "{caption} {question}"
+    found = caprl_jax.load_judge("asset:tiny/judge", prompt=given)
+    assert found.prompt == JudgePrompt.create(found.tokenizer, given)
 
 
 def test_a_judge_answers_from_the_caption_alone(judge):

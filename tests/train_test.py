@@ -12,7 +12,6 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax import train
 from caprl_jax.data.digits import world as digits
-from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.slow  # each run compiles several programs
 def tiny(tmp_path, **changes) -> ml_collections.ConfigDict:
     c = config_lib.default()
     values = {
-        "steps": 4, "judge.prompt": JUDGE_PROMPT, "sampling.max_tokens": 16, "caprl.group": 2,
+        "steps": 4, "sampling.max_tokens": 16, "caprl.group": 2,
         "caprl.questions": 2, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 1,
         "data.batch": 8, "data.train": 16, "data.heldout": 8, "data.max_windows": 4,
         "data.max_prompt": 32, "data.max_question": 40, "data.data_dir": str(tmp_path / "data"),

@@ -15,9 +15,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from caprl_jax import config as config_lib
-from caprl_jax.errors import ConfigError, UserError
+from caprl_jax.errors import ConfigError, UserError, did_you_mean
 from caprl_jax.parallel import processes
-from caprl_jax.errors import did_you_mean
 
 
 def set_up_logging() -> None:

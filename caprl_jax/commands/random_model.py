@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from caprl_jax.commands.cli import in_one_paragraph
+from caprl_jax.data.questions import PROMPT_FILE
 from caprl_jax.models import families
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
@@ -60,6 +61,8 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
     with tempfile.TemporaryDirectory() as folder:
         companions = Path(folder)
         hf.copy_companions(sources.fetch(f"asset:tiny/{tiny}"), companions)
+        # The tiny judge was trained with a prompt of its own, and this model was not.
+        (companions / PROMPT_FILE).unlink(missing_ok=True)
         ids = json.loads((companions / "config.json").read_text())
         files = {
             "config.json": config | {k: v for k, v in ids.items() if k.endswith("token_id")},

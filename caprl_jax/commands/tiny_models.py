@@ -14,7 +14,7 @@ import numpy as np
 from absl import app, flags
 
 from caprl_jax.data.digits import world as digits
-from caprl_jax.data.questions import PREFILL, default_prompt, present
+from caprl_jax.data.questions import PREFILL, PROMPT_FILE, default_prompt, present
 from caprl_jax.data.records import LETTERS
 
 VOCAB = 512
@@ -153,6 +153,8 @@ def make(out: Path) -> None:
         files = {"config.json": config, "generation_config.json": stop}
         if name == "policy":
             files["preprocessor_config.json"] = _PROCESSOR
+        else:
+            (directory / PROMPT_FILE).write_text(digits.JUDGE_PROMPT + "\n")
         for file, content in files.items():
             (directory / file).write_text(json.dumps(content, indent=2) + "\n")
 

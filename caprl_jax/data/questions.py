@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from caprl_jax.data.records import LETTERS, Question
 from caprl_jax.data.tokens import Tokenizer, pad
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.rl.types import Instruction, Questions
 
 ABSTAIN = "cannot tell"
@@ -15,6 +17,8 @@ INSTRUCTION = (
     "using only what the caption says. If the caption does not say it, choose the last option."
 )
 PREFILL = "The answer is"
+PROMPT_FILE = "judge_prompt.txt"  # the user turn that a judge was trained with, in its directory
+_FIELDS = ("{caption}", "{question}")
 _EXAMPLE_CAPTION = "A brown dog sleeps on a red sofa."
 _EXAMPLES = (
     Question("Which color is the sofa?", ("blue", "red", "green", "white"), 1),
@@ -87,6 +91,39 @@ def default_prompt() -> str:
     return f"{INSTRUCTION}\n\n{shown}{examples}<caption>\n{{caption}}\n</caption>\n{{question}}"
 
 
+def _check_fields(template: str, where: str) -> None:
+    """Raises ValueError unless the template holds both fields, once each and in their order."""
+    at = [template.find(field) for field in _FIELDS]
+    if [template.count(field) for field in _FIELDS] != [1, 1] or at[0] > at[1]:
+        raise ValueError(
+            f"{where} must hold {{caption}} once and, after it, {{question}} once; it is: "
+            f"{template!r}"
+        )
+
+
+def own_prompt(directory: str | Path) -> str:
+    """Returns the prompt that a model directory carries in judge_prompt.txt; empty without one.
+
+    Only a final newline is not part of the prompt.
+
+    Raises:
+      ModelDirectoryError: the file can't be read, or lacks its fields; the message names it.
+    """
+    file = Path(directory) / PROMPT_FILE
+    if not file.exists():
+        return ""
+    try:
+        template = file.read_text(encoding="utf-8").removesuffix("\n")
+        _check_fields(template, str(file))
+    except OSError as e:
+        raise ModelDirectoryError(f"{file} can't be read: {e}") from e
+    except UnicodeDecodeError as e:
+        raise ModelDirectoryError(f"{file} is not UTF-8 text: {e}") from e
+    except ValueError as e:
+        raise ModelDirectoryError(str(e)) from e
+    return template
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgePrompt:
     """The judge's prompt: the text around the caption and the question, and its tokenizer.
@@ -111,17 +148,10 @@ class JudgePrompt:
           ValueError: the template doesn't have {caption} once and then {question} once.
         """
         template = template or default_prompt()
-        marks = ("{caption}", "{question}")
-        if [template.count(m) for m in marks] != [1, 1] or template.find(marks[0]) > template.find(
-            marks[1]
-        ):
-            raise ValueError(
-                "judge.prompt must hold {caption} once and, after it, {question} once, but it is: "
-                f"{template!r}"
-            )
+        _check_fields(template, "judge.prompt")
         text = tokenizer.chat(template) + PREFILL
-        before, rest = text.split(marks[0])
-        between, after = rest.split(marks[1])
+        before, rest = text.split(_FIELDS[0])
+        between, after = rest.split(_FIELDS[1])
         return cls(tokenizer, before, between, after)
 
     def instruction(self) -> Instruction:

@@ -15,7 +15,7 @@ from caprl_jax.config import about
 from caprl_jax.data import pipeline, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt, QuestionDraw
-from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.settings import Data
 from caprl_jax.data.sources import SOURCES
@@ -77,9 +77,17 @@ def initial_state(
 
 
 def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> JudgePrompt:
-    """The judge's prompt; a template without its fields is a ConfigError."""
+    """Renders the config's prompt, else the one that the judge's directory carries, else ours.
+
+    The directory is the one that the tokenizer was read from.
+
+    Raises:
+      ConfigError: the config's prompt lacks its fields.
+      ModelDirectoryError: the directory's does.
+    """
+    template = config.judge.prompt or own_prompt(tokenizer.directory)
     with about("judge.prompt"):
-        return JudgePrompt.create(tokenizer, config.judge.prompt)
+        return JudgePrompt.create(tokenizer, template)
 
 
 def examples(

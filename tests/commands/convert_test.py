@@ -94,6 +94,7 @@ def test_a_model_becomes_a_checkpoint_and_loads_from_it(tmp_path):
     convert.to_orbax("asset:tiny/judge", "", tmp_path / "judge", "float32")
     assert not list((tmp_path / "judge").glob("*.safetensors"))
     found = caprl_jax.load_judge(tmp_path / "judge")
+    assert found.prompt.before == caprl_jax.load_judge("asset:tiny/judge").prompt.before
     same_trees(jax.device_get(found.params), load(sources.fetch("asset:tiny/judge")))
 
 

@@ -12,10 +12,10 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline, records
 from caprl_jax.data.digits import world as digits
-from caprl_jax.data.digits.world import JUDGE_PROMPT
-from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.models.hf import download as sources
 from caprl_jax.run import load
 
 COUNT = 20
@@ -36,7 +36,7 @@ def inputs():
     c.data.max_windows, c.data.max_prompt = 4, 32
     policy, directory = load.read_model(c.policy.path, "", np.float32)
     tokenizer = Tokenizer.from_pretrained(directory, 512)
-    prompt = JudgePrompt.create(tokenizer, JUDGE_PROMPT)
+    prompt = JudgePrompt.create(tokenizer, own_prompt(sources.fetch("asset:tiny/judge")))
     return load.image_prompt(c, policy, directory, tokenizer), prompt
 
 

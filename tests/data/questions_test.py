@@ -1,13 +1,29 @@
 """Questions as the judge sees them: shuffled, lettered, with the abstain option last."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from caprl_jax import config as config_lib
+from caprl_jax.commands import random_model
 from caprl_jax.data import questions
-from caprl_jax.data.questions import ABSTAIN, PREFILL, JudgePrompt, draw, present
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.questions import (
+    ABSTAIN,
+    PREFILL,
+    PROMPT_FILE,
+    JudgePrompt,
+    draw,
+    own_prompt,
+    present,
+)
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.hf import download as sources
+from caprl_jax.models.hf import sizes
+from caprl_jax.run import load
 
 QUESTION = Question("Which digit is north?", ("one", "two", "three", "four"), 2)
 
@@ -73,6 +89,52 @@ def test_spliced_ids_decode_to_the_rendered_prompt(tokenizer, template):
 def test_template_without_its_fields_is_refused(tokenizer, template):
     with pytest.raises(ValueError, match=r"caption.*question"):
         JudgePrompt.create(tokenizer, template)
+
+
+def test_the_shipped_judge_carries_the_prompt_it_was_trained_with():
+    assert own_prompt(sources.fetch("asset:tiny/judge")) == digits.JUDGE_PROMPT
+    assert own_prompt(sources.fetch("asset:tiny/policy")) == ""
+
+
+@pytest.mark.parametrize("newlines", [0, 1, 2])
+def test_only_one_final_newline_is_not_part_of_the_prompt(tmp_path, newlines):
+    (tmp_path / PROMPT_FILE).write_text(" {caption}\n{question} " + "\n" * newlines)
+    assert own_prompt(tmp_path) == " {caption}\n{question} " + "\n" * max(newlines - 1, 0)
+
+
+def test_the_configs_prompt_goes_before_the_directorys_and_this_before_the_projects(
+    tokenizer, tmp_path
+):
+    c, own, given = config_lib.default(), "own {caption} {question}", "given {caption} {question}"
+    there = dataclasses.replace(tokenizer, directory=tmp_path)
+    assert load.judge_prompt(c, there) == JudgePrompt.create(there)
+    (tmp_path / PROMPT_FILE).write_text(own)
+    assert load.judge_prompt(c, there) == JudgePrompt.create(there, own)
+    c.judge.prompt = given
+    assert load.judge_prompt(c, there) == JudgePrompt.create(there, given)
+
+
+@pytest.mark.parametrize("content", ["", "{question} {caption}", "Read {caption}."])
+def test_a_prompt_file_without_its_fields_is_refused_by_name(tokenizer, tmp_path, content):
+    file = tmp_path / PROMPT_FILE
+    file.write_text(content)
+    with pytest.raises(ModelDirectoryError, match=rf"^{file} must hold {{caption}} once"):
+        load.judge_prompt(
+            config_lib.default(), dataclasses.replace(tokenizer, directory=tmp_path)
+        )
+    file.write_bytes(b"{caption} {question} \xff")
+    with pytest.raises(ModelDirectoryError, match=f"^{file} is not UTF-8 text"):
+        own_prompt(tmp_path)
+
+
+def test_a_random_model_does_not_carry_the_tiny_judges_prompt(tmp_path):
+    small = ("hidden_size=8", "intermediate_size=8", "num_hidden_layers=1", "head_dim=4",
+             "num_attention_heads=2", "num_key_value_heads=1")  # fmt: skip
+    config = random_model.changed(sizes.CONFIGS["qwen3-0.6b"], list(small))
+    random_model.make(tmp_path / "judge", config)
+    assert (tmp_path / "judge" / "tokenizer.json").is_file() and own_prompt(
+        tmp_path / "judge"
+    ) == ""
 
 
 def test_special_tokens_in_a_caption_are_plain_characters(tokenizer):

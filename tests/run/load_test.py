@@ -11,7 +11,6 @@ import jax
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models.hf import download as sources
@@ -30,7 +29,7 @@ def data_dir(tmp_path_factory):
 def _config(data_dir):
     c = config_lib.default()
     c.update_from_flattened_dict({
-        "judge.prompt": JUDGE_PROMPT, "data.batch": 8, "data.train": 16, "data.heldout": 8,
+        "data.batch": 8, "data.train": 16, "data.heldout": 8,
         "data.max_windows": 4, "data.max_prompt": 32, "data.max_question": 40,
         "data.data_dir": data_dir, "eval.images": 8, "eval.batch": 8,
     })  # fmt: skip

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from caprl_jax import config as config_lib
+from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models.hf import download as sources
@@ -110,7 +111,7 @@ def test_splicing_is_measured_and_catches_a_boundary_that_moves(tmp_path):
     found, _ = task.evaluate(state.params)
     assert found["splice_ids_differ"] == 0 and found["splice_letters_differ"] == 0
     # A space joins the word after it, in whole text.
-    c.judge.prompt = c.judge.prompt.replace("\n{caption}", " {caption}")
+    c.judge.prompt = JUDGE_PROMPT.replace("\n{caption}", " {caption}")
     task, state = built(c)
     found, _ = task.evaluate(state.params)
     assert found["splice_ids_differ"] > 0.5
