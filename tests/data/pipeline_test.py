@@ -12,11 +12,14 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline, records
 from caprl_jax.data.digits import world as digits
+from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models.hf import download as sources
 from caprl_jax.run import load
+
+from .. import shipped
 
 COUNT = 20
 
@@ -204,3 +207,24 @@ def test_held_out_set_without_usable_records_is_refused(source, inputs):
 def test_training_set_without_usable_records_is_refused(source, inputs):
     with pytest.raises(records.MalformedRecord, match="none of the 1 records to train on"):
         iterator([source[0] | {"image": b""}], examples(inputs))
+
+
+@pytest.mark.parametrize("stage", ["recall", "letters"])
+def test_the_judges_buckets_hold_all_that_it_learns_from(inputs, stage):
+    """With as many options as a question may have; what is longer would be set aside in silence."""
+    c, prompt = shipped.module("tiny_judge").get_config(stage), inputs[1]
+    most = c.sft.options[1]
+    task = digits_sft.JudgeTask(
+        (c.data.rows, c.data.columns), tuple(c.data.digits), prompt, c.sft.questions,
+        c.sft.open_questions, (most, most),
+    )  # fmt: skip
+    make = pipeline.SftExamples(
+        task, prompt.tokenizer, None, (), c.data.max_prompt, c.sft.max_tokens
+    )
+    longest = max(int(make(None, np.random.default_rng(i)).mask.sum(-1).max()) for i in range(100))
+    assert c.sft.max_tokens - 1 <= longest
+    quiz, _ = pipeline.text_quiz(task, pipeline.HeldOutSize(100, 50, c.data.max_question))
+    asked = np.concatenate([b.questions.mask.sum(-1) for b in quiz.batches], None)
+    assert c.data.max_question - 1 <= asked.max()
+    letters = np.concatenate([b.questions.letters[b.questions.valid] for b in quiz.batches])
+    assert set(letters.tolist()) == {most + 1}  # and the abstain option
