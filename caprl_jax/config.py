@@ -1,7 +1,7 @@
-"""Configs: made from the settings of each room, checked, and described by them.
+"""Configs: made from the settings of each room, and checked by them.
 
-A file in configs/ starts from `default()` and changes what its run needs. Every key is a field of one
-of the dataclasses in `sections()`, which holds its default, meaning and range.
+A file in configs/ starts from `default()` and changes what its run needs. Every key is a field of
+one of the dataclasses in `sections()`, which holds its default, meaning and range.
 """
 
 import dataclasses
@@ -41,6 +41,15 @@ CHOICES: dict[str, Registry] = {  # keys of the section caprl that name an entry
     "loss": LOSSES,
     "aggregation": AGGREGATIONS,
     "kl_estimator": KL_ESTIMATORS,
+}
+# Keys whose value may be left open, and the value that says so; run.fit chooses for the devices.
+OPEN: dict[str, Any] = {
+    "mesh.data": 0,
+    "mesh.fsdp": 0,
+    "mesh.tensor": 0,
+    "policy.remat": "auto",
+    "caprl.micro_batches": 0,
+    "caprl.rollout_batches": 0,
 }
 SLICES = ("micro_batches", "prefill_batches", "score_batches", "rollout_batches")
 
@@ -103,7 +112,8 @@ def _opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Fills in place what chosen entries leave to their defaults, so that every key is there.
 
-    Reward terms and sinks become {term or sink, weight, options}, and options get all of their keys.
+    Reward terms and sinks become {term or sink, weight, options}, and options get all of their
+    keys.
 
     Raises:
       ConfigError: an entry or an option is unknown.
@@ -200,9 +210,36 @@ def get(config: ml_collections.ConfigDict, key: str) -> Any:
     return config
 
 
+def open_keys(config: ml_collections.ConfigDict) -> list[str]:
+    """Keys that the config leaves open, in the order of OPEN."""
+    return [key for key, value in OPEN.items() if get(config, key) == value]
+
+
+def require_settled(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that leaves keys open.
+
+    Raises:
+      ConfigError: naming them.
+    """
+    if left := open_keys(config):
+        named = ", ".join(f"config.{key}={OPEN[key]!r}" for key in left)
+        raise ConfigError(
+            f"{named}: nothing is chosen for the devices yet; call run.fit.settle first"
+        )
+
+
 def slices_of(config: ml_collections.ConfigDict, name: str) -> int:
-    """The number of slices of caprl.NAME, where 0 is as many as micro_batches."""
-    return config.caprl[name] or config.caprl.micro_batches
+    """The number of slices of caprl.NAME, where 0 is as many as micro_batches.
+
+    Raises:
+      ConfigError: it is open.
+    """
+    count = config.caprl[name]
+    if not count and name != "rollout_batches":
+        count = config.caprl.micro_batches
+    if not count:
+        require_settled(config)
+    return count
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -225,7 +262,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not config.caprl.rewards:
         raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
     terms(config), sinks(config)
+    left = open_keys(config)
     for name in SLICES:
+        if f"caprl.{name}" in left or (not config.caprl[name] and "caprl.micro_batches" in left):
+            continue
         if config.data.batch % slices_of(config, name):
             raise ConfigError(
                 f"config.data.batch={config.data.batch} is not a multiple of "
@@ -253,7 +293,7 @@ def _check_section(config: Any, name: str, classes: tuple[type, ...]) -> None:
 
 
 def may_change(key: str, config: ml_collections.ConfigDict) -> bool:
-    """Whether a resumed run may change a dotted key: results don't depend on it but for rounding."""
+    """Tells whether a resumed run may change a dotted key: results stay equal but for rounding."""
     section, _, rest = key.partition(".")
     known = sections(config.objective, config.data.source)
     classes, name = (known[section], rest) if section in known else (known[""], section)
@@ -283,11 +323,3 @@ def _flat(section: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{k}", v) for k, v in _flat(value))
         else:
             yield key, value
-
-
-def describe(config: ml_collections.ConfigDict) -> str:
-    """A table of all keys of a config, their values and meanings."""
-    table = [(key, repr(value), meaning) for key, value, meaning in rows(config)]
-    widths = [max(len(row[i]) for row in table) for i in range(2)]
-    widths[1] = min(widths[1], 40)
-    return "\n".join(f"{k:<{widths[0]}}  {v:<{widths[1]}}  {m}" for k, v, m in table)

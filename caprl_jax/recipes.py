@@ -1,9 +1,10 @@
-"""What the configs of real-size runs share: their arguments, the released recipe, the mesh."""
+"""Shared by the configs of real-size runs: their arguments, the released recipe, the mesh."""
 
 import ml_collections
 
-from caprl_jax.config import default
+from caprl_jax.config import OPEN, default
 from caprl_jax.errors import ConfigError
+from caprl_jax.parallel import mesh
 
 
 def choose(argument: str, *groups: tuple[str, ...]) -> list[str]:
@@ -33,27 +34,35 @@ def choose(argument: str, *groups: tuple[str, ...]) -> list[str]:
 
 
 def decode_over_tensor(c: ml_collections.ConfigDict, tensor: int, heads: bool) -> None:
-    """A mesh whose tensor axis trains like fsdp and cuts the weights, not the images, in decoding.
-
-    Training moves weights, which pays for the many tokens of a piece; decoding, with one token a
-    caption, moves activations instead and so reads only its part of the weights.
+    """Sets a mesh whose tensor axis trains like fsdp and cuts the weights in decoding.
 
     Args:
       c: to be changed.
       tensor: size of the axis.
-      heads: whether caches are cut over it by key-value heads, of which there must be enough; else
-        by images, so that queries move to where training's images lie, and nothing is held twice.
+      heads: as for mesh.decode_over_tensor, which makes the tables.
     """
     c.mesh.tensor = tensor
-    everywhere = "data,fsdp,tensor"
-    training = dict.fromkeys(("images", "caches"), everywhere)
-    training |= dict.fromkeys(("embed", "merged"), "fsdp,tensor")
-    c.mesh.rules.update(training | dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ""))
-    c.mesh.decode_rules.caches = "data,fsdp" if heads else everywhere
+    rules, decode_rules = mesh.decode_over_tensor(heads)
+    c.mesh.rules.update(rules)
+    c.mesh.decode_rules.update(decode_rules)
+
+
+def pieces(c: ml_collections.ConfigDict, count: int) -> None:
+    """Sets what `released` leaves open as real-size runs on named hardware have it.
+
+    Args:
+      c: to be changed.
+      count: slices of the batch, caprl.micro_batches; it is captioned in one.
+    """
+    c.policy.remat = "full"
+    c.caprl.micro_batches, c.caprl.rollout_batches = count, 1
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
 
 
 def released(policy: str, judge: str, side: int, windows: int) -> ml_collections.ConfigDict:
     """The released code's recipe on CapRL-QA-75K: RLOO, no KL, 8 questions with replacement.
+
+    Mesh, slices and rematerialisation are left open: run.fit chooses them for the devices.
 
     Args:
       policy: hub id or directory.
@@ -62,7 +71,8 @@ def released(policy: str, judge: str, side: int, windows: int) -> ml_collections
       windows: data.max_windows for them.
     """
     c = default(source="files")
-    c.policy.path, c.policy.remat = policy, "full"
+    c.update_from_flattened_dict(OPEN)
+    c.policy.path = policy
     c.judge.path, c.judge.mode = judge, "sampled"
     c.steps = 1800  # where the shipped checkpoint was taken; a pass over the data is about 588
     c.sampling.max_tokens = 1024

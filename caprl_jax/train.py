@@ -15,9 +15,9 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.parallel import processes
 from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
-from caprl_jax.run import build, compile, export, memory, metrics, summary
+from caprl_jax.run import build, compile, export, fit, memory, metrics, summary
 from caprl_jax.run.build import Task
-from caprl_jax.run.checkpoint import Checkpoints
+from caprl_jax.run.checkpoint import Checkpoints, saved_config
 
 # What a run trains: its builder, and the step that is compiled.
 OBJECTIVES = {"caprl": (build.caprl, caprl_step), "sft": (build.sft, sft_step)}
@@ -40,6 +40,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     started = time.time()
     config_lib.validate(config)
     config_lib.complete(config)
+    fit.keep_rollout(config, saved_config(workdir))
+    fit.report(fit.settle(config, jax.devices(), fetch=True))
     if processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
@@ -51,6 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     loop = Loop(config, workdir, task, checkpoints)
     with memory.advised(config), contextlib.closing(checkpoints):
+        logging.info("evaluating before training")
         before = summary.remembered(workdir / "before.json", task.evaluate, state.params)
         state, after = loop.train(state)
         ceiling = task.ceiling()
@@ -81,6 +84,7 @@ class Loop:
         sinks, done = config_lib.sinks(config), int(state.step) or None
         with metrics.writer(self.workdir, done, sinks) as writer:
             state = self.steps(state, writer)
+            logging.info("evaluating after training")
             after = self.task.evaluate(state.params)
             writer.write(int(state.step), after[0], prefix="eval/")
         return state, after
@@ -91,6 +95,8 @@ class Loop:
         replicated = jax.tree.leaves(state)[0].sharding
         key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated)(config.seed)
         pace = metrics.Pace()
+        if done < config.steps:
+            logging.info("compiling and running the first step")
         with (
             contextlib.closing(task.data(done)) as data,
             processes.Notice() as notice,

@@ -2,36 +2,56 @@
 
 Arguments:  a recipe, released (default): RLOO, no KL, 8 questions drawn with replacement
                       paper: GRPO, KL to the start, 4 questions with shuffled options
-            and what it runs on: v5e_16 (default), v6e_16, v5p_8, v5p_64, h200 (one GPU) or
-            h200_8 (a node of them; its mesh takes any number); as in 3b.py:paper,v5p_8
+            and what it runs on: found (default): mesh, slices and rematerialisation are chosen for
+            the devices that are there; or, with values written down here, v5e_16, v6e_16, v5p_8,
+            v5p_64, h200 (one GPU), h200_8 (a node of them; its mesh takes any number); as in
+            3b.py:paper,v5p_8
 Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/      (parquet or JSON lines: data/files.py)
             The models are fetched from the hub unless --config.policy.path and
             --config.judge.path name directories.
 Measured:   not at full size on an accelerator yet. On 2 CPU cores the same config runs with random
             weights of the real layout and tiny sizes (tests/real_data_test.py).
-Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer), GiB a chip:
-            v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s a step; v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s;
-            v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64 (v5p:4x4x4) 11.9 of 95, 2.9 s.
-            h200 and h200_8 are not planned: the compiler for GPUs needs one. h200 captions its
-            batch in pieces, whose draws differ: a run begun on other chips doesn't go on there.
+Hardware:   chosen for the devices that are there, as reckoned from shapes (run/reckon.py; with no
+            compiler; python -m caprl_jax.fit --config=configs/3b.py --devices=h100:8 prints it):
+
+            | devices        | remat    | slices | GiB a device  |
+            |----------------|----------|--------|---------------|
+            | 1 H100, 80 GB  | refused  |        | 93.1 of 59.7  |
+            | 2 H100         | full     | 32     | 55.6 of 59.7  |
+            | 8 H100         | products | 16     | 43.3 of 59.7  |
+            | 1 H200, 141 GB | full     | 64     | 98.0 of 105.3 | captions in 2 slices
+            | 8 H200         | products | 8      | 73.1 of 105.3 |
+            | v5e:4x4        | full     | 8      | 12.6 of 15.8  |
+            | v6e:4x4        | full     | 2      | 26.6 of 31.2  |
+            | v5p:2x2x2      | products | 8      | 72.2 of 95.0  |
+
+            (Of a GPU's memory JAX takes 75% unless XLA_PYTHON_CLIENT_MEM_FRACTION says another.)
+            With values written down, compiled ahead of time (caprl_jax.plan; seconds by roofline,
+            real steps take longer), GiB a device: v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s a step;
+            v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
+            (v5p:4x4x4) 11.9 of 95, 2.9 s; h200 (one) 94.0 of 131, 80.6 s; h200_8 23.0 of 131,
+            10.7 s. h200 captions its batch in slices, whose draws differ: a run begun on other
+            devices doesn't go on with that argument. With `found` it does, in the slices that it
+            began with.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, released
+from caprl_jax.recipes import choose, decode_over_tensor, pieces, released
 
-# Pieces of 128 images: one image a chip at a time on 16 GB, more where there is room.
+# Slices of 128 images: one image a chip at a time on 16 GB, more where there is room.
 PIECES = {"v5e_16": 8, "v6e_16": 4, "v5p_8": 8, "v5p_64": 1, "h200": 64, "h200_8": 8}
 
 
 def get_config(argument=""):
-    recipe, hardware = choose(argument, ("released", "paper"), tuple(PIECES))
+    recipe, hardware = choose(argument, ("released", "paper"), ("found", *PIECES))
     c = released("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct", side=28, windows=80)
-    c.caprl.micro_batches = PIECES[hardware]
+    if hardware in PIECES:
+        pieces(c, PIECES[hardware])
     if hardware == "h200":  # captions of 32 images at a time: their caches take 11 GB
         c.caprl.rollout_batches = 4
         c.caprl.prefill_batches, c.caprl.score_batches = 32, 32
-    if not hardware.startswith("h200"):
+    if hardware in PIECES and not hardware.startswith("h200"):
         decode_over_tensor(c, 4, heads=False)  # 2 key-value heads
     if recipe == "paper":
         c.caprl.advantage = "grpo"

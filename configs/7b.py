@@ -1,23 +1,25 @@
 """CapRL with Qwen2.5-VL-7B as policy and Qwen2.5-7B-Instruct as judge, on CapRL-QA-75K.
 
-Arguments:  what it runs on: v5p_16 (default), v5e_64
+Arguments:  what it runs on: found (default): mesh, slices and rematerialisation are chosen for the
+            devices that are there; or, with values written down here, v5p_16, v5e_64
 Command:    python -m caprl_jax.main --config=configs/7b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
-Hardware:   planned (caprl_jax.plan; seconds are floors, real steps take longer), GiB a chip:
+Hardware:   planned (caprl_jax.plan; seconds by roofline, real steps take longer), GiB a chip:
             v5p_16 (v5p:2x2x4) 24.3 of 95, 18.7 s a step; v5e_64 (v5e:8x8) 12.7 of 16, 14.4 s
 Expected:   no figures are published for this size; the untrained 7B stands at 44.9 in the Prism
             average where the trained 3B reaches 48.3 (arXiv 2509.22647, Table 3).
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, released
+from caprl_jax.recipes import choose, decode_over_tensor, pieces, released
 
-PIECES = {"v5p_16": 4, "v5e_64": 2}  # of 128 images
+PIECES = {"v5p_16": 4, "v5e_64": 2}  # slices of 128 images
 
 
 def get_config(argument=""):
-    (hardware,) = choose(argument, tuple(PIECES))
+    (hardware,) = choose(argument, ("found", *PIECES))
     c = released("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", side=28, windows=80)
-    c.caprl.micro_batches = PIECES[hardware]
-    decode_over_tensor(c, 4, heads=True)  # 4 key-value heads
+    if hardware in PIECES:
+        pieces(c, PIECES[hardware])
+        decode_over_tensor(c, 4, heads=True)  # 4 key-value heads
     return c

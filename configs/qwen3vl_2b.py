@@ -1,6 +1,7 @@
 """CapRL with Qwen3-VL-2B as policy and Qwen3-4B as judge, on CapRL-QA-75K.
 
-Arguments:  what it runs on: v5e_16 (default)
+Arguments:  what it runs on: found (default): mesh, slices and rematerialisation are chosen for the
+            devices that are there; or, with values written down here, v5e_16
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_2b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
@@ -9,18 +10,19 @@ Expected:   no figures of this pair on the Prism benchmarks are known here; CapR
             size.
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, released
+from caprl_jax.recipes import choose, decode_over_tensor, pieces, released
 
-PIECES = {"v5e_16": 8}  # of 128 images
+PIECES = {"v5e_16": 8}  # slices of 128 images
 
 
 def get_config(argument=""):
-    (hardware,) = choose(argument, tuple(PIECES))
+    (hardware,) = choose(argument, ("found", *PIECES))
     # Windows of Qwen3-VL are single features.
     c = released("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-4B", side=32, windows=1024)
-    c.caprl.micro_batches = PIECES[hardware]
-    c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 7 GiB a chip
-    decode_over_tensor(c, 4, heads=True)
+    if hardware in PIECES:
+        pieces(c, PIECES[hardware])
+        c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 7 GiB a chip
+        decode_over_tensor(c, 4, heads=True)
     c.optimizer.learning_rate = 1e-5  # CapRL++'s, as its constant schedule
     c.optimizer.schedule = "constant"
     return c

@@ -1,6 +1,7 @@
 """Published peaks of the chips that runs are planned for, and where plans find devices."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from caprl_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the maker publishes of a chip.
+    """Published figures of a chip.
 
     Attributes:
       name: as people call it.
@@ -21,6 +22,7 @@ class Chip:
       hbm: bytes of memory.
       hbm_bytes: bytes/s from and to it.
       link_bytes: bytes/s that it sends over all of its links, and receives at the same time.
+      memory: bytes that programs find there: as TPU compilers allow, or NVIDIA's driver reports.
     """
 
     name: str
@@ -28,26 +30,102 @@ class Chip:
     hbm: float
     hbm_bytes: float
     link_bytes: float
+    memory: float = 0.0
 
 
+GIB, MIB = 2**30, 2**20
 # By JAX's device_kind. TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; GPUs: NVIDIA's data sheets
 # (SXM), whose NVLink figures count both directions.
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 300e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 16 * 2**30, 819e9, 200e9),
-    "TPU v5": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9),
-    "TPU v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 600e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32 * 2**30, 1640e9, 400e9),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80e9, 2039e9, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80e9, 3350e9, 450e9),
-    "NVIDIA H200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
+    "TPU v4": Chip("v4", 275e12, 32 * GIB, 1228e9, 300e9, 30.75 * GIB),
+    "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9, 15.75 * GIB),
+    "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, 95 * GIB),
+    "TPU v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9, 95 * GIB),
+    "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1640e9, 400e9, 31.25 * GIB),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 80e9, 2039e9, 300e9, 81920 * MIB),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80e9, 3350e9, 450e9, 81559 * MIB),
+    "NVIDIA H200": Chip("H200", 989e12, 141e9, 4800e9, 450e9, 143771 * MIB),
+    "NVIDIA B200": Chip("B200", 2250e12, 180e9, 8000e9, 900e9, 183359 * MIB),
 }
+# Kinds that a description may name.
+KINDS = {chip.name.lower(): kind for kind, chip in CHIPS.items()}
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
 
 def chip(device: Any) -> Chip | None:
     """The chip of a JAX device; None if nothing is known of its kind."""
     return CHIPS.get(device.device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """A device that need not be there, for reckoning.
+
+    Attributes:
+      id: its number.
+      device_kind: as JAX names it; a key of CHIPS, or "cpu".
+      platform: cpu, gpu or tpu.
+      slice_index: the slice that holds it.
+    """
+
+    id: int
+    device_kind: str
+    platform: str
+    slice_index: int = 0
+    process_index: int = 0
+
+    def memory_stats(self) -> None:
+        """None: nothing is known but the kind's table."""
+
+
+def described(text: str) -> Sequence[Any]:
+    """Devices of a description such as h100:8, v5e:4x4, v5e:4x4*2 (two slices), cpu:8 or local.
+
+    Raises:
+      ConfigError: the description names no kind or no number.
+    """
+    kind, _, size = text.partition(":")
+    if kind == "local" and not size:
+        return jax.devices()
+    platform = "cpu" if kind == "cpu" else "tpu" if kind in TPUS else "gpu"
+    shape = r"\d+(x\d+)*(\*\d+)?" if platform == "tpu" else r"\d+"
+    if kind not in (*KINDS, "cpu") or not re.fullmatch(shape, size):
+        raise ConfigError(
+            f"{text!r} describes no devices: give {', '.join(KINDS)} or cpu with a number (h100:8) "
+            "or a TPU's shape (v5e:4x4; v5e:4x4*2 for two slices), or local"
+        )
+    chips, _, slices = size.partition("*")
+    each = math.prod(map(int, chips.split("x")))
+    count = each * int(slices or 1)
+    if not count:
+        raise ConfigError(f"{text!r} describes no devices: the number is 0")
+    return [StandIn(i, KINDS.get(kind, "cpu"), platform, i // each) for i in range(count)]
+
+
+def usable(device: Any) -> float | None:
+    """Bytes of a device that programs can take: what it reports, or else its kind's; None unknown.
+
+    On a GPU JAX takes a share of the memory when it starts, 75% unless
+    XLA_PYTHON_CLIENT_MEM_FRACTION says another.
+    """
+    if device.platform == "cpu":
+        return None
+    try:
+        stats = device.memory_stats()
+    except Exception:  # a device of another process, or of a compiler, which each say so otherwise
+        stats = None
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    known = chip(device)
+    if known is None or not known.memory:
+        return None
+    return known.memory * (gpu_share() if device.platform == "gpu" else 1)
+
+
+def gpu_share() -> float:
+    """The share of a GPU's memory that JAX takes."""
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    return float(next((os.environ[name] for name in names if os.environ.get(name)), 0.75))
 
 
 def before_jax(topology: str) -> None:

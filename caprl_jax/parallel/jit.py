@@ -1,4 +1,4 @@
-"""jax.jit as this project's programs use it: with shard rules, slices and compiler options bound."""
+"""jax.jit for this project's programs: shard rules, slices and compiler options are bound."""
 
 import functools
 from collections.abc import Callable

@@ -32,7 +32,28 @@ RULES = {
     "merged": "fsdp",
 }
 DECODE_RULES = RULES | {"embed": "", "merged": ""}  # gathered over fsdp once, before decoding
+EVERYWHERE = ",".join(AXES)
 _NEVER_CUT = ("patch", "norm", "layers", None)
+
+
+def decode_over_tensor(heads: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Tables of rules whose tensor axis trains like fsdp and cuts the weights in decoding.
+
+    Training moves weights, which pays for the many tokens of a slice; decoding, with one token a
+    caption, moves activations instead, and so reads only its part of the weights.
+
+    Args:
+      heads: whether caches are cut over tensor by key-value heads, of which there must be enough;
+        else by images, so that queries move to where training's images lie, and nothing is held
+        twice.
+
+    Returns:
+      (changes of RULES, changes of DECODE_RULES).
+    """
+    training = dict.fromkeys(("images", "caches"), EVERYWHERE)
+    training |= dict.fromkeys(("embed", "merged"), "fsdp,tensor")
+    training |= dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "")
+    return training, {"caches": "data,fsdp" if heads else EVERYWHERE}
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -50,21 +71,29 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    return Mesh(_arrange(axis_sizes(shape, len(devices)), devices), AXES)
+
+
+def axis_sizes(shape: Mapping[str, int], count: int) -> list[int]:
+    """Sizes of the axes data, fsdp and tensor on `count` devices, with -1 replaced.
+
+    Raises:
+      UserError: they don't multiply to the number of devices.
+    """
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     known = max(int(np.prod([s for s in sizes if s != -1])), 1)
     if (
         min(sizes) < -1
         or 0 in sizes
         or sizes.count(-1) > 1
-        or len(devices) % known
-        or (-1 not in sizes and known != len(devices))
+        or count % known
+        or (-1 not in sizes and known != count)
     ):
         raise UserError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} doesn't fit {len(devices)} devices: the "
+            f"mesh {dict(zip(AXES, sizes, strict=True))} doesn't fit {count} devices: the "
             "sizes must be positive and multiply to it, and at most one may be -1"
         )
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    return Mesh(_arrange(sizes, devices), AXES)
+    return [count // known if s == -1 else s for s in sizes]
 
 
 def _arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -127,12 +156,18 @@ def param_shardings(boxed: Any, rules: ShardRules) -> Any:
     specs = nn.get_partition_spec(boxed)
     shapes = jax.tree.map(lambda a: a.shape, nn.meta.unbox(boxed))
     return jax.tree_util.tree_map_with_path(
-        lambda path, names, shape: NamedSharding(rules.mesh, _param_spec(path, names, shape, rules)),
-        specs, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )  # fmt: skip
+        lambda path, names, shape: NamedSharding(
+            rules.mesh, _param_spec(path, names, shape, rules)
+        ),
+        specs,
+        shapes,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
 
 
-def _param_spec(path, names: PartitionSpec, shape: tuple[int, ...], rules: ShardRules) -> PartitionSpec:
+def _param_spec(
+    path, names: PartitionSpec, shape: tuple[int, ...], rules: ShardRules
+) -> PartitionSpec:
     names = [*names, *[None] * (len(shape) - len(names))]
     cut: list[tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):

@@ -11,16 +11,25 @@ class MeshSettings:
     """Mesh axes and shard rules."""
 
     data: int = setting(
-        1, "devices that hold whole copies; -1: all that are left", least=-1, resume=True
+        1,
+        "devices that hold whole copies; -1: all that are left; 0: chosen for the devices",
+        least=-1,
+        resume=True,
     )
     fsdp: int = setting(
-        -1, "devices that weights are cut over beside tensor; -1: all that are left", least=-1,
+        -1,
+        "devices that weights are cut over beside tensor; -1: all that are left; 0: chosen for the "
+        "devices",
+        least=-1,
         resume=True,
-    )  # fmt: skip
+    )
     tensor: int = setting(
-        1, "devices that heads, features and vocabulary are cut over; -1: all that are left",
-        least=-1, resume=True,
-    )  # fmt: skip
+        1,
+        "devices that heads, features and vocabulary are cut over; -1: all that are left; 0: "
+        "chosen for the devices",
+        least=-1,
+        resume=True,
+    )
     rules: dict = setting(
         RULES, "mesh axes of each logical axis, in training and scoring", resume=True
     )

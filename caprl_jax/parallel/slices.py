@@ -1,8 +1,8 @@
 """Slices: parts of a batch that are processed one after the other, so that less is held at a time.
 
 How a batch is cut is bound once, when a step is compiled: a function that is traced inside
-`using(slices)` reads `current()`. Results do not depend on it, but for rounding, and for the draws of
-a rollout in several slices.
+`using(slices)` reads `current()`. Results do not depend on it, but for rounding, and for the draws
+of a rollout in several slices.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """How many slices each phase of a step cuts its images into.
+    """Numbers of slices that each phase of a step cuts its images into.
 
     Attributes:
       rollout: slices that are captioned, each with caches of its own. The draws depend on it.
@@ -46,7 +46,8 @@ class Slices:
         return max(self.prefill // self.rollout, 1)
 
 
-_current: contextvars.ContextVar[Slices] = contextvars.ContextVar("slices", default=Slices())
+_WHOLE = Slices()
+_current: contextvars.ContextVar[Slices] = contextvars.ContextVar("slices", default=_WHOLE)
 
 
 def current() -> Slices:

@@ -1,4 +1,9 @@
-"""Plans a config's step for a topology: python -m caprl_jax.plan (see plan.py)."""
+"""Plans a config's step for a topology: its memory, and its roofline.
+
+    python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--suggest] [--json=FILE]
+
+Nothing runs; see plan.py.
+"""
 
 import json
 import sys
@@ -39,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=parse_config_flags)
+    cli.run(main, parse_config_flags)

@@ -1,5 +1,6 @@
 """Operations of matrix products and convolutions, counted from shapes and from a jaxpr."""
 
+import dataclasses
 import functools
 import math
 import operator
@@ -14,29 +15,42 @@ from jax.extend import core
 BranchWeights = Callable[[str, int], Sequence[float] | None]
 
 
-@functools.cache
-def window_pairs(
-    size: int, kernel: int, out: int, stride: int, pad: int, dilate: int, kernel_dilate: int
-) -> int:
-    """(output, kernel) positions of one spatial axis that meet an input element.
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A convolution's window along one spatial axis.
 
-    What falls on padding, or between the elements of a dilated input, is no work. So the batched
-    and grouped products that a TPU writes as padded convolutions count as what they are.
-
-    Args:
-      size: of the input along the axis.
-      kernel: size of the kernel.
-      out: size of the output.
-      stride: of the window.
+    Attributes:
+      size: elements of the input.
+      kernel: elements of the kernel.
+      out: elements of the output.
+      stride: distance between two positions of the window.
       pad: low padding, may be negative.
-      dilate: of the input.
-      kernel_dilate: of the kernel.
+      dilate: dilation of the input.
+      kernel_dilate: dilation of the kernel.
     """
-    last, found = (size - 1) * dilate, 0
-    taps = np.arange(kernel) * kernel_dilate - pad
-    for start in range(0, out, 1024):
-        at = np.arange(start, min(start + 1024, out))[:, None] * stride + taps
-        found += int(np.count_nonzero((at >= 0) & (at <= last) & (at % dilate == 0)))
+
+    size: int
+    kernel: int
+    out: int
+    stride: int
+    pad: int
+    dilate: int
+    kernel_dilate: int
+
+
+@functools.cache
+def window_pairs(window: Window) -> int:
+    """Counts (output, kernel) positions of one spatial axis that meet an input element.
+
+    Padding, and the gaps of a dilated input, are no work. So the batched and grouped products that
+    a TPU writes as padded convolutions count as products.
+    """
+    last, found = (window.size - 1) * window.dilate, 0
+    taps = np.arange(window.kernel) * window.kernel_dilate - window.pad
+    for start in range(0, window.out, 1024):
+        stop = min(start + 1024, window.out)
+        at = np.arange(start, stop)[:, None] * window.stride + taps
+        found += int(np.count_nonzero((at >= 0) & (at <= last) & (at % window.dilate == 0)))
     return found
 
 
@@ -111,10 +125,18 @@ def _conv_flops(equation: Any) -> int:
     left, kernel = (v.aval.shape for v in equation.invars)
     out, names = equation.outvars[0].aval.shape, params["dimension_numbers"]
     pairs = [
-        window_pairs(left[names.lhs_spec[i + 2]], kernel[names.rhs_spec[i + 2]],
-                     out[names.out_spec[i + 2]], params["window_strides"][i],
-                     params["padding"][i][0], params["lhs_dilation"][i], params["rhs_dilation"][i])
+        window_pairs(
+            Window(
+                size=left[names.lhs_spec[i + 2]],
+                kernel=kernel[names.rhs_spec[i + 2]],
+                out=out[names.out_spec[i + 2]],
+                stride=params["window_strides"][i],
+                pad=params["padding"][i][0],
+                dilate=params["lhs_dilation"][i],
+                kernel_dilate=params["rhs_dilation"][i],
+            )
+        )
         for i in range(len(out) - 2)
-    ]  # fmt: skip
+    ]
     batch = left[names.lhs_spec[0]] // params["batch_group_count"]
     return convolution_flops(batch, out[names.out_spec[1]], kernel[names.rhs_spec[1]], pairs)

@@ -3,7 +3,7 @@
 python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--json=FILE] [--suggest]
 
 The run's real step is compiled for the topology, which need not be there: the verdict is the
-compiler's. Floors are the work of the compiled program, loops counted with their trips and every
+compiler's. Rooflines are the work of the compiled program, loops counted with their trips and every
 caption as long as its bucket, at the chip's published peaks; several slices are taken for one.
 Policy and judge are taken to share a tokenizer, as they do where a step is one program. What a run
 does beside its steps, evaluations above all, is not planned.
@@ -16,16 +16,15 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax.config import complete, slices_of, validate
+from caprl_jax.config import complete, validate
 from caprl_jax.decode import scheduling
 from caprl_jax.errors import UserError
 from caprl_jax.parallel import hardware, mesh
-from caprl_jax.parallel.axes import CACHED
 from caprl_jax.plan import roofline, shapes
 from caprl_jax.plan.hlo import costs as hlo_costs
+from caprl_jax.run import fit, reckon
 from caprl_jax.run.memory import as_flags, changes, is_short
 
 GIB = 2**30
@@ -33,7 +32,7 @@ GIB = 2**30
 
 @dataclasses.dataclass
 class Plan:
-    """What a compilation told.
+    """The findings of a compilation.
 
     Attributes:
       fits: the compiler's verdict; of a device of this process, whether it has that much; None
@@ -41,7 +40,7 @@ class Plan:
       refusal: its words, if it refused.
       compile_seconds: how long it took.
       memory: bytes on each chip by what they are for; empty if refused.
-      floors: of each phase; empty if refused.
+      rooflines: of each phase; empty if refused.
       chip: its name, as published or as JAX calls it.
       chips: how many.
       hbm: the chip's published bytes; 0 if unknown.
@@ -49,13 +48,15 @@ class Plan:
       tokens: of a step's prompts and captions, every caption with its own prompt, as EasyR1 counts.
       overrides: of the config, that --suggest made.
       next: overrides to try, if it doesn't fit.
+      reckoned: bytes on each chip as run.reckon reckons them, without the compiler.
+      choice: what was chosen for the devices and why; empty if the config left nothing open.
     """
 
     fits: bool | None
     refusal: str
     compile_seconds: float
     memory: dict[str, int]
-    floors: dict[str, roofline.Floor]
+    rooflines: dict[str, roofline.Roofline]
     chip: str
     chips: int
     hbm: float
@@ -63,11 +64,13 @@ class Plan:
     tokens: int
     overrides: dict[str, Any]
     next: list[dict[str, Any]]
+    reckoned: int = 0
+    choice: str = ""
 
     @property
     def step_seconds(self) -> float:
-        """The floor of a step: its phases follow each other."""
-        return sum(f.floor for f in self.floors.values())
+        """The roofline of a step: its phases follow each other."""
+        return sum(f.time for f in self.rooflines.values())
 
 
 def make(
@@ -88,15 +91,17 @@ def make(
     validate(config)
     complete(config)
     devices = hardware.devices(topology)
+    choice = fit.settle(config, devices)
     known = hardware.chip(devices[0])
     built = shapes.build(config, devices)
     began = time.perf_counter()
     compiled, refusal = _compile(built)
     seconds = time.perf_counter() - began
     memory: dict[str, int] = {}
-    found: dict[str, roofline.Floor] = {}
+    found: dict[str, roofline.Roofline] = {}
     if compiled is not None:
-        memory = _memory(built, compiled.memory_analysis(), caches(config, built))
+        cached = reckon.caches(config, built.policy.decoder, built.rules)
+        memory = _memory(built, compiled.memory_analysis(), cached)
         text, vision = hlo_costs.hlo_text(compiled), built.policy.vision.config
         c = config.caprl
         iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
@@ -108,7 +113,7 @@ def make(
         refusal=refusal,
         compile_seconds=seconds,
         memory=memory,
-        floors=found,
+        rooflines=found,
         chip=known.name if known else devices[0].device_kind,
         chips=len(devices),
         hbm=known.hbm if known else 0.0,
@@ -116,6 +121,8 @@ def make(
         tokens=captions * (config.data.max_prompt + config.sampling.max_tokens),
         overrides=overrides or {},
         next=list(changes(config, spread)),
+        reckoned=reckon.reckon(config, devices).total,
+        choice=choice,
     )
 
 
@@ -168,25 +175,6 @@ def _memory(built: shapes.AbstractStep, found: Any, cached: int) -> dict[str, in
     }
 
 
-def caches(config: ml_collections.ConfigDict, built: shapes.AbstractStep) -> int:
-    """Bytes on each chip of the prompts' and captions' keys and values while decoding."""
-    c, on = built.policy.decoder.config, built.rules.decoding
-    b = config.data.batch // slices_of(config, "rollout_batches")
-    drawn = scheduling.number_of_slots(config.caprl.group, config.caprl.slots)
-
-    def one(batch: tuple[int, ...], length: int) -> int:
-        shape = (c.layers, *batch, length, c.kv_heads, c.head_dim)
-        names = (None, *CACHED[: len(batch)], None, "kv_heads", None)
-        sharding = jax.sharding.NamedSharding(on.mesh, on.spec(names, shape))
-        return (
-            2
-            * math.prod(sharding.shard_shape(shape))
-            * jnp.dtype(built.policy.decoder.dtype).itemsize
-        )
-
-    return one((b,), config.data.max_prompt) + one((b, drawn), config.sampling.max_tokens)
-
-
 def tell(name: str, topology: str, plan: Plan) -> str:
     """The plan as text."""
     lines = [
@@ -194,6 +182,7 @@ def tell(name: str, topology: str, plan: Plan) -> str:
         + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
         f"compiled in {plan.compile_seconds:.0f} s",
     ]
+    lines[1:1] = plan.choice.splitlines()
     if plan.refusal:
         lines += [f"does not fit: the compiler says: {plan.refusal}", "what to change, in turn:"]
         return "\n".join([*lines, *(f"  {as_flags(change)}" for change in plan.next)])
@@ -203,31 +192,33 @@ def tell(name: str, topology: str, plan: Plan) -> str:
     of = f" of {plan.hbm / GIB:.0f}" if plan.hbm else ""
     verdict = {True: "fits", False: "too much", None: "what there is isn't known"}[plan.fits]
     lines += [f"{'total':24}{total / GIB:8.2f}{of}: {verdict}"]
-    if plan.floors:
-        lines += ["", *_floor_lines(plan)]
+    if plan.reckoned:
+        lines += [f"{'total, reckoned':24}{plan.reckoned / GIB:8.2f}"]
+    if plan.rooflines:
+        lines += ["", *_roofline_lines(plan)]
     return "\n".join(lines)
 
 
-def _floor_lines(plan: Plan) -> list[str]:
-    head = f"{'phase':10}{'TFLOP':>9}{'HBM GB':>9}{'links GB':>9}{'floor s':>9}  {'bound by':9}"
+def _roofline_lines(plan: Plan) -> list[str]:
+    head = f"{'phase':10}{'TFLOP':>9}{'HBM GB':>9}{'links GB':>9}{'roofline':>9}  {'bound by':9}"
     lines = [head + " received by kind, GB"]
-    for name, f in plan.floors.items():
+    for name, f in plan.rooflines.items():
         kinds = ", ".join(f"{k} {b / 1e9:.1f}" for k, b in f.link_bytes.items() if b > 5e7)
         lines.append(
             f"{name:10}{f.flops / 1e12:9.1f}{f.hbm_bytes / 1e9:9.1f}"
-            f"{sum(f.link_bytes.values()) / 1e9:9.1f}{f.floor:9.2f}  {f.bound:9} {kinds}"
+            f"{sum(f.link_bytes.values()) / 1e9:9.1f}{f.time:9.2f}  {f.bound:9} {kinds}"
         )
-    missed = sorted({what for f in plan.floors.values() for what in f.uncounted})
+    missed = sorted({what for f in plan.rooflines.values() for what in f.uncounted})
     if missed:
         lines += [f"not counted, or guessed: {', '.join(missed)}"]
     if not plan.step_seconds:
-        return [*lines, "no floors: the peaks of this device are not known here"]
+        return [*lines, "no rooflines: the peaks of this device are not known here"]
     rate = plan.tokens / plan.step_seconds
-    used = sum(f.seconds["compute"] for f in plan.floors.values()) / plan.step_seconds
+    used = sum(f.seconds["compute"] for f in plan.rooflines.values()) / plan.step_seconds
     return [
         *lines,
-        f"{'step':10}{'':27}{plan.step_seconds:9.2f}  at least, with captions as long as their "
-        f"bucket; at most {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, {used:.0%} of its "
+        f"{'step':10}{'':27}{plan.step_seconds:9.2f}  by roofline, with captions as long as "
+        f"their bucket: {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, {used:.0%} of its "
         "peak FLOP/s",
     ]
 
@@ -235,8 +226,8 @@ def _floor_lines(plan: Plan) -> list[str]:
 def as_json(name: str, topology: str, plan: Plan) -> dict[str, Any]:
     """The plan as plain data, with seconds and bounds computed."""
     out = {"config": name, "topology": topology} | dataclasses.asdict(plan)
-    for phase, f in plan.floors.items():
-        out["floors"][phase] |= {"floor": f.floor, "bound": f.bound}
+    for phase, f in plan.rooflines.items():
+        out["rooflines"][phase] |= {"time": f.time, "bound": f.bound}
     return out | {"step_seconds": plan.step_seconds, "total": sum(plan.memory.values())}
 
 

@@ -1,4 +1,4 @@
-"""How fast a compiled step could be: each phase's work against a chip's published peaks."""
+"""Rooflines of a compiled step: each phase's work against a chip's published peaks."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ PHASES = ("prefill", "decode", "score", "update")
 
 
 @dataclasses.dataclass(frozen=True)
-class Floor:
+class Roofline:
     """One phase on one chip.
 
     Attributes:
@@ -35,11 +35,11 @@ class Floor:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """Names the resource that takes longest."""
         return max(self.seconds, key=self.seconds.get, default="unknown")
 
     @property
-    def floor(self) -> float:
+    def time(self) -> float:
         """Seconds, if the three overlap perfectly."""
         return max(self.seconds.values(), default=0.0)
 
@@ -56,8 +56,8 @@ def received(collective: Collective) -> float:
     return collective.bytes * collective.executions * part
 
 
-def floor(costs: Costs, chip: Chip | None) -> Floor:
-    """The floor of a phase's costs."""
+def roofline(costs: Costs, chip: Chip | None) -> Roofline:
+    """The roofline of a phase's costs."""
     links: dict[str, float] = {}
     for c in costs.collectives:
         links[c.kind] = links.get(c.kind, 0.0) + received(c)
@@ -75,11 +75,11 @@ def floor(costs: Costs, chip: Chip | None) -> Floor:
         name for name in costs.unpriced if re.search(r"gemm|matmul|conv|attention|fmha", name)
     ]
     unknown += [f"the costlier branch of {c.name}" for c in costs.conditionals]
-    return Floor(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
+    return Roofline(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
 
 
 def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
-    """How often each branch of a conditional of the models is taken.
+    """Returns how often each branch of a conditional of the models is taken.
 
     A vision layer attends in its windows or over the whole image; captions are taken to be as long
     as they may be.
@@ -95,8 +95,10 @@ def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     return weights
 
 
-def phases(text: str, chip: Chip | None, iterations: int, vision: VisionConfig) -> dict[str, Floor]:
-    """The floor of each phase of a compiled step; what is outside of them is "other".
+def phases(
+    text: str, chip: Chip | None, iterations: int, vision: VisionConfig
+) -> dict[str, Roofline]:
+    """The roofline of each phase of a compiled step; what is outside of them is "other".
 
     Args:
       text: of the compiled program, as hlo_costs.hlo_text.
@@ -105,10 +107,10 @@ def phases(text: str, chip: Chip | None, iterations: int, vision: VisionConfig) 
       vision: the tower's sizes, which say how many of its layers attend over the whole image.
     """
     found = hlo_costs.costs(hlo_costs.parse(text), PHASES, iterations, branch_weights(vision))
-    return {name: floor(costs, chip) for name, costs in found.items()}
+    return {name: roofline(costs, chip) for name, costs in found.items()}
 
 
-def together(parts: Iterable[Floor]) -> Floor:
+def together(parts: Iterable[Roofline]) -> Roofline:
     """Several phases as one, whose compute, memory traffic and links may overlap."""
     flops = hbm = 0.0
     uncounted: tuple[str, ...] = ()
@@ -120,4 +122,4 @@ def together(parts: Iterable[Floor]) -> Floor:
         for total, own in ((links, part.link_bytes), (seconds, part.seconds)):
             for name, value in own.items():
                 total[name] = total.get(name, 0.0) + value
-    return Floor(flops, hbm, links, seconds, uncounted)
+    return Roofline(flops, hbm, links, seconds, uncounted)

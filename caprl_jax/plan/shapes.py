@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +13,6 @@ import ml_collections
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.hf import sizes
 from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Policy, Prompt, root_kv
 from caprl_jax.parallel import mesh
@@ -23,6 +21,7 @@ from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.run import compile as compile_lib
+from caprl_jax.run.reckon import init_decoder, model_config
 
 # Sizes of the judge's prompt, which only its tokenizer could tell: upper bounds for the default.
 INSTRUCTION, LETTERS, SPECIAL = 256, 26, 32
@@ -63,25 +62,6 @@ class AbstractStep:
         return self.program.lower(*self.args)
 
 
-def model_config(path: str) -> dict[str, Any]:
-    """config.json of a directory or shipped model; of a hub id, as that size was published.
-
-    Raises:
-      ConfigError: it is no directory, and no published size has its name.
-    """
-    if path.startswith("asset:") or Path(path).is_dir():
-        from caprl_jax.models.hf import download as sources
-        from caprl_jax.models.hf import files as hf  # they need more packages than a plan
-
-        return hf.read_config(sources.fetch(path, ""))
-    name = Path(path).name.lower().removesuffix("-instruct")
-    if name not in sizes.CONFIGS:
-        raise ConfigError(
-            f"{path} is no directory here, and no published size: {', '.join(sizes.CONFIGS)}"
-        )
-    return sizes.CONFIGS[name]
-
-
 def _like(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=s), tree, shardings
@@ -98,7 +78,7 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
     """The step of a config on devices that need not be there.
 
     Raises:
-      ConfigError: its sizes are unknown, or don't lie evenly on the devices.
+      ConfigError: its sizes are unknown or don't lie evenly on the devices, or it leaves keys open.
     """
     if config.objective != "caprl":
         raise ConfigError(f"config.objective={config.objective!r}: only caprl's step is planned")
@@ -130,12 +110,8 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
 
 def _judge(path: str, dtype: Any, rules: ShardRules) -> Judge:
     decoder = families.build(model_config(path), dtype, where=path).decoder
-    judge_params = params(functools.partial(_judge_init, decoder), rules, dtype)
+    judge_params = params(functools.partial(init_decoder, decoder), rules, dtype)
     return Judge(decoder, judge_params, _instruction(decoder, judge_params, rules))
-
-
-def _judge_init(decoder: Decoder, key: jax.Array) -> Any:
-    return decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
 
 
 def _instruction(decoder: Decoder, params: Any, rules: ShardRules) -> Instruction:

@@ -30,7 +30,9 @@ class Caprl:
     advantage_options: dict = setting({}, OPTIONS)
     loss: str = setting("clipped", "loss of each token", choices=LOSSES)
     loss_options: dict = setting({}, OPTIONS)
-    aggregation: str = setting("caption_mean", "mean over tokens and captions", choices=AGGREGATIONS)
+    aggregation: str = setting(
+        "caption_mean", "mean over tokens and captions", choices=AGGREGATIONS
+    )
     aggregation_options: dict = setting({}, OPTIONS)
     kl: float = setting(
         0.0, "weight of the KL divergence from the initial policy; 0 holds no reference", least=0
@@ -39,10 +41,16 @@ class Caprl:
     kl_estimator_options: dict = setting({}, OPTIONS)
     updates: int = setting(1, "optimizer updates per rollout", least=1)
     micro_batches: int = setting(
-        1, "slices of the batch whose gradients are summed for an update", least=1, resume=True
+        1,
+        "slices of the batch whose gradients are summed for an update; 0: chosen for the devices",
+        least=0,
+        resume=True,
     )
     rollout_batches: int = setting(
-        1, "slices that are captioned one after the other; the draws depend on it", least=1
+        1,
+        "slices that are captioned one after the other; the draws depend on it; 0: chosen for the "
+        "devices, as the run's checkpoint has it if there is one",
+        least=0,
     )
     prefill_batches: int = setting(
         0, "slices in which images and prompts are read; 0: as micro_batches", least=0, resume=True

@@ -56,6 +56,14 @@ def load_params(directory: Path, target: Any) -> Any:
         return checkpointer.restore(directory.absolute(), target)
 
 
+def saved_config(workdir: Path) -> dict[str, Any] | None:
+    """The config that a workdir's last checkpoint was written with; None without a checkpoint."""
+    if not steps(workdir):
+        return None
+    with Checkpoints(workdir, keep=None) as checkpoints:
+        return checkpoints.config(checkpoints.latest())
+
+
 class Checkpoints:
     """The checkpoints of a workdir."""
 
@@ -119,9 +127,11 @@ class Checkpoints:
           target: tree of jax.ShapeDtypeStruct.
           shardings: tree like it.
         """
-        item = {"params": jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), target, shardings
-        )}  # fmt: skip
+        item = {
+            "params": jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), target, shardings
+            )
+        }
         restore = self._ocp.checkpoint_utils.construct_restore_args(item)
         args = self._ocp.args.PyTreeRestore(item, restore_args=restore, partial_restore=True)
         found = self._manager.restore(step, args=self._ocp.args.Composite(state=args))
@@ -173,7 +183,7 @@ def differences(saved: dict, config: ml_collections.ConfigDict) -> list[str]:
 
 
 def _did_the_same(key: str, value: Any) -> bool:
-    """Whether a key that is no longer there had a value that did what is done now."""
+    """True if a key that is no longer there had a value that did what is done now."""
     if key in _GONE:
         return _GONE[key] is None or value in _GONE[key]
     return key.startswith(_OF_A_CHOICE)  # every config had them once, whatever it chose

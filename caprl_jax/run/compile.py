@@ -1,4 +1,4 @@
-"""A config's step as jitted programs: its shard rules, slices and optimizer, and what compiles them.
+"""A config's step as jitted programs: its shard rules, slices, optimizer, and their compilation.
 
 Nothing here reads a model or data, so plans and benchmarks build the very programs of a run.
 """
@@ -41,17 +41,24 @@ def shard_rules(
     """The config's mesh over all devices with its shard rules; batches must divide evenly on it.
 
     Raises:
-      ConfigError: the mesh doesn't fit the devices, or a batch doesn't fit the mesh.
+      ConfigError: the mesh doesn't fit the devices, a batch doesn't fit the mesh, or the config
+        leaves keys open.
     """
+    config_lib.require_settled(config)
     with about("mesh"):
         rules = mesh.shard_rules(
             mesh.make_mesh(config.mesh, devices), config.mesh.rules, config.mesh.decode_rules
         )
-    _check_batch(config, rules)
+    check_batch(config, rules)
     return rules
 
 
-def _check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
+def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
+    """Checks that batches, and their slices, divide evenly over the mesh's devices.
+
+    Raises:
+      ConfigError: with the numbers that do.
+    """
     multiple = mesh.batch_multiple(rules)
     for key in ("data.batch", "eval.batch"):
         if config_lib.get(config, key) % multiple:
@@ -78,7 +85,7 @@ def even_slices(batch: int, multiple: int) -> list[int]:
 
 
 def slices(config: ml_collections.ConfigDict) -> Slices:
-    """How the config's step cuts its batch."""
+    """Slices that the config's step cuts its batch into."""
     return Slices(
         rollout=slices_of(config, "rollout_batches"),
         prefill=slices_of(config, "prefill_batches"),
@@ -89,7 +96,7 @@ def slices(config: ml_collections.ConfigDict) -> Slices:
 
 
 def eval_slices(config: ml_collections.ConfigDict, rules: ShardRules) -> Slices:
-    """How an evaluation cuts its batches: slices hold no more images than training's."""
+    """Slices of an evaluation's batches; they hold no more images than those of training."""
     batch, least = config.eval.batch, rules.size("images")
     most = max(config.data.batch // max(slices_of(config, name) for name in SLICES), least)
     fits = [n for n in range(least, most + 1, least) if batch % n == 0]
@@ -117,7 +124,7 @@ def optimizer(
 
 
 def sampling(config: ml_collections.ConfigDict) -> Sampling:
-    """How the config draws tokens."""
+    """The config's way of drawing tokens."""
     return Sampling(**config.sampling)
 
 
@@ -156,7 +163,7 @@ def make_run(
 
 
 def needs_reference(config: ml_collections.ConfigDict) -> bool:
-    """Whether the initial policy's parameters are held: for the KL, or for a reward term."""
+    """True if the initial policy's parameters are held: for the KL, or for a reward term."""
     return bool(config.caprl.kl) or "reference" in needed_models(config_lib.terms(config))
 
 
@@ -200,7 +207,6 @@ def two_programs(
     """As one_program, with captions passing through text (a Retokeniser) on the host in between."""
     from caprl_jax.run.through_text import in_two_programs  # which knows of tokenizers
 
-
     def rollout(run, state, batch, key):
         policy, decoding = run.learner.policy, run.decoding
         return run.verbs.rollout(policy, state.params, batch, decoding=decoding, key=key)
@@ -220,7 +226,7 @@ def two_programs(
 def jit_step(
     function: Callable, state: State, rules: ShardRules, cuts: Slices | None = None, donate: int = 0
 ) -> Callable:
-    """Jits a step: argument number `donate` is the state, which is donated and keeps its sharding."""
+    """Jits a step: argument `donate` is the state, which is donated and keeps its sharding."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
     out = (shardings, mesh.replicated(rules))
     return jit(function, rules, cuts, donate_argnums=donate, out_shardings=out)

@@ -45,7 +45,7 @@ def as_flags(overrides: dict[str, Any]) -> str:
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether an error of a device, or its compiler, says that memory doesn't suffice."""
+    """True if an error of a device, or its compiler, says that memory doesn't suffice."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -24,7 +24,7 @@ class General:
     )
     sinks: dict = setting(
         {"tensorboard": {"sink": "tensorboard"}},
-        "where metrics go beside metrics.jsonl, by name: {sink, options}; sink defaults to the name",
+        "where metrics go beside metrics.jsonl: name to {sink, options}; sink defaults to the name",
         resume=True,
     )
 
@@ -45,8 +45,8 @@ class PolicySettings:
     remat: str = setting(
         "none",
         "what each layer's gradient computes again: only attention's scores (none), all but "
-        "products with weights (products), or the whole layer (full)",
-        choices=tuple(REMAT),
+        "products with weights (products), or the whole layer (full); auto: chosen for the devices",
+        choices=(*REMAT, "auto"),
         resume=True,
     )
 
@@ -64,8 +64,8 @@ class JudgeSettings(Judging):
     )
     max_caption: int = setting(
         0,
-        "longest caption in the judge's tokens, where its tokenizer is not the policy's; 0 is twice "
-        "sampling.max_tokens",
+        "longest caption in the judge's tokens, where its tokenizer is not the policy's; 0 is "
+        "twice sampling.max_tokens",
         least=0,
     )
 

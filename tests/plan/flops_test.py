@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from caprl_jax.plan.flops import jaxpr_flops, window_pairs
+from caprl_jax.plan.flops import Window, jaxpr_flops, window_pairs
 from caprl_jax.plan.hlo.costs import costs, hlo_text, parse
 
 
@@ -30,16 +30,21 @@ def _zeros(*shape):
     ],
 )
 def test_window_pairs(window, pairs):
-    assert window_pairs(*window) == pairs
+    assert window_pairs(Window(*window)) == pairs
 
 
 @pytest.mark.parametrize("groups, batch_groups", [(1, 1), (4, 1), (1, 2)])
 def test_convolution(groups, batch_groups):
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(
-            x, kernel, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups, batch_group_count=batch_groups,
-        )  # fmt: skip
+            x,
+            kernel,
+            (2, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            batch_group_count=batch_groups,
+        )
 
     x, kernel = _zeros(2, 6, 5, 8), _zeros(2, 3, 8 // groups, 12)
     # Rows: 3 outputs of 2 taps, all inside. Columns: 5 of 3, two of them outside.
@@ -93,8 +98,14 @@ def _loss(remat, w, x):
     return jnp.sum(jax.lax.scan(block, x, w)[0] ** 2)
 
 
-SHAPES = {"q": (E, H, D), "k": (E, K, D), "v": (E, K, D), "o": (H, D, E), "up": (E, F),
-          "down": (F, E)}  # fmt: skip
+SHAPES = {
+    "q": (E, H, D),
+    "k": (E, K, D),
+    "v": (E, K, D),
+    "o": (H, D, E),
+    "up": (E, F),
+    "down": (F, E),
+}
 
 
 @pytest.mark.parametrize("remat", [False, True])

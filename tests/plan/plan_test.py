@@ -23,6 +23,7 @@ from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.plan.hlo.costs import Collective
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Batch, Decoding
+from caprl_jax.run import reckon
 
 TEXT = DecoderConfig(512, 256, 2, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4))
 VISION = VisionConfig(12, 64, 2, 4, 64, 256, 4, 2, (1,))
@@ -100,7 +101,11 @@ def small():
 
 
 def test_a_plan_accounts_for_every_byte_and_phase():
-    found = plan.make(small(), "local")
+    c = small()
+    c.caprl.micro_batches = 0
+    found = plan.make(c, "local")
+    assert found.choice == "chosen for 8 x cpu: caprl.micro_batches=1" and not c.caprl.micro_batches
+    assert found.reckoned > found.memory["parameters"]
     assert (
         found.fits is None
         and found.chips == 8
@@ -111,9 +116,10 @@ def test_a_plan_accounts_for_every_byte_and_phase():
     assert whole / 8 <= found.memory["parameters"] < whole / 4  # norms are on every device
     assert found.memory["optimizer"] == 2 * found.memory["parameters"] + 4 * 2
     assert found.memory["padding and rest"] < 4096
-    assert set(roofline.PHASES) <= set(found.floors)
-    assert all(found.floors[name].flops > 0 for name in roofline.PHASES)
+    assert set(roofline.PHASES) <= set(found.rooflines)
+    assert all(found.rooflines[name].flops > 0 for name in roofline.PHASES)
     told = plan.tell("small", "local", found)
+    assert f"{'total, reckoned':24}{found.reckoned / 2**30:8.2f}" in told and found.choice in told
     assert "what there is isn't known" in told and "peaks of this device are not known" in told
 
 
@@ -127,17 +133,24 @@ def test_caches_are_counted_as_they_lie():
     built = shapes.build(c, jax.devices())
     text = built.policy.decoder.config
     token = 2 * 4 * text.layers * text.kv_heads * text.head_dim
-    assert plan.caches(c, built) == token * (8 // 2) * (32 + 6 * 4)
+    assert reckon.caches(c, built.policy.decoder, built.rules) == token * (8 // 2) * (32 + 6 * 4)
     c.caprl.slots = 2
-    assert plan.caches(c, built) == token * (8 // 2) * (32 + 2 * 4)
+    assert reckon.caches(c, built.policy.decoder, built.rules) == token * (8 // 2) * (32 + 2 * 4)
 
 
 def made(fits, refusal="no room", **changed):
     known = {
-        "compile_seconds": 1.0, "memory": {"parameters": 2**30} if fits else {}, "floors": {},
-        "chip": "v5e", "chips": 4, "hbm": 16 * 2**30, "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
-        "tokens": 100, "overrides": {}, "next": [],
-    }  # fmt: skip
+        "compile_seconds": 1.0,
+        "memory": {"parameters": 2**30} if fits else {},
+        "rooflines": {},
+        "chip": "v5e",
+        "chips": 4,
+        "hbm": 16 * 2**30,
+        "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+        "tokens": 100,
+        "overrides": {},
+        "next": [],
+    }
     return plan.Plan(fits=fits, refusal="" if fits else refusal, **known | changed)
 
 
@@ -158,15 +171,17 @@ def test_suggestions_build_on_what_could_be_tried(monkeypatch, capsys):
 
 
 def test_the_table_and_the_efficiency():
-    floor = roofline.Floor(
+    decode = roofline.Roofline(
         1e12, 1e9, {"all-gather": 2e9}, {"compute": 2.0, "memory": 1.0, "links": 1.0}
     )
     small, large = (
-        plan.as_json("3b.py", where, made(True, chips=n, floors={"decode": floor}, tokens=8 * n))
+        plan.as_json(
+            "3b.py", where, made(True, chips=n, rooflines={"decode": decode}, tokens=8 * n)
+        )
         for where, n in (("v5e:2x2", 4), ("v5e:4x4", 16))
     )
     assert plan_table.row(small) == ("| `3b.py` | v5e:2x2 | 1.0 of 16 | 2.0 | decode compute | 4 |")
-    large["floors"]["decode"]["seconds"]["links"] = 4.0
+    large["rooflines"]["decode"]["seconds"]["links"] = 4.0
     told = plan_table.efficiency(small, large)
     assert "overlapped: 2.00 s -> 4.00 s a step, 50.0%" in told
     assert "links on top: 3.00 s -> 6.00 s a step, 50.0%" in told
@@ -206,9 +221,9 @@ def test_the_slowest_of_compute_memory_and_links_is_the_floor():
     chip = Chip("c", 10.0, 0.0, 5.0, 2.0)
     gather = Collective("all-gather", 8, 1, ((0, 1),), (), "", "", "", ())
     costs = hlo_costs.Costs(20.0, 15.0, (gather,), (), (), ())
-    found = roofline.floor(costs, chip)
+    found = roofline.roofline(costs, chip)
     assert found.seconds == {"compute": 2.0, "memory": 3.0, "links": 2.0}
-    assert found.bound == "memory" and found.floor == 3.0
+    assert found.bound == "memory" and found.time == 3.0
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def read(name, argument=""):
 
 @pytest.mark.parametrize("hardware", ["v6e_16", "v5p_8", "v5p_64", "h200_8"])
 def test_a_run_goes_on_on_other_chips(hardware):
-    here, there = read("3b"), read("3b", hardware)
+    here, there = read("3b", "v5e_16"), read("3b", hardware)
     assert checkpoint.differences(values(here), there) == []
 
 
@@ -68,16 +68,22 @@ def test_a_run_of_an_earlier_version_goes_on_under_its_new_keys():
     c = config_lib.default()
     before = values(c)
     before["caprl"] |= {
-        "reuse": "none", "clip": 0.2, "accuracy_weight": 1.0, "length_weight": 0.0, "buckets": 4,
-        "length_full": 2048, "length_none": 3072,
-    }  # fmt: skip
+        "reuse": "none",
+        "clip": 0.2,
+        "accuracy_weight": 1.0,
+        "length_weight": 0.0,
+        "buckets": 4,
+        "length_full": 2048,
+        "length_none": 3072,
+    }
     before["sft"] = {"probes": 5}
     for key in ("loss", "loss_options", "rewards", "length_buckets"):
         del before["caprl"][key]
     assert checkpoint.differences(before, c) == []
     before["caprl"] |= {"clip": 0.3, "length_weight": 0.2}
     assert checkpoint.differences(before, c) == [
-        "caprl.length_weight was 0.2, is None", "caprl.loss_options.clip was 0.3, is 0.2"
+        "caprl.length_weight was 0.2, is None",
+        "caprl.loss_options.clip was 0.3, is 0.2",
     ]
 
 

@@ -28,11 +28,19 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(name="config")
 def _config(data_dir):
     c = config_lib.default()
-    c.update_from_flattened_dict({
-        "data.batch": 8, "data.train": 16, "data.heldout": 8,
-        "data.max_windows": 4, "data.max_prompt": 32, "data.max_question": 40,
-        "data.data_dir": data_dir, "eval.images": 8, "eval.batch": 8,
-    })  # fmt: skip
+    c.update_from_flattened_dict(
+        {
+            "data.batch": 8,
+            "data.train": 16,
+            "data.heldout": 8,
+            "data.max_windows": 4,
+            "data.max_prompt": 32,
+            "data.max_question": 40,
+            "data.data_dir": data_dir,
+            "eval.images": 8,
+            "eval.batch": 8,
+        }
+    )
     return c
 
 
@@ -56,7 +64,10 @@ def refused(config, message, error=ConfigError, **changes):
     [
         ({"mesh.data": 3}, "config.mesh: .* doesn't fit 8 devices"),
         ({"data.batch": 12}, r"config.data.batch=12 .* choose a multiple of 8"),
-        ({"caprl.micro_batches": 2}, "in config.caprl.micro_batches=2 slices doesn't divide evenly"),
+        (
+            {"caprl.micro_batches": 2},
+            "in config.caprl.micro_batches=2 slices doesn't divide evenly",
+        ),
         ({"judge.prompt": "{caption}"}, r"config.judge.prompt: .*\{question\}"),
         ({"data.max_prompt": 20}, "a prompt takes up to .* more than config.data.max_prompt=20"),
         ({"data.max_windows": 2}, "at least 3 windows, more than config.data.max_windows=2"),
@@ -107,13 +118,16 @@ def test_a_processor_of_another_patch_size(config, tmp_path):
         (["--config.judge.mode=argmax"], "error: config.judge.mode='argmax' is not one of"),
         (["--config.policy.path=no/such"], "error: no/such"),
     ],
-)  # fmt: skip
+)
 def test_the_command_says_it_in_one_paragraph(arguments, message, tmp_path):
     command = [sys.executable, "-m", "caprl_jax.main", "--config=configs/tiny.py"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     found = subprocess.run(
-        [*command, f"--workdir={tmp_path}", *arguments], capture_output=True, text=True, cwd=ROOT,
+        [*command, f"--workdir={tmp_path}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
         env=environment,
-    )  # fmt: skip
+    )
     assert found.returncode == 1 and "error: " in found.stderr
     assert message in found.stderr and "Traceback" not in found.stderr

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from caprl_jax.run import metrics
+from caprl_jax.run.sinks import SINKS
 
 NAN, INF = float("nan"), float("inf")
 
@@ -140,7 +141,8 @@ def test_tensorboard_gets_the_finite_values_and_hides_an_interrupted_run_s(tmp_p
             events.append((name, event, *args))
 
         monkeypatch.setattr(f"tensorboardX.writer.FileWriter.{name}", keep)
-    with metrics.MetricWriter(tmp_path, 4) as writer:
+    board = {"tensorboard": SINKS.choose("tensorboard", {})}
+    with metrics.MetricWriter(tmp_path, 4, board) as writer:
         writer.write(5, {"reward": 0.25, "kl": NAN}, prefix="eval/")
     assert {e[1].step for e in events if e[0] == "add_event"} == {5}  # purged from here on
     (added,) = [e for e in events if e[0] == "add_summary"]

@@ -81,7 +81,7 @@ class Conditional:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of one device.
+    """The costs of one device.
 
     Attributes:
       flops: of matrix products and convolutions.
@@ -274,7 +274,7 @@ def costs(
     unknown_trips: int | None = None,
     branch_weights: BranchWeights | None = None,
 ) -> dict[str, Costs]:
-    """What each phase of a program costs one device.
+    """Adds up what each phase of a program costs one device.
 
     Args:
       program: of parse.

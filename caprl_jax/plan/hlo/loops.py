@@ -1,4 +1,4 @@
-"""How often a compiled program's loops run."""
+"""Trip counts of a compiled program's loops."""
 
 import dataclasses
 import re
@@ -124,7 +124,7 @@ def _value(
     inputs: list[_Value] | None,
     part: int = -1,
 ) -> _Value:
-    """What is known of a scalar; inputs are a fusion's, None where the parameter is the carry."""
+    """Finds what is known of a scalar; inputs are a fusion's, None where the carry is meant."""
     instruction = computation.instructions[name]
     opcode = instruction.opcode
     if opcode == "constant":

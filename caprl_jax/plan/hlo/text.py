@@ -93,7 +93,7 @@ class Instruction:
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """Of the result."""
+        """Parses the arrays of the result."""
         return arrays(self.shape)
 
     @property
@@ -140,7 +140,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads an instruction."""
+        """Lists the readers of an instruction."""
         users = {}
         for user in self.instructions.values():
             for operand in dict.fromkeys(user.operands):
@@ -205,7 +205,7 @@ def _instruction(name: str, line: str, start: int) -> Instruction:
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis that opened before start closes."""
+    """Finds the place where the parenthesis that opened before start closes."""
     end = line.find(")", start)
     if line.find("(", start, end) < 0:
         return end

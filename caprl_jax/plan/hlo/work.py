@@ -1,10 +1,10 @@
-"""What one instruction of a compiled program does: its products, and the bytes of HBM it moves."""
+"""The work of one compiled instruction: its products, and the bytes of HBM it moves."""
 
 import math
 import re
 from collections.abc import Iterator
 
-from caprl_jax.plan.flops import convolution_flops, window_pairs
+from caprl_jax.plan.flops import Window, convolution_flops, window_pairs
 from caprl_jax.plan.hlo.text import HBM, Array, Computation, Instruction, Program
 
 COLLECTIVES = (
@@ -75,11 +75,19 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> in
         return int((values[axis] if values else default).split("_")[0])
 
     pairs = [
-        window_pairs(left[labels[0].index(str(i))], kernel[labels[1].index(str(i))],
-                     out[labels[2].index(str(i))], field("stride", i, "1"), field("pad", i, "0"),
-                     field("lhs_dilate", i, "1"), field("rhs_dilate", i, "1"))
+        window_pairs(
+            Window(
+                size=left[labels[0].index(str(i))],
+                kernel=kernel[labels[1].index(str(i))],
+                out=out[labels[2].index(str(i))],
+                stride=field("stride", i, "1"),
+                pad=field("pad", i, "0"),
+                dilate=field("lhs_dilate", i, "1"),
+                kernel_dilate=field("rhs_dilate", i, "1"),
+            )
+        )
         for i in range(len(out) - 2)
-    ]  # fmt: skip
+    ]
     groups = int(instruction.attribute("batch_group_count") or 1)
     batch, features = left[labels[0].index("b")] // groups, out[labels[2].index("f")]
     return convolution_flops(batch, features, kernel[labels[1].index("i")], pairs)

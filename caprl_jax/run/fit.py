@@ -1,0 +1,369 @@
+"""Choices that fit a config to its devices: mesh, slices and rematerialisation.
+
+A config may leave those keys open that config.OPEN lists. `settle` fills them from the memory that
+run/reckon.py reckons, says what it chose and why, and refuses a config that can't fit, with what
+would. Keys with a value of their own are never changed.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from caprl_jax.config import OPEN, get, open_keys
+from caprl_jax.errors import ConfigError, UserError
+from caprl_jax.models.layers import REMAT
+from caprl_jax.parallel import hardware, mesh
+from caprl_jax.parallel.hardware import StandIn
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import reckon
+from caprl_jax.run.memory import as_flags
+from caprl_jax.run.reckon import GIB, Memory, Models, Reckoner
+
+SHARE = 0.95  # of the usable memory; the rest is for what the reckoning may miss
+TENSOR = 4  # the axis of shipped TPU configs, which cuts the decoding weights
+# Reckoned, not measured: "none" saves the operations between products, but writes and reads over
+# twice the bytes that "products" does, so on accelerators it is never chosen.
+FASTEST = [kind for kind in REMAT if kind != "none"]
+LEAST_TPUS = 8  # on fewer, every chip holds all decoding weights
+NOTHING_TO_FIT = {  # choices where memory isn't known to be short: a CPU, or supervised training
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+    "mesh.tensor": 1,
+    "policy.remat": "none",
+    "caprl.micro_batches": 1,
+    "caprl.rollout_batches": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Values for a config's open keys, on one mesh.
+
+    Attributes:
+      changes: values by key, tables of rules among them.
+      memory: reckoned with them.
+      better: choices that would be faster, with the bytes they take in all, which is too much.
+    """
+
+    changes: dict[str, Any]
+    memory: Memory
+    better: dict[str, int]
+
+
+def choose(
+    config: ml_collections.ConfigDict, devices: Sequence[Any], fetch: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Chooses values for the keys that a config leaves open.
+
+    The first choice that fits is taken, in this order: meshes (on 8 and more TPUs with the axis
+    `tensor`, which cuts the weights in decoding); less rematerialisation; fewer slices.
+
+    Args:
+      config: of the run; not changed.
+      devices: JAX's, or stand-ins (hardware.described).
+      fetch: whether to fetch models whose size isn't known by their name.
+
+    Returns:
+      (values by dotted key, the choice and its reasons as text), empty if nothing is open.
+
+    Raises:
+      ConfigError: nothing fits, or no mesh divides the batch; the message says what would.
+    """
+    left = open_keys(config)
+    if not left:
+        return {}, ""
+    if devices[0].platform == "cpu" or config.objective != "caprl":
+        changes = {key: NOTHING_TO_FIT[key] for key in left}
+        return changes, f"chosen for {_name(devices)}: {_told(changes)}"
+    limit = _limit(devices)
+    if limit is None:
+        raise ConfigError(
+            f"the memory of {devices[0].device_kind} isn't known: give "
+            + ", ".join(f"--config.{key}" for key in left)
+        )
+    known = reckon.models(config, devices[0].platform, fetch)
+    found = _best(config, known, devices, limit)
+    if found.memory.total > SHARE * limit:
+        raise ConfigError(_refusal(config, known, devices, limit, found))
+    return found.changes, _explanation(devices, limit, found)
+
+
+def settle(config: ml_collections.ConfigDict, devices: Sequence[Any], fetch: bool = False) -> str:
+    """Fills in place the keys that a config leaves open.
+
+    Args:
+      config: of the run, checked by config.validate.
+      devices: JAX's, or stand-ins.
+      fetch: whether to fetch models whose size isn't known by their name.
+
+    Returns:
+      The choice and its reasons as text; empty if nothing was open.
+
+    Raises:
+      ConfigError: as choose.
+    """
+    changes, told = choose(config, devices, fetch)
+    apply(config, changes)
+    return told
+
+
+def apply(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> None:
+    """Sets values by dotted key in place; tables of rules are updated."""
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = get(config, ".".join(sections))
+        if isinstance(value, dict):
+            section[name].update(value)
+        else:
+            section[name] = value
+
+
+def keep_rollout(config: ml_collections.ConfigDict, saved: dict[str, Any] | None) -> None:
+    """Takes an open caprl.rollout_batches from the config of the run that is resumed.
+
+    The draws depend on it, so another choice would make another run.
+
+    Args:
+      config: of this run; changed in place.
+      saved: the config that the checkpoint was written with; None if there is none.
+    """
+    if saved is not None and "caprl.rollout_batches" in open_keys(config):
+        count = saved.get("caprl", {}).get("rollout_batches", 1)
+        config.caprl.rollout_batches = count
+        logging.info("caprl.rollout_batches=%d, as the run began: the draws depend on it", count)
+
+
+def _name(devices: Sequence[Any]) -> str:
+    chip = hardware.chip(devices[0])
+    return f"{len(devices)} x {chip.name if chip else devices[0].device_kind}"
+
+
+def _limit(devices: Sequence[Any]) -> float | None:
+    """Usable bytes of each device, the same in all processes; None if unknown."""
+    index = jax.process_index() if hasattr(devices[0], "client") else 0
+    own = next((d for d in devices if d.process_index == index), devices[0])
+    limit = hardware.usable(own)
+    several = hasattr(own, "client") and jax.process_count() > 1
+    if limit is not None and own.platform == "gpu" and several:
+        # GPUs report a little more or less, and all processes must choose alike.
+        from jax.experimental import multihost_utils
+
+        mib = np.asarray(limit / hardware.MIB, np.float32)
+        limit = float(multihost_utils.broadcast_one_to_all(mib)) * hardware.MIB
+    return limit
+
+
+def _meshes(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Values for the open axes, and tables of rules to go with them, the best first."""
+    left, count = open_keys(config), len(devices)
+    if not any(key.startswith("mesh.") for key in left):
+        yield {}
+        return
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    sizes = {axis: int(config.mesh[axis]) for axis in mesh.AXES}
+    cut = devices[0].platform == "tpu" and count >= LEAST_TPUS
+    for tensor in (TENSOR, 1) if cut and not sizes["tensor"] else (sizes["tensor"] or 1,):
+        own = dict(sizes) | {"tensor": tensor, "data": sizes["data"] or slices}
+        own["fsdp"] = own["fsdp"] or (1 if -1 in own.values() else -1)
+        if own["fsdp"] == -1 and (rest := own["data"] * tensor) > 0 and count % rest == 0:
+            own["fsdp"] = count // rest
+        changes: dict[str, Any] = {
+            f"mesh.{axis}": own[axis] for axis in mesh.AXES if not sizes[axis]
+        }
+        yield changes | {"tensor": tensor}
+
+
+def _with_rules(config: ml_collections.ConfigDict, known: Models, changes: dict[str, Any]) -> dict:
+    """Changes of a mesh, with mesh.decode_over_tensor's tables unless the config has its own."""
+    tensor = changes.pop("tensor", 1)
+    default = config.mesh.rules.to_dict() == mesh.RULES
+    default &= config.mesh.decode_rules.to_dict() == mesh.DECODE_RULES
+    if tensor <= 1 or not default:
+        return changes
+    heads = known.policy.decoder.config.kv_heads % tensor == 0
+    rules, decode_rules = mesh.decode_over_tensor(heads)
+    return changes | {"mesh.rules": rules, "mesh.decode_rules": decode_rules}
+
+
+def _best(
+    config: ml_collections.ConfigDict, known: Models, devices: Sequence[Any], limit: float
+) -> Choice:
+    """The first mesh's choice that fits, or else the smallest.
+
+    Raises:
+      ConfigError: no mesh divides the batch, or the weights, evenly.
+    """
+    found: list[Choice] = []
+    refused: list[str] = []
+    for changes in _meshes(config, devices):
+        changes = _with_rules(config, known, changes)
+        made = config.copy_and_resolve_references()
+        apply(made, changes)
+        try:
+            rules = reckon.abstract_rules(made, len(devices))
+            multiple = mesh.batch_multiple(rules)
+            _check(made, multiple)
+            own = _slices(made, Reckoner(made, known, rules), SHARE * limit)
+        except UserError as e:
+            refused.append(str(e))
+            continue
+        found.append(dataclasses.replace(own, changes=changes | own.changes))
+        if own.memory.total <= SHARE * limit:
+            return found[-1]
+    if not found:
+        raise ConfigError(f"{_name(devices)}: no mesh suits the config: {refused[-1]}")
+    return min(found, key=lambda choice: choice.memory.total)
+
+
+def _check(config: ml_collections.ConfigDict, multiple: int) -> None:
+    """Refuses batches that don't divide evenly over the devices, with the next that would."""
+    uneven = {k: get(config, k) for k in ("data.batch", "eval.batch") if get(config, k) % multiple}
+    if uneven:
+        told = " and ".join(f"config.{key}={size}" for key, size in uneven.items())
+        even = {key: -(-size // multiple) * multiple for key, size in uneven.items()}
+        raise ConfigError(
+            f"{told} images don't divide evenly over {multiple} devices: {as_flags(even)} would"
+        )
+
+
+def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Choice:
+    """The first rematerialisation and slices on one mesh that take `most` bytes, or the least."""
+    left, held = open_keys(config), sum(on.held.values())
+    even = compile_lib.even_slices(config.data.batch, mesh.batch_multiple(on.rules))
+    remat, micro, better = _update(config, on, even, most - held)
+    update = on.update(remat, micro)
+    # Where the update doesn't fit, it is what is told, and decoding need not take less.
+    room = max(most - held, sum(update.values()))
+    rollout = config.caprl.rollout_batches or _fewest(even, on.decode, room)
+    values = zip(list(OPEN)[3:], (remat, micro, rollout), strict=True)
+    changes: dict[str, Any] = {key: value for key, value in values if key in left}
+    phases = {"casting": on.casting(rollout), "decode": on.decode(rollout), "update": update}
+    reading = {
+        "prefill_batches": lambda count: on.prefill(rollout, count),
+        "score_batches": on.score,
+    }
+    for name, bytes_of in reading.items():
+        count = config.caprl[name]
+        if not count:
+            count = _fewest([n for n in even if n >= micro] or [micro], bytes_of, room)
+            if count != micro:
+                changes[f"caprl.{name}"] = count
+        phases[name.removesuffix("_batches")] = bytes_of(count)
+    return Choice(changes, Memory(on.held, phases), better)
+
+
+def _update(
+    config: ml_collections.ConfigDict, on: Reckoner, even: list[int], room: float
+) -> tuple[str, int, dict[str, int]]:
+    """Rematerialisation and slices of the update, the first that fit in the room, or the least.
+
+    Returns:
+      (key of layers.REMAT, number of slices, and what was passed over: the last of each kind of
+      rematerialisation, with the bytes that the whole step would take).
+    """
+    left, held = open_keys(config), sum(on.held.values())
+    remats = FASTEST if "policy.remat" in left else [config.policy.remat]
+    counts = even if "caprl.micro_batches" in left else [config.caprl.micro_batches]
+    better: dict[str, tuple[str, int]] = {}
+    for remat, micro in ((remat, micro) for remat in remats for micro in counts):
+        size = sum(on.update(remat, micro).values())
+        if size <= room:
+            return remat, micro, dict(better.values())
+        better[remat] = f"policy.remat={remat} with caprl.micro_batches={micro}", size + held
+    return remat, micro, {}
+
+
+def _fewest(counts: Sequence[int], bytes_of: Callable[[int], dict[str, int]], room: float) -> int:
+    """The first number of slices whose parts fit in the room, or the last of them."""
+    fits = (n for n in counts if sum(bytes_of(n).values()) <= room)
+    return next(fits, counts[-1])
+
+
+def _told(changes: dict[str, Any]) -> str:
+    """Choices in a line; tables of rules by what they do."""
+    axes = [f"{k.removeprefix('mesh.')}={v}" for k, v in changes.items() if k in _AXES]
+    words = ["mesh " + " ".join(axes)] if axes else []
+    if "mesh.decode_rules" in changes:
+        by = "images" if changes["mesh.decode_rules"]["caches"].endswith("tensor") else "heads"
+        words.append(f"decoding cut over tensor (caches by {by})")
+    words += [f"{k}={v}" for k, v in changes.items() if not k.startswith("mesh.")]
+    return ", ".join(words)
+
+
+_AXES = tuple(f"mesh.{axis}" for axis in mesh.AXES)
+
+
+def _explanation(devices: Sequence[Any], limit: float, found: Choice) -> str:
+    lines = [
+        f"chosen for {_name(devices)}: {_told(found.changes)}",
+        f"  reckoned {found.memory.total / GIB:.1f} of {limit / GIB:.1f} GiB a device: "
+        + found.memory.tell(),
+    ]
+    if found.better:
+        more = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.better.items())
+        lines.append(f"  faster but too large, GiB: {more}")
+    return "\n".join(lines)
+
+
+def _refusal(
+    config: ml_collections.ConfigDict,
+    known: Models,
+    devices: Sequence[Any],
+    limit: float,
+    found: Choice,
+) -> str:
+    """The text of a refusal: what the smallest choice takes, what is missing and what would fit."""
+    total, most = found.memory.total / GIB, SHARE * limit / GIB
+    would = list(_would_fit(config, known, devices, limit))
+    return (
+        f"the step doesn't fit {_name(devices)}. It takes at least {total:.1f} GiB a device "
+        f"(reckoned, with {_told(found.changes)}: {found.memory.tell()}). Of {limit / GIB:.1f} GiB "
+        f"{most:.1f} are usable, so {total - most:.1f} are missing. What would fit: "
+        f"{'; or '.join(would) or 'nothing that was tried'}"
+    )
+
+
+def _would_fit(
+    config: ml_collections.ConfigDict, known: Models, devices: Sequence[Any], limit: float
+) -> Iterator[str]:
+    """Changes that would make the config fit, each alone, in words."""
+
+    def fits(made: Any, on: Sequence[Any], limit: float = limit) -> bool:
+        try:
+            return _best(made, known, on, limit).memory.total <= SHARE * limit
+        except UserError:
+            return False
+
+    first = devices[0]
+    for count in (len(devices) * factor for factor in (2, 4, 8, 16, 32)):
+        more = [StandIn(i, first.device_kind, first.platform) for i in range(count)]
+        if fits(config, more):
+            yield _name(more)
+            break
+    chip = hardware.chip(first)
+    whole = chip.memory if chip and first.platform == "gpu" else 0
+    if whole and fits(config, devices, 0.95 * whole):
+        yield "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment, on the same devices"
+    for key, least in (("data.batch", 1), ("sampling.max_tokens", 64), ("caprl.group", 2)):
+        value = get(config, key) // 2
+        while value >= least:
+            made = config.copy_and_resolve_references()
+            smaller = {key: value}
+            if key == "data.batch" and config.eval.batch > value:
+                smaller["eval.batch"] = value
+            apply(made, smaller)
+            if fits(made, devices):
+                yield as_flags(smaller)
+                break
+            value //= 2
+
+
+def report(told: str) -> None:
+    """Logs a choice, in the first process only."""
+    for line in told.splitlines():
+        logging.info("%s", line)
