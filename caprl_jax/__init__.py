@@ -16,6 +16,9 @@ def __getattr__(name: str):
     # Imported where used: the core is embedded without the data stack that these need.
     if name in __all__:
         from caprl_jax import api
+        from caprl_jax.parallel import libtpu
+
+        libtpu.keep_quiet()
 
         return getattr(api, name)
     raise AttributeError(f"module 'caprl_jax' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Does a model fit this machine? Loads it, exports it, captions an image; prints time and memory.
+"""Loads a model, exports it and captions an image; prints the time and memory of each.
 
     python -m caprl_jax.checkup --model=DIR [--image=FILE] [--max_tokens=16] [--export=DIR]
 
@@ -19,14 +19,15 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph
 
 
 @dataclasses.dataclass
 class Phase:
-    """What one phase took: seconds and bytes of peak resident memory."""
+    """Cost of a phase: seconds and bytes of peak resident memory."""
 
     name: str
     seconds: float = 0.0
@@ -67,9 +68,11 @@ def measure() -> None:
         jax.devices()
     with phase("load") as load:
         policy = caprl_jax.load_policy(
-            flags.FLAGS.model, flags.FLAGS.dtype or None, revision=flags.FLAGS.revision,
+            flags.FLAGS.model,
+            flags.FLAGS.dtype or None,
+            revision=flags.FLAGS.revision,
             param_dtype=flags.FLAGS.param_dtype or None,
-        )  # fmt: skip
+        )
         jax.block_until_ready(policy.params)
     phases = [start, load]
     if flags.FLAGS.export:
@@ -100,16 +103,16 @@ def measure() -> None:
 
 def define_flags() -> None:
     """Only when this is the program: other modules define flags of the same names."""
-    flags.DEFINE_string("model", None, "A policy: directory, gs:// or hub id.", required=True)
-    flags.DEFINE_string("revision", "", "Of a hub id.")
-    flags.DEFINE_string("image", None, "A file; default a picture of noise.")
-    flags.DEFINE_integer("side", 448, "Of the noise, in pixels.")
-    flags.DEFINE_integer("max_tokens", 16, "Of the caption.")
-    flags.DEFINE_string("dtype", "", "Of the computation; default as load_policy's.")
-    flags.DEFINE_string("param_dtype", "", "Of the parameters; default as load_policy's.")
+    flags.DEFINE_string("model", None, "A policy: a directory, gs:// URL or hub id.", required=True)
+    flags.DEFINE_string("revision", "", "Revision of a hub id.")
+    flags.DEFINE_string("image", None, "An image file; default: a picture of noise.")
+    flags.DEFINE_integer("side", 448, "Side of the picture of noise, in pixels.")
+    flags.DEFINE_integer("max_tokens", 16, "Most tokens of the caption.")
+    flags.DEFINE_string("dtype", "", "Dtype of the computation; default as load_policy's.")
+    flags.DEFINE_string("param_dtype", "", "Dtype of the parameters; default as load_policy's.")
     flags.DEFINE_string("export", None, "Also write the model there, in bfloat16.")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run(main)

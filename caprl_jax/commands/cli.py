@@ -1,30 +1,55 @@
-"""What the commands share: logging, flags, and errors told in one paragraph without a traceback."""
+"""Shared by the commands: logging, flags, and errors in one paragraph without a traceback."""
 
 import contextlib
+import importlib.machinery
 import importlib.util
+import inspect
 import logging
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import ml_collections
-from absl import flags
+from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from caprl_jax import config as config_lib
+from caprl_jax.commands import listing
 from caprl_jax.errors import ConfigError, UserError, did_you_mean
-from caprl_jax.parallel import processes
+from caprl_jax.parallel import libtpu, processes
+
+
+def run(main: Callable, flags_parser: Callable | None = None) -> None:
+    """Runs a command.
+
+    Args:
+      main: takes the arguments that are no flags, the program's name first.
+      flags_parser: parse_flags by default; parse_config_flags for a command with --config.
+    """
+    libtpu.keep_quiet()
+    app.run(main, flags_parser=flags_parser or parse_flags)
 
 
 def set_up_logging() -> None:
-    """This project's progress is told; what Orbax tells of every checkpoint is not."""
+    """Logs this project's progress as plain lines, and only warnings of other libraries."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # sets the root logger's level too
     logging.getLogger().setLevel(logging.INFO)
     for name in ("absl", "jax", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    absl_logging.get_absl_handler().setFormatter(_Plain())
+
+
+class _Plain(logging.Formatter):
+    """Formats a record as the seconds since the program started, and the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return f"{record.relativeCreated / 1000:6.1f} s  {level}{super().format(record)}"
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:
@@ -35,51 +60,115 @@ def load_config(value: str) -> ml_collections.ConfigDict:
     """
     path, _, argument = value.partition(":")
     if not Path(path).is_file():
-        there = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
-        raise ConfigError(f"--config={value} is no file; in configs/ there are: {there}")
-    spec = importlib.util.spec_from_file_location("_caprl_jax_config", path)
-    module = importlib.util.module_from_spec(spec)
+        raise ConfigError(_no_file(value, path))
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(argument) if argument else module.get_config()
-        return config_lib.complete(config).lock()
+        return config_lib.complete(_make_config(path, argument)).lock()
     except ConfigError as e:
         raise ConfigError(f"--config={value}: {e}") from e
     except Exception as e:  # a config file is a program, and fails in its own ways
-        where = "".join(
-            f", line {frame.lineno}" for frame in traceback.extract_tb(e.__traceback__)
-            if frame.filename == path
-        )  # fmt: skip
-        raise ConfigError(f"--config={value}: {path}{where}: {type(e).__name__}: {e}") from e
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [f"{path}, line {frame.lineno}: " for frame in frames if frame.filename == path]
+        raise ConfigError(f"--config={value}: {''.join(lines[-1:])}{_said(e)}") from e
+
+
+def _said(error: Exception, longest: int = 300) -> str:
+    """An error in one line; ml_collections adds the whole config to that of an unknown key."""
+    said = " ".join(str(error).split())
+    near = _NEAR.search(said)
+    if near:
+        return f"the config has no key {near[2]!r}: did you mean {near[1]!r}?"
+    return f"{type(error).__name__}: {said[:longest]}{'..' if len(said) > longest else ''}"
+
+
+def _no_file(value: str, path: str) -> str:
+    there = sorted(map(str, Path("configs").glob("*.py")))
+    if not there:
+        return f"--config={value} is no file; there is no directory configs/ here with others"
+    return f"--config={value} is no file; in configs/ there are {did_you_mean(path, there)}"
+
+
+def _make_config(path: str, argument: str) -> ml_collections.ConfigDict:
+    """get_config(argument) of a Python file, checked to be a config with all sections."""
+    loader = importlib.machinery.SourceFileLoader("_caprl_jax_config", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ConfigError(f"{path} defines no function get_config")
+    given = [argument] if argument else []
+    try:
+        inspect.signature(get_config).bind(*given)
+    except TypeError as e:
+        takes = "takes no argument" if argument else "needs an argument"
+        mended = path if argument else f"{path}:ARGUMENT"
+        raise ConfigError(f"get_config of {path} {takes}: give --config={mended}") from e
+    config = get_config(*given)
+    wanted = "start from caprl_jax.config.default() and return it"
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"get_config of {path} returned a {type(config).__name__}, not a ConfigDict: {wanted}"
+        )
+    if missing := [key for key in config_lib.default() if key not in config]:
+        raise ConfigError(f"config.{missing[0]} is missing from {path}: {wanted}")
+    return config
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags and answers --help; errors end the process in one paragraph."""
+    with in_one_paragraph():
+        _answer_help(argv)
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as e:
+            raise ConfigError(f"{e}; --help lists the flags") from e
+
+
+def _answer_help(argv: list[str], more: str = "") -> None:
+    """Prints a command's description and flags, and all commands, where --help is given."""
+    if not any(a in ("-h", "-help", "--help", "-helpshort", "--helpshort", "-?") for a in argv):
+        return
+    described = sys.modules["__main__"].__doc__.strip()
+    told = [described, flags.FLAGS.main_module_help(), more, listing.describe_commands()]
+    _show("\n\n".join(text for text in told if text))
+
+
+def _show(text: str) -> NoReturn:
+    """Prints a text and ends the process, quietly where a pager or `head` reads only a part."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text)
+    sys.exit(0)
 
 
 def parse_config_flags(argv: list[str]) -> list[str]:
     """Reads --config's file, parses the flags with its overrides, and answers --help_config.
 
-    For absl's app.run(flags_parser=..). flags.FLAGS.config is the config, config_name() its name.
-    Errors end the process in one paragraph.
+    flags.FLAGS.config is the config, config_name() its name. Errors end the process in one
+    paragraph.
     """
+    flags.DEFINE_bool("help_config", False, "Print all keys of the config with their meanings.")
+    _answer_help(argv, _CONFIG_HELP)
+    name, rest = _take_config(argv)
     with in_one_paragraph():
-        name, rest = _take_config(argv)
         if name is None:
-            if any(a.lstrip("-") in ("help", "helpfull", "helpshort", "?") for a in argv):
-                return flags.FLAGS(argv)
             raise ConfigError("--config is missing: give a file, e.g. --config=configs/tiny.py")
         config = load_config(name)
-        config_flags.DEFINE_config_dict("config", config, "The run's config.", sys_argv=rest)
         _CONFIG_NAME.append(name)
         try:
+            config_flags.DEFINE_config_dict("config", config, "The run's config.", sys_argv=rest)
             rest = flags.FLAGS(rest)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
             raise ConfigError(_unknown_override(e, config)) from e
     if flags.FLAGS.help_config:
-        print(config_lib.describe(flags.FLAGS.config))
-        sys.exit(0)
+        _show(listing.describe_keys(config_lib.rows(flags.FLAGS.config)))
     return rest
 
 
+_NEAR = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
 _CONFIG_NAME: list[str] = []
-flags.DEFINE_bool("help_config", False, "Print all keys of the config with their meanings.")
+_CONFIG_HELP = """The run's config:
+  --config=FILE[:ARGUMENT]: a file of configs/, and what its get_config takes.
+  --config.KEY=VALUE: another value of a key; may be repeated.
+  --help_config: prints all keys of the config with their values and meanings."""
 
 
 def config_name() -> str:
@@ -103,9 +192,9 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _unknown_override(error: BaseException, config: ml_collections.ConfigDict) -> str:
-    """What was wrong with an override, with the nearest key."""
+    """Returns the message for a wrong override, with the nearest key."""
     said = str(error.args[0]) if error.args else str(error)
-    near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', said)
+    near = _NEAR.search(said)
     if near:
         return (
             f"an override names no key of the config: {near[2]!r}: did you mean {near[1]!r}? "

@@ -1,4 +1,4 @@
-"""Checkpoints to Hugging Face directories, and Hugging Face directories to checkpoints.
+"""Converts a run's checkpoint to a Hugging Face directory, or the other way round.
 
     python -m caprl_jax.convert --checkpoint=WORKDIR[/STEP] --out=DIR [--dtype=bfloat16]
     python -m caprl_jax.convert --model=DIR --out=DIR2 [--dtype=bfloat16]
@@ -16,8 +16,9 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.hf import files as hf
@@ -94,12 +95,12 @@ def define_flags() -> None:
     """Only when this is the program: other modules define flags of the same names."""
     flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its steps.")
     flags.DEFINE_string("model", None, "A directory, gs:// URL or hub id.")
-    flags.DEFINE_string("revision", "", "Of a hub id.")
+    flags.DEFINE_string("revision", "", "Revision of a hub id.")
     flags.DEFINE_string("out", None, "Directory to make; must not exist.", required=True)
-    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the weights.")
     flags.DEFINE_string("source", None, "Where the run's base model lies now, if it has moved.")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run(main)

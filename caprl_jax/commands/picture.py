@@ -1,4 +1,4 @@
-"""Draws a finished run as one picture: its curve beside a held-out image with both captions.
+"""Draws a finished run: its curve beside a held-out image with both captions.
 
     python -m caprl_jax.picture --workdir=DIR --out=FILE.png [--sample=0]
 
@@ -12,9 +12,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
+from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph
 from caprl_jax.errors import UserError
 from caprl_jax.run import metrics
@@ -79,10 +80,15 @@ def _draw_words(axes: Any, sample: dict[str, Any]) -> None:
         for answer in _shown(sample, when):
             said = dict(o.split(") ", 1) for o in answer["options"])[answer["letter"]]
             verdict = (
-                "abstained" if answer["abstained"]
-                else "right" if answer["letter"] == answer["truth"] else "wrong"
-            )  # fmt: skip
-            text = f"{answer['question']} {said}" + ("" if verdict == "abstained" else f": {verdict}")
+                "abstained"
+                if answer["abstained"]
+                else "right"
+                if answer["letter"] == answer["truth"]
+                else "wrong"
+            )
+            text = f"{answer['question']} {said}" + (
+                "" if verdict == "abstained" else f": {verdict}"
+            )
             y = _line(axes, y, f"   {text}", color=_COLOURS[verdict])
         y -= 0.05
 
@@ -121,4 +127,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run(main)

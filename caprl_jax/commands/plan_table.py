@@ -1,4 +1,4 @@
-"""The table of configs and the topologies that they were planned for, in Markdown.
+"""Prints plans as a Markdown table: topology, memory and a step's roofline.
 
 python -m caprl_jax.plan_table PLAN.json ...    (what caprl_jax.plan --json wrote)
 python -m caprl_jax.plan_table --scaling SMALL.json LARGE.json
@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from caprl_jax.commands import listing
+
 _HEAD = (
-    "| config | topology | GiB a chip | step, s at least | bound by | tokens/s a chip, at most |",
+    "| config | topology | GiB a chip | roofline, s a step | bound by | tokens/s a chip by it |",
     "|---|---|---|---|---|---|",
 )
 
@@ -22,7 +24,7 @@ def row(plan: dict[str, Any]) -> str:
     if plan["fits"] is False:
         return where + f"| does not fit | | | {plan['refusal'][:80]} |"
     bounds = ", ".join(
-        f"{name} {f['bound']}" for name, f in plan["floors"].items() if name != "other"
+        f"{name} {f['bound']}" for name, f in plan["rooflines"].items() if name != "other"
     )
     if not plan["step_seconds"]:
         return where + f"| {plan['total'] / 2**30:.1f} | unknown | {bounds} | |"
@@ -34,10 +36,10 @@ def row(plan: dict[str, Any]) -> str:
 
 
 def efficiency(small: dict[str, Any], large: dict[str, Any]) -> str:
-    """How much of a small slice's pace a chip keeps on a large one, and what it receives there.
+    """Compares a chip's pace on a small and a large slice, and the bytes that it receives there.
 
-    Both floors are taken twice: with compute, memory and links overlapping perfectly, and with the
-    links' time on top of the slower of the other two.
+    Both rooflines are taken twice: with compute, memory and links overlapping perfectly, and with
+    the links' time on top of the slower of the other two.
     """
     lines = []
     for how, seconds in (("overlapped", _overlapped), ("links on top", _on_top)):
@@ -45,7 +47,7 @@ def efficiency(small: dict[str, Any], large: dict[str, Any]) -> str:
         lines.append(f"{how}: {seconds(small):.2f} s -> {seconds(large):.2f} s a step, {ratio:.1%}")
     for plan in (small, large):
         kinds: dict[str, float] = {}
-        for f in plan["floors"].values():
+        for f in plan["rooflines"].values():
             for kind, count in f["link_bytes"].items():
                 kinds[kind] = kinds.get(kind, 0.0) + count / 1e9
         told = ", ".join(f"{kind} {count:.1f}" for kind, count in kinds.items())
@@ -54,20 +56,21 @@ def efficiency(small: dict[str, Any], large: dict[str, Any]) -> str:
 
 
 def _overlapped(plan: dict[str, Any]) -> float:
-    return sum(max(f["seconds"].values()) for f in plan["floors"].values())
+    return sum(max(f["seconds"].values()) for f in plan["rooflines"].values())
 
 
 def _on_top(plan: dict[str, Any]) -> float:
     return sum(
         max(f["seconds"]["compute"], f["seconds"]["memory"]) + f["seconds"]["links"]
-        for f in plan["floors"].values()
+        for f in plan["rooflines"].values()
     )
 
 
 def main(paths: list[str]) -> None:
     """Prints the table of the files' plans, in the order given."""
-    if not paths:
-        sys.exit(__doc__)
+    if not paths or "--help" in paths:
+        print(f"{__doc__}\n{listing.describe_commands()}")
+        return
     scaling = paths[0] == "--scaling"
     plans = [json.loads(Path(p).read_text()) for p in paths[scaling:]]
     print(efficiency(*plans) if scaling else "\n".join([*_HEAD, *map(row, plans)]))

@@ -1,4 +1,4 @@
-"""Writes a model directory of a published size with random weights: same files, no download.
+"""Writes a model directory of a published size with random weights; downloads nothing.
 
     python -m caprl_jax.random_model --size=qwen2.5-vl-3b --out=DIR [--set=num_hidden_layers=2 ...]
 
@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
+from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph
 from caprl_jax.data.questions import PROMPT_FILE
 from caprl_jax.models import families
@@ -71,9 +72,7 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
         for name, content in files.items():
             if content is not None:
                 (companions / name).write_text(json.dumps(content, indent=2) + "\n")
-        hf.save(
-            hf.Target(out, dtype), policy, flax.traverse_util.unflatten_dict(lazy), companions
-        )
+        hf.save(hf.Target(out, dtype), policy, flax.traverse_util.unflatten_dict(lazy), companions)
 
 
 def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -111,13 +110,15 @@ def main(_: list[str]) -> None:
 
 def define_flags() -> None:
     """Only when this is the program: other modules define flags of the same names."""
-    flags.DEFINE_enum("size", None, sorted(sizes.CONFIGS), "What to imitate.", required=True)
+    flags.DEFINE_enum(
+        "size", None, sorted(sizes.CONFIGS), "The model whose shapes to take.", required=True
+    )
     flags.DEFINE_string("out", None, "Directory to make.", required=True)
     flags.DEFINE_multi_string("set", [], "NAME=NUMBER in config.json; may be repeated.")
-    flags.DEFINE_integer("seed", 0, "Of the weights.")
-    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights.")
+    flags.DEFINE_integer("seed", 0, "Seed of the weights.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the weights.")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run(main)

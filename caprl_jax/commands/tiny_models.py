@@ -1,4 +1,4 @@
-"""Writes the embedded world's untrained model directories: config.json, tokenizer, processor.
+"""Writes the embedded world's untrained models: config.json, tokenizer and processor.
 
     python -m caprl_jax.tiny_models --out=DIR
 
@@ -8,11 +8,13 @@ launch/make_tiny.sh does the whole.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from caprl_jax.commands import cli
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.questions import PREFILL, PROMPT_FILE, default_prompt, present
 from caprl_jax.data.records import LETTERS
@@ -49,6 +51,8 @@ def _corpus(grid: tuple[int, int] = (3, 3)) -> list[str]:
 def make_tokenizer(grid: tuple[int, int] = (3, 3)):
     """Qwen's tokenizer (splitting rules, byte-level BPE, chat tokens) with VOCAB tokens at most."""
     from tokenizers import pre_tokenizers, trainers
+
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer(
@@ -166,4 +170,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(lambda _: make(Path(flags.FLAGS.out)))
+    cli.run(lambda _: make(Path(flags.FLAGS.out)))

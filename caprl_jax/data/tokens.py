@@ -1,6 +1,7 @@
 """Tokenizers of model directories, and the policy's prompt as ids."""
 
 import dataclasses
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ class Tokenizer:
           ModelDirectoryError: the files are missing or unreadable, have more tokens than the model,
             or have no chat template.
         """
+        # transformers would advise to install PyTorch, which only its models need.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer  # imported where used
 
         directory = Path(directory)

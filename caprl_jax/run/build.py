@@ -48,7 +48,7 @@ class Task:
       data: number of steps done -> this process's host batches from there on.
       place: host batch -> batch on the mesh.
       evaluate: parameters -> (metrics, sets of judged captions by name).
-      ceiling: computes held-out accuracy on complete true captions; None where the truth is unknown.
+      ceiling: computes held-out accuracy on complete true captions; None without the truth.
       heldout: the held-out images; None for a model that is not evaluated on them.
       run: what stays the same in all steps; None for SFT.
     """
@@ -104,7 +104,7 @@ class _Reader:
 
     @property
     def through_text(self) -> bool:
-        """Whether captions must pass to the judge as text."""
+        """Tells whether captions must pass to the judge as text."""
         return self.difference is not None
 
 
@@ -124,6 +124,7 @@ def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader
 
 def _judge(config: ml_collections.ConfigDict, reader: _Reader, rules: ShardRules) -> Judge:
     """The judge with its parameters on the mesh, and its instruction read."""
+    logging.info("loading the judge, %s", config.judge.path)
     dtype, decoder = compile_lib.compute_dtype(config), reader.model.decoder
     params = load.load_frozen(reader.model, reader.directory, rules, dtype)["decoder"]
     instruction = jax.device_put(reader.prompt.instruction(), mesh.replicated(rules))
@@ -180,10 +181,12 @@ def _start(config, model: _Model, reader: _Reader) -> tuple[Run, State]:
     judge = _judge(config, reader, model.rules)
     reference = None
     if compile_lib.needs_reference(config):
+        logging.info("loading the reference policy, %s", config.policy.path)
         dtype = compile_lib.compute_dtype(config)
         reference = load.load_frozen(model.policy, model.directory, model.rules, dtype)
     run = compile_lib.make_run(config, model.policy, judge, model.tokenizer.stop, reference)
     optimizer = run.learner.optimizer
+    logging.info("loading the policy, %s", config.policy.path)
     return run, load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
 
 
@@ -210,9 +213,13 @@ class _Evaluation:
 
     def __call__(self, params: Any) -> heldout.Evaluation:
         metrics, sets = heldout.evaluate(
-            self._held, self._writer, self._reader, params=params, model=self._judge,
+            self._held,
+            self._writer,
+            self._reader,
+            params=params,
+            model=self._judge,
             seed=self._seed,
-        )  # fmt: skip
+        )
         return metrics | self._splicing.measure(self._judge, sets["greedy"]), sets
 
     def ceiling(self) -> float | None:
@@ -246,6 +253,7 @@ def sft(
     model = _read_policy(config)
     stored = load.dataset(config, set_aside)
     optimizer = compile_lib.optimizer(config, 1)
+    logging.info("loading the policy, %s", config.policy.path)
     state = load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
     one, traces = counted(lambda state, batch: step(model.policy, optimizer, state, batch))
     program = compile_lib.jit_step(one, state, model.rules)

@@ -1,4 +1,4 @@
-"""Reading before the first step: models, data and prompts, refused by name where they can't be used."""
+"""Reads models, data and prompts before the first step, and refuses by name what can't be used."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -52,8 +52,9 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
         return hf.load_params(directory, policy, dtype, shardings, progress=processes.is_first())
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
-        hf.abstract_params(policy), shardings,
-    )  # fmt: skip
+        hf.abstract_params(policy),
+        shardings,
+    )
     return checkpoint.load_params(directory / checkpoint.PARAMS, target)
 
 

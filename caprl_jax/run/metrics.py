@@ -21,8 +21,8 @@ _SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "secon
 def token_rates(metrics: Mapping[str, tuple[Any, Any]], seconds: float) -> dict[str, float]:
     """Tokens per second of a step, over all devices; empty for a step without captions.
 
-    tokens_per_second counts every caption with its prompt, as EasyR1 and verl publish it, whether or
-    not the prompt was computed once for the group. generated_tokens_per_second counts the tokens
+    tokens_per_second counts every caption with its prompt, as EasyR1 and verl publish it, whether
+    or not the prompt was computed once for the group. generated_tokens_per_second counts the tokens
     that were drawn.
     """
     if "caption_length" not in metrics:

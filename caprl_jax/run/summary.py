@@ -21,7 +21,7 @@ from caprl_jax.run import metrics
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a run measured.
+    """The figures of a run.
 
     Attributes:
       before: held-out evaluation before the first step.

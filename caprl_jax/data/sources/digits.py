@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from caprl_jax.data import records
@@ -40,5 +42,7 @@ def digits(
         for split, count in counts.items()
     }
     made = records.builder(name, VERSION, splits, settings.data_dir or None)
-    made.download_and_prepare()
+    if not Path(made.data_dir).is_dir():
+        logging.info("preparing %d + %d scenes", options.train, settings.heldout)
+    records.prepare(made)
     return {split: records.source(made, split) for split in splits}

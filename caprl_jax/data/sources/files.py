@@ -242,8 +242,9 @@ def _convert(made: Any, aside: SetAside, total: int) -> None:
             return
         aside.reasons.clear()
     shutil.rmtree(directory, ignore_errors=True)  # left by an interrupted conversion
+    logging.info("converting %d rows to %s", total, directory)
     try:
-        made.download_and_prepare()
+        records.prepare(made)
     except AssertionError as e:  # tensorflow-datasets raises it for an empty split
         reasons = [line["reason"] for line in aside.listing()]
         raise ValueError(

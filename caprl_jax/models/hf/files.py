@@ -234,8 +234,9 @@ def _bar(shown: bool, directory: Path, total: int) -> Iterator[Callable[[int], N
         return
     from tqdm import tqdm  # imported where used: programs that embed the core don't need it
 
-    title = f"loading {directory.name}"
-    with tqdm(total=total, unit=" parameters", unit_scale=True, desc=title) as bar:
+    # On a terminal only, and only where reading takes long.
+    options = {"desc": f"loading {directory.name}", "disable": None, "delay": 5, "leave": False}
+    with tqdm(total=total, unit=" parameters", unit_scale=True, **options) as bar:
         yield bar.update
 
 
