@@ -292,9 +292,9 @@ def _score(rules, judging, model, captions, questions, key):
 
 def load_policy(
     path: str | Path,
-    *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    *,
     revision: str = "",
     param_dtype: Any = None,
 ) -> LoadedPolicy:
@@ -322,9 +322,9 @@ def load_policy(
 
 def load_judge(
     path: str | Path,
-    *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    *,
     revision: str = "",
     param_dtype: Any = None,
     prompt: str = "",

@@ -1,5 +1,8 @@
-"""Settings: dataclass fields that hold their default, meaning and range, and whether they may change
-when a run is resumed. The config, its checks and its help are made from them."""
+"""Settings: dataclass fields that hold their default, meaning and range.
+
+They also say whether a resumed run may change them. The config, its checks and its help are made
+from them.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +15,7 @@ _KEY = "setting"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is known of a field beside its type.
+    """The facts of a field beside its type.
 
     Attributes:
       meaning: for people, with the unit.
@@ -36,7 +39,7 @@ class Setting:
 
     @property
     def by_registry(self) -> bool:
-        """Whether a registry says which values are allowed, import paths among them."""
+        """Tells whether a registry lists the allowed values, import paths among them."""
         return hasattr(self.choices, "find")
 
     def range(self) -> str:
@@ -94,7 +97,7 @@ def make(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def is_section(value: Any) -> bool:
-    """Whether a value is a dict or a ConfigDict, which is no Mapping."""
+    """Tells whether a value is a dict or a ConfigDict, which is no Mapping."""
     return hasattr(value, "items")
 
 

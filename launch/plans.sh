@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Plans every shipped config for its topologies and prints README's table; no TPU is needed.
+# Plans every shipped config for its topologies and prints the table of caprl_jax/plan/README.md; no TPU is needed.
 # Usage: bash launch/plans.sh DIR     (5 to 9 minutes a plan on 2 cores; plans in DIR are kept)
 set -euo pipefail
 out="$(realpath -m "${1:?usage: bash launch/plans.sh DIR}")"
@@ -15,17 +15,17 @@ plan() { # name, config, topology, overrides
     > "$out/$1.txt" 2> "$out/$1.log" || [ -s "$file" ] || { cat "$out/$1.log" >&2; return 1; }
   cat "$out/$1.txt"
 }
-plan 3b_v5e_16 3b.py v5e:4x4
+plan 3b_v5e_16 3b.py:v5e_16 v5e:4x4
 plan 3b_v6e_16 3b.py:v6e_16 v6e:4x4
 plan 3b_v5p_8 3b.py:v5p_8 v5p:2x2x2
 plan 3b_v5p_64 3b.py:v5p_64 v5p:4x4x4
-plan 7b_v5p_16 7b.py v5p:2x2x4
+plan 7b_v5p_16 7b.py:v5p_16 v5p:2x2x4
 plan 7b_v5e_64 7b.py:v5e_64 v5e:8x8
-plan qwen3vl_2b_v5e_16 qwen3vl_2b.py v5e:4x4
-plan qwen3vl_4b_v5e_16 qwen3vl_4b.py v5e:4x4
+plan qwen3vl_2b_v5e_16 qwen3vl_2b.py:v5e_16 v5e:4x4
+plan qwen3vl_4b_v5e_16 qwen3vl_4b.py:v5e_16 v5e:4x4
 if [ "${SCALING:-}" ]; then # the same work a chip on 16 and 256
-  plan 3b_v5e_256 3b.py v5e:16x16 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048 --config.eval.batch=256
-  plan 3b_v5p_16 3b.py v5p:2x2x4
-  plan 3b_v5p_256 3b.py v5p:4x8x8 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048 --config.eval.batch=256
+  plan 3b_v5e_256 3b.py:v5e_16 v5e:16x16 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048 --config.eval.batch=256
+  plan 3b_v5p_16 3b.py:v5p_8 v5p:2x2x4
+  plan 3b_v5p_256 3b.py:v5p_8 v5p:4x8x8 --config.mesh.data=16 --config.mesh.fsdp=4 --config.data.batch=2048 --config.eval.batch=256
 fi
 "$VENV/bin/python" -m caprl_jax.plan_table "${plans[@]}"

@@ -12,8 +12,8 @@ from . import shipped
 def changed(**changes):
     c = config_lib.default()
     for key, value in changes.items():
-        *parents, last = key.split(".")
-        config_lib.get(c, ".".join(parents))[last] = value
+        parent, _, last = key.rpartition(".")
+        (config_lib.get(c, parent) if parent else c)[last] = value
     return c
 
 
@@ -29,9 +29,15 @@ def changed(**changes):
         ({"caprl.micro_batches": 3}, "not a multiple"),
         ({"caprl.length_buckets": 0}, "config.caprl.length_buckets=0 must be positive"),
         ({"caprl.slots": -1}, "config.caprl.slots=-1 must be at least 0"),
-        ({"caprl.rewards.accuracy.wight": 1}, "config.caprl.rewards.accuracy.wight is unknown; .*did you mean 'weight'"),
+        (
+            {"caprl.rewards.accuracy.wight": 1},
+            "config.caprl.rewards.accuracy.wight is unknown; .*did you mean 'weight'",
+        ),
         ({"caprl.rewards.accuracy.term": "acuracy"}, "rewards.accuracy: .*did you mean 'accuracy'"),
-        ({"caprl.loss_options.clp": 1}, "config.caprl.loss_options.clp is unknown; there is 'clip'"),
+        (
+            {"caprl.loss_options.clp": 1},
+            "config.caprl.loss_options.clp is unknown; there is 'clip'",
+        ),
         ({"sinks.tensorboard.sink": "wandb"}, "config.sinks.tensorboard: 'wandb' is not one of"),
         ({"data.source": "parquet"}, "config.data.*'parquet' is not one of 'digits', 'files'"),
     ],

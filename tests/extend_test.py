@@ -28,12 +28,25 @@ def extended(tmp_path):
     c.caprl.advantage = f"{MINE}:over_the_batch"
     c.caprl.loss = f"{MINE}:reinforce"
     c.sinks.csv = {"sink": f"{MINE}:CsvSink"}
-    c.update_from_flattened_dict({
-        "steps": 2, "sampling.max_tokens": 8, "caprl.group": 2, "caprl.questions": 2,
-        "data.batch": 8, "data.heldout": 8, "data.max_windows": 4, "data.max_prompt": 32,
-        "data.max_question": 40, "data.extras": ("hue",), "eval.images": 8, "eval.batch": 8,
-        "eval.group": 2, "eval.every": 0, "export.when": "never",
-    })  # fmt: skip
+    c.update_from_flattened_dict(
+        {
+            "steps": 2,
+            "sampling.max_tokens": 8,
+            "caprl.group": 2,
+            "caprl.questions": 2,
+            "data.batch": 8,
+            "data.heldout": 8,
+            "data.max_windows": 4,
+            "data.max_prompt": 32,
+            "data.max_question": 40,
+            "data.extras": ("hue",),
+            "eval.images": 8,
+            "eval.batch": 8,
+            "eval.group": 2,
+            "eval.every": 0,
+            "export.when": "never",
+        }
+    )
     return c
 
 
@@ -80,7 +93,9 @@ def test_entries_from_outside_pass_the_same_checks(tmp_path, change, message):
 def test_a_completed_config_has_every_key_of_its_entries(tmp_path):
     c = config_lib.complete(extended(tmp_path))
     assert c.caprl.rewards.brief.to_dict() == {
-        "term": f"{MINE}:brief_if_dark", "weight": 0.5, "options": {"rate": 1}
+        "term": f"{MINE}:brief_if_dark",
+        "weight": 0.5,
+        "options": {"rate": 1},
     }
     assert c.caprl.rewards.accuracy.to_dict() == {"term": "accuracy", "weight": 1.0, "options": {}}
     assert c.sinks.csv.to_dict() == {"sink": f"{MINE}:CsvSink", "options": {}}

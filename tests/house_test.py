@@ -1,11 +1,9 @@
-"""The shape of the house: imports go one way, calls stay narrow, summary lines are plain English."""
+"""The house's shape: imports go one way, calls stay narrow, summary lines are plain."""
 
 import ast
 import itertools
 import re
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "caprl_jax"
@@ -132,12 +130,10 @@ def test_no_summary_line_opens_with_a_question_word():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("folder", ["caprl_jax", "tests", "configs", "launch"])
-def test_few_calls_are_laid_out_by_hand(folder):
-    """At most 15 in the package; in tests tables of cases are."""
+def test_few_calls_are_laid_out_by_hand():
     mark = "# fmt" + ": skip"
-    count = sum(f.read_text().count(mark) for f in (ROOT / folder).rglob("*.py"))
-    assert count <= (150 if folder == "tests" else 15)
+    count = sum(f.read_text().count(mark) for f in ROOT.rglob("*.py") if ".venv" not in f.parts)
+    assert count <= 15
 
 
 def test_main_is_three_hops_from_the_reward():

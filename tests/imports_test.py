@@ -17,10 +17,20 @@ import {modules}
 DATA_STACK = {"grain", "tensorflow_datasets", "transformers", "orbax", "tensorboardX", "sklearn"}
 NOT_CORE = DATA_STACK | {"PIL", "tqdm", "jinja2", "safetensors", "huggingface_hub", "fsspec"}
 CORE = (
-    "caprl_jax.rl.step", "caprl_jax.rl.rollout", "caprl_jax.judge", "caprl_jax.rl.policy_gradient",
-    "caprl_jax.rl.rewards", "caprl_jax.rl.types", "caprl_jax.rl.update",
-    "caprl_jax.models.logprobs", "caprl_jax.parallel.mesh", "caprl_jax.models.hf.files",
-)  # fmt: skip
+    "caprl_jax.rl.step",
+    "caprl_jax.rl.rollout",
+    "caprl_jax.rl.judge",
+    "caprl_jax.rl.advantages",
+    "caprl_jax.rl.losses",
+    "caprl_jax.rl.kl",
+    "caprl_jax.decode.loop",
+    "caprl_jax.rl.rewards",
+    "caprl_jax.rl.types",
+    "caprl_jax.rl.update",
+    "caprl_jax.models.logprobs",
+    "caprl_jax.parallel.mesh",
+    "caprl_jax.models.hf.files",
+)
 
 
 def imports(modules, blocked):

@@ -75,14 +75,27 @@ def told(stub, name):
 
 
 def script(stub, name, *arguments, cwd=ROOT, **variables):
-    environment = os.environ | {
-        "PATH": f"{stub / 'bin'}:{os.environ['PATH']}", "STUB": str(stub), "POLL": "0",
-        "ZONE": "z", "TYPE": "v6e-16", "PYTHON": str(stub / "bin" / "python"), "VENV": ".venv",
-    } | variables  # fmt: skip
+    environment = (
+        os.environ
+        | {
+            "PATH": f"{stub / 'bin'}:{os.environ['PATH']}",
+            "STUB": str(stub),
+            "POLL": "0",
+            "ZONE": "z",
+            "TYPE": "v6e-16",
+            "PYTHON": str(stub / "bin" / "python"),
+            "VENV": ".venv",
+        }
+        | variables
+    )
     return subprocess.run(
-        ["bash", str(ROOT / "launch" / name), *arguments], cwd=cwd, env=environment,
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        ["bash", str(ROOT / "launch" / name), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def pod(stub, **variables):

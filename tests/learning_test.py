@@ -15,13 +15,23 @@ pytestmark = pytest.mark.slow
 def test_thirty_steps_raise_heldout_accuracy_by_a_quarter(tmp_path):
     """On one device and 32 held-out images, by the command and with compiled code polished."""
     changes = {
-        "steps": 30, "eval.images": 32, "eval.batch": 32, "eval.every": 0, "data.train": 512,
-        "checkpoint.every": 100, "export.when": "never", "data.data_dir": str(tmp_path / "data"),
-    }  # fmt: skip
+        "steps": 30,
+        "eval.images": 32,
+        "eval.batch": 32,
+        "eval.every": 0,
+        "data.train": 512,
+        "checkpoint.every": 100,
+        "export.when": "never",
+        "data.data_dir": str(tmp_path / "data"),
+    }
     command = [
-        sys.executable, "-m", "caprl_jax.main", f"--config={CONFIGS / 'tiny.py'}",
-        f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in changes.items()),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "caprl_jax.main",
+        f"--config={CONFIGS / 'tiny.py'}",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{k}={v}" for k, v in changes.items()),
+    ]
     # Without conftest.py's flags: its eight devices, and programs that run slowly.
     unset = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     environment = unset | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(CONFIGS.parent)}

@@ -66,10 +66,13 @@ def theirs(directory: Path, dtype: str) -> np.ndarray:
     ids = torch.tensor(ids)[None]
     with torch.no_grad():
         found = model.eval()(
-            input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=LAST,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            logits_to_keep=LAST,
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            pixel_values=torch.tensor(patches), image_grid_thw=torch.tensor([[1, *GRID]]),
-        )  # fmt: skip
+            pixel_values=torch.tensor(patches),
+            image_grid_thw=torch.tensor([[1, *GRID]]),
+        )
     return found.logits[0].float().numpy()
 
 

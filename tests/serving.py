@@ -30,8 +30,12 @@ def served(directory: Path, images: Sequence[Image.Image]) -> tuple[Any, list[di
         features = int(pixels["image_grid_thw"].prod()) // 4
         ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * features))["input_ids"]
         ids = torch.tensor([ids])
-        inputs.append({
-            "input_ids": ids, "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(), **pixels,
-        })  # fmt: skip
+        inputs.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+                **pixels,
+            }
+        )
     return model, inputs, tokenizer

@@ -22,13 +22,26 @@ pytestmark = pytest.mark.slow  # each run compiles several programs
 def tiny(tmp_path, **changes) -> ml_collections.ConfigDict:
     c = config_lib.default()
     values = {
-        "steps": 4, "sampling.max_tokens": 16, "caprl.group": 2,
-        "caprl.questions": 2, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 1,
-        "data.batch": 8, "data.train": 16, "data.heldout": 8, "data.max_windows": 4,
-        "data.max_prompt": 32, "data.max_question": 40, "data.data_dir": str(tmp_path / "data"),
-        "eval.images": 8, "eval.batch": 8, "eval.group": 2, "eval.every": 0,
-        "checkpoint.every": 2, "caprl.kl": 0.01,
-    }  # fmt: skip
+        "steps": 4,
+        "sampling.max_tokens": 16,
+        "caprl.group": 2,
+        "caprl.questions": 2,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 1,
+        "data.batch": 8,
+        "data.train": 16,
+        "data.heldout": 8,
+        "data.max_windows": 4,
+        "data.max_prompt": 32,
+        "data.max_question": 40,
+        "data.data_dir": str(tmp_path / "data"),
+        "eval.images": 8,
+        "eval.batch": 8,
+        "eval.group": 2,
+        "eval.every": 0,
+        "checkpoint.every": 2,
+        "caprl.kl": 0.01,
+    }
     c.update_from_flattened_dict(values | changes)
     return c
 
@@ -51,8 +64,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     lines = [json.loads(x) for x in (parts / "metrics.jsonl").read_text().splitlines()]
     expected = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2, 3, 4]
-    clock = ("time", "seconds_data", "seconds_step", "tokens_per_second",
-             "generated_tokens_per_second")  # fmt: skip
+    clock = (
+        "time",
+        "seconds_data",
+        "seconds_step",
+        "tokens_per_second",
+        "generated_tokens_per_second",
+    )
     for found, whole_line in zip(lines, expected, strict=True):
         # The first part ended after step 2, and so was evaluated there too.
         assert found.keys() - whole_line.keys() <= {k for k in found if k.startswith("eval/")}

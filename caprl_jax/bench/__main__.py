@@ -1,4 +1,4 @@
-"""Times a config's step, phase by phase, with random weights of the real shapes on this device.
+"""Times a config's step on this device, phase by phase, with random weights.
 
 python -m caprl_jax.bench --config=configs/3b.py:h200 [--phases=prefill,decode,score,update,step]
     [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
@@ -26,15 +26,17 @@ from absl import app, flags
 
 from caprl_jax.bench import naive, peers, scaling
 from caprl_jax.bench.phases import PHASES, measure, tell
+from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
 from caprl_jax.config import validate
 from caprl_jax.errors import ConfigError
+from caprl_jax.run import fit
 
 
 def define_flags() -> None:
     """This command's flags."""
     flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
-    flags.DEFINE_integer("repeats", 5, "Of each phase.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Repeats of each phase.", lower_bound=1)
     flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
     flags.DEFINE_list(
         "scaling", [], f"Time at several sizes of these: {', '.join(scaling.SWEEPS)}."
@@ -113,6 +115,7 @@ def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
     peers.require_installed(peer)
     peers.require_cpu()
     validate(config)
+    fit.settle(config, jax.devices())
     if peer == "trl":  # each reads models and data, which phases do without
         from caprl_jax.bench import trl_peer as other
     else:
@@ -126,4 +129,4 @@ def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=parse_config_flags)
+    cli.run(main, parse_config_flags)

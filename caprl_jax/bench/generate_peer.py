@@ -83,9 +83,13 @@ class Theirs:
         # Without an end-of-sequence id no token is looked at for being one: the quickest way to
         # draw exactly so many.
         out = self.model.generate(
-            **options, **(how if sample else {"do_sample": False}), max_new_tokens=tokens,
-            min_new_tokens=None, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            **options,
+            **(how if sample else {"do_sample": False}),
+            max_new_tokens=tokens,
+            min_new_tokens=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         return out[:, self.inputs["input_ids"].shape[1] :].numpy()
 
     def _plain(self, tokens: int, sample: bool = True, **options) -> np.ndarray:
@@ -150,7 +154,7 @@ def checks(work: Work, ours: Ours, theirs: Theirs) -> list[Checked]:
 
 
 def parameters(params: Any) -> int:
-    """How many."""
+    """Counts parameters."""
     return sum(a.size for a in jax.tree.leaves(params))
 
 
@@ -168,7 +172,7 @@ class Took:
 
 
 def try_ways(theirs: Theirs, work: Work) -> dict[str, Took | str]:
-    """What each of their ways takes to draw the batch's captions, or how it fails.
+    """Times each of their ways to draw the batch's captions, or tells how it fails.
 
     Raises:
       WorkDiffers: a way draws other than the asked number of tokens.
@@ -212,9 +216,10 @@ def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Co
     for name in dict.fromkeys(chosen):
         whole, one = _in_turns(ours, theirs.ways[name], work.config.sampling.max_tokens, repeats)
         pairs |= {
-            f"{name}: all": whole, f"{name}: of it decode": whole.minus(one),
+            f"{name}: all": whole,
+            f"{name}: of it decode": whole.minus(one),
             f"{name}: vision and prefill": one,
-        }  # fmt: skip
+        }
     told = {name: str(took) for name, took in tried.items()}
     return Comparison(facts(work), checked, told, pairs)
 

@@ -1,4 +1,4 @@
-"""How many images a second the data pipeline makes of encoded pictures, with no step to wait for.
+"""Measures images per second of the data pipeline alone, from encoded pictures.
 
 The pictures stand in for photographs, smooth colours under some grain, as large as the config
 takes; processor, buckets and threads are the run's. A step that takes longer than its batch does
@@ -36,7 +36,7 @@ _WARM = 1  # batches that aren't timed
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """What was measured.
+    """The measurement.
 
     Attributes:
       seconds: of each batch.
@@ -73,19 +73,28 @@ def records(side: int, seed: int = 0) -> list[dict[str, Any]]:
     """Stored elements, each with a picture and three questions."""
     rng = np.random.default_rng(seed)
     asked = [
-        {"question": f"What stands on the {place}?", "answer": "B",
-         "choices": ["A) a lamp", "B) a cat", "C) a kettle", "D) nothing"]}
+        {
+            "question": f"What stands on the {place}?",
+            "answer": "B",
+            "choices": ["A) a lamp", "B) a cat", "C) a kettle", "D) nothing"],
+        }
         for place in ("table", "chair", "shelf")
-    ]  # fmt: skip
+    ]
     text = json.dumps(asked)
     return [
-        {"id": f"picture-{i}", "image": photograph(side, rng), "questions": text, "facts": "[]", "extras": "{}"}
+        {
+            "id": f"picture-{i}",
+            "image": photograph(side, rng),
+            "questions": text,
+            "facts": "[]",
+            "extras": "{}",
+        }
         for i in range(_PICTURES)
     ]
 
 
 def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[pipeline.CaprlExamples, int]:
-    """What a run of the config makes its batches by, and the pixels of the largest picture's side.
+    """Returns the maker of the config's batches, and the side of the largest picture in pixels.
 
     No weights are read: sizes and processor are those of the config's models, the tokenizers the
     shipped tiny models'.

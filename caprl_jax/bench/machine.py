@@ -15,7 +15,7 @@ from caprl_jax.bench.work import Work
 
 
 def facts(work: Work) -> dict[str, Any]:
-    """What was run, and on what."""
+    """The run and its machine."""
     c, device = work.config, jax.devices()[0]
     return {
         "policy, judge": f"{c.policy.path}, {c.judge.path}",

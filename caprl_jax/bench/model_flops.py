@@ -54,7 +54,7 @@ def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
 
 
 def update(config: ml_collections.ConfigDict, built: AbstractStep) -> float:
-    """FLOPs that a config's updates need, on all devices together; a frozen tower has no gradient."""
+    """Counts FLOPs of a config's updates, on all devices; a frozen tower has no gradient."""
     needed = forward(config, built)
     whole = needed.images + needed.prompts + needed.captions
     trained = whole - (needed.images if built.policy.freeze_vision else 0)

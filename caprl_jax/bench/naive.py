@@ -1,4 +1,4 @@
-"""What the tree saves: a config's step against the same step without sharing, in FLOPs and bytes.
+"""Compares a config's step with the same step without sharing, in FLOPs and bytes.
 
 The naive step is what systems of repeated prompts compute: every caption has its own copy of image
 and prompt, in rollout and update, and every question its own copy of the instruction and caption.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax.config import SLICES, slices_of, validate
+from caprl_jax.config import OPEN, SLICES, slices_of, validate
 from caprl_jax.decode.loop import stages
 from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import slices
@@ -35,6 +35,7 @@ from caprl_jax.rl.types import (
 )
 from caprl_jax.rl.update import Learner
 from caprl_jax.rl.update import update as tree_update
+from caprl_jax.run import fit
 
 
 def letter_logits(
@@ -121,18 +122,18 @@ NAIVE = Verbs(rollout=rollout, judge=judge, update=update)
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step does on one device.
+    """The work of a step on one device.
 
     Attributes:
       phases: FLOPs and bytes by phase, of the compiled program.
       traced_flops: of the whole step, counted in another way, from its jaxpr.
     """
 
-    phases: dict[str, roofline.Floor]
+    phases: dict[str, roofline.Roofline]
     traced_flops: float
 
     @property
-    def whole(self) -> roofline.Floor:
+    def whole(self) -> roofline.Roofline:
         """All phases together."""
         return roofline.together(self.phases.values())
 
@@ -155,6 +156,9 @@ class Comparison:
 def smallest(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config on one device, with one image in each of its slices."""
     config = config.copy_and_resolve_references()
+    if config.policy.remat == OPEN["policy.remat"]:
+        config.policy.remat = "full"  # as real sizes on accelerators; a CPU would choose "none"
+    fit.settle(config, jax.devices("cpu")[:1])
     config.data.batch = config.eval.batch = math.lcm(*(slices_of(config, n) for n in SLICES))
     config.caprl.slots = 0  # one for each caption, as where each has a prompt of its own
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 1

@@ -70,7 +70,7 @@ class Checked:
 
     @property
     def same(self) -> bool:
-        """Whether they agree; NaN never does."""
+        """Tells whether they agree; NaN never does."""
         if self.bound:
             return bool(abs(self.ours - self.theirs) <= self.bound)
         return self.ours == self.theirs
@@ -115,7 +115,7 @@ class Pairs:
         return [t / o for o, t in zip(self.ours, self.theirs, strict=True)]
 
     def minus(self, other: "Pairs") -> "Pairs":
-        """What is left of each time without the other's of the same pair."""
+        """Subtracts from each time the other's of the same pair."""
 
         def less(a, b):
             return [x - y for x, y in zip(a, b, strict=True)]
@@ -125,7 +125,7 @@ class Pairs:
 
 @dataclasses.dataclass
 class Comparison:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
       facts: what was run on what, by name.
@@ -191,14 +191,14 @@ def turn(run: Callable[[], Any]) -> float:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one run, until its results are there."""
+    """The state of one run until its results are there."""
     began = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - began
 
 
 def in_turns(repeats: int) -> Iterator[bool]:
-    """Whether the sides swap, for each of so many pairs: neither always warms the other."""
+    """Tells for each pair whether the sides swap, so that neither always warms the other."""
     for i in range(repeats):
         yield i % 2 == 1
 

@@ -1,12 +1,12 @@
 """Times a config's step, phase by phase, with random weights of the real shapes on this device.
 
-Every phase is compiled alone, and the step whole. Beside each time stands the floor of its work:
+Every phase is compiled alone, and the step whole. Beside each time stands the roofline of its work:
 its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
 product and a large copy reach on this device in the same run. What stays in a cache beats that
-floor: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
+roofline: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
 counted; MFU what it reaches without what the update computes twice (bench/model_flops.py), of the
 chip's published FLOP/s where they are known. With natural lengths the work is still that of
-captions as long as they may be (with caprl.length_buckets less is done, and HFU and MFU are too high),
+captions as long as they may be (caprl.length_buckets do less: HFU and MFU are then too high),
 and which share of decoding's slots waited is told.
 """
 
@@ -39,6 +39,7 @@ from caprl_jax.rl.rewards import reward
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.rl.types import Scored
 from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import fit
 
 PHASES = ("prefill", "decode", "score", "update", "step")
 
@@ -51,7 +52,7 @@ class Timing:
       seconds: of each repetition, that a step spends on it.
       compile_seconds: once.
       tokens: that it reads or writes.
-      floor: its work, and the seconds that the measured ceilings allow it.
+      roofline: its work, and the seconds that the measured ceilings allow it.
       temporaries: bytes that it holds beside arguments and results.
       mfu: FLOPs without what is computed twice, a second of the median, over the chip's peak.
       wasted: of decoding natural lengths, the share of slots that waited for longer captions.
@@ -60,7 +61,7 @@ class Timing:
     seconds: list[float]
     compile_seconds: float
     tokens: float
-    floor: roofline.Floor
+    roofline: roofline.Roofline
     temporaries: int
     mfu: float
     wasted: float | None = None
@@ -83,7 +84,7 @@ def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def ceilings(dtype: Any, repeats: int = 5) -> Chip:
-    """What this device reaches: a large matrix product, and a copy of a large array."""
+    """Measures the device's ceilings: a large matrix product, and a copy of a large array."""
     device = jax.devices()[0]
     cpu = device.platform == "cpu"
     n, m = (2048, 2**26) if cpu else (8192, 2**30)
@@ -188,10 +189,13 @@ def measure(
 
     The state is not donated, so that a phase can be repeated: a run needs less memory.
 
+    Keys that the config leaves open are chosen for the devices, in place.
+
     Raises:
       ConfigError: the config can't be.
     """
     validate(config)
+    fit.settle(config, jax.devices())
     built = shapes.build(config, jax.devices())
     vocab, vision = built.policy.decoder.config.vocab, built.policy.vision.config
     # Random weights end a caption with any token alike: as many stop tokens as make its mean
@@ -221,7 +225,7 @@ def measure(
             seconds=[phase.runs * s for s in seconds],
             compile_seconds=took,
             tokens=phase.tokens,
-            floor=work,
+            roofline=work,
             temporaries=compiled.memory_analysis().temp_size_in_bytes,
             mfu=useful / peak / (phase.runs * statistics.median(seconds)),
         )
@@ -231,7 +235,7 @@ def measure(
 
 
 def _wasted(length: jax.Array, count: int) -> float:
-    """Of captions drawn at once, in so many slots an image."""
+    """Makes lengths of captions that are drawn at once, in so many slots an image."""
     waited, whole = scheduling.wasted(length, jnp.ones(len(length), bool), 1, count)
     return float(waited / whole)
 
@@ -240,20 +244,20 @@ def tell(timings: dict[str, Timing]) -> str:
     """The timings as a table."""
     lines = [
         f"{'phase':9}{'ms':>10}{'spread':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'GB/s':>8}"
-        f"{'HFU':>6}{'MFU':>6}{'floor ms':>10}{'reached':>9}  {'bound by':9}{'compile s':>10}"
+        f"{'HFU':>6}{'MFU':>6}{'roofline ms':>12}{'reached':>9}  {'bound by':9}{'compile s':>10}"
         f"{'temp GiB':>9}"
     ]
     for name, t in timings.items():
         spread = (max(t.seconds) - min(t.seconds)) / t.median
         lines.append(
             f"{name:9}{1e3 * t.median:10.1f}{spread:8.0%}{t.tokens / t.median:11,.0f}"
-            f"{t.floor.flops / t.median / 1e12:9.2f}{t.floor.hbm_bytes / t.median / 1e9:8.1f}"
-            f"{t.floor.seconds['compute'] / t.median:6.0%}{t.mfu:6.0%}"
-            f"{1e3 * t.floor.floor:10.1f}{t.floor.floor / t.median:9.0%}  {t.floor.bound:9}"
+            f"{t.roofline.flops / t.median / 1e12:9.2f}{t.roofline.hbm_bytes / t.median / 1e9:8.1f}"
+            f"{t.roofline.seconds['compute'] / t.median:6.0%}{t.mfu:6.0%}"
+            f"{1e3 * t.roofline.time:12.1f}{t.roofline.time / t.median:9.0%}  {t.roofline.bound:9}"
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )
         if t.wasted is not None:
             lines.append(f"  {t.wasted:.0%} of its slots waited for longer captions")
-        if t.floor.uncounted:
-            lines.append(f"  without the work of {', '.join(sorted(set(t.floor.uncounted)))}")
+        if t.roofline.uncounted:
+            lines.append(f"  without the work of {', '.join(sorted(set(t.roofline.uncounted)))}")
     return "\n".join(lines)

@@ -48,13 +48,15 @@ def budget(phases: Mapping[str, Any]) -> Figure:
     """Stacked bars: each phase's time, and what its FLOPs and its memory traffic would take alone.
 
     Args:
-      phases: the bench's JSON: of each phase, "median" and "floor", whose "seconds" are at the
+      phases: the bench's JSON: of each phase, "median" and "roofline", whose "seconds" are at the
         ceilings that the bench measured.
     """
     rows = {
         "measured": {p: f["median"] for p, f in phases.items()},
-        "its FLOPs alone": {p: f["floor"]["seconds"]["compute"] for p, f in phases.items()},
-        "its memory traffic alone": {p: f["floor"]["seconds"]["memory"] for p, f in phases.items()},
+        "its FLOPs alone": {p: f["roofline"]["seconds"]["compute"] for p, f in phases.items()},
+        "its memory traffic alone": {
+            p: f["roofline"]["seconds"]["memory"] for p, f in phases.items()
+        },
     }
     figure = Figure(figsize=(8, 2.2), layout="constrained")
     axes = figure.subplots()
@@ -120,7 +122,7 @@ def main(argv: list[str]) -> None:
         if not (wanted.phases or wanted.scaling):
             raise UserError("nothing to draw: give --phases=FILE, --scaling=FILE or both")
         if wanted.phases:
-            save(budget(read(wanted.phases, "floor")), out / "budget.svg")
+            save(budget(read(wanted.phases, "roofline")), out / "budget.svg")
         if wanted.scaling:
             save(scaling(read(wanted.scaling, "sizes")), out / "scaling.svg")
 

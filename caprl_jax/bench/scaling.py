@@ -1,4 +1,4 @@
-"""How a step's cost grows: its phases timed at several sizes of one thing, the others as they are.
+"""Measures how a step's cost grows: times its phases at several sizes of one thing.
 
 What should be seen: prefill doesn't depend on the captions; of decode, score and update a part is
 spent once (weights, instruction, images and prompts) and the rest grows with the captions and, but
@@ -65,12 +65,12 @@ class Sweep:
     timings: list[dict[str, Timing]]
 
     def seconds(self, phase: str) -> list[float]:
-        """Of a phase, by size."""
+        """The figures of a phase, by size."""
         return [t[phase].median for t in self.timings]
 
     def flops(self, phase: str) -> list[float]:
         """Likewise its FLOPs."""
-        return [t[phase].floor.flops for t in self.timings]
+        return [t[phase].roofline.flops for t in self.timings]
 
 
 def changed(config: ml_collections.ConfigDict, name: str, size: int) -> ml_collections.ConfigDict:
@@ -142,11 +142,13 @@ def tell(sweep: Sweep) -> str:
 
 
 def as_json(sweeps: Mapping[str, Sweep]) -> dict[str, Any]:
-    """What a picture is drawn from: {name: what, sizes, seconds and FLOPs by phase}."""
+    """Returns a picture's data: {name: what, sizes, seconds and FLOPs by phase}."""
     return {
         name: {
-            "what": s.what, "sizes": s.sizes,
+            "what": s.what,
+            "sizes": s.sizes,
             "seconds": {p: s.seconds(p) for p in PHASES},
             "flops": {p: s.flops(p) for p in PHASES},
-        } for name, s in sweeps.items()
-    }  # fmt: skip
+        }
+        for name, s in sweeps.items()
+    }

@@ -77,9 +77,7 @@ def batch(config: ml_collections.ConfigDict, built: AbstractStep, seed: int = 2)
     grid, b = grid_for(config, vision), config.data.batch
     pixels = rng.standard_normal((grid[0] * grid[1], vision.patch_dim), np.float32)
     image = pad_to_windows(pixels, grid, vision, config.data.max_windows)
-    one = Batch(
-        image, _prompt(config, built, grid, rng), _questions(config, built, rng), np.True_
-    )
+    one = Batch(image, _prompt(config, built, grid, rng), _questions(config, built, rng), np.True_)
 
     def repeat(a):  # all images alike: their work is, and that is what is measured
         return np.broadcast_to(a, (b, *a.shape))
@@ -104,9 +102,13 @@ def _questions(config, built: AbstractStep, rng) -> Questions:
     shape = (config.caprl.questions,)
     if config.data.per_caption:
         shape = (config.caprl.group, *shape)
-    tokens = rng.integers(0, built.run.judge.decoder.config.vocab, (*shape, config.data.max_question))
+    tokens = rng.integers(
+        0, built.run.judge.decoder.config.vocab, (*shape, config.data.max_question)
+    )
     return Questions(
-        tokens.astype(np.int32), np.ones(tokens.shape, bool),
-        rng.integers(0, 4, shape).astype(np.int32), np.full(shape, 5, np.int32),
+        tokens.astype(np.int32),
+        np.ones(tokens.shape, bool),
+        rng.integers(0, 4, shape).astype(np.int32),
+        np.full(shape, 5, np.int32),
         np.ones(shape, bool),
-    )  # fmt: skip
+    )

@@ -56,7 +56,7 @@ def inputs(work: Work) -> dict[str, torch.Tensor]:
 
 
 def first_logits(model: Any, batch: dict[str, torch.Tensor]) -> np.ndarray:
-    """What follows the prompts of `inputs`: float32 [b, vocab]."""
+    """Returns the logits after the prompts of `inputs`: float32 [b, vocab]."""
     with torch.inference_mode():
         return model(**batch, logits_to_keep=1).logits[:, 0].numpy()
 
@@ -111,5 +111,5 @@ def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None, t
 
 
 def weights(model: Any) -> int:
-    """How many parameters; what is tied counts once."""
+    """Counts parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())

@@ -27,11 +27,19 @@ from caprl_jax.run import load
 STEP = "a whole step"
 # What TRL's step is not told, or does in another way.
 _TAKEN = {
-    "objective": "caprl", "caprl.updates": 1, "caprl.kl": 0.0, "caprl.advantage": "grpo",
-    "caprl.loss": "clipped", "caprl.aggregation": "caption_mean", "judge.mode": "expected",
-    "policy.freeze_vision": False, "sampling.top_k": 0, "sampling.top_p": 1.0,
-    "optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
-}  # fmt: skip
+    "objective": "caprl",
+    "caprl.updates": 1,
+    "caprl.kl": 0.0,
+    "caprl.advantage": "grpo",
+    "caprl.loss": "clipped",
+    "caprl.aggregation": "caption_mean",
+    "judge.mode": "expected",
+    "policy.freeze_vision": False,
+    "sampling.top_k": 0,
+    "sampling.top_p": 1.0,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+}
 
 
 def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Comparison:

@@ -135,18 +135,37 @@ def settings(work: Work, folder: str) -> Any:
     # Chat tokens are never drawn: none then ends a caption, and none is taken for an image.
     special = np.asarray(work.instruction.special).tolist()
     return trl.GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, fp16=False, report_to="none", seed=c.seed,
-        max_steps=STEPS, logging_strategy="no", save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=piece, gradient_accumulation_steps=work.captions // piece,
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        report_to="none",
+        seed=c.seed,
+        max_steps=STEPS,
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=piece,
+        gradient_accumulation_steps=work.captions // piece,
         num_generations=c.caprl.group,
-        max_completion_length=c.sampling.max_tokens, shuffle_dataset=False,
-        gradient_checkpointing=False, temperature=c.sampling.temperature,
-        generation_kwargs={"suppress_tokens": special}, cache_implementation="static",
-        beta=0.0, loss_type="grpo", epsilon=choice(c, "loss").options.clip, num_iterations=c.caprl.updates,
-        learning_rate=o.learning_rate, lr_scheduler_type="constant", adam_beta1=o.b1,
-        adam_beta2=o.b2, weight_decay=o.weight_decay, max_grad_norm=o.clip_norm,
+        max_completion_length=c.sampling.max_tokens,
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        temperature=c.sampling.temperature,
+        generation_kwargs={"suppress_tokens": special},
+        cache_implementation="static",
+        beta=0.0,
+        loss_type="grpo",
+        epsilon=choice(c, "loss").options.clip,
+        num_iterations=c.caprl.updates,
+        learning_rate=o.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta1=o.b1,
+        adam_beta2=o.b2,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.clip_norm,
         dataloader_pin_memory=False,
-    )  # fmt: skip
+    )
 
 
 class _ImagesOnly(transformers.Qwen2_5_VLProcessor):
@@ -156,7 +175,7 @@ class _ImagesOnly(transformers.Qwen2_5_VLProcessor):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """What it is made of."""
+        """Returns its parts."""
         return ["image_processor", "tokenizer"]
 
 
@@ -172,7 +191,10 @@ def trainer(work: Work, reward: Reward, watch: Watch, folder: str) -> Any:
     model = torch_models.policy(work)
     watch.begin(model)
     return trl.GRPOTrainer(
-        model=model, reward_funcs=reward, args=settings(work, folder),
-        train_dataset=datasets.Dataset.from_list(rows * STEPS), processing_class=processor,
+        model=model,
+        reward_funcs=reward,
+        args=settings(work, folder),
+        train_dataset=datasets.Dataset.from_list(rows * STEPS),
+        processing_class=processor,
         callbacks=[watch],
-    )  # fmt: skip
+    )

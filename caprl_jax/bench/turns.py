@@ -1,4 +1,4 @@
-"""What one side of a comparison of whole steps does in its turn, and tells of it."""
+"""One side of a comparison of whole steps: its turn, and its account of it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ SAMPLED = 256  # numbers of each parameter, that tell whether it has moved
 
 @dataclasses.dataclass
 class Turn:
-    """What one side has done; but for seconds, in a pair that is checked.
+    """One side's account: seconds, and in a checked pair everything else.
 
     Attributes:
       seconds: of its last step.
@@ -38,12 +38,12 @@ class Turn:
 
 
 def stride(size: int) -> int:
-    """Of SAMPLED numbers, or a few more, spread over an array of that size."""
+    """Spreads SAMPLED indices, or a few more, over an array of that size."""
     return max(size // SAMPLED, 1)
 
 
 def moved(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> str:
-    """Which of the arrays differ, and are finite still: all, some or none."""
+    """Tells which arrays differ and are still finite: all, some or none."""
     changed = [
         bool((a != b).any() and np.isfinite(b).all()) for a, b in zip(before, after, strict=True)
     ]

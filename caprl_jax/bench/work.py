@@ -1,4 +1,4 @@
-"""What both sides of a comparison do: models on disk, pictures, prompt, questions, all the same."""
+"""The work of both sides of a comparison: models on disk, pictures, prompt and questions."""
 
 import dataclasses
 from pathlib import Path
@@ -69,7 +69,7 @@ class Work:
 
     @property
     def captions(self) -> int:
-        """Of the batch."""
+        """Counts the captions of the batch."""
         return self.config.data.batch * self.config.caprl.group
 
 
@@ -108,10 +108,19 @@ def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work
     content = [{"type": "image"}, {"type": "text", "text": config.policy.prompt}]
     questions, instruction = _asked(config, judge_path, judged.decoder, rng)
     return Work(
-        config, policy_path, judge_path, policy, judged.decoder, pictures, processor, filler,
-        *laid_out(config, processor, filler, pictures), tokenizer.chat(content), questions,
+        config,
+        policy_path,
+        judge_path,
+        policy,
+        judged.decoder,
+        pictures,
+        processor,
+        filler,
+        *laid_out(config, processor, filler, pictures),
+        tokenizer.chat(content),
+        questions,
         instruction,
-    )  # fmt: skip
+    )
 
 
 def laid_out(
@@ -120,7 +129,7 @@ def laid_out(
     filler: PolicyPrompt,
     pictures: list[Image.Image],
 ) -> tuple[Images, Prompt]:
-    """What a run's readers make of a batch's pictures."""
+    """Prepares a batch's pictures as a run does."""
     found = [processor(picture) for picture in pictures]
     windows, length = config.data.max_windows, config.data.max_prompt
     images = batch_images([pad_to_windows(p, g, filler.vision, windows) for p, g in found])
@@ -129,7 +138,7 @@ def laid_out(
 
 
 def first_logits(work: Work, params: Any) -> np.ndarray:
-    """What our policy expects after the prompts: float32 [b, vocab]."""
+    """Computes our policy's logits after the prompts: float32 [b, vocab]."""
 
     def logits(params, images, prompt):
         return work.policy.logits(params, work.policy.trunk(params, images, prompt).last)
@@ -138,7 +147,7 @@ def first_logits(work: Work, params: Any) -> np.ndarray:
 
 
 def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
-    """What our judge thinks of captions: int [b, g, t] -> probabilities [b, g, n, letters]."""
+    """Judges captions, int [b, g, t]: returns our judge's probabilities [b, g, n, letters]."""
     tokens, questions = captions.astype(np.int32), work.questions
 
     def probabilities(params):

@@ -81,7 +81,7 @@ def variant(policy: Policy, weights: Params) -> "Stacked | PerLayer":
 
 @flax.struct.dataclass
 class Write:
-    """Where one iteration writes its tokens, and how much of the caches it reads.
+    """The place where one iteration writes its tokens, and the length of the caches that it reads.
 
     Attributes:
       at: int32 [], the tokens' place in the caches.
@@ -156,11 +156,17 @@ class Stacked:
         before = write.own(cache.mask)
         seen = cache.replace(mask=before[..., : write.stage[1]])
         hidden, new = self.decoder.apply(
-            {"params": weights["decoder"]}, x, positions, jnp.ones(x.shape[:-1], bool), (prompt,),
+            {"params": weights["decoder"]},
+            x,
+            positions,
+            jnp.ones(x.shape[:-1], bool),
+            (prompt,),
             caches=(seen,),
-        )  # fmt: skip
+        )
         put = jax.lax.dynamic_update_slice_in_dim
-        k, v = (put(old, own, write.at, axis=3) for old, own in ((cache.k, new.k), (cache.v, new.v)))
+        k, v = (
+            put(old, own, write.at, axis=3) for old, own in ((cache.k, new.k), (cache.v, new.v))
+        )
         mask = before.at[:, :, write.at].set(True)
         return hidden, KV(_cached(k, 2), _cached(v, 2), mask)
 

@@ -21,7 +21,7 @@ STAGE = 128  # a cache shorter than two stages of this many tokens is read whole
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How captions are drawn.
+    """Settings of drawing captions.
 
     Attributes:
       group: g, captions per image.

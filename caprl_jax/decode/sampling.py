@@ -17,7 +17,7 @@ _DEVICES = 8  # that a vocabulary may be cut over, a power of 2, without cutting
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Settings of drawing tokens."""
 
     max_tokens: int = setting(
         512, "most tokens of a caption, the stop token included; longer ones are truncated", least=1
@@ -25,9 +25,11 @@ class Sampling:
     temperature: float = setting(1.0, "temperature of the softmax; 0 is greedy", least=0)
     top_k: int = setting(0, "only the k most likely tokens compete; 0 is off", least=0)
     top_p: float = setting(
-        1.0, "only the smallest set of tokens with this much probability competes; 1 is off",
-        above=0, most=1,
-    )  # fmt: skip
+        1.0,
+        "only the smallest set of tokens with this much probability competes; 1 is off",
+        above=0,
+        most=1,
+    )
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

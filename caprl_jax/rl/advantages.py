@@ -1,8 +1,8 @@
 """Advantages: how much better a caption is than the others of its group, or of the batch.
 
-To add one, write `advantages(rewards, valid) -> float32 [b, g]`, or with a third parameter `options`,
-and register it here or name it in a config by its import path. It sees the whole batch, so that it
-may normalise over all of it.
+To add one, write `advantages(rewards, valid) -> float32 [b, g]`, or with a third parameter
+`options`, and register it here or name it in a config by its import path. It sees the whole batch,
+so that it may normalise over all of it.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,7 @@ MODES = get_args(Mode)
 
 @dataclasses.dataclass(frozen=True)
 class Judging:
-    """How letter logits become a score."""
+    """Settings that turn letter logits into a score."""
 
     mode: Mode = setting(
         "expected",

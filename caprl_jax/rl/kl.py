@@ -1,7 +1,7 @@
 """Estimators of the KL divergence of the policy from its reference.
 
-To add one, write `estimator(logp, reference_logp) -> float32 of the same shape`, and register it here
-or name it in a config by its import path.
+To add one, write `estimator(logp, reference_logp) -> float32 of the same shape`, and register it
+here or name it in a config by its import path.
 """
 
 import chex

@@ -1,10 +1,10 @@
 """Policy-gradient losses of tokens, and how they are averaged over captions.
 
-To add a loss, write `loss(logp, old_logp, advantages, mask) -> (float32 [b, g, t], metrics)`, or with
-a fifth parameter `options`; metrics are values of each token by name, averaged over all tokens. To
-add an aggregation, write `aggregation(values, mask) -> (sum, count)`. Sums and counts of slices are
-added and divided once, so the cut of a batch does not matter. Register entries here, or name them in
-a config by their import path.
+To add a loss, write `loss(logp, old_logp, advantages, mask) -> (float32 [b, g, t], metrics)`, or
+with a fifth parameter `options`; metrics are values of each token by name, averaged over all
+tokens. To add an aggregation, write `aggregation(values, mask) -> (sum, count)`. Sums and counts of
+slices are added and divided once, so the cut of a batch does not matter. Register entries here, or
+name them in a config by their import path.
 """
 
 import dataclasses

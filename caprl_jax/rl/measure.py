@@ -11,7 +11,7 @@ from caprl_jax.rl.types import Batch, Decoding, Metrics, Rewards, Rollout, Verdi
 def measure(
     batch: Batch, captions: Rollout, verdicts: Verdicts, *, rewards: Rewards, decoding: Decoding
 ) -> Metrics:
-    """What a rollout shows.
+    """Returns metrics of a rollout.
 
     Args:
       batch: Batch [b, ..]; images that are not valid don't count.

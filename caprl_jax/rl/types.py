@@ -1,4 +1,6 @@
-"""The records that a step's stages hand each other. Axes: b images, g captions, n questions, t tokens.
+"""The records that a step's stages hand each other.
+
+Axes: b images, g captions of each, n questions, t tokens.
 
 Images, Prompt and Rollout are made by models and the decode loop; they are listed here too.
 """
@@ -24,7 +26,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 @flax.struct.dataclass
 class State:
-    """What a step changes.
+    """The arrays that a step changes.
 
     Attributes:
       step: int32 [], number of steps done.

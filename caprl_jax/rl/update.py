@@ -19,7 +19,7 @@ from caprl_jax.rl.types import Batch, Metrics, Rollout, State
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What an update minimises. Hashable, so it can be static under jit.
+    """The objective that an update minimises. Hashable, so it can be static under jit.
 
     Attributes:
       loss: an entry of rl.losses.LOSSES.
@@ -55,7 +55,7 @@ class Learner:
 
 @flax.struct.dataclass
 class _Example:
-    """What one slice of the update learns from: [b, ..], [b, g, t], [b, g], [b, g, t] or None."""
+    """The data of one slice of the update: [b, ..], [b, g, t], [b, g], [b, g, t] or None."""
 
     batch: Batch
     captions: Rollout

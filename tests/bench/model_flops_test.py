@@ -12,10 +12,17 @@ from .. import shipped
 def tiny(**changed):
     """(config, its step) on one device, all of its shapes small."""
     config = shipped.module("tiny").get_config()
-    config.update_from_flattened_dict({
-        "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
-        "caprl.kl": 0.0, "policy.freeze_vision": True,
-    } | changed)  # fmt: skip
+    config.update_from_flattened_dict(
+        {
+            "data.batch": 2,
+            "caprl.group": 2,
+            "sampling.max_tokens": 8,
+            "caprl.updates": 1,
+            "caprl.kl": 0.0,
+            "policy.freeze_vision": True,
+        }
+        | changed
+    )
     return config, shapes.build(config, jax.devices()[:1])
 
 

@@ -48,7 +48,9 @@ def test_letter_logits_equal_the_trees(world, per_caption):
 def test_captions_and_their_log_probabilities_equal_the_trees(world):
     decoding, key = run_of(world).decoding, jax.random.key(1)
     found, plain = (
-        jax.jit(lambda f=f: f(world.policy, world.params, world.batch, decoding=decoding, key=key))()
+        jax.jit(
+            lambda f=f: f(world.policy, world.params, world.batch, decoding=decoding, key=key)
+        )()
         for f in (rollout, naive.rollout)
     )
     np.testing.assert_array_equal(found.tokens, plain.tokens)

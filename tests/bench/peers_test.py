@@ -19,14 +19,21 @@ from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import load
 
 TEXT = (
-    "vocab_size=512", "num_hidden_layers=2", "hidden_size=128", "intermediate_size=64",
+    "vocab_size=512",
+    "num_hidden_layers=2",
+    "hidden_size=128",
+    "intermediate_size=64",
     "num_attention_heads=4",
-)  # fmt: skip
+)
 TOWER = (
-    "vision_config.depth=2", "vision_config.hidden_size=64", "vision_config.num_heads=2",
-    "vision_config.intermediate_size=48", "vision_config.out_hidden_size=128",
-    "vision_config.fullatt_block_indexes=[1]", "rope_scaling.mrope_section=[4,6,6]",
-)  # fmt: skip
+    "vision_config.depth=2",
+    "vision_config.hidden_size=64",
+    "vision_config.num_heads=2",
+    "vision_config.intermediate_size=48",
+    "vision_config.out_hidden_size=128",
+    "vision_config.fullatt_block_indexes=[1]",
+    "rope_scaling.mrope_section=[4,6,6]",
+)
 ids = functools.partial(random_model.changed, sizes.CONFIGS["peer-vl-50m"])
 
 
@@ -91,7 +98,9 @@ def test_the_judges_agree_letter_by_letter(work):
     captions = np.random.default_rng(0).integers(0, 512, (8, 2, 4))
     captions[0, 0, :2] = work.instruction.special[:2]  # which never reach a judge
     model, _ = load.read_model(str(work.judge_path), "", np.float32)
-    params = load.load_frozen(model, work.judge_path, compile_lib.shard_rules(work.config), np.float32)
+    params = load.load_frozen(
+        model, work.judge_path, compile_lib.shard_rules(work.config), np.float32
+    )
     found = work_lib.letters(work, params["decoder"], captions)
     theirs = torch_models.Letters(torch_models.judge(work), work)
     images = np.repeat(np.arange(8), 2).tolist()

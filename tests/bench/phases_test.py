@@ -19,13 +19,18 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
     for pieces in (1, 2):
-        config = tiny({
-            "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
-            "caprl.rollout_batches": pieces,
-        })  # fmt: skip
+        config = tiny(
+            {
+                "data.batch": 2,
+                "caprl.group": 2,
+                "sampling.max_tokens": 8,
+                "caprl.updates": 1,
+                "caprl.rollout_batches": pieces,
+            }
+        )
         found[pieces] = phases.measure(config, ("prefill", "decode", "score"), 1, False)
     for name, whole in found[1].items():
-        assert found[2][name].floor.flops == whole.floor.flops
+        assert found[2][name].roofline.flops == whole.roofline.flops
         assert found[2][name].tokens == whole.tokens
         assert whole.seconds == [1.0]
     spent = {name: timing.seconds for name, timing in found[2].items()}
@@ -38,24 +43,33 @@ def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch,
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
     for slots in (0, 2):
-        config = tiny({
-            "data.batch": 2, "caprl.slots": slots, "sampling.max_tokens": 16,
-        })  # fmt: skip
+        config = tiny(
+            {
+                "data.batch": 2,
+                "caprl.slots": slots,
+                "sampling.max_tokens": 16,
+            }
+        )
         found[slots] = phases.measure(config, ("decode",), 1, True)["decode"]
     alone, shared = found[0], found[2]
-    assert shared.floor.flops == pytest.approx(alone.floor.flops, rel=0.01)
+    assert shared.roofline.flops == pytest.approx(alone.roofline.flops, rel=0.01)
     assert shared.wasted < alone.wasted - 0.1
     assert f"{shared.wasted:.0%} of its slots waited" in phases.tell({"decode": shared})
 
 
 def test_the_phases_sum_up_to_the_step(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
-    config = tiny({
-        "data.batch": 2, "caprl.group": 2, "sampling.max_tokens": 8, "caprl.updates": 1,
-        "caprl.kl": 0.0,
-    })  # fmt: skip
+    config = tiny(
+        {
+            "data.batch": 2,
+            "caprl.group": 2,
+            "sampling.max_tokens": 8,
+            "caprl.updates": 1,
+            "caprl.kl": 0.0,
+        }
+    )
     timed = phases.measure(config, phases.PHASES, 1, 0)
-    found = {name: t.floor.flops for name, t in timed.items()}
+    found = {name: t.roofline.flops for name, t in timed.items()}
     assert found.pop("step") == pytest.approx(sum(found.values()), rel=1e-3)
     # All are taken to last a second: shares of the peak add up as FLOPs do.
     useful = {name: t.mfu / timed["decode"].mfu * found["decode"] for name, t in timed.items()}

@@ -8,17 +8,31 @@ from caprl_jax.bench import picture
 from caprl_jax.errors import UserError
 
 PHASES = {
-    name: {"median": seconds, "floor": {"seconds": {"compute": seconds / 4, "memory": seconds / 2}}}
-    for name, seconds in (("prefill", 1.0), ("decode", 4.0), ("score", 2.0), ("update", 8.0),
-                          ("step", 15.5))
-}  # fmt: skip
+    name: {
+        "median": seconds,
+        "roofline": {"seconds": {"compute": seconds / 4, "memory": seconds / 2}},
+    }
+    for name, seconds in (
+        ("prefill", 1.0),
+        ("decode", 4.0),
+        ("score", 2.0),
+        ("update", 8.0),
+        ("step", 15.5),
+    )
+}
 SWEEPS = {
     "group": {
-        "what": "captions an image, G", "sizes": [2, 4],
-        "seconds": {"prefill": [1, 1], "decode": [2, 3], "score": [1, 2], "update": [3, 6],
-                    "step": [7, 12]},
+        "what": "captions an image, G",
+        "sizes": [2, 4],
+        "seconds": {
+            "prefill": [1, 1],
+            "decode": [2, 3],
+            "score": [1, 2],
+            "update": [3, 6],
+            "step": [7, 12],
+        },
     },
-}  # fmt: skip
+}
 
 
 def test_bars_are_as_long_as_the_phases_took():
@@ -49,4 +63,4 @@ def test_what_the_bench_does_not_write_is_named(tmp_path, text):
     file = tmp_path / "found.json"
     file.write_text(text)
     with pytest.raises(UserError, match=r"found\.json is not what the bench writes"):
-        picture.read(str(file), "floor")
+        picture.read(str(file), "roofline")

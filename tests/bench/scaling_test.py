@@ -58,11 +58,16 @@ def test_a_sweep_changes_one_size(small, name):
     size = scaling.SWEEPS[name][2][1]
     after = scaling.changed(small, name, size).to_dict()
     differ = {
-        f"{section}.{key}" for section, values in after.items() if isinstance(values, dict)
-        for key, value in values.items() if value != before[section][key]
-    }  # fmt: skip
+        f"{section}.{key}"
+        for section, values in after.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if value != before[section][key]
+    }
     expected = {
-        "group": {"caprl.group"}, "caption": {"sampling.max_tokens"},
-        "questions": {"caprl.questions"}, "image": {"data.max_prompt", "data.max_windows"},
-    }  # fmt: skip
+        "group": {"caprl.group"},
+        "caption": {"sampling.max_tokens"},
+        "questions": {"caprl.questions"},
+        "image": {"data.max_prompt", "data.max_windows"},
+    }
     assert differ == expected[name] and small.to_dict() == before

@@ -11,8 +11,8 @@ import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline, records
-from caprl_jax.data.digits import world as digits
 from caprl_jax.data.digits import sft as digits_sft
+from caprl_jax.data.digits import world as digits
 from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
@@ -215,9 +215,13 @@ def test_the_judges_buckets_hold_all_that_it_learns_from(inputs, stage):
     c, prompt = shipped.module("tiny_judge").get_config(stage), inputs[1]
     most = c.sft.options[1]
     task = digits_sft.JudgeTask(
-        (c.data.rows, c.data.columns), tuple(c.data.digits), prompt, c.sft.questions,
-        c.sft.open_questions, (most, most),
-    )  # fmt: skip
+        (c.data.rows, c.data.columns),
+        tuple(c.data.digits),
+        prompt,
+        c.sft.questions,
+        c.sft.open_questions,
+        (most, most),
+    )
     make = pipeline.SftExamples(
         task, prompt.tokenizer, None, (), c.data.max_prompt, c.sft.max_tokens
     )

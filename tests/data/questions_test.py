@@ -119,17 +119,21 @@ def test_a_prompt_file_without_its_fields_is_refused_by_name(tokenizer, tmp_path
     file = tmp_path / PROMPT_FILE
     file.write_text(content)
     with pytest.raises(ModelDirectoryError, match=rf"^{file} must hold {{caption}} once"):
-        load.judge_prompt(
-            config_lib.default(), dataclasses.replace(tokenizer, directory=tmp_path)
-        )
+        load.judge_prompt(config_lib.default(), dataclasses.replace(tokenizer, directory=tmp_path))
     file.write_bytes(b"{caption} {question} \xff")
     with pytest.raises(ModelDirectoryError, match=f"^{file} is not UTF-8 text"):
         own_prompt(tmp_path)
 
 
 def test_a_random_model_does_not_carry_the_tiny_judges_prompt(tmp_path):
-    small = ("hidden_size=8", "intermediate_size=8", "num_hidden_layers=1", "head_dim=4",
-             "num_attention_heads=2", "num_key_value_heads=1")  # fmt: skip
+    small = (
+        "hidden_size=8",
+        "intermediate_size=8",
+        "num_hidden_layers=1",
+        "head_dim=4",
+        "num_attention_heads=2",
+        "num_key_value_heads=1",
+    )
     config = random_model.changed(sizes.CONFIGS["qwen3-0.6b"], list(small))
     random_model.make(tmp_path / "judge", config)
     assert (tmp_path / "judge" / "tokenizer.json").is_file() and own_prompt(

@@ -36,8 +36,11 @@ def test_each_caption_has_a_slot_to_itself_as_long_as_it_is(count):
     state, turn = schedule(length, count)
     np.testing.assert_array_equal(state.length, length)
     for slot, began, own in zip(state.slot, state.began, length, strict=True):
-        taken = [(int(s), int(i)) for s, b, n in zip(slot, began, own, strict=True) for i in
-                 range(b, b + n)]  # fmt: skip
+        taken = [
+            (int(s), int(i))
+            for s, b, n in zip(slot, began, own, strict=True)
+            for i in range(b, b + n)
+        ]
         assert len(set(taken)) == own.sum()
         assert max(s for s, _ in taken) < count
         assert np.all(np.diff(began) >= 0)
@@ -95,9 +98,9 @@ def test_captions_in_slots_have_the_policys_probabilities(
     monkeypatch.setattr(caches, "_platform", lambda: platform)
     monkeypatch.setattr(loop, "STAGE", stage)
     found = draw(world, count)
-    logp, _ = jax.jit(lambda params, captions: update.caption_logps(
-        world.policy, params, world.batch, captions
-    ))(world.params, found)  # fmt: skip
+    logp, _ = jax.jit(
+        lambda params, captions: update.caption_logps(world.policy, params, world.batch, captions)
+    )(world.params, found)
     np.testing.assert_allclose(found.logp, logp, rtol=1e-4, atol=1e-5)
     place, ends = np.arange(SAMPLING.max_tokens), np.isin(found.tokens, STOP)
     np.testing.assert_array_equal(found.mask, place < found.length[..., None])

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import caprl_jax
-from caprl_jax.data import digits, digits_sft, records
+from caprl_jax.data import records
+from caprl_jax.data.digits import sft as digits_sft
+from caprl_jax.data.digits import world as digits
 
 KINDS = ("Which digit", "Which color", "Where is", "How many")
 OF_A_KIND = 50  # questions whose fact the caption states, and as many whose fact it does not

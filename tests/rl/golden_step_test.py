@@ -24,6 +24,9 @@ from ..shipped import module
 
 FILE = Path(__file__).parent / "golden" / "step.json"
 NEAR = 1e-6  # relative, and absolute near zero: another CPU may round otherwise
+# What has passed through Adam: it makes whole steps of gradients that are nearly rounding errors.
+NEAR_AFTER = 1e-4
+AFTER = ("moved", "entropy", "kl", "loss", "grad_norm", "clip_fraction")
 GAP = 1e-5  # logp_gap is a mean of rounding errors alone: it is only asked to be small
 
 
@@ -34,10 +37,16 @@ def golden_config(data_dir):
     """
     c = module("tiny").get_config()
     changes = {
-        "data.batch": 4, "caprl.group": 4, "data.train": 16, "data.heldout": 4, "eval.images": 4,
-        "eval.batch": 4, "data.data_dir": str(data_dir), "seed": 0,
+        "data.batch": 4,
+        "caprl.group": 4,
+        "data.train": 16,
+        "data.heldout": 4,
+        "eval.images": 4,
+        "eval.batch": 4,
+        "data.data_dir": str(data_dir),
+        "seed": 0,
         "optimizer.warmup_steps": 0,
-    }  # fmt: skip
+    }
     c.update_from_flattened_dict(changes)
     return c
 
@@ -106,6 +115,11 @@ def numbers(tree):
     return {jax.tree_util.keystr(path): float.fromhex(text) for path, text in leaves}
 
 
+def near(name):
+    """The bound for a number of this path."""
+    return NEAR_AFTER if any(f"'{part}'" in name for part in AFTER) else NEAR
+
+
 def assert_near(found, golden):
     """Every float is near the golden one; the message names all that are not."""
     here, there = numbers(found), numbers(golden)
@@ -113,7 +127,7 @@ def assert_near(found, golden):
     apart = [
         f"{name}: golden {there[name]!r}, found {here[name]!r}"
         for name in there
-        if not abs(here[name] - there[name]) <= NEAR * max(1, abs(there[name]))
+        if not abs(here[name] - there[name]) <= near(name) * max(1, abs(there[name]))
     ]
     assert not apart, "these differ from the golden step:\n" + "\n".join(apart)
 

@@ -16,9 +16,7 @@ from caprl_jax.rl.losses import (
 
 def gradient(logp, old, advantage, clip=0.2):
     args = (jnp.float32(x) for x in (logp, old, advantage))
-    return float(
-        jax.grad(lambda a, b, c: jnp.sum(clipped_loss(a[None], b[None], c, clip)))(*args)
-    )
+    return float(jax.grad(lambda a, b, c: jnp.sum(clipped_loss(a[None], b[None], c, clip)))(*args))
 
 
 def test_the_clipped_loss_is_the_policy_gradient_at_ratio_one():

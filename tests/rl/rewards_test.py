@@ -75,12 +75,12 @@ def test_a_term_declares_the_frozen_models_that_it_reads():
 
     choice = REWARDS.choose("accuracy").__class__("far", far)
     assert rewards.needed_models((Term("far", choice),)) == {"reference"}
-    with pytest.raises(ValueError, match="can't need .*'clip'"):
+    with pytest.raises(ValueError, match=r"can't need .*'clip'"):
         rewards.needs("clip")
 
 
 def test_options_are_checked():
     with pytest.raises(ConfigError, match="none=5 must be larger than full=2048"):
         REWARDS.choose("length", {"none": 5})
-    with pytest.raises(ConfigError, match="ful is unknown; .*did you mean 'full'"):
+    with pytest.raises(ConfigError, match=r"ful is unknown; .*did you mean 'full'"):
         REWARDS.choose("length", {"ful": 5})

@@ -26,9 +26,12 @@ ACCURACY = (Term("accuracy", REWARDS.choose("accuracy")),)
 def objective(kl=0.05, updates=2):
     """The default loss with a KL."""
     return Objective(
-        LOSSES.choose("clipped"), AGGREGATIONS.choose("caption_mean"), KL_ESTIMATORS.choose("k3"),
-        kl, updates,
-    )  # fmt: skip
+        LOSSES.choose("clipped"),
+        AGGREGATIONS.choose("caption_mean"),
+        KL_ESTIMATORS.choose("k3"),
+        kl,
+        updates,
+    )
 
 
 def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, slots=0, **changes):
@@ -42,9 +45,16 @@ def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, slots=0, **changes):
       **changes: group, sampling, stop, mode, temperature, rewards, advantage, kl, updates.
     """
     given = {
-        "group": 4, "sampling": SAMPLING, "stop": STOP, "mode": "expected", "temperature": 0.6,
-        "rewards": ACCURACY, "advantage": "grpo", "kl": 0.05, "updates": 2,
-    } | changes  # fmt: skip
+        "group": 4,
+        "sampling": SAMPLING,
+        "stop": STOP,
+        "mode": "expected",
+        "temperature": 0.6,
+        "rewards": ACCURACY,
+        "advantage": "grpo",
+        "kl": 0.05,
+        "updates": 2,
+    } | changes
     other = None if reference is None else jax.tree.map(lambda a: a * reference, world.params)
     aim = objective(given["kl"], given["updates"])
     return Run(

@@ -191,8 +191,11 @@ def test_a_policys_example_has_the_tasks_branches_and_cells(shipped, record):
     branches, words = policy_task().branches(record, rng), policy_task().cells(record, rng)
     assert_encoded(tokenizer, example, branches)
     assert example.prefix.shape == (0,)
-    jax.tree.map(np.testing.assert_array_equal, (example.images, example.prompt),
-                 tuple(inputs(record)[name] for name in ("images", "prompt")))  # fmt: skip
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (example.images, example.prompt),
+        tuple(inputs(record)[name] for name in ("images", "prompt")),
+    )
     image = example.prompt.feature >= 0
     np.testing.assert_array_equal(example.prompt_weight, image.astype(np.float32))
     assert example.prompt_targets[image].tolist() == [tokenizer.encode(w)[0] for w in words]
@@ -296,9 +299,12 @@ def make_case(kind, g=2, t=5, s=4):
         images, mask = None, ragged(rng, (b,), 7, 2)
         positions = np.broadcast_to(np.arange(7, dtype=np.int32), (b, 7))
         prompt = Prompt(
-            rng.integers(0, 50, (b, 7)).astype(np.int32), mask, positions,
-            np.full((b, 7), -1, np.int32), mask.sum(1).astype(np.int32),
-        )  # fmt: skip
+            rng.integers(0, 50, (b, 7)).astype(np.int32),
+            mask,
+            positions,
+            np.full((b, 7), -1, np.int32),
+            mask.sum(1).astype(np.int32),
+        )
 
     def weights(mask):
         drawn = rng.uniform(0.5, 2, mask.shape) * (rng.random(mask.shape) > 1 / 3)
@@ -308,16 +314,20 @@ def make_case(kind, g=2, t=5, s=4):
     decoder = dict(params["decoder"])
     decoder["head"] = decoder["head"] * 20
     mask = ragged(rng, (b, g), t)
-    return Case(policy, dict(params) | {"decoder": decoder}, sft.Examples(
-        prefix=rng.integers(0, 50, s).astype(np.int32),
-        images=images,
-        prompt=prompt,
-        prompt_targets=rng.integers(0, 50, prompt.tokens.shape).astype(np.int32),
-        prompt_weight=weights(prompt.mask),
-        tokens=rng.integers(0, 50, (b, g, t)).astype(np.int32),
-        mask=mask,
-        weight=weights(mask),
-    ))  # fmt: skip
+    return Case(
+        policy,
+        dict(params) | {"decoder": decoder},
+        sft.Examples(
+            prefix=rng.integers(0, 50, s).astype(np.int32),
+            images=images,
+            prompt=prompt,
+            prompt_targets=rng.integers(0, 50, prompt.tokens.shape).astype(np.int32),
+            prompt_weight=weights(prompt.mask),
+            tokens=rng.integers(0, 50, (b, g, t)).astype(np.int32),
+            mask=mask,
+            weight=weights(mask),
+        ),
+    )
 
 
 @pytest.fixture(scope="module", params=["text", "images"])
@@ -361,10 +371,12 @@ def joined(case, row, after):
     parts = {
         "tokens": (examples.prefix, own.tokens[row][real], after),
         "positions": (
-            text_positions(0, s), own.positions[row][real] + s, text_positions(following + s, n)
+            text_positions(0, s),
+            own.positions[row][real] + s,
+            text_positions(following + s, n),
         ),
         "feature": (np.full(s, -1), own.feature[row][real], np.full(n, -1)),
-    }  # fmt: skip
+    }
     end = s + int(real.sum())
     arrays = {k: pad(np.concatenate(v), LONGEST)[None] for k, v in parts.items()}
     mask = np.arange(LONGEST)[None] < end + n
@@ -473,10 +485,12 @@ def test_a_shared_prefix_is_the_prefix_in_every_trunk(case):
     )
     total, metrics = losses(case)
     found, other = losses(
-        case, prefix=np.zeros(0, np.int32), prompt=prompt,
+        case,
+        prefix=np.zeros(0, np.int32),
+        prompt=prompt,
         prompt_targets=before(np.int32(0), e.prompt_targets),
         prompt_weight=before(np.float32(0), e.prompt_weight),
-    )  # fmt: skip
+    )
     assert found == pytest.approx(total, rel=1e-5) and other["loss"][1] == metrics["loss"][1]
     without = losses(case, prefix=np.zeros(0, np.int32))[0]
     assert without != pytest.approx(total, rel=1e-4)  # and the prefix is read

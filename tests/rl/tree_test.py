@@ -213,9 +213,11 @@ def test_padding_shifts_nothing(world, captions):
         return np.pad(a, [(0, 0), (0, 7)] + [(0, 0)] * (a.ndim - 2), constant_values=fill)
 
     padded = prompt.replace(
-        tokens=wider(prompt.tokens), mask=wider(prompt.mask), positions=wider(prompt.positions),
+        tokens=wider(prompt.tokens),
+        mask=wider(prompt.mask),
+        positions=wider(prompt.positions),
         feature=wider(prompt.feature, -1),
-    )  # fmt: skip
+    )
     longer = captions.replace(
         tokens=jnp.pad(captions.tokens, ((0, 0), (0, 0), (0, 4)), constant_values=33),
         mask=jnp.pad(captions.mask, ((0, 0), (0, 0), (0, 4))),
@@ -261,8 +263,8 @@ def test_early_stop_leaves_the_rest_empty(world, captions):
 def test_greedy_group_is_one_caption(world):
     greedy = dataclasses.replace(SAMPLING, temperature=0.0)
     decoding, key = Decoding(2, STOP, greedy), jax.random.key(0)
-    found = jax.jit(lambda params, batch: rollout(
-        world.policy, params, batch, decoding=decoding, key=key
-    ))(world.params, world.batch)  # fmt: skip
+    found = jax.jit(
+        lambda params, batch: rollout(world.policy, params, batch, decoding=decoding, key=key)
+    )(world.params, world.batch)
     np.testing.assert_array_equal(found.tokens[:, 0], found.tokens[:, 1])
     assert not np.any(found.sample_logp)

@@ -69,18 +69,18 @@ def decode_text(size, rules, per_layer=None):
 
     kv = of(size.dtype, c.layers, size.b, size.p, c.kv_heads, c.head_dim, before=(None,))
     trunk = Trunk(
-        None, of(size.dtype, size.b, c.width), KV(kv, kv, of(bool, size.b, size.p)),
+        None,
+        of(size.dtype, size.b, c.width),
+        KV(kv, kv, of(bool, size.b, size.p)),
         of(jnp.int32, size.b),
-    )  # fmt: skip
+    )
 
     decoding, valid = Decoding(size.g, (5,), Sampling(size.t)), jnp.ones(size.b, bool)
 
     def run(params, trunk, key):
         with axes.decoding(), jax.named_scope("decode"):
             weights = caches.weights(policy, params, per_layer)
-            return loop.decode_with(
-                policy, weights, trunk, decoding=decoding, valid=valid, key=key
-            )
+            return loop.decode_with(policy, weights, trunk, decoding=decoding, valid=valid, key=key)
 
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(rules))
     return hlo_costs.hlo_text(jax.jit(bind(run, rules)).lower(params, trunk, key).compile())
@@ -107,8 +107,9 @@ def copies(text, least, layers):
     return list(by_layer.values()), beside, min(moved.values())  # raises where no loop was found
 
 
-CPU = Size(DecoderConfig(256, 256, 3, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4)), jnp.float32, 8, 4,
-           40, 48)  # fmt: skip
+CPU = Size(
+    DecoderConfig(256, 256, 3, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4)), jnp.float32, 8, 4, 40, 48
+)
 
 
 @pytest.mark.parametrize("per_layer", [True, False])
@@ -133,8 +134,14 @@ def test_a_cpu_copies_neither_weights_nor_caches_of_layers_with_arrays_of_their_
 
 
 # Larger than a TPU's VMEM all together, so that what is copied is copied in HBM.
-TPU = Size(DecoderConfig(4096, 2048, 6, 16, 2, 128, 8192, 1e4, 1e-6, True, (16, 24, 24)),
-           jnp.bfloat16, 16, 8, 256, 4096)  # fmt: skip
+TPU = Size(
+    DecoderConfig(4096, 2048, 6, 16, 2, 128, 8192, 1e4, 1e-6, True, (16, 24, 24)),
+    jnp.bfloat16,
+    16,
+    8,
+    256,
+    4096,
+)
 
 
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
@@ -180,14 +187,14 @@ def test_flops_and_bytes_are_as_recorded(compared):
     for pinned, unit, name in ((PINNED_TFLOP, 1e12, "flops"), (PINNED_GB, 1e9, "hbm_bytes")):
         for phase, expected in pinned.items():
             both = (work.phases[phase] for work in (compared.tree, compared.naive))
-            found = tuple(getattr(floor, name) / unit for floor in both)
+            found = tuple(getattr(side, name) / unit for side in both)
             assert found == pytest.approx(expected, rel=0.05), (phase, name)
 
 
 @pytest.mark.slow  # it compiles the same step once more
 def test_the_trees_figures_are_the_plans(tiny, compared, monkeypatch):
     monkeypatch.setattr(hardware, "devices", lambda topology: jax.devices()[:1])
-    assert plan.make(naive.smallest(tiny), "local").floors == compared.tree.phases
+    assert plan.make(naive.smallest(tiny), "local").rooflines == compared.tree.phases
 
 
 def test_what_is_repeated_is_counted(tiny, compared):

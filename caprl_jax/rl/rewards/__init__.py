@@ -1,8 +1,8 @@
 """Reward terms: pure functions of what a caption was scored by, one file each.
 
 To add one, write `term(scored: Scored) -> float32 [b, g]`, or `term(scored, options)` with a frozen
-dataclass of options, and register it here or name it in a config by its import path. `@needs("judge")`
-declares the frozen models that a term reads from `scored.models`.
+dataclass of options, and register it here or name it in a config by its import path.
+`@needs("judge")` declares the frozen models that a term reads from `scored.models`.
 """
 
 from collections.abc import Callable, Iterable
