@@ -13,7 +13,7 @@ __all__ = ["LoadedJudge", "LoadedPolicy", "load_judge", "load_policy"]
 
 
 def __getattr__(name: str):
-    # Imported where used: the core is embedded without the data stack that these need.
+    # Imported where used, so that the core can be embedded without the data stack that these need.
     if name in __all__:
         from caprl_jax import api
         from caprl_jax.parallel import libtpu

@@ -6,8 +6,8 @@
     verdicts = judge.score(captions, questions)
 
 An object holds modules, parameters and tokenizer; its methods turn images and text into arrays and
-call functions that are pure and jitted. Who has arrays already calls those: caprl_jax.rl.rollout,
-caprl_jax.judge, caprl_jax.rl.step.
+call functions that are pure and jitted. If you already have arrays, call these functions directly:
+caprl_jax.rl.rollout, caprl_jax.judge, caprl_jax.rl.step.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ Picture = Image.Image | np.ndarray | bytes | str | Path
 
 
 def _picture(image: Picture) -> Image.Image:
-    """RGB, from a Pillow image, uint8 [height, width, 3], encoded bytes or the path of a file."""
+    """Returns RGB from a Pillow image, uint8 [height, width, 3], encoded bytes or a file's path."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(
@@ -67,10 +67,10 @@ class LoadedPolicy:
     Attributes:
       modules: Flax modules and sizes.
       params: their parameters.
-      tokenizer: of its directory.
-      processor: of its directory.
+      tokenizer: the directory's tokenizer.
+      processor: the directory's image processor.
       rules: mesh and shard rules of the parameters.
-      directory: where they were read.
+      directory: the directory they were read from.
     """
 
     modules: Policy
@@ -81,7 +81,7 @@ class LoadedPolicy:
     directory: Path
 
     def inputs(self, images: Sequence[Picture], prompt: str = PROMPT) -> tuple[Images, Prompt]:
-        """Images and their prompts as arrays, padded to a bucket that holds the largest.
+        """Returns images and prompts as arrays, padded to a bucket that holds the largest.
 
         Args:
           images: Pillow images, uint8 arrays [height, width, 3], encoded bytes or paths.
@@ -113,7 +113,7 @@ class LoadedPolicy:
         seed: int = 0,
         **sampling: Any,
     ) -> list[list[str]]:
-        """Captions, `group` for each image: [b][group] texts.
+        """Writes `group` captions for each image: [b][group] texts.
 
         Args:
           images: as for inputs.
@@ -144,7 +144,7 @@ class LoadedPolicy:
         sampling: Sampling,
         key: jax.Array,
     ) -> Rollout:
-        """rl.rollout on arrays as `inputs` makes them: Rollout [b, group, t], first b rows."""
+        """Runs rl.rollout on arrays from `inputs`: Rollout [b, group, t], first b rows."""
         count = prompt.tokens.shape[0]
         images, prompt = _put((images, prompt), self.rules)
         decoding = Decoding(group, self.tokenizer.stop, sampling)
@@ -152,7 +152,7 @@ class LoadedPolicy:
         return jax.tree.map(lambda a: a[:count], found)
 
     def logits(self, images: Sequence[Picture], texts: Sequence[str], prompt: str = PROMPT):
-        """The policy's logits at each token of a given caption of each image.
+        """Returns the policy's logits at each token of a given caption of each image.
 
         Args:
           images: as for inputs, b of them.
@@ -175,7 +175,7 @@ class LoadedPolicy:
 
 
 def _put(arrays: Any, rules: ShardRules) -> Any:
-    """Fills the batch axis up to a multiple of the mesh's, with copies, and places it."""
+    """Fills the batch axis with copies up to a multiple of the mesh's, and places it."""
     multiple = mesh_lib.batch_multiple(rules)
 
     def filled(a):
@@ -206,10 +206,10 @@ class LoadedJudge:
     Attributes:
       modules: Flax modules and sizes.
       params: their parameters.
-      tokenizer: of its directory.
-      prompt: around captions and questions.
+      tokenizer: the directory's tokenizer.
+      prompt: the text around captions and questions.
       rules: mesh and shard rules of the parameters.
-      directory: where they were read.
+      directory: the directory they were read from.
     """
 
     modules: Policy
@@ -221,7 +221,7 @@ class LoadedJudge:
 
     @functools.cached_property
     def model(self) -> Judge:
-        """The judge for rl.judge.judge, its instruction read once."""
+        """Returns the judge for rl.judge.judge, with its instruction read once."""
         prompt = jax.device_put(self.prompt.instruction(), mesh_lib.replicated(self.rules))
         decoder, params = self.modules.decoder, self.params["decoder"]
         read = compile_lib.read_instruction(decoder, params, prompt, self.rules)
@@ -237,22 +237,22 @@ class LoadedJudge:
         shuffle: bool = True,
         seed: int = 0,
     ) -> Verdicts:
-        """Has captions judged on questions, each caption on all of its image's.
+        """Judges captions on questions, each caption on all questions of its image.
 
         Args:
           captions: [b][g] texts as `caption` gives them, or [b] of one each.
           questions: [b] lists of {"question", "choices": ["A) ..", ..], "answer": "B"}.
           mode: "expected" scores p(truth), "greedy" and "sampled" 1 for a right letter.
-          temperature: of the letters' softmax.
-          shuffle: shuffle the options; the abstain option always comes last.
-          seed: of shuffling and sampling.
+          temperature: temperature of the letters' softmax.
+          shuffle: whether to shuffle the options; the abstain option always comes last.
+          seed: seed of shuffling and sampling.
 
         Returns:
           Verdicts [b, g, n], numpy; n is the largest number of questions, `valid` tells which are.
 
         Raises:
           ValueError: not as many lists of questions as images, or unequal groups.
-          MalformedRecord: a question that is none.
+          MalformedRecord: a question is malformed.
         """
         groups = [[c] if isinstance(c, str) else list(c) for c in captions]
         if len(questions) != len(groups) or len({len(g) for g in groups}) != 1:
@@ -303,11 +303,11 @@ def load_policy(
     Args:
       path: a directory in Hugging Face format, a gs:// URL of one, a hub id, or
         "asset:tiny/policy", the one that ships.
-      dtype: of the computation; default bfloat16 on accelerators, float32 on CPU.
+      dtype: dtype of computation; default bfloat16 on accelerators, float32 on CPU.
       mesh: where the parameters go, as caprl_jax.parallel.mesh.make_mesh makes it; default all
         devices on the axis fsdp.
-      revision: of a hub id.
-      param_dtype: of the parameters; default that of the computation.
+      revision: revision of a hub id.
+      param_dtype: dtype of the parameters; default the dtype of computation.
 
     Raises:
       ModelDirectoryError: there is no such model, or it is not supported.

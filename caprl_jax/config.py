@@ -1,4 +1,4 @@
-"""Configs: made from the settings of each room, and checked by them.
+"""Configs, which are made from the settings of each package and checked by them.
 
 A file in configs/ starts from `default()` and changes what its run needs. Every key is a field of
 one of the dataclasses in `sections()`, which holds its default, meaning and range.
@@ -55,7 +55,7 @@ SLICES = ("micro_batches", "prefill_batches", "score_batches", "rollout_batches"
 
 
 def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
-    """The dataclasses whose fields are the keys of each section; "" is the top level.
+    """Returns the dataclasses whose fields are each section's keys; "" is the top level.
 
     Args:
       objective: "caprl" or "sft", which alone has the section `sft`.
@@ -81,7 +81,7 @@ def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
 
 
 def default(objective: str = "caprl", source: str = "digits") -> ml_collections.ConfigDict:
-    """All keys with their defaults.
+    """Returns all keys with their defaults.
 
     Args:
       objective: "caprl" or "sft".
@@ -102,7 +102,7 @@ def default(objective: str = "caprl", source: str = "digits") -> ml_collections.
 
 
 def _opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with those sections unlocked whose keys are the user's own."""
+    """Unlocks the config's sections whose keys the user chooses."""
     options = (config.caprl[f"{name}_options"] for name in CHOICES)
     for section in (config.sinks, config.caprl.rewards, *options):
         section.unlock()
@@ -110,7 +110,7 @@ def _opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Fills in place what chosen entries leave to their defaults, so that every key is there.
+    """Fills defaults of chosen entries in place, so that every key is there.
 
     Reward terms and sinks become {term or sink, weight, options}, and options get all of their
     keys.
@@ -144,7 +144,7 @@ def _fill(section: ml_collections.ConfigDict, values: dict, options: dict | None
 
 
 def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) -> Choice:
-    """The entry of a section of entries {kind, options, ..} by name, with its options checked."""
+    """Returns an entry by name from a section of {kind, options, ..}, its options checked."""
     entry = get(config, where)[name]
     if not is_section(entry):
         raise ConfigError(
@@ -161,7 +161,7 @@ def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) ->
 
 
 def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
-    """The reward terms of a config, in the order of their names."""
+    """Returns the reward terms of a config, in the order of their names."""
     rewards = config.caprl.rewards
     return tuple(
         Term(
@@ -174,21 +174,21 @@ def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
 
 
 def choice(config: ml_collections.ConfigDict, name: str) -> Choice:
-    """The chosen entry of caprl.NAME: "advantage", "loss", "aggregation" or "kl_estimator"."""
+    """Returns caprl.NAME's entry: "advantage", "loss", "aggregation" or "kl_estimator"."""
     with about(f"caprl.{name}_options"):
         return CHOICES[name].choose(config.caprl[name], config.caprl[f"{name}_options"])
 
 
 def sinks(config: ml_collections.ConfigDict) -> dict[str, Choice]:
-    """The metric sinks of a config by name."""
+    """Returns the metric sinks of a config by name."""
     return {name: _entry(config, "sinks", "sink", name, SINKS) for name in sorted(config.sinks)}
 
 
 class about:
-    """Context that turns a ValueError into a ConfigError that names the section it is about."""
+    """Context that turns a ValueError into a ConfigError that names the config's section."""
 
     def __init__(self, key: str):
-        """`key` is dotted; "" is the top level."""
+        """Stores the section's dotted `key`; "" is the top level."""
         self._key = key
 
     def __enter__(self) -> None:
@@ -204,14 +204,14 @@ class about:
 
 
 def get(config: ml_collections.ConfigDict, key: str) -> Any:
-    """The value of a dotted key."""
+    """Returns the value of a dotted key."""
     for part in key.split("."):
         config = config[part]
     return config
 
 
 def open_keys(config: ml_collections.ConfigDict) -> list[str]:
-    """Keys that the config leaves open, in the order of OPEN."""
+    """Returns the keys that the config leaves open, in the order of OPEN."""
     return [key for key, value in OPEN.items() if get(config, key) == value]
 
 
@@ -219,7 +219,7 @@ def require_settled(config: ml_collections.ConfigDict) -> None:
     """Refuses a config that leaves keys open.
 
     Raises:
-      ConfigError: naming them.
+      ConfigError: some are open; the message names them.
     """
     if left := open_keys(config):
         named = ", ".join(f"config.{key}={OPEN[key]!r}" for key in left)
@@ -229,10 +229,10 @@ def require_settled(config: ml_collections.ConfigDict) -> None:
 
 
 def slices_of(config: ml_collections.ConfigDict, name: str) -> int:
-    """The number of slices of caprl.NAME, where 0 is as many as micro_batches.
+    """Returns the number of slices of caprl.NAME, where 0 means as many as micro_batches.
 
     Raises:
-      ConfigError: it is open.
+      ConfigError: the key is open.
     """
     count = config.caprl[name]
     if not count and name != "rollout_batches":
@@ -246,7 +246,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Checks everything that can be checked without reading a file.
 
     Raises:
-      ConfigError: naming the key, its value, and what it may be.
+      ConfigError: the message names the key, its value, and the allowed values.
     """
     with about(""):
         make(General, {k: config[k] for k in _names((General,)) if k in config})
@@ -293,7 +293,7 @@ def _check_section(config: Any, name: str, classes: tuple[type, ...]) -> None:
 
 
 def may_change(key: str, config: ml_collections.ConfigDict) -> bool:
-    """Tells whether a resumed run may change a dotted key: results stay equal but for rounding."""
+    """Tells whether a resumed run may change a dotted key: results differ only by rounding."""
     section, _, rest = key.partition(".")
     known = sections(config.objective, config.data.source)
     classes, name = (known[section], rest) if section in known else (known[""], section)
@@ -303,7 +303,7 @@ def may_change(key: str, config: ml_collections.ConfigDict) -> bool:
 
 
 def rows(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, meaning with range) of every key of a config."""
+    """Yields (key, value, meaning with range) of every key of a config."""
     for section, classes in sections(config.objective, config.data.source).items():
         values = config[section] if section else config
         for field in (f for cls in classes for f in dataclasses.fields(cls)):

@@ -1,23 +1,23 @@
-"""Errors that the user can mend: commands print them in one paragraph, without a traceback."""
+"""Errors that the user can fix: commands print them in one paragraph, without a traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Config, model, data or image that can't be used; the message names it and the way out."""
+    """Error of an unusable config, model, data or image; the message names it and a remedy."""
 
 
 class ConfigError(UserError):
-    """A config that can't run; the message names the key and the way out."""
+    """Error of a config that can't run; the message names the key and a remedy."""
 
 
 class ModelDirectoryError(UserError):
-    """A model directory that can't be used; the message names it and what is wrong."""
+    """Error of an unusable model directory; the message names it and the fault."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The names as a list; if one is near, a question whether it was meant."""
+    """Lists the names; if one is near, asks whether it was meant."""
     names = list(names)
     near = difflib.get_close_matches(str(name), names, 1)
     listed = ", ".join(repr(n) for n in names[:20]) or "none"

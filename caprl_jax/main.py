@@ -2,9 +2,9 @@
 
 python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
 
-Several processes, one on each host: the same command in each, with the same --workdir on a disk
-that they share, and --coordinator=HOST:PORT --processes=N --process=I where JAX does not find that
-out by itself (it does under Slurm and on TPU pods).
+For several processes, one on each host, give the same command in each, with the same --workdir on a
+shared disk, and --coordinator=HOST:PORT --processes=N --process=I if JAX does not find these by
+itself (it does under Slurm and on TPU pods).
 """
 
 import sys

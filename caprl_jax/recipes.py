@@ -1,4 +1,4 @@
-"""Shared by the configs of real-size runs: their arguments, the released recipe, the mesh."""
+"""Parts that configs of real-size runs share: arguments, the released recipe and the mesh."""
 
 import ml_collections
 
@@ -8,14 +8,14 @@ from caprl_jax.parallel import mesh
 
 
 def choose(argument: str, *groups: tuple[str, ...]) -> list[str]:
-    """One word of each group from a config file's argument, "released,v5e_16" say.
+    """Chooses one word of each group from a config file's argument, like "released,v5e_16".
 
     Args:
-      argument: words joined by commas, in any order; a group that none is of takes its first.
+      argument: words joined by commas, in any order; a group without a word takes its first.
       groups: words to choose from.
 
     Raises:
-      ConfigError: a word is of no group, or two are of one.
+      ConfigError: a word is in no group, or two are in one group.
     """
     words = [w for w in argument.split(",") if w]
     chosen = []
@@ -37,7 +37,7 @@ def decode_over_tensor(c: ml_collections.ConfigDict, tensor: int, heads: bool) -
     """Sets a mesh whose tensor axis trains like fsdp and cuts the weights in decoding.
 
     Args:
-      c: to be changed.
+      c: the config to be changed.
       tensor: size of the axis.
       heads: as for mesh.decode_over_tensor, which makes the tables.
     """
@@ -48,11 +48,11 @@ def decode_over_tensor(c: ml_collections.ConfigDict, tensor: int, heads: bool) -
 
 
 def pieces(c: ml_collections.ConfigDict, count: int) -> None:
-    """Sets what `released` leaves open as real-size runs on named hardware have it.
+    """Sets the keys that `released` leaves open, as real-size runs on named hardware have them.
 
     Args:
-      c: to be changed.
-      count: slices of the batch, caprl.micro_batches; it is captioned in one.
+      c: the config to be changed.
+      count: slices of the batch, caprl.micro_batches; captions are drawn in one slice.
     """
     c.policy.remat = "full"
     c.caprl.micro_batches, c.caprl.rollout_batches = count, 1
@@ -60,7 +60,7 @@ def pieces(c: ml_collections.ConfigDict, count: int) -> None:
 
 
 def released(policy: str, judge: str, side: int, windows: int) -> ml_collections.ConfigDict:
-    """The released code's recipe on CapRL-QA-75K: RLOO, no KL, 8 questions with replacement.
+    """Returns the released recipe on CapRL-QA-75K: RLOO, no KL, 8 questions with replacement.
 
     Mesh, slices and rematerialisation are left open: run.fit chooses them for the devices.
 
@@ -74,7 +74,7 @@ def released(policy: str, judge: str, side: int, windows: int) -> ml_collections
     c.update_from_flattened_dict(OPEN)
     c.policy.path = policy
     c.judge.path, c.judge.mode = judge, "sampled"
-    c.steps = 1800  # where the shipped checkpoint was taken; a pass over the data is about 588
+    c.steps = 1800  # the shipped checkpoint's step; a pass over the data is about 588 steps
     c.sampling.max_tokens = 1024
     c.caprl.group = 8
     c.caprl.advantage = "rloo"

@@ -1,4 +1,4 @@
-"""Registries: names of rewards, advantages, losses and the like, and entries from other packages.
+"""Registries of rewards, advantages, losses and the like, by name or import path.
 
 A registry maps a name to a function and the frozen dataclass of its options, which is the type of
 the function's parameter `options`. An entry from outside the package is named by its import path,
@@ -36,7 +36,7 @@ class Choice:
     options: Any = NoOptions()
 
     def __call__(self, *args: Any) -> Any:
-        """function(*args), with the options appended if the function takes options."""
+        """Calls function(*args), with the options appended if the function takes options."""
         if isinstance(self.options, NoOptions):
             return self.function(*args)
         return self.function(*args, self.options)
@@ -49,14 +49,14 @@ class Registry:
         """Makes an empty registry.
 
         Args:
-          kind: what an entry is, for messages: "reward".
+          kind: the kind of entry, for messages: "reward".
           parameters: names of the parameters that each function takes, before `options`.
         """
         self.kind, self.parameters = kind, parameters
         self._functions: dict[str, Callable] = {}
 
     def register(self, name: str) -> Callable[[Callable], Callable]:
-        """Decorator that adds a function under a name."""
+        """Returns a decorator that adds a function under a name."""
 
         def add(function: Callable) -> Callable:
             if name in self._functions:
@@ -68,11 +68,11 @@ class Registry:
         return add
 
     def names(self) -> tuple[str, ...]:
-        """Names of the package's own entries."""
+        """Returns the names of the package's own entries."""
         return tuple(self._functions)
 
     def find(self, name: str) -> Callable:
-        """The function of a name, or of an import path "package.module:function".
+        """Returns the function of a name, or of an import path "package.module:function".
 
         Raises:
           ConfigError: there is no such entry; the message names the nearest.
@@ -99,11 +99,11 @@ class Registry:
         return function
 
     def options_type(self, name: str) -> type:
-        """The dataclass of an entry's options; NoOptions for a function without."""
+        """Returns the dataclass of an entry's options; NoOptions for a function without options."""
         return _options_type(self.find(name))
 
     def choose(self, name: str, options: Mapping[str, Any] | None = None) -> Choice:
-        """An entry with its options checked.
+        """Returns an entry with its options checked.
 
         Raises:
           ConfigError: there is no such entry or option, or an option's value is out of range.

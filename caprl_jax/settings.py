@@ -15,15 +15,15 @@ _KEY = "setting"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The facts of a field beside its type.
+    """The facts about a field besides its type.
 
     Attributes:
-      meaning: for people, with the unit.
+      meaning: the description for people, with the unit.
       least: the smallest value.
       above: a bound below every value.
       most: the largest value.
       choices: allowed values, or the registry (registry.Registry) whose entries are allowed.
-      resume: whether a resumed run may change it: results don't depend on it but for rounding.
+      resume: whether a resumed run may change it: results depend on it only by rounding.
     """
 
     meaning: str
@@ -34,7 +34,7 @@ class Setting:
     resume: bool = False
 
     def names(self) -> tuple[str, ...]:
-        """The allowed values, if they are listed."""
+        """Returns the allowed values, if they are listed."""
         return self.choices.names() if self.by_registry else tuple(self.choices or ())
 
     @property
@@ -43,7 +43,7 @@ class Setting:
         return hasattr(self.choices, "find")
 
     def range(self) -> str:
-        """The allowed values in words; empty if any will do."""
+        """Describes the allowed values in words; empty if any value is allowed."""
         bounds = (("at least", self.least), ("above", self.above), ("at most", self.most))
         words = [f"{word} {bound}" for word, bound in bounds if bound is not None]
         if self.choices is not None:
@@ -54,7 +54,7 @@ class Setting:
 
 
 def setting(default: Any, meaning: str, **known: Any) -> Any:
-    """A dataclass field that is a setting; `known` as Setting's attributes."""
+    """Returns a dataclass field that is a setting; `known` holds Setting's attributes."""
     metadata = {_KEY: Setting(meaning, **known)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -62,19 +62,19 @@ def setting(default: Any, meaning: str, **known: Any) -> Any:
 
 
 def of(field: dataclasses.Field) -> Setting:
-    """The setting of a field; one without a meaning for a plain field."""
+    """Returns the setting of a field; one without a meaning for a plain field."""
     return field.metadata.get(_KEY, Setting(""))
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """A field's default."""
+    """Returns a field's default."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def make(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass of settings, from plain values.
+    """Makes an instance of a dataclass of settings from plain values.
 
     Raises:
       ConfigError: an unknown name, or a value out of range; the message begins with the name.
@@ -97,12 +97,12 @@ def make(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def is_section(value: Any) -> bool:
-    """Tells whether a value is a dict or a ConfigDict, which is no Mapping."""
+    """Tells whether a value is a dict or a ConfigDict, which is not a Mapping."""
     return hasattr(value, "items")
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, config sections as dicts."""
+    """Converts lists to tuples, and config sections to dicts."""
     if is_section(value):
         return {k: _plain(v) for k, v in value.items()}
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

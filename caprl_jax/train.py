@@ -1,4 +1,4 @@
-"""The host loop: next batch, step, log; at times evaluate and checkpoint; at the end report."""
+"""The host loop: next batch, step, log; sometimes evaluation and checkpoint; then the report."""
 
 import contextlib
 import dataclasses
@@ -19,23 +19,23 @@ from caprl_jax.run import build, compile, export, fit, memory, metrics, summary
 from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints, saved_config
 
-# What a run trains: its builder, and the step that is compiled.
+# The builder of each objective, and the step that it compiles.
 OBJECTIVES = {"caprl": (build.caprl, caprl_step), "sft": (build.sft, sft_step)}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains what the config says in workdir, resuming a run that lies there.
+    """Trains the config's model in workdir; resumes a run that workdir holds.
 
     Args:
       config: as caprl_jax.config.default makes it.
       workdir: for metrics, checkpoints, export, summary.json and report.html.
 
     Returns:
-      The summary; {} in other processes than the first.
+      The summary; {} in processes other than the first.
 
     Raises:
       ConfigError, ModelDirectoryError: before anything is compiled.
-      Stopped: by SIGTERM, with a checkpoint written.
+      Stopped: SIGTERM arrived, and a checkpoint is written.
     """
     started = time.time()
     config_lib.validate(config)
@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         ceiling = task.ceiling()
     if config.export.when != "never":
         loop.export(state)
-    processes.wait()  # until all have told what they set aside
+    processes.wait()  # until all have reported the records they set aside
     if not processes.is_first():
         return {}
     figures = summary.Figures(before, after, ceiling, time.time() - started)
@@ -90,7 +90,7 @@ class Loop:
         return state, after
 
     def steps(self, state: Any, writer: metrics.MetricWriter) -> Any:
-        """Steps from state.step to config.steps, or to the end of the data; returns the state."""
+        """Runs steps from state.step to config.steps or the end of the data; returns the state."""
         config, task, done = self.config, self.task, int(state.step)
         replicated = jax.tree.leaves(state)[0].sharding
         key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated)(config.seed)
@@ -111,7 +111,7 @@ class Loop:
                         "the data end after %d epochs, at step %d", config.data.epochs, step - 1
                     )
                     break
-                # What the loop means to move it moves explicitly; anything else is a mistake.
+                # The loop moves arrays explicitly; an implicit transfer is a mistake.
                 with jax.transfer_guard("disallow"):
                     state, measured = task.step(state, placed, key)
                 if step % config.log_every == 0 or step == config.steps:
@@ -130,13 +130,13 @@ class Loop:
         bar.show(step, values)
 
     def _now_and_then(self, step: int, state: Any, writer: metrics.MetricWriter) -> None:
-        """Evaluates, writes checkpoints and exports, where the config wants it after this step."""
+        """Evaluates, writes checkpoints and exports, if the config asks for it after this step."""
         config, last = self.config, step >= self.config.steps
         if config.eval.every and step % config.eval.every == 0 and not last:
             writer.write(step, self.task.evaluate(state.params)[0], prefix="eval/")
         if step % config.checkpoint.every == 0:
             self.checkpoints.save(step, state, config)
-            # The last one waits for its held-out figures.
+            # The last export waits for its held-out figures.
             if config.export.when == "checkpoints" and not last:
                 self.export(state)
 
@@ -149,7 +149,7 @@ class Loop:
         return state
 
     def export(self, state: Any) -> None:
-        """Writes the model as it is now to WORKDIR/export/STEP."""
+        """Writes the current model to WORKDIR/export/STEP."""
         step, task = int(state.step), self.task
         card = export.model_card(self.config, step, export.figures(self.workdir, step))
         model = export.Trained(task.policy, state.params, task.source)

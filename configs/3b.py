@@ -2,9 +2,9 @@
 
 Arguments:  a recipe, released (default): RLOO, no KL, 8 questions drawn with replacement
                       paper: GRPO, KL to the start, 4 questions with shuffled options
-            and what it runs on: found (default): mesh, slices and rematerialisation are chosen for
-            the devices that are there; or, with values written down here, v5e_16, v6e_16, v5p_8,
-            v5p_64, h200 (one GPU), h200_8 (a node of them; its mesh takes any number); as in
+            and the hardware, found (default): mesh, slices and rematerialisation are chosen for
+            the present devices; or one with fixed values below: v5e_16, v6e_16, v5p_8, v5p_64,
+            h200 (one GPU), h200_8 (a node of them; its mesh takes any number). An example is
             3b.py:paper,v5p_8
 Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/      (parquet or JSON lines: data/files.py)
@@ -12,7 +12,7 @@ Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
             --config.judge.path name directories.
 Measured:   not at full size on an accelerator yet. On 2 CPU cores the same config runs with random
             weights of the real layout and tiny sizes (tests/real_data_test.py).
-Hardware:   chosen for the devices that are there, as reckoned from shapes (run/reckon.py; with no
+Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.py, without a
             compiler; python -m caprl_jax.fit --config=configs/3b.py --devices=h100:8 prints it):
 
             | devices        | remat    | slices | GiB a device  |
@@ -26,13 +26,13 @@ Hardware:   chosen for the devices that are there, as reckoned from shapes (run/
             | v6e:4x4        | full     | 2      | 26.6 of 31.2  |
             | v5p:2x2x2      | products | 8      | 72.2 of 95.0  |
 
-            (Of a GPU's memory JAX takes 75% unless XLA_PYTHON_CLIENT_MEM_FRACTION says another.)
-            With values written down, compiled ahead of time (caprl_jax.plan; seconds by roofline,
+            (JAX takes 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.)
+            With fixed values, compiled ahead of time (caprl_jax.plan; seconds by roofline,
             real steps take longer), GiB a device: v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s a step;
             v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
             (v5p:4x4x4) 11.9 of 95, 2.9 s; h200 (one) 94.0 of 131, 80.6 s; h200_8 23.0 of 131,
             10.7 s. h200 captions its batch in slices, whose draws differ: a run begun on other
-            devices doesn't go on with that argument. With `found` it does, in the slices that it
+            devices can't continue with that argument. With `found` it can, in the slices that it
             began with.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """

@@ -1,14 +1,14 @@
 """CapRL with Qwen2.5-VL-7B as policy and Qwen2.5-7B-Instruct as judge, on CapRL-QA-75K.
 
-Arguments:  what it runs on: found (default): mesh, slices and rematerialisation are chosen for the
-            devices that are there; or, with values written down here, v5p_16, v5e_64
+Arguments:  the hardware, found (default): mesh, slices and rematerialisation are chosen for the
+            present devices; or one with fixed values below: v5p_16, v5e_64
 Command:    python -m caprl_jax.main --config=configs/7b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
 Hardware:   planned (caprl_jax.plan; seconds by roofline, real steps take longer), GiB a chip:
             v5p_16 (v5p:2x2x4) 24.3 of 95, 18.7 s a step; v5e_64 (v5e:8x8) 12.7 of 16, 14.4 s
 Expected:   no figures are published for this size; the untrained 7B stands at 44.9 in the Prism
-            average where the trained 3B reaches 48.3 (arXiv 2509.22647, Table 3).
+            average, in which the trained 3B reaches 48.3 (arXiv 2509.22647, Table 3).
 """
 
 from caprl_jax.recipes import choose, decode_over_tensor, pieces, released

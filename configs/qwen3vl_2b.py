@@ -1,11 +1,11 @@
 """CapRL with Qwen3-VL-2B as policy and Qwen3-4B as judge, on CapRL-QA-75K.
 
-Arguments:  what it runs on: found (default): mesh, slices and rematerialisation are chosen for the
-            devices that are there; or, with values written down here, v5e_16
+Arguments:  the hardware, found (default): mesh, slices and rematerialisation are chosen for the
+            present devices; or one with fixed values below: v5e_16
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_2b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
-Hardware:   not planned yet; the shapes of qwen3vl_4b.py, which is larger, were (see there).
+Hardware:   not planned yet; the larger qwen3vl_4b.py is planned (see there).
 Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL 2.0 trains this
             size.
 """
@@ -23,6 +23,6 @@ def get_config(argument=""):
         pieces(c, PIECES[hardware])
         c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 7 GiB a chip
         decode_over_tensor(c, 4, heads=True)
-    c.optimizer.learning_rate = 1e-5  # CapRL++'s, as its constant schedule
+    c.optimizer.learning_rate = 1e-5  # CapRL++'s value, like its constant schedule
     c.optimizer.schedule = "constant"
     return c

@@ -1,7 +1,7 @@
 """CapRL with Qwen3-VL-4B as policy and Qwen3-4B as judge, on CapRL-QA-75K.
 
-Arguments:  what it runs on: found (default): mesh, slices and rematerialisation are chosen for the
-            devices that are there; or, with values written down here, v5e_16
+Arguments:  the hardware, found (default): mesh, slices and rematerialisation are chosen for the
+            present devices; or one with fixed values below: v5e_16
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_4b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
@@ -24,6 +24,6 @@ def get_config(argument=""):
         pieces(c, PIECES[hardware])
         c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 9 GiB a chip
         decode_over_tensor(c, 4, heads=True)
-    c.optimizer.learning_rate = 1e-5  # CapRL++'s, as its constant schedule
+    c.optimizer.learning_rate = 1e-5  # CapRL++'s value, like its constant schedule
     c.optimizer.schedule = "constant"
     return c

@@ -14,7 +14,7 @@ Measured:  one CPU core, seed 0, with four options alone: recall 2000 steps in 2
            steps of letters after it (--config.policy.path=asset:tiny/judge as it was then) in
            51 min on a core shared with other work: of the quiz with 2 to 6 options it answered
            70% unlike an exact reader before, 2.9% after 200 steps, 1.1% after 1000 and 0.9% at
-           the end (where is 2.9%, all else 0%). tests/models/shipped_options_test.py tells how
+           the end (where is 2.9%, all else 0%). tests/models/shipped_options_test.py shows how
            it reads each number of options.
 """
 
@@ -37,7 +37,7 @@ def get_config(stage="recall"):
         c.steps = 2000
         c.policy.init = "random"
         c.optimizer.learning_rate = 1e-3
-        # More digits than the captions of the RL run hold: more facts to look up in each.
+        # More digits than in the RL run's captions give more facts to look up in each.
         c.data.digits = (2, 8)
         c.data.max_prompt = 44
         c.sft.max_tokens = 48

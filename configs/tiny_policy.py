@@ -2,8 +2,9 @@
 
 Command:   python -m caprl_jax.main --config=configs/tiny_policy.py \
                --config.policy.path=DIR/policy     (DIR from python -m caprl_jax.tiny_models)
-Measured:  one CPU core, 2000 steps, seed 0, 21 min: of what held-out greedy captions state 98.4% is
-           true, and they state 42% of what there is (sampled: 96.6% and 35%). It is what ships.
+Measured:  one CPU core, 2000 steps, seed 0, 21 min: 98.4% of the facts that held-out greedy
+           captions state are true, and they state 42% of all facts (sampled: 96.6% and 35%). This
+           model ships.
 """
 
 from caprl_jax.config import default

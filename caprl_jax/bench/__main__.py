@@ -34,7 +34,7 @@ from caprl_jax.run import fit
 
 
 def define_flags() -> None:
-    """This command's flags."""
+    """Defines this command's flags."""
     flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
     flags.DEFINE_integer("repeats", 5, "Repeats of each phase.", lower_bound=1)
     flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         if flags.FLAGS.naive:
             print(naive.tell(naive.compare(config)))
         elif flags.FLAGS.images:
-            from caprl_jax.bench import images  # it reads models and data, which phases do without
+            from caprl_jax.bench import images  # it reads models and data, which phases don't need
 
             pace = images.measure(config, flags.FLAGS.repeats)
             print(images.tell(pace))
@@ -71,19 +71,19 @@ def main(argv: list[str]) -> None:
 
 
 def require_known(flag: str, wanted: Collection[str], known: Collection[str]) -> None:
-    """Raises ConfigError if what a flag asks for isn't there."""
+    """Raises ConfigError if a flag names something unknown."""
     if unknown := set(wanted) - set(known):
         raise ConfigError(f"--{flag}: {', '.join(unknown)} is none of {', '.join(known)}")
 
 
 def write(found: Any) -> None:
-    """Writes --json, if it is asked for."""
+    """Writes the file of --json, if it is given."""
     if flags.FLAGS.json:
         Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2, default=str))
 
 
 def time_phases(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:
-    """Times phases and prints."""
+    """Times phases and prints the results."""
     require_known("phases", wanted, PHASES)
     timings = measure(config, wanted, repeats, flags.FLAGS.lengths == "natural")
     device = jax.devices()[0]
@@ -96,7 +96,7 @@ def time_phases(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repe
 
 
 def scale(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:
-    """Times the step at several sizes and prints; what is measured is written size by size."""
+    """Times the step at several sizes and prints; results are written after each size."""
     require_known("scaling", wanted, scaling.SWEEPS)
     found = {}
     for name in wanted:
@@ -111,12 +111,12 @@ def scale(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: i
 
 
 def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
-    """Compares with a peer and prints."""
+    """Compares with a peer and prints the results."""
     peers.require_installed(peer)
     peers.require_cpu()
     validate(config)
     fit.settle(config, jax.devices())
-    if peer == "trl":  # each reads models and data, which phases do without
+    if peer == "trl":  # each reads models and data, which phases don't need
         from caprl_jax.bench import trl_peer as other
     else:
         from caprl_jax.bench import generate_peer as other

@@ -1,4 +1,4 @@
-"""Captions drawn by this project's rollout and by transformers' generate()."""
+"""Comparison of captions drawn by this project's rollout and by transformers' generate()."""
 
 import dataclasses
 import functools
@@ -25,11 +25,11 @@ from caprl_jax.rl.types import Batch, Decoding, Rollout
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import load
 
-_GREEDY = 8  # tokens compared
+_GREEDY = 8  # number of tokens that are compared
 
 
 class Ours:
-    """The rollout of this project, jitted, with weights read from the policy's directory."""
+    """This project's rollout, jitted, with weights read from the policy's directory."""
 
     def __init__(self, work: Work):
         """Reads the weights."""
@@ -43,7 +43,7 @@ class Ours:
 
     def _jit(self, tokens: int, temperature: float) -> Callable:
         policy, group = self._work.policy, self._work.config.caprl.group
-        # No token ends a caption: as many are drawn as are asked for.
+        # No token ends a caption, so exactly the number asked for is drawn.
         decoding = Decoding(group, (self._work.vocab,), Sampling(tokens, temperature))
 
         def draw(params, batch, key):
@@ -52,21 +52,21 @@ class Ours:
         return jit(draw, self._rules)
 
     def __call__(self, tokens: int, temperature: float = 1.0) -> Rollout:
-        """So many tokens of each caption."""
+        """Draws this many tokens of each caption."""
         self._draws += 1
         key = jax.random.fold_in(self._key, self._draws)
         return self._jitted(tokens, temperature)(self.params, self._batch, key)
 
 
 class Theirs:
-    """generate() of transformers, in each of the ways it has to draw many captions an image."""
+    """generate() of transformers, in each of its ways to draw many captions per image."""
 
     def __init__(self, work: Work):
         """Reads the weights."""
         self.model, self.inputs = torch_models.policy(work), torch_models.inputs(work)
         self._group = work.config.caprl.group
         compiled = CompileConfig(fullgraph=False, dynamic=False)
-        compiled._compile_all_devices = True  # transformers leaves CPUs out unless told
+        compiled._compile_all_devices = True  # transformers excludes CPUs by default
         plain = functools.partial(self._plain, use_cache=True)
         static = functools.partial(plain, cache_implementation="static")
         self.ways = {
@@ -80,8 +80,8 @@ class Theirs:
 
     def _drawn(self, tokens: int, sample: bool, **options) -> np.ndarray:
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        # Without an end-of-sequence id no token is looked at for being one: the quickest way to
-        # draw exactly so many.
+        # Without an end-of-sequence id, no token is compared with one: this is the quickest way to
+        # draw exactly this many.
         out = self.model.generate(
             **options,
             **(how if sample else {"do_sample": False}),
@@ -93,14 +93,14 @@ class Theirs:
         return out[:, self.inputs["input_ids"].shape[1] :].numpy()
 
     def _plain(self, tokens: int, sample: bool = True, **options) -> np.ndarray:
-        if not sample:  # greedy captions of one image are all the same: beams alone repeat there
+        if not sample:  # greedy captions of an image are all the same; only beams repeat them
             return self._drawn(tokens, sample, **self.inputs, **options)
         return self._drawn(
             tokens, sample, **self.inputs, num_return_sequences=self._group, **options
         )
 
     def _from_one_prompt(self, tokens: int, sample: bool = True) -> np.ndarray:
-        """Reads all but the prompt's last token once an image; generate() goes on from there."""
+        """Reads all but the prompt's last token once per image; generate() continues from there."""
         ids, g = self.inputs["input_ids"], self._group
         texts = ("input_ids", "attention_mask", "mm_token_type_ids")
         before = {k: a[:, :-1] if k in texts else a for k, a in self.inputs.items()}
@@ -115,12 +115,12 @@ class Theirs:
             )
 
     def greedy(self, tokens: int) -> np.ndarray:
-        """int [b, tokens]."""
+        """Draws greedy captions: int [b, tokens]."""
         return self._plain(tokens, sample=False)
 
 
 def checks(work: Work, ours: Ours, theirs: Theirs) -> list[Checked]:
-    """In what both sides must agree before they are timed."""
+    """Returns the checks on which both sides must agree before they are timed."""
     config, prompt = work.config, work.prompt
     ids = theirs.inputs["input_ids"].numpy()
     features = ids == work.filler.image_token
@@ -160,22 +160,22 @@ def parameters(params: Any) -> int:
 
 @dataclasses.dataclass
 class Took:
-    """Seconds of one of their ways: the first time, when warm, and of one token."""
+    """Seconds of one of their ways: the first time, when warm, and for one token."""
 
     first: float
     whole: float
     one: float
 
     def __str__(self) -> str:
-        """For the table."""
+        """Formats the seconds for the table."""
         return f"{self.whole:.2f} s, decode {self.whole - self.one:.2f}; first {self.first:.1f}"
 
 
 def try_ways(theirs: Theirs, work: Work) -> dict[str, Took | str]:
-    """Times each of their ways to draw the batch's captions, or tells how it fails.
+    """Times each of their ways to draw the batch's captions, or reports its failure.
 
     Raises:
-      WorkDiffers: a way draws other than the asked number of tokens.
+      WorkDiffers: a way draws another number of tokens than asked.
     """
     t, found = work.config.sampling.max_tokens, {}
     for name, way in theirs.ways.items():
@@ -186,7 +186,7 @@ def try_ways(theirs: Theirs, work: Work) -> dict[str, Took | str]:
 
         try:
             first, whole, _, one = run(t), run(t), run(1), run(1)
-        except Exception as e:  # of the compiler, say, where there is none
+        except Exception as e:  # for example, there is no compiler
             found[name] = f"fails here: {type(e).__name__}: {str(e).splitlines()[0][:80]}"
             continue
         peers.require_same([Checked(f"{name}: tokens", (work.captions, t), drawn[1])])
@@ -200,7 +200,7 @@ def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Co
     Models that the config names by size alone are made in folder.
 
     Raises:
-      WorkDiffers: the two sides don't do the same.
+      WorkDiffers: the two sides don't do the same work.
     """
     peers.keep_memory()
     work = work_lib.make(config, folder)
@@ -225,7 +225,7 @@ def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Co
 
 
 def _in_turns(ours: Ours, theirs: Callable, tokens: int, repeats: int) -> tuple[Pairs, Pairs]:
-    """(pairs with so many tokens, pairs with one)."""
+    """Returns (pairs with this many tokens, pairs with one)."""
     found = {tokens: Pairs(), 1: Pairs()}
     for t in found:
         jax.block_until_ready(ours(t))

@@ -1,8 +1,8 @@
-"""Measures images per second of the data pipeline alone, from encoded pictures.
+"""Measurement of the data pipeline's images per second, from encoded pictures.
 
-The pictures stand in for photographs, smooth colours under some grain, as large as the config
-takes; processor, buckets and threads are the run's. A step that takes longer than its batch does
-here never waits for images.
+The pictures stand in for photographs: smooth colours with some grain, as large as the config
+takes. Processor, buckets and threads are those of the run. A step never waits for images if it
+takes longer than its batch does here.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ from caprl_jax.models.hf import sizes
 from caprl_jax.plan import shapes
 from caprl_jax.run import load
 
-_PICTURES = 16  # of which the data consist, again and again
-_WARM = 1  # batches that aren't timed
+_PICTURES = 16  # number of pictures, which the data repeat
+_WARM = 1  # number of batches that aren't timed
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """The measurement.
+    """The measured pace of the data pipeline.
 
     Attributes:
-      seconds: of each batch.
-      batch: images of it.
-      side: pixels of a square picture.
-      threads: that make images.
+      seconds: seconds of each batch.
+      batch: images per batch.
+      side: pixels on the side of a square picture.
+      threads: threads that make images.
       held: bytes of one image's arrays.
     """
 
@@ -54,12 +54,12 @@ class Pace:
 
     @property
     def images_a_second(self) -> float:
-        """Over all batches."""
+        """Returns images per second over all batches."""
         return self.batch * len(self.seconds) / sum(self.seconds)
 
 
 def photograph(side: int, rng: np.random.Generator) -> bytes:
-    """A JPEG of side x side pixels, about as large as a photograph's."""
+    """Returns a JPEG of side x side pixels, about as many bytes as a photograph's."""
     coarse = rng.integers(0, 256, (side // 8, side // 8, 3), np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
     grain = rng.normal(0, 6, smooth.shape)
@@ -70,7 +70,7 @@ def photograph(side: int, rng: np.random.Generator) -> bytes:
 
 
 def records(side: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Stored elements, each with a picture and three questions."""
+    """Makes stored elements, each with a picture and three questions."""
     rng = np.random.default_rng(seed)
     asked = [
         {
@@ -100,7 +100,7 @@ def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[pipeline.
     shipped tiny models'.
 
     Raises:
-      ConfigError: models or buckets can't be.
+      ConfigError: models or buckets are invalid.
     """
     sizes_of = [shapes.model_config(path) for path in (config.policy.path, config.judge.path)]
     policy, judge = (families.build(c) for c in sizes_of)
@@ -117,10 +117,10 @@ def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[pipeline.
 
 
 def measure(config: ml_collections.ConfigDict, batches: int) -> Pace:
-    """Times that many batches, as a run on one host reads them.
+    """Times this many batches, as a run on one host reads them.
 
     Raises:
-      ConfigError: the config can't be.
+      ConfigError: the config is invalid.
     """
     validate(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ def measure(config: ml_collections.ConfigDict, batches: int) -> Pace:
 
 
 def tell(pace: Pace) -> str:
-    """The pace as text."""
+    """Formats the pace as text."""
     return (
         f"{pace.images_a_second:.1f} images/s: JPEGs of {pace.side} x {pace.side} pixels, "
         f"{pace.threads} threads, {len(pace.seconds)} batches of {pace.batch}; an image's arrays "

@@ -1,4 +1,4 @@
-"""On what a comparison ran, as one must know to read its ratios."""
+"""Facts about the machine of a comparison, which its ratios depend on."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from caprl_jax.bench.work import Work
 
 
 def facts(work: Work) -> dict[str, Any]:
-    """The run and its machine."""
+    """Returns the facts of the run and its machine."""
     c, device = work.config, jax.devices()[0]
     return {
         "policy, judge": f"{c.policy.path}, {c.judge.path}",
@@ -31,9 +31,9 @@ def facts(work: Work) -> dict[str, Any]:
 
 
 def rates(size: int = 2048, repeats: int = 5) -> tuple[float, float]:
-    """GFLOP/s that each library reaches in float32.
+    """Measures the GFLOP/s that each library reaches in float32.
 
-    They differ where torch's MKL keeps its quickest kernels from CPUs of other makers than its own.
+    They differ where torch's MKL doesn't use its quickest kernels on CPUs of other makers.
     """
     a = np.random.default_rng(0).standard_normal((size, size), np.float32)
     ours, theirs = jnp.asarray(a), torch.from_numpy(a)

@@ -1,7 +1,7 @@
-"""FLOPs that an update needs, whatever its program computes twice: what MFU counts.
+"""FLOPs that an update needs, as MFU counts them: recomputation is not included.
 
-As PaLM's report counts them (arXiv 2204.02311, appendix B): a forward pass, twice as much for its
-gradient, and nothing for computing again what wasn't kept. Padding counts, as it is computed.
+PaLM's report counts them in this way (arXiv 2204.02311, appendix B): a forward pass, twice as much
+for its gradient, and nothing for recomputed values. Padding counts, since it is computed.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ class Forward:
     """FLOPs of a batch's forward pass, on all devices together.
 
     Attributes:
-      images: of the vision tower.
-      prompts: of the decoder, on image and prompt of each.
-      captions: of the decoder and its head.
+      images: FLOPs of the vision tower.
+      prompts: FLOPs of the decoder on each image and prompt.
+      captions: FLOPs of the decoder and its head on captions.
     """
 
     images: float
@@ -31,7 +31,7 @@ class Forward:
 
 
 def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
-    """The forward pass of a config's update."""
+    """Counts the forward pass of a config's update."""
     policy, params, batch = built.policy, built.state.params, built.batch
     shape = batch.valid.shape[0], config.caprl.group, config.sampling.max_tokens
     tokens, mask = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool))

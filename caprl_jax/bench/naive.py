@@ -1,9 +1,9 @@
-"""Compares a config's step with the same step without sharing, in FLOPs and bytes.
+"""Comparison of a config's step with the same step without sharing, in FLOPs and bytes.
 
-The naive step is what systems of repeated prompts compute: every caption has its own copy of image
-and prompt, in rollout and update, and every question its own copy of the instruction and caption.
-It has the same results. Both are compiled for one CPU device from shapes alone, so that nothing of
-their size is ever held or run.
+Systems that repeat prompts compute the naive step: every caption has its own copy of image and
+prompt, in rollout and update, and every question its own copy of the instruction and caption. The
+results are the same. Both steps are compiled for one CPU device from shapes alone, so their arrays
+are never held, and the programs never run.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from caprl_jax.run import fit
 def letter_logits(
     model: Judge, tokens: jax.Array, mask: jax.Array, questions: Questions
 ) -> jax.Array:
-    """rl.judge.letter_logits with an instruction and a caption of its own for each question.
+    """Computes rl.judge.letter_logits with a separate instruction and caption for each question.
 
     Args:
       model: the judge.
@@ -61,7 +61,7 @@ def letter_logits(
 
     root = model.instruction.tokens
     root = jnp.broadcast_to(root, (tokens.shape[0], *root.shape))
-    # Behind the barrier the compiler can't see that all rows have the same, and read it once.
+    # The barrier hides from the compiler that all rows are equal, so it can't read them once.
     root, tokens = jax.lax.optimization_barrier((root, tokens))
     return jax.vmap(one)(root, tokens, mask, questions)
 
@@ -69,7 +69,7 @@ def letter_logits(
 def judge(
     model: Judge, captions: Rollout, questions: Questions, *, judging: Judging, key: jax.Array
 ) -> Verdicts:
-    """rl.judge.judge of captions [b, g, t] with nothing shared."""
+    """Computes rl.judge.judge of captions [b, g, t] with nothing shared."""
     b, g, t = captions.tokens.shape
     if questions.truth.ndim == 2:
         questions = jax.tree.map(lambda a: jnp.repeat(a[:, None], g, axis=1), questions)
@@ -89,7 +89,7 @@ def judge(
 def rollout(
     policy: Policy, params: Params, batch: Batch, *, decoding: Decoding, key: jax.Array
 ) -> Rollout:
-    """rl.rollout.rollout with an image and prompt of its own for each caption: [b, g, t].
+    """Computes rl.rollout.rollout with a separate image and prompt for each caption: [b, g, t].
 
     The draws are those of the tree, because a random number depends on its place in the array and
     not on the array's shape (unless slices cut the rollout, or captions share slots).
@@ -103,7 +103,7 @@ def rollout(
 def update(
     learner: Learner, state: State, batch: Batch, *, captions: Rollout, advantages: jax.Array
 ) -> tuple[State, Metrics]:
-    """rl.update.update with an image and prompt of its own for each caption."""
+    """Computes rl.update.update with a separate image and prompt for each caption."""
     g = advantages.shape[1]
     rows = jax.tree.map(lambda a: a.reshape(-1, 1, *a.shape[2:]), captions)
     return tree_update(
@@ -112,11 +112,11 @@ def update(
 
 
 def _copies(batch: Batch, group: int) -> Batch:
-    """Each image `group` times, without questions."""
+    """Repeats each image `group` times, without questions."""
     return jax.tree.map(lambda a: jnp.repeat(a, group, axis=0), batch.replace(questions=None))
 
 
-# Advantages see the group; they are a few operations per caption.
+# Advantages depend on the group; they are a few operations per caption.
 NAIVE = Verbs(rollout=rollout, judge=judge, update=update)
 
 
@@ -125,8 +125,8 @@ class Work:
     """The work of a step on one device.
 
     Attributes:
-      phases: FLOPs and bytes by phase, of the compiled program.
-      traced_flops: of the whole step, counted in another way, from its jaxpr.
+      phases: FLOPs and bytes of the compiled program, by phase.
+      traced_flops: FLOPs of the whole step, counted in another way, from its jaxpr.
     """
 
     phases: dict[str, roofline.Roofline]
@@ -134,18 +134,18 @@ class Work:
 
     @property
     def whole(self) -> roofline.Roofline:
-        """All phases together."""
+        """Returns the costs of all phases together."""
         return roofline.together(self.phases.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A config's step with the tree and without.
+    """The work of a config's step with the tree and without.
 
     Attributes:
-      images: that both take.
-      tree: this project's step.
-      naive: the other.
+      images: number of images in both steps.
+      tree: work of this project's step.
+      naive: work of the naive step.
     """
 
     images: int
@@ -154,13 +154,13 @@ class Comparison:
 
 
 def smallest(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config on one device, with one image in each of its slices."""
+    """Returns the config for one device, with one image in each of its slices."""
     config = config.copy_and_resolve_references()
     if config.policy.remat == OPEN["policy.remat"]:
-        config.policy.remat = "full"  # as real sizes on accelerators; a CPU would choose "none"
+        config.policy.remat = "full"  # as for real sizes on accelerators; a CPU would choose "none"
     fit.settle(config, jax.devices("cpu")[:1])
     config.data.batch = config.eval.batch = math.lcm(*(slices_of(config, n) for n in SLICES))
-    config.caprl.slots = 0  # one for each caption, as where each has a prompt of its own
+    config.caprl.slots = 0  # one for each caption, as if each had its own prompt
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 1
     return config
 
@@ -169,7 +169,7 @@ def compare(config: ml_collections.ConfigDict) -> Comparison:
     """Compiles the smallest step of a config with the tree and without.
 
     Raises:
-      ConfigError: the config can't be.
+      ConfigError: the config is invalid.
     """
     config = smallest(config)
     validate(config)
@@ -182,13 +182,13 @@ def compare(config: ml_collections.ConfigDict) -> Comparison:
 def _work(built: shapes.AbstractStep, tokens: int) -> Work:
     traced = built.program.trace(*built.args)
     text, vision = costs.hlo_text(traced.lower().compile()), built.policy.vision.config
-    iterations = tokens // len(stages(tokens))  # of each of the loops that decode
+    iterations = tokens // len(stages(tokens))  # trips of each decoding loop
     counted = flops.jaxpr_flops(traced.jaxpr, iterations, roofline.branch_weights(vision))
     return Work(roofline.phases(text, None, tokens, vision), counted)
 
 
 def tell(found: Comparison) -> str:
-    """The comparison as a table; FLOPs are of matrix products."""
+    """Formats the comparison as a table; FLOPs are those of matrix products."""
     head = f"{'tree':>12}{'naive':>12}{'ratio':>7}"
     lines = [
         f"a step of {found.images} images on one device, captions as long as their bucket:",

@@ -1,7 +1,7 @@
-"""Comparisons with other libraries: the same work, taken in turns.
+"""Comparisons with other libraries, which do the same work in turns.
 
-No time is told before both sides are seen to do the same. A turn of ours and one of theirs make a
-pair; a pair's ratio is less moved by what else the machine does than either time. A turn is a few
+No time is reported before a check that both sides do the same. A turn of ours and one of theirs
+make a pair; other load on the machine changes a pair's ratio less than either time. A turn is a few
 runs, of which the last counts: the first finds caches and memory as the other side left them.
 """
 
@@ -23,18 +23,18 @@ from caprl_jax.errors import UserError
 
 
 class WorkDiffers(UserError):
-    """The two sides don't do the same work, so their times can't be compared."""
+    """Error of two sides that don't do the same work, so their times can't be compared."""
 
 
-NEEDS = {"transformers": ("torch",), "trl": ("torch", "trl")}  # beside what this project needs
+NEEDS = {"transformers": ("torch",), "trl": ("torch", "trl")}  # besides this project's requirements
 
 
 class PeerMissing(UserError):
-    """The other library isn't installed."""
+    """Error of a peer library that isn't installed."""
 
 
 def require_installed(peer: str) -> None:
-    """Raises PeerMissing unless what the peer needs is there; imports none of it."""
+    """Raises PeerMissing unless the peer's packages are installed; imports none of them."""
     missing = [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None]
     if missing:
         raise PeerMissing(
@@ -44,7 +44,7 @@ def require_installed(peer: str) -> None:
 
 
 def require_cpu() -> None:
-    """Raises UserError where JAX runs on anything but the CPU, where torch runs."""
+    """Raises UserError unless JAX runs on the CPU, where torch runs."""
     if jax.default_backend() != "cpu":
         raise UserError(
             f"--peer compares on the CPU, but JAX runs on {jax.default_backend()}: "
@@ -54,13 +54,13 @@ def require_cpu() -> None:
 
 @dataclasses.dataclass
 class Checked:
-    """One thing in which both sides must agree.
+    """One quantity in which both sides must agree.
 
     Attributes:
-      what: for people.
-      ours: a number, or a word.
-      theirs: likewise.
-      bound: how far numbers may be apart.
+      what: its description for people.
+      ours: our value, a number or a word.
+      theirs: their value.
+      bound: largest allowed difference of numbers.
     """
 
     what: str
@@ -77,7 +77,7 @@ class Checked:
 
 
 def difference(what: str, ours: Any, theirs: Any, bound: float) -> Checked:
-    """The largest difference of two arrays, against none."""
+    """Returns a check of the largest difference of two arrays against 0."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
         return Checked(f"{what}: shape", ours.shape, theirs.shape)
@@ -85,13 +85,13 @@ def difference(what: str, ours: Any, theirs: Any, bound: float) -> Checked:
 
 
 def relative_difference(what: str, ours: Any, theirs: Any, bound: float) -> Checked:
-    """Their difference, as a share of the largest of theirs."""
+    """Returns a check of the largest difference as a share of their largest value."""
     scale = np.abs(theirs).max()
     return difference(f"{what}, relative", ours / scale, theirs / scale, bound)
 
 
 def require_same(checks: Sequence[Checked]) -> None:
-    """Raises WorkDiffers, naming all that differs."""
+    """Raises WorkDiffers if a check fails; the message names all that fail."""
     wrong = [f"{c.what}: ours {c.ours}, theirs {c.theirs}" for c in checks if not c.same]
     if wrong:
         raise WorkDiffers(f"the work differs, so no time is compared: {'; '.join(wrong)}")
@@ -102,8 +102,8 @@ class Pairs:
     """Times of the same work, ours and theirs in turns.
 
     Attributes:
-      ours: seconds of each pair.
-      theirs: likewise.
+      ours: our seconds in each pair.
+      theirs: their seconds in each pair.
     """
 
     ours: list[float] = dataclasses.field(default_factory=list)
@@ -111,11 +111,11 @@ class Pairs:
 
     @property
     def ratios(self) -> list[float]:
-        """Theirs over ours, pair by pair."""
+        """Returns their seconds over ours, pair by pair."""
         return [t / o for o, t in zip(self.ours, self.theirs, strict=True)]
 
     def minus(self, other: "Pairs") -> "Pairs":
-        """Subtracts from each time the other's of the same pair."""
+        """Subtracts the other's time of the same pair from each time."""
 
         def less(a, b):
             return [x - y for x, y in zip(a, b, strict=True)]
@@ -128,10 +128,10 @@ class Comparison:
     """The result of a comparison.
 
     Attributes:
-      facts: what was run on what, by name.
-      checks: in what both sides agree.
-      variants: seconds of each way that the other side has to do it.
-      pairs: by what was timed.
+      facts: facts of the run and its machine, by name.
+      checks: quantities in which both sides agree.
+      variants: seconds of each of the other side's ways to do the work.
+      pairs: pairs of times, by the timed work.
     """
 
     facts: dict[str, Any]
@@ -140,7 +140,7 @@ class Comparison:
     pairs: dict[str, Pairs]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as JSON holds it."""
+        """Converts the comparison to plain JSON data."""
         told = {
             what: dataclasses.asdict(p) | {"ratios": p.ratios, "ratio": statistics.median(p.ratios)}
             for what, p in self.pairs.items()
@@ -149,31 +149,31 @@ class Comparison:
 
 
 def keep_memory() -> None:
-    """Tells the C library to keep freed memory, where it can be told: for both sides alike.
+    """Makes the C library keep freed memory, if it can: for both sides alike.
 
     Without it each large array that torch makes is new memory, which the system must clear first.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # their names in malloc.h
+        trim_threshold, mmap_max = -1, -4  # the parameters' names in malloc.h
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
 
 
 class ProcessDied(UserError):
-    """A turn's process has ended without a result."""
+    """Error of a turn's process that ended without a result."""
 
 
 def alone(run: Callable[..., Any], *args: Any) -> Any:
-    """run(*args) in a new process, which gives all its memory back at its end.
+    """Runs run(*args) in a new process, which frees all its memory at its end.
 
     Raises:
       ProcessDied: the process has ended without a result.
-      Exception: what run has raised.
+      Exception: the exception that run has raised.
     """
-    # Large pages for what every step has and gives back; the C library reads this at its start.
+    # Large pages for memory that every step takes and frees; the C library reads this at start.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit this one's threads' locks
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as one:
         try:
             return one.submit(run, *args).result()
@@ -185,26 +185,26 @@ def alone(run: Callable[..., Any], *args: Any) -> Any:
 
 
 def turn(run: Callable[[], Any]) -> float:
-    """Seconds of the second of two runs."""
+    """Times the second of two runs, in seconds."""
     seconds(run)
     return seconds(run)
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """The state of one run until its results are there."""
+    """Times one run until its results are ready, in seconds."""
     began = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - began
 
 
 def in_turns(repeats: int) -> Iterator[bool]:
-    """Tells for each pair whether the sides swap, so that neither always warms the other."""
+    """Yields for each pair whether the sides swap, so that neither always warms the other."""
     for i in range(repeats):
         yield i % 2 == 1
 
 
 def tell(found: Comparison) -> str:
-    """The comparison as text."""
+    """Formats the comparison as text."""
     lines = [f"{name}: {value}" for name, value in found.facts.items()]
     lines += ["", f"{'the same on both sides':<52}{'ours':>14}{'theirs':>14}{'within':>9}"]
     for c in found.checks:

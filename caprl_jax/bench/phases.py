@@ -1,13 +1,13 @@
-"""Times a config's step, phase by phase, with random weights of the real shapes on this device.
+"""Timings of a config's step by phase, with random weights of real shapes on this device.
 
-Every phase is compiled alone, and the step whole. Beside each time stands the roofline of its work:
-its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
-product and a large copy reach on this device in the same run. What stays in a cache beats that
-roofline: tiny configs do. HFU is what a phase reaches of the large product's FLOP/s, recomputation
-counted; MFU what it reaches without what the update computes twice (bench/model_flops.py), of the
-chip's published FLOP/s where they are known. With natural lengths the work is still that of
-captions as long as they may be (caprl.length_buckets do less: HFU and MFU are then too high),
-and which share of decoding's slots waited is told.
+Every phase is compiled alone, and the whole step too. Beside each time stands the roofline of its
+work: its FLOPs and memory traffic, read from the compiled program, at the rates that a large matrix
+product and a large copy reach on this device in the same run. Work that stays in a cache, as in
+tiny configs, beats that roofline. HFU is a phase's share of the large product's FLOP/s, with
+recomputation counted. MFU doesn't count work that the update computes twice (bench/model_flops.py);
+it is a share of the chip's published FLOP/s where they are known. With natural lengths, the work is
+still that of captions of the largest length (caprl.length_buckets do less: HFU and MFU are then too
+high), and the share of decoding's slots that waited is reported.
 """
 
 import dataclasses
@@ -46,16 +46,16 @@ PHASES = ("prefill", "decode", "score", "update", "step")
 
 @dataclasses.dataclass
 class Timing:
-    """One phase.
+    """The timing of one phase.
 
     Attributes:
-      seconds: of each repetition, that a step spends on it.
-      compile_seconds: once.
-      tokens: that it reads or writes.
+      seconds: seconds that a step spends on it, for each repetition.
+      compile_seconds: seconds of the compilation.
+      tokens: number of tokens that it reads or writes.
       roofline: its work, and the seconds that the measured ceilings allow it.
-      temporaries: bytes that it holds beside arguments and results.
-      mfu: FLOPs without what is computed twice, a second of the median, over the chip's peak.
-      wasted: of decoding natural lengths, the share of slots that waited for longer captions.
+      temporaries: bytes that it holds besides arguments and results.
+      mfu: FLOPs without recomputation, per second of the median, over the chip's peak.
+      wasted: share of slots that waited for longer captions, if natural lengths are decoded.
     """
 
     seconds: list[float]
@@ -68,12 +68,12 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Returns the median of the seconds."""
         return statistics.median(self.seconds)
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Times of run() until its results are there, after one that isn't counted."""
+    """Times run() until its results are ready, after one run that isn't counted."""
     jax.block_until_ready(run())
     out = []
     for _ in range(repeats):
@@ -90,7 +90,7 @@ def ceilings(dtype: Any, repeats: int = 5) -> Chip:
     n, m = (2048, 2**26) if cpu else (8192, 2**30)
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)
     product = min(seconds_of(functools.partial(jax.jit(jnp.matmul), a, a), repeats))
-    # Into the same memory: a CPU's system would clear new memory first, which takes longer.
+    # Copies into the same memory: the system of a CPU clears new memory first, which takes longer.
     held, move = [jnp.zeros(m // 4, jnp.float32)], jax.jit(lambda v: v + 1, donate_argnums=0)
 
     def moved():
@@ -109,10 +109,10 @@ class Phase:
 
     Attributes:
       name: one of PHASES.
-      function: to be jitted.
-      args: its arguments.
-      tokens: that it reads or writes.
-      runs: how often a step runs it.
+      function: the function to be jitted.
+      args: the function's arguments.
+      tokens: number of tokens that it reads or writes.
+      runs: number of times that a step runs it.
     """
 
     name: str
@@ -125,10 +125,10 @@ class Phase:
 def phases(
     config: ml_collections.ConfigDict, built: AbstractStep, stop: tuple[int, ...]
 ) -> Iterator[Phase]:
-    """The phases of a step, each with arguments that the phases before have made.
+    """Yields the phases of a step, each with arguments from the phases before.
 
-    A batch that is captioned in slices is prefilled and decoded in such slices here too; one is
-    timed, and stands for the others.
+    A batch that is captioned in slices is prefilled and decoded in such slices here too; one slice
+    is timed, and stands for the others.
     """
     cuts, count = compile_lib.slices(config), compile_lib.slices(config).rollout
     batch, state = synthetic.batch(config, built), synthetic.state(built)
@@ -178,7 +178,7 @@ def phases(
     verdicts = jax.jit(score)(*args)
     args = run, state, batch, captions, verdicts
     yield Phase("update", update, args, b * p + written, 1)
-    # As EasyR1 counts: each caption with its prompt.
+    # EasyR1 counts in this way: each caption with its prompt.
     yield Phase("step", bound(caprl_step), (run, state, batch, key), b * g * p + written, 1)
 
 
@@ -192,13 +192,13 @@ def measure(
     Keys that the config leaves open are chosen for the devices, in place.
 
     Raises:
-      ConfigError: the config can't be.
+      ConfigError: the config is invalid.
     """
     validate(config)
     fit.settle(config, jax.devices())
     built = shapes.build(config, jax.devices())
     vocab, vision = built.policy.decoder.config.vocab, built.policy.vision.config
-    # Random weights end a caption with any token alike: as many stop tokens as make its mean
+    # Random weights draw all tokens alike: the number of stop tokens makes a caption's mean
     # length half of the bucket.
     count = max(1, round(2 * vocab / config.sampling.max_tokens)) if natural else 0
     stop = tuple(range(count)) if natural else (vocab,)
@@ -235,13 +235,13 @@ def measure(
 
 
 def _wasted(length: jax.Array, count: int) -> float:
-    """Makes lengths of captions that are drawn at once, in so many slots an image."""
+    """Returns the share of slots that waited, for captions drawn at once in an image's slots."""
     waited, whole = scheduling.wasted(length, jnp.ones(len(length), bool), 1, count)
     return float(waited / whole)
 
 
 def tell(timings: dict[str, Timing]) -> str:
-    """The timings as a table."""
+    """Formats the timings as a table."""
     lines = [
         f"{'phase':9}{'ms':>10}{'spread':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'GB/s':>8}"
         f"{'HFU':>6}{'MFU':>6}{'roofline ms':>12}{'reached':>9}  {'bound by':9}{'compile s':>10}"

@@ -1,9 +1,9 @@
-"""Pictures of what the bench has written: where a step's time goes, and how its cost grows.
+"""Pictures of the bench's results: the time of a step's phases, and the growth of its cost.
 
 python -m caprl_jax.bench.picture [--phases=FILE] [--scaling=FILE] --out=DIR
 
-FILE is what `python -m caprl_jax.bench .. --json=FILE` wrote, with --scaling for the second. Writes
-DIR/budget.svg and DIR/scaling.svg. Needs matplotlib: pip install -e '.[plot]'.
+FILE is written by `python -m caprl_jax.bench .. --json=FILE`, with --scaling for the second. This
+command writes DIR/budget.svg and DIR/scaling.svg. It needs matplotlib: pip install -e '.[plot]'.
 """
 
 import json
@@ -23,17 +23,17 @@ _SAME_EVERY_TIME = {"Date": None, "Creator": "caprl_jax.bench.picture"}
 
 
 def define_flags() -> None:
-    """This command's flags."""
+    """Defines this command's flags."""
     flags.DEFINE_string("phases", None, "The bench's JSON of phases.")
     flags.DEFINE_string("scaling", None, "The bench's JSON with --scaling.")
     flags.DEFINE_string("out", None, "Directory of the pictures.", required=True)
 
 
 def read(path: str, holds: str) -> dict[str, Any]:
-    """The bench's JSON.
+    """Reads the bench's JSON.
 
     Raises:
-      UserError: it isn't there, or holds something else.
+      UserError: the file doesn't exist, or holds something else.
     """
     try:
         found = json.loads(Path(path).read_text())
@@ -45,11 +45,11 @@ def read(path: str, holds: str) -> dict[str, Any]:
 
 
 def budget(phases: Mapping[str, Any]) -> Figure:
-    """Stacked bars: each phase's time, and what its FLOPs and its memory traffic would take alone.
+    """Draws bars: each phase's time, and the times of its FLOPs and memory traffic alone.
 
     Args:
-      phases: the bench's JSON: of each phase, "median" and "roofline", whose "seconds" are at the
-        ceilings that the bench measured.
+      phases: the bench's JSON: for each phase, "median" and "roofline", whose "seconds" are at
+        the ceilings that the bench measured.
     """
     rows = {
         "measured": {p: f["median"] for p, f in phases.items()},
@@ -76,10 +76,10 @@ def budget(phases: Mapping[str, Any]) -> Figure:
 
 
 def scaling(sweeps: Mapping[str, Any]) -> Figure:
-    """A panel for each sweep: seconds of the step and its phases, by size, both logarithmic.
+    """Draws a panel for each sweep: seconds of step and phases by size, both logarithmic.
 
     Args:
-      sweeps: the bench's JSON with --scaling: of each sweep "what", "sizes", "seconds" by phase.
+      sweeps: the bench's JSON with --scaling: for each sweep "what", "sizes", "seconds" by phase.
     """
     figure = Figure(figsize=(2.6 * len(sweeps), 3), layout="constrained")
     panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
@@ -107,14 +107,14 @@ def _bare(figure: Figure) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As SVG, the same bytes for the same figures."""
+    """Saves a figure as SVG, with the same bytes for the same figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.hashsalt": path.name}):
         figure.savefig(path, metadata=_SAME_EVERY_TIME)
 
 
 def main(argv: list[str]) -> None:
-    """Draws what there is."""
+    """Draws the pictures whose files are given."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     wanted, out = flags.FLAGS, Path(flags.FLAGS.out)

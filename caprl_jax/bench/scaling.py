@@ -1,10 +1,10 @@
-"""Measures how a step's cost grows: times its phases at several sizes of one thing.
+"""Measurement of the growth of a step's cost: its phases are timed at several sizes.
 
-What should be seen: prefill doesn't depend on the captions; of decode, score and update a part is
-spent once (weights, instruction, images and prompts) and the rest grows with the captions and, but
-for attention's square, with their tokens. More image tokens cost prefill and update, and decoding
-reads them for every token. Questions cost nothing but the judge's reading of them, since it reads a
-caption once however many are asked.
+These results are expected. Prefill doesn't depend on the captions. A part of decode, score and
+update is spent once (weights, instruction, images and prompts). The rest grows with the captions
+and, except for attention's square, with their tokens. More image tokens cost prefill and update,
+and decoding reads them for every token. Questions cost only the judge's reading of them, since it
+reads a caption once for any number of questions.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ def _set(name: str) -> Callable[[ml_collections.ConfigDict, int], None]:
 
 
 def set_image(config: ml_collections.ConfigDict, tokens: int) -> None:
-    """Makes room for square images of so many tokens and for no larger ones.
+    """Makes room for square images of this many tokens and for no larger ones.
 
     Raises:
-      ConfigError: no square has so many.
+      ConfigError: no square has this number.
     """
     if math.isqrt(tokens) ** 2 != tokens:
         raise ConfigError(f"an image of {tokens} tokens is no square")
@@ -41,7 +41,7 @@ def set_image(config: ml_collections.ConfigDict, tokens: int) -> None:
     config.data.max_windows = window_count((side, side), vision)
 
 
-# name: (for people, how a config is changed, sizes)
+# name: (description for people, function that changes a config, sizes)
 SWEEPS = {
     "group": ("captions an image, G", _set("caprl.group"), (2, 4, 8, 16)),
     "caption": ("tokens a caption", _set("sampling.max_tokens"), (128, 256, 512, 1024)),
@@ -52,12 +52,12 @@ SWEEPS = {
 
 @dataclasses.dataclass
 class Sweep:
-    """A step at several sizes of one thing.
+    """The timings of a step at several sizes of one quantity.
 
     Attributes:
-      what: it is, for people.
-      sizes: of it.
-      timings: of each size, by phase.
+      what: the quantity's description for people.
+      sizes: sizes of the quantity.
+      timings: timings of each size, by phase.
     """
 
     what: str
@@ -65,16 +65,16 @@ class Sweep:
     timings: list[dict[str, Timing]]
 
     def seconds(self, phase: str) -> list[float]:
-        """The figures of a phase, by size."""
+        """Returns the seconds of a phase, by size."""
         return [t[phase].median for t in self.timings]
 
     def flops(self, phase: str) -> list[float]:
-        """Likewise its FLOPs."""
+        """Returns the FLOPs of a phase, by size."""
         return [t[phase].roofline.flops for t in self.timings]
 
 
 def changed(config: ml_collections.ConfigDict, name: str, size: int) -> ml_collections.ConfigDict:
-    """A copy of the config with one size set."""
+    """Returns a copy of the config with one size set."""
     copy = config.copy_and_resolve_references()
     SWEEPS[name][1](copy, size)
     return copy
@@ -90,14 +90,14 @@ def measure(
     """Times every phase, and the step, at each size; captions fill their bucket.
 
     Args:
-      config: of everything else.
-      name: one of SWEEPS.
-      repeats: of each phase.
-      sizes: None is the sweep's own.
-      done: takes the sweep so far after each size, for a sweep takes long.
+      config: the config for everything else.
+      name: a key of SWEEPS.
+      repeats: repetitions of each phase.
+      sizes: sizes; None takes the sweep's own.
+      done: receives the sweep so far after each size, because a sweep takes long.
 
     Raises:
-      ConfigError: a size is none that the config can have.
+      ConfigError: the config can't have a size.
     """
     what, _, usual = SWEEPS[name]
     found = Sweep(what, [], [])
@@ -110,13 +110,13 @@ def measure(
 
 
 def line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """(value at size 0, growth a unit) of the line nearest to values."""
+    """Fits a line to values and returns (value at size 0, growth per unit)."""
     slope, start = np.polyfit(sizes, values, 1)
     return float(start), float(slope)
 
 
 def tell(sweep: Sweep) -> str:
-    """A Markdown table: milliseconds of each phase, and by how much the step grew."""
+    """Formats a Markdown table: milliseconds of each phase, and the growth of the step."""
     rows = [
         f"| {sweep.what} | "
         + " | ".join(f"{p}, ms" for p in PHASES)

@@ -1,4 +1,4 @@
-"""Random weights and full batches of a config's shapes, made in place: for benchmarks."""
+"""Random weights and full batches of a config's shapes, made in place for benchmarks."""
 
 import math
 from typing import Any
@@ -19,11 +19,11 @@ from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.run import compile as compile_lib
 
-WORDS = 16  # of a prompt, around its image
+WORDS = 16  # tokens of a prompt around its image
 
 
 def state(built: AbstractStep, seed: int = 0) -> State:
-    """Random parameters and fresh optimizer state, made where they lie."""
+    """Makes random parameters and a fresh optimizer state on their devices."""
     policy, optimizer = built.policy, built.run.learner.optimizer
 
     def init(key):
@@ -34,7 +34,7 @@ def state(built: AbstractStep, seed: int = 0) -> State:
 
 
 def run(built: AbstractStep, params: Any, seed: int = 1) -> Run:
-    """The run with a random judge and instruction; the reference, if there is one, is `params`."""
+    """Makes the run with a random judge and instruction; its reference, if any, is `params`."""
     shapes, rules = built.run.judge, built.rules
     decoder = shapes.decoder
 
@@ -64,7 +64,7 @@ def _shardings(shapes: Any) -> Any:
 
 
 def grid_for(config: ml_collections.ConfigDict, vision: VisionConfig) -> tuple[int, int]:
-    """(rows, columns) in patches of the largest square image that the config's buckets take."""
+    """Returns (rows, columns) in patches of the buckets' largest square image."""
     side = math.isqrt(max(config.data.max_prompt - WORDS, 1))
     while side > 1 and window_count((side * vision.merge,) * 2, vision) > config.data.max_windows:
         side -= 1
@@ -72,14 +72,14 @@ def grid_for(config: ml_collections.ConfigDict, vision: VisionConfig) -> tuple[i
 
 
 def batch(config: ml_collections.ConfigDict, built: AbstractStep, seed: int = 2) -> Batch:
-    """Random images of the largest size, full prompts and questions, on the mesh."""
+    """Makes random images of the largest size, full prompts and questions, on the mesh."""
     rng, vision = np.random.default_rng(seed), built.policy.vision.config
     grid, b = grid_for(config, vision), config.data.batch
     pixels = rng.standard_normal((grid[0] * grid[1], vision.patch_dim), np.float32)
     image = pad_to_windows(pixels, grid, vision, config.data.max_windows)
     one = Batch(image, _prompt(config, built, grid, rng), _questions(config, built, rng), np.True_)
 
-    def repeat(a):  # all images alike: their work is, and that is what is measured
+    def repeat(a):  # all images are the same, since only their work is measured
         return np.broadcast_to(a, (b, *a.shape))
 
     return mesh.put_whole(jax.tree.map(repeat, one), built.rules)

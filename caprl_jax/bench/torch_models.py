@@ -1,4 +1,4 @@
-"""Policy and judge as transformers alone runs them, in float32, on the work of a comparison."""
+"""Policy and judge in transformers alone, in float32, for the work of a comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from caprl_jax.bench.work import Work
 
 
 def policy(work: Work) -> Any:
-    """The policy, with scaled dot-product attention."""
+    """Loads the policy, with scaled dot-product attention."""
     return _read(Qwen2_5_VLForConditionalGeneration, work.policy_path)
 
 
 def judge(work: Work) -> Any:
-    """The judge, likewise."""
+    """Loads the judge, with scaled dot-product attention."""
     return _read(Qwen2ForCausalLM, work.judge_path).requires_grad_(False)
 
 
@@ -35,7 +35,7 @@ def _read(kind: type, path: Path) -> Any:
 
 
 def inputs(work: Work) -> dict[str, torch.Tensor]:
-    """The batch as transformers' own image processor and tokenizer make it."""
+    """Makes the batch with transformers' own image processor and tokenizer."""
     pixels = Qwen2VLImageProcessorPil.from_pretrained(work.policy_path)(
         work.pictures, return_tensors="pt"
     )
@@ -65,7 +65,7 @@ class Letters:
     """The judge's probability of each letter, for many captions in one batched forward pass."""
 
     def __init__(self, model: Any, work: Work):
-        """Model is the judge as `judge` reads it."""
+        """Stores the model, the judge that `judge` has loaded."""
         self._model, self._work = model, work
         instruction, questions = work.instruction, work.questions
         self._special = set(np.asarray(instruction.special).tolist())
@@ -76,7 +76,7 @@ class Letters:
         ]
 
     def __call__(self, captions: list[list[int]], images: list[int]) -> np.ndarray:
-        """Captions' ids, and which image each is of -> float32 [captions, n, letters]."""
+        """Judges captions' ids, each with its image's index -> float32 [captions, n, letters]."""
         rows = [
             self._before + [i for i in caption if i not in self._special] + tail
             for caption, image in zip(captions, images, strict=True)
@@ -86,7 +86,7 @@ class Letters:
         head = self._model.lm_head.weight[torch.tensor(np.asarray(self._work.instruction.letters))]
         with torch.inference_mode():
             hidden = self._model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            # Of the letters' rows alone, at each row's end: no other logit is asked for.
+            # Only the letters' logits at each row's end are computed.
             logits = hidden[torch.arange(len(rows)), last] @ head.T
         logits = logits.reshape(len(captions), -1, logits.shape[-1])
         count = torch.tensor(self._work.questions.letters[images])[..., None]
@@ -95,13 +95,13 @@ class Letters:
         return torch.softmax(cold, dim=-1).numpy()
 
     def rewards(self, captions: list[list[int]], images: list[int]) -> np.ndarray:
-        """Mean expected probability of the truth over each caption's questions: [captions]."""
+        """Returns the mean probability of the truth over each caption's questions: [captions]."""
         truth = self._work.questions.truth[images][..., None]
         return np.take_along_axis(self(captions, images), truth, axis=-1)[..., 0].mean(-1)
 
 
 def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(ids, attention mask or None where nothing is padded, index of each row's last token)."""
+    """Returns (ids, attention mask or None without padding, index of each row's last token)."""
     lengths = torch.tensor([len(row) for row in rows])
     most = int(lengths.max())
     ids = torch.tensor([row + [0] * (most - len(row)) for row in rows])

@@ -1,7 +1,7 @@
-"""A whole CapRL step of this project, and of TRL's GRPOTrainer with the same judge as its reward.
+"""Comparison of a CapRL step with TRL's GRPOTrainer, which has the same judge as reward.
 
-Each side's turn is a process of its own, so that no memory is needed twice. In the first pair of
-turns, what both sides do in their first step is compared.
+Each side's turn is a separate process, so that no memory is needed twice. In the first pair of
+turns, the first steps of both sides are compared.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import load
 
 STEP = "a whole step"
-# What TRL's step is not told, or does in another way.
+# Settings that TRL's step doesn't have, or implements in another way.
 _TAKEN = {
     "objective": "caprl",
     "caprl.updates": 1,
@@ -43,11 +43,11 @@ _TAKEN = {
 
 
 def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Comparison:
-    """Turn by turn; models that the config names by size alone are made in folder.
+    """Compares turn by turn; models that the config names by size alone are made in folder.
 
     Raises:
-      WorkDiffers: the two sides don't, or wouldn't, do the same.
-      ProcessDied: a turn's process has ended, for want of memory as a rule.
+      WorkDiffers: the two sides don't, or wouldn't, do the same work.
+      ProcessDied: a turn's process has ended, usually for lack of memory.
     """
     require_comparable(config)
     peers.alone(make_models, config, folder)
@@ -70,7 +70,7 @@ def compare(config: ml_collections.ConfigDict, folder: Path, repeats: int) -> Co
 
 
 def require_comparable(config: ml_collections.ConfigDict) -> None:
-    """Raises WorkDiffers, naming what a config asks that TRL's step wouldn't do alike."""
+    """Raises WorkDiffers, naming the settings that TRL's step wouldn't follow."""
     asked = {key: config_lib.get(config, key) for key in _TAKEN}
     wrong = [f"{key}={asked[key]} ({one})" for key, one in _TAKEN.items() if asked[key] != one]
     weights = {term.choice.name: term.weight for term in config_lib.terms(config)}
@@ -81,7 +81,7 @@ def require_comparable(config: ml_collections.ConfigDict) -> None:
 
 
 def compared(ours: Turn, theirs: Turn) -> list[Checked]:
-    """In what both sides agree; the judges are asked about the same captions."""
+    """Returns the checks of both sides; the judges are asked about the same captions."""
     letters = ours.letters, theirs.letters
     return [
         Checked("parameters", ours.parameters, theirs.parameters),
@@ -93,19 +93,19 @@ def compared(ours: Turn, theirs: Turn) -> list[Checked]:
 
 
 def make_models(config: ml_collections.ConfigDict, folder: Path) -> None:
-    """Before any turn, so that none has to."""
+    """Makes the models before any turn, so that no turn has to."""
     work_lib.make(config, folder)
 
 
 def their_turn(config: ml_collections.ConfigDict, folder: Path, check: bool) -> Turn:
-    """TRL's: only its process reads torch."""
+    """Runs TRL's turn; only its process imports torch."""
     from caprl_jax.bench import trl_turn
 
     return trl_turn.turn(config, folder, check)
 
 
 def our_turn(config: ml_collections.ConfigDict, folder: Path, captions: np.ndarray | None) -> Turn:
-    """STEPS of this project; the first is checked if there are captions to ask the judge about."""
+    """Runs STEPS of this project; the first is checked if there are captions for the judge."""
     peers.keep_memory()
     work = work_lib.make(config, folder)
     ours = Ours(work)
@@ -120,7 +120,7 @@ def our_turn(config: ml_collections.ConfigDict, folder: Path, captions: np.ndarr
 
 
 def checked_step(work: Work, ours: "Ours", captions: np.ndarray) -> Turn:
-    """Our first step, and what it is compared by."""
+    """Runs our first step, and returns the values that are compared."""
     params = ours.state.params
     logits, before = work_lib.first_logits(work, params), jax.device_get(samples(params))
     count = sum(a.size for a in jax.tree.leaves(params))
@@ -132,7 +132,7 @@ def checked_step(work: Work, ours: "Ours", captions: np.ndarray) -> Turn:
 
 @jax.jit
 def samples(params: Any) -> list[jax.Array]:
-    """A few numbers of each array; a host's view of the whole would block its donation."""
+    """Samples a few numbers of each array; a host's view of the whole would block donation."""
     return [a.reshape(-1)[:: stride(a.size)] for a in jax.tree.leaves(params)]
 
 
@@ -148,7 +148,7 @@ class Ours:
         put = jax.device_put(work.instruction, mesh.replicated(self._rules))
         read = compile_lib.read_instruction(work.judge, params, put, self._rules)
         judge = Judge(work.judge, params, read)
-        # No token ends a caption: TRL's are as long as they may be too.
+        # No token ends a caption: TRL's captions have the largest length too.
         self.run = compile_lib.make_run(config, work.policy, judge, (work.vocab,))
         optimizer = self.run.learner.optimizer
         self.state = load.initial_state(
@@ -160,7 +160,7 @@ class Ours:
         self._key = jax.random.key(config.seed)
 
     def __call__(self) -> Metrics:
-        """A step from pictures to new weights."""
+        """Runs a step from pictures to new weights."""
         w = self._work
         laid = laid_out(w.config, w.processor, w.filler, w.pictures)
         batch = Batch(*laid, w.questions, np.ones(len(w.pictures), bool))

@@ -20,15 +20,15 @@ from caprl_jax.bench.turns import STEPS, Turn, moved, stride
 from caprl_jax.bench.work import Work
 from caprl_jax.config import choice
 
-# Captions that TRL learns from at once; of 16, 4 were quicker than 2 and than all.
+# Captions that TRL learns from at once; for 16 captions, 4 were quicker than 2 and than all.
 _PIECE = 4
 
 
 def turn(config: ml_collections.ConfigDict, folder: Path, check: bool) -> Turn:
-    """STEPS of it; whether the first of them is checked.
+    """Runs STEPS of TRL's trainer; the first is checked if asked for.
 
     Raises:
-      WorkDiffers: it isn't the work that was asked for.
+      WorkDiffers: TRL did other work than asked for.
     """
     peers.keep_memory()
     work = work_lib.make(config, folder)
@@ -53,23 +53,23 @@ class Reward:
         self.images: list[int] = []
 
     def __call__(self, completion_ids, index, **_) -> list[float]:
-        """Completions' ids, and which picture each is of -> rewards."""
+        """Rewards completions' ids, each with its picture's index."""
         self.captions, self.images = completion_ids, index
         return self.letters.rewards(completion_ids, index).tolist()
 
 
 class Watch(transformers.TrainerCallback):
-    """Times TRL's steps, and checks the first of them if it is to."""
+    """Callback that times TRL's steps, and checks the first of them if asked for."""
 
     def __init__(self, work: Work, reward: Reward, check: bool):
-        """Nothing runs yet."""
+        """Starts with no step timed."""
         self._work, self._reward, self._check, self._began = work, reward, check, 0.0
         self._before: list[np.ndarray] = []
         self._seen: dict[str, int] = {}
         self.turn = Turn()
 
     def begin(self, model: Any) -> None:
-        """Notes what it knows, and will have it noted how much of an image and prompt it reads."""
+        """Records the model's state, and adds hooks that record its input sizes."""
         if not self._check:
             return
         self._before = samples(model)
@@ -85,11 +85,11 @@ class Watch(transformers.TrainerCallback):
         model.model.visual.register_forward_pre_hook(images, with_kwargs=True)
 
     def on_step_begin(self, args, state, control, **_):
-        """A step begins."""
+        """Records the start of a step."""
         self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **_):
-        """It has ended."""
+        """Records the end of a step."""
         self.turn.seconds = time.perf_counter() - self._began
         if self._check and state.global_step == 1:
             self.turn.checks = checks(self._work, self._reward, self._seen)
@@ -100,12 +100,12 @@ class Watch(transformers.TrainerCallback):
 
 
 def samples(model: Any) -> list[np.ndarray]:
-    """A few numbers of each parameter, copied."""
+    """Copies a few numbers of each parameter."""
     return [p.detach().reshape(-1)[:: stride(p.numel())].numpy().copy() for p in model.parameters()]
 
 
 def checks(work: Work, reward: Reward, seen: dict[str, int]) -> list[Checked]:
-    """In what TRL's first step agrees with the work; seen is what its model read."""
+    """Returns checks of TRL's first step against the work; `seen` holds the model's inputs."""
     config, captions, b = work.config, reward.captions, work.config.data.batch
     images, lengths = sorted(reward.images), {len(c) for c in captions}
     expected = np.repeat(np.arange(b), config.caprl.group).tolist()
@@ -120,7 +120,7 @@ def checks(work: Work, reward: Reward, seen: dict[str, int]) -> list[Checked]:
 
 
 def answered(work: Work, reward: Reward) -> tuple[np.ndarray, np.ndarray]:
-    """(captions [b, g, t] as the images lie, the judge's probabilities [b, g, n, letters])."""
+    """Returns (captions [b, g, t] in image order, judge's probabilities [b, g, n, letters])."""
     order = np.argsort(reward.images, kind="stable")
     letters = reward.letters(reward.captions, reward.images)[order]
     of_each = (work.config.data.batch, work.config.caprl.group)
@@ -129,10 +129,10 @@ def answered(work: Work, reward: Reward) -> tuple[np.ndarray, np.ndarray]:
 
 
 def settings(work: Work, folder: str) -> Any:
-    """TRL's, as quick as they go: no recomputation, a static cache, gradients summed in pieces."""
+    """Returns TRL's quickest settings: no recomputation, static cache, summed gradients."""
     c, o = work.config, work.config.optimizer
     piece = math.gcd(work.captions, _PIECE)
-    # Chat tokens are never drawn: none then ends a caption, and none is taken for an image.
+    # Chat tokens are never drawn, so none ends a caption, and none is mistaken for an image.
     special = np.asarray(work.instruction.special).tolist()
     return trl.GRPOConfig(
         output_dir=folder,
@@ -169,18 +169,18 @@ def settings(work: Work, folder: str) -> Any:
 
 
 class _ImagesOnly(transformers.Qwen2_5_VLProcessor):
-    """Without its video half, which needs torchvision."""
+    """Processor without its video half, which needs torchvision."""
 
     video_processor = None
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """Returns its parts."""
+        """Returns the processor's parts."""
         return ["image_processor", "tokenizer"]
 
 
 def trainer(work: Work, reward: Reward, watch: Watch, folder: str) -> Any:
-    """TRL's trainer on the work's pictures."""
+    """Makes TRL's trainer on the work's pictures."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.policy_path, padding_side="left")
     images = transformers.Qwen2VLImageProcessorPil.from_pretrained(work.policy_path)
     processor = _ImagesOnly(images, tokenizer, chat_template=tokenizer.chat_template)

@@ -1,4 +1,4 @@
-"""One side of a comparison of whole steps: its turn, and its account of it."""
+"""One side's turn in a comparison of whole steps, and its report."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,23 +8,23 @@ import numpy as np
 
 from caprl_jax.bench.peers import Checked
 
-STEPS = 3  # of a turn, the last timed: TRL's second is still slower than those that follow
-SAMPLED = 256  # numbers of each parameter, that tell whether it has moved
+STEPS = 3  # steps of a turn; the last is timed: TRL's second is still slower than later ones
+SAMPLED = 256  # sampled numbers of each parameter, which show if it has moved
 
 
 @dataclasses.dataclass
 class Turn:
-    """One side's account: seconds, and in a checked pair everything else.
+    """One side's report: seconds, and in a checked pair everything else.
 
     Attributes:
-      seconds: of its last step.
-      parameters: how many its policy has.
-      moved: how many of its arrays the first step has changed: all, some, none.
-      logits: before it, what the policy expects after the prompts: float32 [b, vocab].
+      seconds: seconds of its last step.
+      parameters: number of the policy's parameters.
+      moved: arrays that the first step has changed: all, some or none.
+      logits: the policy's logits after the prompts, before that step: float32 [b, vocab].
       captions: TRL's first, int [b, g, t].
-      letters: what the judge thinks of them: float32 [b, g, n, letters].
-      checks: in what TRL's first step agrees with the work.
-      facts: what ran on what.
+      letters: the judge's probabilities for them: float32 [b, g, n, letters].
+      checks: quantities in which TRL's first step agrees with the work.
+      facts: facts of the run and its machine.
     """
 
     seconds: float = 0.0
@@ -38,12 +38,12 @@ class Turn:
 
 
 def stride(size: int) -> int:
-    """Spreads SAMPLED indices, or a few more, over an array of that size."""
+    """Returns the stride that spreads SAMPLED indices, or a few more, over this size."""
     return max(size // SAMPLED, 1)
 
 
 def moved(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> str:
-    """Tells which arrays differ and are still finite: all, some or none."""
+    """Returns which arrays differ and are still finite: all, some or none."""
     changed = [
         bool((a != b).any() and np.isfinite(b).all()) for a, b in zip(before, after, strict=True)
     ]

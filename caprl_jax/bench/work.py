@@ -33,19 +33,19 @@ class Work:
     """The work of one batch.
 
     Attributes:
-      config: of the run.
+      config: the run's config.
       policy_path: the policy's directory, which both sides read.
-      judge_path: the judge's.
+      judge_path: the judge's directory, which both sides read.
       policy: our modules.
       judge: our judge's decoder.
-      pictures: one an image of the batch.
-      processor: of the policy's directory.
+      pictures: one picture for each image of the batch.
+      processor: image processor of the policy's directory.
       filler: the prompt without an image.
       images: the pictures as our tower takes them, [b, ..].
       prompt: Prompt [b, p].
       text: the prompt as the policy's template renders it, with one placeholder of the image.
       questions: Questions [b, n, ..].
-      instruction: the judge's.
+      instruction: the judge's instruction.
     """
 
     config: ml_collections.ConfigDict
@@ -64,7 +64,7 @@ class Work:
 
     @property
     def vocab(self) -> int:
-        """Rows of the policy's embedding."""
+        """Returns the number of rows of the policy's embedding."""
         return self.policy.decoder.config.vocab
 
     @property
@@ -74,9 +74,9 @@ class Work:
 
 
 def directory(path: str, folder: Path) -> str:
-    """path; where it names one of sizes.CONFIGS, a directory of that size in folder.
+    """Returns path, or if it names one of sizes.CONFIGS, a directory of that size in folder.
 
-    It is made with random weights unless it is there.
+    That directory is made with random weights unless it exists.
     """
     if Path(path).is_dir() or path not in sizes.CONFIGS:
         return path
@@ -86,10 +86,10 @@ def directory(path: str, folder: Path) -> str:
 
 
 def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work:
-    """The work of a config; models that it names by size alone are made in folder.
+    """Makes the work of a config; models that it names by size alone are made in folder.
 
     Raises:
-      ModelDirectoryError, ConfigError: the models or buckets can't be.
+      ModelDirectoryError, ConfigError: the models or buckets are invalid.
     """
     dtype = compile_lib.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
@@ -163,7 +163,7 @@ def letters(work: Work, params: Any, captions: np.ndarray) -> np.ndarray:
 def _asked(
     config: ml_collections.ConfigDict, path: Path, decoder: Decoder, rng: Any
 ) -> tuple[Questions, Instruction]:
-    """One question of which the options are shuffled anew each time: all are equally long."""
+    """Returns one question with newly shuffled options; all are equally long."""
     prompt = load.judge_prompt(config, Tokenizer.from_pretrained(path, decoder.config.vocab))
     count, length = config.caprl.questions, config.data.max_question
     rows = [

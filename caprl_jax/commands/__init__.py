@@ -1,4 +1,4 @@
-"""Commands that stand by themselves; `python -m caprl_jax.NAME` runs commands/NAME.py.
+"""Stand-alone commands; `python -m caprl_jax.NAME` runs commands/NAME.py.
 
-`cli` holds what the commands share: logging, flags, and errors told in one paragraph.
+`cli` holds the parts that commands share: logging, flags, and errors in one paragraph.
 """

@@ -3,8 +3,8 @@
     python -m caprl_jax.checkup --model=DIR [--image=FILE] [--max_tokens=16] [--export=DIR]
 
 Host memory is Linux's peak resident set of each phase. On a CPU it holds the parameters too, so the
-table gives both the peak and what of it is not parameters; loading should need at most one stacked
-tensor and 1 GB beyond them.
+table gives both the peak and its part that is not parameters; loading should need at most one
+stacked tensor and 1 GB beyond them.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def _peak() -> int:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[Phase]:
-    """Measures what happens inside; the peak starts anew where the system allows it."""
+    """Measures its block; the peak starts anew if the system allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     found, began = Phase(name), time.perf_counter()
@@ -52,7 +52,7 @@ def phase(name: str) -> Iterator[Phase]:
 
 
 def main(_: list[str]) -> None:
-    """Runs the phases and prints their table, or says in one paragraph why not."""
+    """Runs the phases and prints their table, or the error in one paragraph."""
     with in_one_paragraph():
         if flags.FLAGS.export and Path(flags.FLAGS.export).exists():
             raise FileExistsError(f"{flags.FLAGS.export} exists already: give another --export")
@@ -102,7 +102,7 @@ def measure() -> None:
 
 
 def define_flags() -> None:
-    """Only when this is the program: other modules define flags of the same names."""
+    """Defines the flags, in the program only: other modules have flags of the same names."""
     flags.DEFINE_string("model", None, "A policy: a directory, gs:// URL or hub id.", required=True)
     flags.DEFINE_string("revision", "", "Revision of a hub id.")
     flags.DEFINE_string("image", None, "An image file; default: a picture of noise.")

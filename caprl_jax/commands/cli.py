@@ -1,4 +1,4 @@
-"""Shared by the commands: logging, flags, and errors in one paragraph without a traceback."""
+"""Parts that the commands share: logging, flags, and errors without a traceback."""
 
 import contextlib
 import importlib.machinery
@@ -28,7 +28,7 @@ def run(main: Callable, flags_parser: Callable | None = None) -> None:
     """Runs a command.
 
     Args:
-      main: takes the arguments that are no flags, the program's name first.
+      main: takes the arguments that are not flags, the program's name first.
       flags_parser: parse_flags by default; parse_config_flags for a command with --config.
     """
     libtpu.keep_quiet()
@@ -45,7 +45,7 @@ def set_up_logging() -> None:
 
 
 class _Plain(logging.Formatter):
-    """Formats a record as the seconds since the program started, and the message."""
+    """Formatter of a record as the seconds since the program started, and the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
@@ -53,7 +53,7 @@ class _Plain(logging.Formatter):
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:
-    """The completed config of --config=FILE[:ARGUMENT].
+    """Returns the completed config of --config=FILE[:ARGUMENT].
 
     Raises:
       ConfigError: there is no such file, or it can't make a config.
@@ -65,14 +65,14 @@ def load_config(value: str) -> ml_collections.ConfigDict:
         return config_lib.complete(_make_config(path, argument)).lock()
     except ConfigError as e:
         raise ConfigError(f"--config={value}: {e}") from e
-    except Exception as e:  # a config file is a program, and fails in its own ways
+    except Exception as e:  # a config file is a program, and may raise any error
         frames = traceback.extract_tb(e.__traceback__)
         lines = [f"{path}, line {frame.lineno}: " for frame in frames if frame.filename == path]
         raise ConfigError(f"--config={value}: {''.join(lines[-1:])}{_said(e)}") from e
 
 
 def _said(error: Exception, longest: int = 300) -> str:
-    """An error in one line; ml_collections adds the whole config to that of an unknown key."""
+    """Formats an error in one line, without the whole config that ml_collections adds."""
     said = " ".join(str(error).split())
     near = _NEAR.search(said)
     if near:
@@ -88,7 +88,7 @@ def _no_file(value: str, path: str) -> str:
 
 
 def _make_config(path: str, argument: str) -> ml_collections.ConfigDict:
-    """get_config(argument) of a Python file, checked to be a config with all sections."""
+    """Returns a Python file's get_config(argument), checked to be a config with all sections."""
     loader = importlib.machinery.SourceFileLoader("_caprl_jax_config", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
@@ -124,7 +124,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _answer_help(argv: list[str], more: str = "") -> None:
-    """Prints a command's description and flags, and all commands, where --help is given."""
+    """Prints a command's description and flags, and all commands, if --help is given."""
     if not any(a in ("-h", "-help", "--help", "-helpshort", "--helpshort", "-?") for a in argv):
         return
     described = sys.modules["__main__"].__doc__.strip()
@@ -133,7 +133,7 @@ def _answer_help(argv: list[str], more: str = "") -> None:
 
 
 def _show(text: str) -> NoReturn:
-    """Prints a text and ends the process, quietly where a pager or `head` reads only a part."""
+    """Prints a text and ends the process, quietly if a pager or `head` reads only a part."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print(text)
     sys.exit(0)
@@ -172,12 +172,12 @@ _CONFIG_HELP = """The run's config:
 
 
 def config_name() -> str:
-    """The value of --config: FILE[:ARGUMENT]."""
+    """Returns the value of --config: FILE[:ARGUMENT]."""
     return _CONFIG_NAME[-1]
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """(the value of --config, the other arguments)."""
+    """Returns (the value of --config, the other arguments)."""
     name, rest = None, []
     arguments = iter(argv)
     for argument in arguments:
@@ -211,7 +211,7 @@ def _unknown_override(error: BaseException, config: ml_collections.ConfigDict) -
 
 @contextlib.contextmanager
 def in_one_paragraph() -> Iterator[None]:
-    """Ends the process with "error: .." where the user is to blame, and as STOPPED when told to."""
+    """Ends the process with "error: .." on a user's error, and with STOPPED when told to."""
     try:
         yield
     except processes.Stopped as e:

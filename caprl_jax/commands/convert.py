@@ -27,7 +27,7 @@ from caprl_jax.run import checkpoint, export, load
 
 
 def find_step(path: Path) -> tuple[Path, int]:
-    """(workdir, step) of WORKDIR, WORKDIR/STEP or WORKDIR/checkpoints/STEP; the last by default.
+    """Returns (workdir, step) of WORKDIR[/STEP] or WORKDIR/checkpoints/STEP; by default the last.
 
     Raises:
       ConfigError: there is no such checkpoint.
@@ -75,7 +75,7 @@ def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Converts what the flags name, or says in one paragraph why not."""
+    """Converts the model that the flags name, or prints the error in one paragraph."""
     set_up_logging()
     out = Path(flags.FLAGS.out)
     if (flags.FLAGS.checkpoint is None) == (flags.FLAGS.model is None):
@@ -92,7 +92,7 @@ def main(_: list[str]) -> None:
 
 
 def define_flags() -> None:
-    """Only when this is the program: other modules define flags of the same names."""
+    """Defines the flags, in the program only: other modules have flags of the same names."""
     flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its steps.")
     flags.DEFINE_string("model", None, "A directory, gs:// URL or hub id.")
     flags.DEFINE_string("revision", "", "Revision of a hub id.")

@@ -1,4 +1,4 @@
-"""Prints what a run would choose for a machine that need not be there.
+"""Prints the choices of a run for a machine that need not exist.
 
 python -m caprl_jax.fit --config=configs/3b.py --devices=h100:8 [--config.key=value ...]
 
@@ -16,7 +16,7 @@ from caprl_jax.run import fit, reckon
 
 
 def define_flags() -> None:
-    """This command's flags."""
+    """Defines this command's flags."""
     flags.DEFINE_string("devices", "local", "h100:8, v5e:4x4, v5e:4x4*2, cpu:8, .., or local.")
 
 

@@ -20,7 +20,7 @@ class Command:
     Attributes:
       name: NAME.
       summary: the first line of its module's docstring.
-      example: the first command line in the docstring, without what may be left out.
+      example: the first command line in the docstring, without optional parts.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """All commands: main.py, packages with a __main__.py, and the programs in commands/."""
+    """Lists all commands: main.py, packages with a __main__.py, and programs in commands/."""
     packages = {file.parent.name: file for file in sorted(_PACKAGE.glob("*/__main__.py"))}
     others = {file.stem: file for file in sorted((_PACKAGE / "commands").glob("*.py"))}
     files = {"main": _PACKAGE / "main.py"} | packages | others
@@ -41,7 +41,7 @@ def commands() -> list[Command]:
 
 
 def _command(name: str, source: str) -> Command:
-    # Read, not imported: the list must be there without JAX, and at once.
+    # Modules are read, not imported: the list must appear at once, and without JAX.
     lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()
     examples = (line.strip() for line in lines if f"python -m caprl_jax.{name} " in line)
     optional = re.compile(r"\[[^\]]*\]|\s\(.*")
@@ -51,7 +51,7 @@ def _command(name: str, source: str) -> Command:
 
 
 def describe_commands() -> str:
-    """The list of commands with a summary and an example each."""
+    """Returns the list of commands with a summary and an example each."""
     lines = ["Commands of caprl_jax (--help after one of them lists its flags):"]
     for command in commands():
         lines += ["", f"  {command.name:<13} {command.summary}", f"{'':<16}{command.example}"]
@@ -59,7 +59,7 @@ def describe_commands() -> str:
 
 
 def describe_keys(rows: Iterable[tuple[str, Any, str]], width: int = 0) -> str:
-    """A table of a config's keys.
+    """Returns a table of a config's keys.
 
     Args:
       rows: (key, value, meaning), as caprl_jax.config.rows yields them.

@@ -25,10 +25,10 @@ _WIDTH = 46  # characters of a line beside the image
 
 
 def read(workdir: Path) -> tuple[list[dict], list[dict], dict[str, Any]]:
-    """(metrics, samples, summary) of a finished run.
+    """Reads (metrics, samples, summary) of a finished run.
 
     Raises:
-      UserError: the run has not finished, or captions no images.
+      UserError: the run has not finished, or writes no captions.
     """
     missing = [n for n in ("samples.json", "summary.json") if not (workdir / n).is_file()]
     if missing:
@@ -40,7 +40,7 @@ def read(workdir: Path) -> tuple[list[dict], list[dict], dict[str, Any]]:
 
 
 def draw(workdir: Path, out: Path, number: int = 0) -> None:
-    """Writes the picture of a run, with its sample of that number."""
+    """Draws the picture of a run with the sample of this number, and writes it."""
     from matplotlib.figure import Figure  # imported where used
 
     history, samples, summary = read(workdir)
@@ -94,7 +94,7 @@ def _draw_words(axes: Any, sample: dict[str, Any]) -> None:
 
 
 def _shown(sample: dict[str, Any], when: str, most: int = 3) -> list[dict]:
-    """Answers to the questions whose verdict training changed, before the others."""
+    """Returns answers; those whose verdict training changed come first."""
     answers = sample["before"]["answers"], sample["after"]["answers"]
     order = sorted(
         range(len(answers[0])), key=lambda i: answers[0][i]["letter"] == answers[1][i]["letter"]

@@ -1,6 +1,6 @@
 """Prints plans as a Markdown table: topology, memory and a step's roofline.
 
-python -m caprl_jax.plan_table PLAN.json ...    (what caprl_jax.plan --json wrote)
+python -m caprl_jax.plan_table PLAN.json ...    (files that caprl_jax.plan --json wrote)
 python -m caprl_jax.plan_table --scaling SMALL.json LARGE.json
 """
 
@@ -18,7 +18,7 @@ _HEAD = (
 
 
 def row(plan: dict[str, Any]) -> str:
-    """One plan as a row."""
+    """Formats one plan as a row."""
     words = "".join(f" {k}={v}" for k, v in plan["overrides"].items())
     where = f"| `{Path(plan['config']).name}`{words} | {plan['topology']} "
     if plan["fits"] is False:
@@ -36,7 +36,7 @@ def row(plan: dict[str, Any]) -> str:
 
 
 def efficiency(small: dict[str, Any], large: dict[str, Any]) -> str:
-    """Compares a chip's pace on a small and a large slice, and the bytes that it receives there.
+    """Compares a chip's pace and received bytes on a small and a large slice.
 
     Both rooflines are taken twice: with compute, memory and links overlapping perfectly, and with
     the links' time on top of the slower of the other two.

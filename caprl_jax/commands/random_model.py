@@ -2,7 +2,7 @@
 
     python -m caprl_jax.random_model --size=qwen2.5-vl-3b --out=DIR [--set=num_hidden_layers=2 ...]
 
-For measuring and testing what needs the real shapes and no sense. --set changes numbers of
+Use it for measurements and tests that need real shapes, not real weights. --set changes numbers of
 config.json (vision_config.depth=2 for the tower's). The tokenizer is the small one of the shipped
 tiny models, whose ids lie within every published vocabulary.
 """
@@ -28,13 +28,13 @@ from caprl_jax.models.hf import sizes
 
 
 class _Random:
-    """A tensor that comes to be when it is written, so that one is in memory at a time."""
+    """A tensor that is made when it is written, so that only one is in memory at a time."""
 
     def __init__(self, path: tuple[str, ...], shape: tuple[int, ...], seed: int, dtype: Any):
         self.path, self.shape, self._seed, self._dtype = path, shape, seed, dtype
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """Normal values of the scale at which activations keep theirs."""
+        """Returns normal values of a scale that keeps the scale of activations."""
         name, inputs = self.path[-1], 2 if self.path[-2] == "o" else 1
         rng = np.random.default_rng([self._seed, *map(ord, "/".join(self.path))])
         stacked = "layers" in self.path or "blocks" in self.path
@@ -51,10 +51,10 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
     """Writes a directory with random weights.
 
     Args:
-      out: to be made; must not exist.
+      out: the directory to be made; must not exist.
       config: as in config.json.
-      seed: of the weights.
-      dtype: of the weights in the files.
+      seed: seed of the weights.
+      dtype: dtype of the weights in the files.
     """
     policy, tiny = families.build(config), "policy" if "vision_config" in config else "judge"
     flat = flax.traverse_util.flatten_dict(hf.abstract_params(policy))
@@ -62,7 +62,7 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
     with tempfile.TemporaryDirectory() as folder:
         companions = Path(folder)
         hf.copy_companions(sources.fetch(f"asset:tiny/{tiny}"), companions)
-        # The tiny judge was trained with a prompt of its own, and this model was not.
+        # The tiny judge was trained with its own prompt; this model was not.
         (companions / PROMPT_FILE).unlink(missing_ok=True)
         ids = json.loads((companions / "config.json").read_text())
         files = {
@@ -76,10 +76,10 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
 
 
 def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """A copy of config with NAME=NUMBER settings applied.
+    """Returns a copy of config with NAME=NUMBER settings applied.
 
     Raises:
-      UsageError: a name that config doesn't have, or a value that is no JSON.
+      UsageError: config lacks a name, or a value is not JSON.
     """
     config = json.loads(json.dumps(config))
     for setting in settings:
@@ -109,7 +109,7 @@ def main(_: list[str]) -> None:
 
 
 def define_flags() -> None:
-    """Only when this is the program: other modules define flags of the same names."""
+    """Defines the flags, in the program only: other modules have flags of the same names."""
     flags.DEFINE_enum(
         "size", None, sorted(sizes.CONFIGS), "The model whose shapes to take.", required=True
     )

@@ -36,7 +36,7 @@ _CHAT = (
 
 
 def _corpus(grid: tuple[int, int] = (3, 3)) -> list[str]:
-    """Text on which to learn the tokenizer's merges: the world's captions, questions, prompts."""
+    """Returns text for learning the tokenizer's merges: captions, questions and prompts."""
     rng = np.random.default_rng(0)
     out = [default_prompt(), PREFILL, PROMPT, "user", "assistant\n", " nothing"] * 50
     for _ in range(500):
@@ -49,7 +49,7 @@ def _corpus(grid: tuple[int, int] = (3, 3)) -> list[str]:
 
 
 def make_tokenizer(grid: tuple[int, int] = (3, 3)):
-    """Qwen's tokenizer (splitting rules, byte-level BPE, chat tokens) with VOCAB tokens at most."""
+    """Returns Qwen's tokenizer (splitting rules, byte-level BPE, chat tokens), <= VOCAB tokens."""
     from tokenizers import pre_tokenizers, trainers
 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
@@ -134,7 +134,7 @@ _PROCESSOR = {
     "do_convert_rgb": True,
     "rescale_factor": 1 / 255,
     "resample": 3,
-    # Mostly black scenes: these centre them; with CLIP's constants the tower learned nothing.
+    # Scenes are mostly black; these values centre them. With CLIP's the tower learned nothing.
     "image_mean": [0.15, 0.15, 0.15],
     "image_std": [0.25, 0.25, 0.25],
     "min_pixels": 56 * 56,
@@ -164,7 +164,7 @@ def make(out: Path) -> None:
 
 
 def define_flags() -> None:
-    """Only when this is the program: other modules define flags of the same names."""
+    """Defines the flags, in the program only: other modules have flags of the same names."""
     flags.DEFINE_string("out", None, "Directory to make policy/ and judge/ in.", required=True)
 
 

@@ -1,12 +1,12 @@
 """Weights and key-value caches of the decode loop, in two variants.
 
 Stacked: the layers are one loop in the program, and a layer's weights and caches are cut out of
-arrays that hold all layers. A TPU reads the part that is cut out where it lies; a CPU copies it
-first, and so may a GPU, where products come from libraries that take whole arrays.
+arrays that hold all layers. A TPU reads such a part in place. A CPU copies it first, and a GPU may
+do so too, because its products come from libraries that take whole arrays.
 
 PerLayer: each layer has arrays of its own, and the layers follow one another in the program, which
-takes longer to compile. `weights` prepares what suits the devices; the structure of the weights
-decides which variant runs.
+takes longer to compile. `weights` prepares the variant that suits the devices; the structure of
+the weights decides which variant runs.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def weights(policy: Policy, params: Params, per_layer: bool | None = None) -> Pa
         if platform == "cpu":
             layers = jax.tree_util.tree_map_with_path(_transposed, layers)
         decoder = decoder | {"layers": layers}
-    # Without the barrier the compiler may put the cast, or the gathering, into the loop.
+    # Without the barrier the compiler may move the cast, or the gathering, into the loop.
     return {"decoder": jax.lax.optimization_barrier(decoder)}
 
 
@@ -66,7 +66,7 @@ def _unstacked(stacked: Any, layers: int) -> tuple[Any, ...]:
 
 
 def _transposed(path: tuple, a: jax.Array) -> jax.Array:
-    """A kernel as Linear's `transposed` takes it: [*inputs, *outputs] -> [outputs, inputs]."""
+    """Transposes a kernel for Linear's `transposed`: [*inputs, *outputs] -> [outputs, inputs]."""
     if path[-1].key != "kernel":
         return a
     inputs = math.prod(a.shape[: 2 if path[-2].key == "o" else 1])
@@ -74,7 +74,7 @@ def _transposed(path: tuple, a: jax.Array) -> jax.Array:
 
 
 def variant(policy: Policy, weights: Params) -> "Stacked | PerLayer":
-    """The decoder variant (stacked or per layer) that matches these weights."""
+    """Returns the decoder variant (stacked or per layer) that matches these weights."""
     per_layer = isinstance(weights["decoder"]["layers"], tuple)
     return (PerLayer if per_layer else Stacked)(policy.decoder)
 
@@ -85,7 +85,7 @@ class Write:
 
     Attributes:
       at: int32 [], the tokens' place in the caches.
-      stage: (first, end) of the tokens that `at` is one of; no cache is read beyond the end.
+      stage: (first, end) of the tokens that include `at`; no cache is read beyond the end.
       fresh: bool [b, s], True where a caption begins and the cache still holds another's tokens;
         None is nowhere.
     """
@@ -95,13 +95,13 @@ class Write:
     fresh: jax.Array | None = None
 
     def own(self, mask: jax.Array) -> jax.Array:
-        """Tokens of a cache, bool [b, s, length], that belong to the current captions."""
+        """Marks the tokens of a cache, bool [b, s, length], that belong to the current captions."""
         return mask if self.fresh is None else mask & ~self.fresh[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Layers as one loop; caches are KV with arrays [layers, b, s, t, kv_heads, head_dim].
+    """Decoder with one loop over layers; caches are KV [layers, b, s, t, kv_heads, head_dim].
 
     Attributes:
       decoder: the policy's decoder.
@@ -110,25 +110,25 @@ class Stacked:
     decoder: Decoder
 
     def prompt(self, kv: KV) -> KV:
-        """The prompts' keys and values as every iteration reads them."""
+        """Returns the prompts' keys and values in the form that every iteration reads."""
         return kv.replace(k=_cached(kv.k, 1), v=_cached(kv.v, 1))
 
     def empty(self, prompt: KV, slots: int, tokens: int) -> KV:
-        """Caches of captions that have not begun."""
+        """Returns caches of captions that have not begun."""
         layers, b, _, kv_heads, head_dim = prompt.k.shape
         zeros = jnp.zeros((layers, b, slots, tokens, kv_heads, head_dim), prompt.k.dtype)
         return KV(_cached(zeros, 2), _cached(zeros, 2), jnp.zeros((b, slots, tokens), bool))
 
     def logits(self, weights: Params, hidden: jax.Array) -> jax.Array:
-        """[b, s, e] -> float32 [b, s, vocab]."""
+        """Returns logits: [b, s, e] -> float32 [b, s, vocab]."""
         return self.decoder.apply({"params": weights["decoder"]}, hidden, method=Decoder.logits)
 
     def opened(self, cache: KV, prompt: KV, slots: int, stage: tuple[int, int]) -> KV:
-        """The cache with room for a stage's tokens; it has room for all from the start."""
+        """Returns the cache unchanged; it has room for all stages from the start."""
         return cache
 
     def joined(self, cache: KV) -> KV:
-        """The cache as one stage; it is one from the start."""
+        """Returns the cache unchanged; it is one stage from the start."""
         return cache
 
     def token(
@@ -148,7 +148,7 @@ class Stacked:
           positions: int [b, s, 1] or [b, s, 1, 3].
           prompt: as `prompt` returns it.
           cache: the captions' keys and values so far.
-          write: where these tokens are put.
+          write: the place of these tokens.
 
         Returns:
           (hidden states [b, s, 1, e], cache with these tokens).
@@ -176,7 +176,7 @@ LayerKV = tuple[tuple[jax.Array, jax.Array], ...]  # (k, v) of each layer
 
 @flax.struct.dataclass
 class LayerCaches:
-    """Keys and values of each layer in arrays of their own, heads before tokens.
+    """Keys and values of each layer in separate arrays, heads before tokens.
 
     A cache grows by one array per stage: each array is always read whole, because a part cut out of
     the middle of an array would be copied.
@@ -192,12 +192,12 @@ class LayerCaches:
 
 @dataclasses.dataclass(frozen=True)
 class PerLayer:
-    """Layers one after the other, each with arrays of its own; methods as Stacked's."""
+    """Decoder with separate arrays for each layer; it has the methods of Stacked."""
 
     decoder: Decoder
 
     def prompt(self, kv: KV) -> LayerCaches:
-        """The prompts' keys and values as every iteration reads them."""
+        """Returns the prompts' keys and values in the form that every iteration reads."""
 
         def layer(a, i):
             return constrain(jnp.swapaxes(a[i], 1, 2), "caches", "kv_heads", None, None)
@@ -207,18 +207,18 @@ class PerLayer:
         return LayerCaches((jax.lax.optimization_barrier(kvs),), (kv.mask,))
 
     def empty(self, prompt: LayerCaches, slots: int, tokens: int) -> LayerCaches:
-        """Caches of captions that have not begun: no stage yet."""
+        """Returns caches of captions that have not begun: they have no stage yet."""
         return LayerCaches((), ())
 
     def logits(self, weights: Params, hidden: jax.Array) -> jax.Array:
-        """[b, s, e] -> float32 [b, s, vocab]."""
+        """Returns logits: [b, s, e] -> float32 [b, s, vocab]."""
         layers, rest = _layers(weights)
         return self.decoder.apply(rest, hidden, _are_transposed(layers), method=Decoder.logits)
 
     def opened(
         self, cache: LayerCaches, prompt: LayerCaches, slots: int, stage: tuple[int, int]
     ) -> LayerCaches:
-        """The cache with room for a stage's tokens."""
+        """Returns the cache with room for a stage's tokens."""
         k, _ = prompt.kv[0][0]
         b, kv_heads, _, head_dim = k.shape
         length = stage[1] - stage[0]
@@ -228,7 +228,7 @@ class PerLayer:
         return LayerCaches((*cache.kv, layers), (*cache.masks, mask))
 
     def joined(self, cache: LayerCaches) -> LayerCaches:
-        """The cache with all stages joined to one."""
+        """Returns the cache with all stages joined to one."""
 
         def join(*parts):
             whole = jnp.concatenate(parts, axis=3)
@@ -251,7 +251,7 @@ class PerLayer:
         block = Block(self.decoder.config, transposed=_are_transposed(layers))
         ones = jnp.ones(x.shape[:-1], bool)
         rotation = self.decoder.apply(rest, positions, ones, method=Decoder.rotation)
-        # The barrier keeps the compiler from taking cosines and sines again in every layer.
+        # The barrier keeps the compiler from computing cosines and sines again in every layer.
         rotation = jax.lax.optimization_barrier(rotation)
         *full, mask = (write.own(mask) for mask in cache.masks)
         mask, written = mask.at[:, :, at].set(True), []
@@ -269,7 +269,7 @@ class PerLayer:
 
 
 def _layers(weights: Params) -> tuple[tuple, dict]:
-    """(parameters of each layer, variables of everything beside the layers)."""
+    """Returns (parameters of each layer, variables of everything beside the layers)."""
     rest = {k: a for k, a in weights["decoder"].items() if k != "layers"}
     return weights["decoder"]["layers"], {"params": rest}
 

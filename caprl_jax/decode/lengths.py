@@ -4,7 +4,7 @@ import math
 
 
 def bucket(length: int) -> int:
-    """The padded length for `length` tokens: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..
+    """Returns the padded length for `length` tokens: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..
 
     There are two buckets for each power of 2, so that few programs are compiled and at most a third
     of a bucket is padding.
@@ -14,5 +14,5 @@ def bucket(length: int) -> int:
 
 
 def even_buckets(longest: int, count: int) -> list[int]:
-    """`count` lengths in even steps up to `longest`; fewer where the steps would not be whole."""
+    """Returns `count` lengths in even steps up to `longest`; fewer if steps are not whole."""
     return sorted({-(-longest * (i + 1) // count) for i in range(count)})

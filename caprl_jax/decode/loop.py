@@ -1,4 +1,4 @@
-"""The decode loop: captions of images are drawn token by token after their prompts."""
+"""The decode loop: it draws captions of images token by token after their prompts."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ STAGE = 128  # a cache shorter than two stages of this many tokens is read whole
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Settings of drawing captions.
+    """Settings for drawing captions.
 
     Attributes:
       group: g, captions per image.
       stop: ids that end a caption.
       sampling: length limit, temperature and filters.
       slots: captions of an image that are drawn at the same time; each of the others begins when
-        one of these ends. 0 is all of them. The draws depend on it.
+        one of these ends. 0 means all of them. The draws depend on it.
     """
 
     group: int
@@ -103,7 +103,7 @@ def decode_with(
     valid: jax.Array,
     key: jax.Array,
 ) -> Rollout:
-    """The same as `decode`, with weights as caches.weights prepares them."""
+    """Does the same as `decode`, with weights as caches.weights prepares them."""
     variant = caches.variant(policy, weights)
     loop = _Loop(policy, weights, trunk, key, decoding, variant, variant.prompt(trunk.kv))
     slots = scheduling.number_of_slots(decoding.group, decoding.slots)
@@ -125,7 +125,7 @@ class _Loop:
     prompt: Any
 
     def draw(self, hidden: jax.Array, i: jax.Array) -> tuple[Rollout, jax.Array]:
-        """Hidden states [b, s, e] -> (Rollout of one token each [b, s], which of them stop)."""
+        """Draws one token each: hidden states [b, s, e] -> (Rollout [b, s], bool [b, s] stops)."""
         logits = constrain(self.variant.logits(self.weights, hidden), *axes.BATCH[:2], "vocab")
         sampling, stop = self.decoding.sampling, self.decoding.stop
         token, logp, drawn = draw(jax.random.fold_in(self.key, i), logits, sampling)
@@ -142,7 +142,7 @@ class _Loop:
         return hidden[..., 0, :], cache
 
     def empty(self, slots: int, iterations: int) -> tuple[jax.Array, Rollout]:
-        """(hidden states before the first token [b, slots, e], a Rollout with nothing drawn)."""
+        """Returns (hidden states before the first token [b, slots, e], an empty Rollout)."""
         b, width = self.trunk.last.shape
         zeros = jnp.zeros((b, slots, iterations), jnp.float32)
         out = Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None)
@@ -174,9 +174,9 @@ def _draw_together(loop: _Loop, valid: jax.Array) -> Rollout:
 def _draw_in_slots(loop: _Loop, slots: int, valid: jax.Array) -> Rollout:
     """Draws captions one after another in fewer slots than there are captions.
 
-    A slot's cache is a ring: iteration i writes at i modulo the longest caption's tokens, and what
-    is left there of the caption before is masked once another begins. Until the ring is full it is
-    read in stages.
+    A slot's cache is a ring: iteration i writes at i modulo the longest caption's tokens. When a
+    new caption begins, the tokens left by the caption before are masked. Until the ring is full,
+    it is read in stages.
     """
     t, group = loop.decoding.sampling.max_tokens, loop.decoding.group
     iterations = scheduling.most_iterations(group, slots, t)
@@ -215,7 +215,7 @@ def _draw_in_slots(loop: _Loop, slots: int, valid: jax.Array) -> Rollout:
 
 
 def stages(tokens: int) -> list[tuple[int, int]]:
-    """Runs of (first, end) tokens; during each, the cache is read only up to its end.
+    """Returns runs of (first, end) tokens; during each, the cache is read only up to its end.
 
     Each run is a loop of its own in the program, so there are at most four, and one for a short
     limit.
@@ -225,10 +225,10 @@ def stages(tokens: int) -> list[tuple[int, int]]:
 
 
 def _while_any_is_open(step: Callable, carry: tuple, first: int, end: int) -> tuple:
-    """carry = step(carry, i) for i from first to end, or until all captions, carry[0], are done."""
+    """Iterates carry = step(carry, i) from first to end, or until all captions (carry[0]) end."""
 
     def is_open(counted):
-        # Counted from 0, so that the program says how often it runs at most.
+        # The count starts at 0, so that the program states the largest number of iterations.
         i, (done, *_) = counted
         return (i < end - first) & ~jnp.all(done)
 

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits: what competes, and one draw among it."""
+"""Sampling from logits: filters choose the tokens that compete, and one of them is drawn."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ from caprl_jax.parallel import axes
 from caprl_jax.parallel.axes import constrain
 from caprl_jax.settings import check_value, setting
 
-_RUN = 128  # neighbours in the vocabulary that are drawn together
-_DEVICES = 8  # that a vocabulary may be cut over, a power of 2, without cutting such a run
+_RUN = 128  # number of neighbours in the vocabulary that are drawn together
+_DEVICES = 8  # devices that may share a vocabulary, a power of 2, without cutting such a run
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of drawing tokens."""
+    """Settings for drawing tokens."""
 
     max_tokens: int = setting(
         512, "most tokens of a caption, the stop token included; longer ones are truncated", least=1
@@ -37,7 +37,7 @@ class Sampling:
 
 
 def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Sets what top-k and then top-p exclude to -inf; [..., vocab] -> [..., vocab]."""
+    """Sets logits that top-k, then top-p, exclude to -inf: [..., vocab] -> [..., vocab]."""
     vocab = logits.shape[-1]
     if 0 < top_k < vocab:
         least = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -54,10 +54,10 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 def draw(
     key: jax.Array, logits: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws a token each.
+    """Draws one token for each row of logits.
 
     Args:
-      key: for the draw.
+      key: key of the draw.
       logits: float32 [*batch, vocab]; the batch axes are the tree's.
       sampling: temperature and filters.
 
@@ -70,8 +70,8 @@ def draw(
         token = _largest(logits)
         return token, _at(logp, token), jnp.zeros_like(logits[..., 0])
     filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    # Random numbers for the whole vocabulary cost a TPU little, runs of it copies of the logits.
-    # Functions of this call's own: JAX keeps what known ones traced to, under another mesh too.
+    # On a TPU, random numbers for the whole vocabulary are cheap, and runs would copy the logits.
+    # New functions for each call: JAX caches traces by function, even under another mesh.
     token = jax.lax.platform_dependent(
         key, filtered, tpu=lambda *a: by_noise(*a), default=lambda *a: by_inversion(*a)
     )
@@ -79,7 +79,7 @@ def draw(
 
 
 def by_noise(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """The Gumbel-max trick (arXiv 1411.0030), as jax.random.categorical does it.
+    """Draws by the Gumbel-max trick (arXiv 1411.0030), as jax.random.categorical does.
 
     Logits float32 [*batch, vocab] -> int32 [*batch].
     """
@@ -87,15 +87,16 @@ def by_noise(key: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Inverse transform sampling (Devroye 1986, chapter 3) in two steps.
+    """Draws by inverse transform sampling (Devroye 1986, chapter 3) in two steps.
 
     Logits float32 [*batch, vocab] -> int32 [*batch]; the batch axes are the tree's.
-    The vocabulary lies in runs of neighbours: one uniform number picks a run by its probability,
-    another a token in it. These are two random numbers a row, where noise is one a logit.
+    The vocabulary is divided into runs of neighbours: one uniform number picks a run by its
+    probability, and another picks a token in it. This takes two random numbers for each row, while
+    noise takes one for each logit.
     """
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     runs, count, part = _runs(weights)
-    # On every device of the vocabulary: a running sum would be passed from one to the next.
+    # Replicated over the vocabulary's devices, which would otherwise pass on a running sum.
     batch = axes.BATCH[: logits.ndim - 1]
     sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
     which, within = jax.random.uniform(key, (2, *sums.shape[:-1]))
@@ -106,18 +107,18 @@ def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
-    """Inverse transform sampling: index i with probability weights[i] / sum(weights).
+    """Picks index i with probability weights[i] / sum(weights), by inverse transform sampling.
 
     Args:
       uniform: float32 [*batch], in [0, 1).
-      weights: float32 [*batch, n], not negative, one at least positive.
+      weights: float32 [*batch, n], not negative, with at least one positive.
 
     Returns:
-      int32 [*batch], the first index whose running sum is beyond that part of the whole; never one
-      of weight 0.
+      int32 [*batch], the first index whose running sum is beyond that part of the whole; never an
+      index of weight 0.
     """
     below = jnp.cumsum(weights, axis=-1)
-    # A running sum in floating point may grow at a weight of 0, or nowhere beyond the part sought.
+    # With rounding, a running sum may grow at a weight of 0, or never pass the part sought.
     beyond = (below > uniform[..., None] * below[..., -1:]) & (weights > 0)
     found = jnp.any(beyond, axis=-1)
     index = jnp.where(found, jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1))
@@ -125,13 +126,13 @@ def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _runs(weights: jax.Array) -> tuple[jax.Array, int, int]:
-    """Neighbours together, none of which lie on two devices.
+    """Groups neighbours into runs, so that no run lies on two devices.
 
     Args:
       weights: [*batch, vocab].
 
     Returns:
-      ([*batch, runs, _RUN], filled up with zeros; runs of a part of the vocabulary; tokens of one).
+      ([*batch, runs, _RUN], padded with zeros; runs in a part of the vocabulary; tokens in a part).
     """
     batch, vocab = weights.shape[:-1], weights.shape[-1]
     parts = math.gcd(vocab, _DEVICES)
@@ -142,14 +143,14 @@ def _runs(weights: jax.Array) -> tuple[jax.Array, int, int]:
 
 
 def _at(values: jax.Array, token: jax.Array) -> jax.Array:
-    """values [*batch, vocab] at token [*batch]."""
+    """Returns values [*batch, vocab] at token [*batch]."""
     # A masked sum stays on the devices that hold its part of the vocabulary.
     here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     return jnp.sum(jnp.where(here == token[..., None], values, 0), axis=-1)
 
 
 def _largest(values: jax.Array) -> jax.Array:
-    """jnp.argmax, in two sums that a vocabulary cut over devices need not be moved for."""
+    """Returns jnp.argmax, by two reductions that move no vocabulary between devices."""
     here = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     top = jnp.max(values, axis=-1, keepdims=True)
     return jnp.min(jnp.where(values == top, here, values.shape[-1] - 1), axis=-1)

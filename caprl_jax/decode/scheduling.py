@@ -1,7 +1,7 @@
-"""Slots: places in the decode loop, where an image has fewer of them than captions.
+"""Slots: places in the decode loop, of which an image may have fewer than captions.
 
 A slot has a cache of its own. When its caption ends, the image's first caption that has not begun
-takes the slot over (list scheduling, Graham 1966). So short captions wait for long ones only at the
+takes over the slot (list scheduling, Graham 1966). So short captions wait for long ones only at the
 very end.
 """
 
@@ -34,11 +34,11 @@ class Slots:
 
     @property
     def busy(self) -> jax.Array:
-        """bool [b, s], True where a caption is being drawn."""
+        """Returns bool [b, s], True where a caption is being drawn."""
         return self.caption < self.slot.shape[1]
 
     def after(self, ends: jax.Array, iteration: jax.Array) -> "Slots":
-        """The state after an iteration in which captions of busy slots `ends` [b, s] have ended."""
+        """Returns the state after an iteration that ended captions of busy slots, `ends` [b, s]."""
         group = self.slot.shape[1]
         captions = _indices((*ends.shape, group))
         ended = ends[..., None] & (self.caption[..., None] == captions)
@@ -68,7 +68,7 @@ class Slots:
 
 
 def filled(valid: jax.Array, slots: int, group: int) -> Slots:
-    """The state before the first iteration; images that are not valid, bool [b], get no caption."""
+    """Returns the state before the first iteration; images not valid, bool [b], get no caption."""
     b = len(valid)
     first = jnp.where(valid[:, None], _indices((b, slots)), group)
     none = jnp.zeros((b, group), jnp.int32)
@@ -83,17 +83,17 @@ def filled(valid: jax.Array, slots: int, group: int) -> Slots:
 
 
 def _indices(shape: tuple[int, ...]) -> jax.Array:
-    """int32 array of a shape, each entry its index on the last axis."""
+    """Returns an int32 array of a shape; each entry is its index on the last axis."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
 def number_of_slots(group: int, slots: int) -> int:
-    """Number of an image's slots; 0 asks for one slot per caption."""
+    """Returns the number of an image's slots; 0 asks for one slot per caption."""
     return min(slots or group, group)
 
 
 def most_iterations(group: int, slots: int, tokens: int) -> int:
-    """The most iterations that `group` captions of at most `tokens` tokens take in these slots.
+    """Returns the most iterations for `group` captions of at most `tokens` tokens in these slots.
 
     Caption i (from 0) begins after at most i // slots * tokens iterations: by then, all but
     slots - 1 of the captions before it have ended.
@@ -102,7 +102,7 @@ def most_iterations(group: int, slots: int, tokens: int) -> int:
 
 
 def iterations(length: jax.Array, slots: int) -> jax.Array:
-    """Iterations in which captions of these lengths, int32 [b, g], are drawn: int32 [b]."""
+    """Returns the iterations, int32 [b], that draw captions of these lengths, int32 [b, g]."""
 
     def one(load, length):
         least = jnp.argmin(load, axis=1)
@@ -116,13 +116,13 @@ def iterations(length: jax.Array, slots: int) -> jax.Array:
 def wasted(
     length: jax.Array, valid: jax.Array, count: int, slots: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Slots' iterations that waited for captions in other slots.
+    """Counts the slots' iterations that waited for captions in other slots.
 
     Args:
       length: int32 [b, g], tokens of each caption.
       valid: bool [b].
       count: slices in which the images were captioned; each ends with its own last caption.
-      slots: slots of an image; 0 is one per caption.
+      slots: slots of an image; 0 means one per caption.
 
     Returns:
       int32 [] each: (iterations that waited, summed over slots; iterations of all slots).

@@ -1,6 +1,6 @@
 """Logical axes of arrays, and the shard rules that map them to the axes of a mesh.
 
-A model names its axes; where they lie on the mesh is data. While a function is traced inside
+A model names its axes; a table says where they lie on the mesh. While a function is traced inside
 `using(rules)`, `constrain` pins an activation to where the rules put its axes; outside of it,
 `constrain` does nothing.
 """
@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Table = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes; absent or () is replicated
+Table = Mapping[str, tuple[str, ...]]  # logical axis -> mesh axes; absent or () means replicated
 BATCH = ("images", "captions", "questions")  # the tree's batch axes, outermost first
-CACHED = ("caches", "captions", "questions")  # the same, of caches and the queries reading them
+CACHED = ("caches", "captions", "questions")  # the same, for caches and the queries that read them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +40,23 @@ class ShardRules:
 
     @property
     def decoding(self) -> "ShardRules":
-        """The same mesh under the table of decoding."""
+        """Returns the same mesh under the table of decoding."""
         return dataclasses.replace(self, table=self.decode_table)
 
     @property
     def platform(self) -> str:
-        """The platform of the mesh's devices: cpu, gpu or tpu."""
+        """Returns the platform of the mesh's devices: cpu, gpu or tpu."""
         return self.mesh.devices.flat[0].platform
 
     def size(self, name: str | None) -> int:
-        """Number of devices that a logical axis is spread over."""
+        """Returns the number of devices that a logical axis is spread over."""
         return self._devices(self.table.get(name, ()))
 
     def _devices(self, axes: tuple[str, ...]) -> int:
         return int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
 
     def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-        """Partition of an activation: each axis over its mesh axes that are free and divide it."""
+        """Partitions an activation: each axis over its mesh axes that are free and divide it."""
         taken: set[str] = set()
         out: list[tuple[str, ...] | None] = []
         for name, size in zip(names, shape, strict=True):
@@ -68,7 +68,7 @@ class ShardRules:
         return PartitionSpec(*out)
 
     def sharding(self, *names: str | None) -> NamedSharding:
-        """Sharding of an array whose axes divide evenly; without names it is replicated."""
+        """Returns the sharding of an array whose axes divide evenly; without names, replicated."""
         return NamedSharding(self.mesh, PartitionSpec(*(self.table.get(n) or None for n in names)))
 
 
@@ -76,13 +76,13 @@ _current: contextvars.ContextVar[ShardRules | None] = contextvars.ContextVar("ru
 
 
 def current() -> ShardRules | None:
-    """The rules of the program that is being traced; None outside of `using`."""
+    """Returns the rules of the program that is being traced; None outside of `using`."""
     return _current.get()
 
 
 @contextlib.contextmanager
 def using(rules: ShardRules | None) -> Iterator[None]:
-    """Traces the block under the rules; with None nothing is constrained."""
+    """Traces the block under the rules; with None, nothing is constrained."""
     token = _current.set(rules)
     try:
         yield

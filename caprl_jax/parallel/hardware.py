@@ -1,4 +1,4 @@
-"""Published peaks of the chips that runs are planned for, and where plans find devices."""
+"""Published peaks of chips that runs are planned for, and the devices that plans use."""
 
 import dataclasses
 import math
@@ -17,12 +17,12 @@ class Chip:
     """Published figures of a chip.
 
     Attributes:
-      name: as people call it.
+      name: the common name.
       flops: bfloat16 FLOP/s of dense matrix products.
       hbm: bytes of memory.
-      hbm_bytes: bytes/s from and to it.
+      hbm_bytes: bytes/s from and to this memory.
       link_bytes: bytes/s that it sends over all of its links, and receives at the same time.
-      memory: bytes that programs find there: as TPU compilers allow, or NVIDIA's driver reports.
+      memory: bytes that programs can use: as TPU compilers allow, or NVIDIA's driver reports.
     """
 
     name: str
@@ -53,13 +53,13 @@ TPUS = ("v4", "v5e", "v5p", "v6e")
 
 
 def chip(device: Any) -> Chip | None:
-    """The chip of a JAX device; None if nothing is known of its kind."""
+    """Returns the chip of a JAX device; None if its kind is unknown."""
     return CHIPS.get(device.device_kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """A device that need not be there, for reckoning.
+    """A stand-in for a device that need not exist, for reckoning.
 
     Attributes:
       id: its number.
@@ -75,11 +75,11 @@ class StandIn:
     process_index: int = 0
 
     def memory_stats(self) -> None:
-        """None: nothing is known but the kind's table."""
+        """Returns None: only the table of kinds is known."""
 
 
 def described(text: str) -> Sequence[Any]:
-    """Devices of a description such as h100:8, v5e:4x4, v5e:4x4*2 (two slices), cpu:8 or local.
+    """Returns devices of a description: h100:8, v5e:4x4, v5e:4x4*2 (two slices), cpu:8 or local.
 
     Raises:
       ConfigError: the description names no kind or no number.
@@ -103,16 +103,16 @@ def described(text: str) -> Sequence[Any]:
 
 
 def usable(device: Any) -> float | None:
-    """Bytes of a device that programs can take: what it reports, or else its kind's; None unknown.
+    """Returns a device's usable bytes: those it reports, else its kind's; None if unknown.
 
-    On a GPU JAX takes a share of the memory when it starts, 75% unless
-    XLA_PYTHON_CLIENT_MEM_FRACTION says another.
+    On a GPU, JAX takes a share of the memory when it starts: 75%, unless
+    XLA_PYTHON_CLIENT_MEM_FRACTION sets another.
     """
     if device.platform == "cpu":
         return None
     try:
         stats = device.memory_stats()
-    except Exception:  # a device of another process, or of a compiler, which each say so otherwise
+    except Exception:  # a device of another process or of a compiler; each raises its own error
         stats = None
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"])
@@ -123,16 +123,16 @@ def usable(device: Any) -> float | None:
 
 
 def gpu_share() -> float:
-    """The share of a GPU's memory that JAX takes."""
+    """Returns the share of a GPU's memory that JAX takes."""
     names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
     return float(next((os.environ[name] for name in names if os.environ.get(name)), 0.75))
 
 
 def before_jax(topology: str) -> None:
-    """Sets what JAX reads when it starts; call it before any device is asked for.
+    """Sets the environment that JAX reads when it starts; call it before any device is asked for.
 
     Raises:
-      ConfigError: the topology is none.
+      ConfigError: the topology is not one.
     """
     kind, _, size = topology.partition(":")
     if kind == "local" and not size:
@@ -147,14 +147,14 @@ def before_jax(topology: str) -> None:
     if kind == "cpu":
         count = f" --xla_force_host_platform_device_count={size}"
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + count
-    else:  # what the compiler would ask a TPU's host for, in vain
+    else:  # the compiler would ask a TPU's host for these in vain
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other plans may be in the making
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans may run in parallel
 
 
 def devices(topology: str) -> Sequence[Any]:
-    """Devices to compile for: of this process, or of a TPU topology that need not be there.
+    """Returns devices to compile for: this process's, or a TPU topology's, which need not exist.
 
     Raises:
       ConfigError: there is no TPU compiler, or it knows no such topology.
@@ -170,7 +170,7 @@ def devices(topology: str) -> Sequence[Any]:
         return topologies.get_topology_desc(
             platform="tpu", topology_name=f"{kind}:{shape}", **options
         ).devices
-    except Exception as e:  # of several kinds, by cause
+    except Exception as e:  # errors of several kinds, depending on the cause
         told = str(e)[:300].partition("\n")[0]
         raise ConfigError(
             f"--topology={topology}: {told}. The TPU compiler comes with "

@@ -1,4 +1,4 @@
-"""jax.jit for this project's programs: shard rules, slices and compiler options are bound."""
+"""jax.jit for this project's programs, with shard rules, slices and compiler options bound."""
 
 import functools
 from collections.abc import Callable
@@ -9,16 +9,16 @@ from caprl_jax.parallel import axes, slices
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.slices import Slices
 
-# Products are not cut up to overlap with the gathering of their weights step by step: the next
-# layer's are gathered meanwhile anyway, and the parts of all layers made the program ten times as
-# large and long to compile.
+# Products are not cut up to overlap with the stepwise gathering of their weights: the next layer's
+# weights are gathered meanwhile anyway, and cutting all layers made the program ten times as large
+# and as long to compile.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def bind(
     function: Callable, rules: ShardRules | None = None, cuts: Slices | None = None
 ) -> Callable:
-    """A new function that is traced under the rules and slices.
+    """Returns a new function that is traced under the rules and slices.
 
     JAX caches traces by function, so each binding must be a function of its own.
     """
@@ -32,20 +32,20 @@ def bind(
 
 
 def jit(function: Callable, rules: ShardRules, cuts: Slices | None = None, **options) -> Callable:
-    """jax.jit of `bind(function, rules, cuts)` with compiler options for the mesh's platform.
+    """Jits `bind(function, rules, cuts)` with compiler options for the mesh's platform.
 
     Args:
-      function: to be jitted.
+      function: the function to be jitted.
       rules: mesh and shard rules.
-      cuts: slices of the batch; None is one of each.
-      **options: of jax.jit.
+      cuts: slices of the batch; None means one of each.
+      ****options: options of jax.jit.
     """
     compiler = TPU_OPTIONS if rules.platform == "tpu" else None
     return jax.jit(bind(function, rules, cuts), compiler_options=compiler, **options)
 
 
 def counted(function: Callable) -> tuple[Callable, Callable[[], int]]:
-    """(the same function, a function that tells how often it was traced)."""
+    """Returns (the same function, a function that tells how often it was traced)."""
     traces = 0
 
     @functools.wraps(function)

@@ -1,12 +1,12 @@
-"""Keeps libtpu, where it is installed without a TPU, from printing that it finds no TPU workers."""
+"""Silences libtpu on machines without a TPU, where it prints that it finds no TPU workers."""
 
 import glob
 import os
 
 _DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
-# On every machine with libtpu, and on every machine without a TPU.
+# Set on every machine with libtpu, and on every machine without a TPU.
 _SET_BY_JAX = {"TPU_LIBRARY_PATH", "TPU_SKIP_MDS_QUERY"}
-# One chip on one host: libtpu then asks nobody, and JAX still finds that the chip is not there.
+# One chip on one host: libtpu then asks no host, and JAX still finds that the chip is absent.
 # Plans for a described topology (plan --topology=v5e:4x4) do not read these.
 _ONE_CHIP = {
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -16,7 +16,7 @@ _ONE_CHIP = {
 
 
 def _may_have_tpu() -> bool:
-    """True if there is a device that may be a TPU, or if the environment configures one."""
+    """Tells whether a device may be a TPU, or the environment configures one."""
     configured = (name for name in os.environ if name.startswith(("TPU_", "JAX_FORCE_TPU")))
     return bool(set(configured) - _SET_BY_JAX) or any(map(glob.glob, _DEVICES))
 

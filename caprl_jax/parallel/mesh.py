@@ -1,4 +1,4 @@
-"""The mesh, and where parameters, optimizer state and batches lie on it, by one table of rules.
+"""The mesh, and the rules that place parameters, optimizer state and batches on it.
 
 Logical axes of parameters: embed, vocab, heads, kv_heads, mlp, merged, patch, norm, layers; of
 activations and records: images, captions, questions; and caches, the images axis of caches.
@@ -19,7 +19,7 @@ from caprl_jax.errors import UserError
 from caprl_jax.parallel.axes import ShardRules, Table
 
 AXES = ("data", "fsdp", "tensor")
-# Matrices are cut over fsdp on one side and over tensor on the other; images lie as the weights do.
+# Matrices are cut over fsdp on one side and over tensor on the other; images lie as weights do.
 RULES = {
     "images": "data,fsdp",
     "caches": "data,fsdp",
@@ -37,15 +37,15 @@ _NEVER_CUT = ("patch", "norm", "layers", None)
 
 
 def decode_over_tensor(heads: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """Tables of rules whose tensor axis trains like fsdp and cuts the weights in decoding.
+    """Returns tables of rules whose tensor axis trains like fsdp and cuts weights in decoding.
 
-    Training moves weights, which pays for the many tokens of a slice; decoding, with one token a
-    caption, moves activations instead, and so reads only its part of the weights.
+    Training moves weights, which pays off for the many tokens of a slice. Decoding, with one token
+    a caption, moves activations instead, and so reads only its part of the weights.
 
     Args:
-      heads: whether caches are cut over tensor by key-value heads, of which there must be enough;
-        else by images, so that queries move to where training's images lie, and nothing is held
-        twice.
+      heads: whether caches are cut over tensor by key-value heads, of which there must be enough.
+        Otherwise they are cut by images: queries then move to where training's images lie, and
+        nothing is held twice.
 
     Returns:
       (changes of RULES, changes of DECODE_RULES).
@@ -57,14 +57,14 @@ def decode_over_tensor(heads: bool) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor.
+    """Returns a mesh with axes data, fsdp and tensor.
 
     On TPUs neighbours on the mesh are neighbours on the interconnect. Devices of several slices
     are cut along data, the only axis whose traffic may cross the slower network between them.
 
     Args:
-      shape: size of each axis; one may be -1, which takes what is left.
-      devices: all of the process's backend by default.
+      shape: size of each axis; one may be -1, which takes the devices that are left.
+      devices: the devices; by default all of the process's backend.
 
     Raises:
       UserError: the sizes don't multiply to the number of devices, or data is not a multiple of
@@ -75,7 +75,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def axis_sizes(shape: Mapping[str, int], count: int) -> list[int]:
-    """Sizes of the axes data, fsdp and tensor on `count` devices, with -1 replaced.
+    """Returns the sizes of data, fsdp and tensor on `count` devices, with -1 replaced.
 
     Raises:
       UserError: they don't multiply to the number of devices.
@@ -118,7 +118,7 @@ def shard_rules(
     table: Mapping[str, str] | None = None,
     decode_table: Mapping[str, str] | None = None,
 ) -> ShardRules:
-    """The mesh with its shard rules.
+    """Returns the mesh with its shard rules.
 
     Args:
       mesh: the devices.
@@ -145,10 +145,10 @@ def _table(defaults: Mapping[str, str], changed: Mapping[str, str]) -> Table:
 
 
 def param_shardings(boxed: Any, rules: ShardRules) -> Any:
-    """Shardings of a tree of boxed parameters (arrays or shapes with logical names).
+    """Returns shardings of a tree of boxed parameters (arrays or shapes with logical names).
 
-    Key-value heads fewer than the devices that they would be cut over are replicated: the 3B
-    model's 2 under tensor=4, say.
+    Key-value heads are replicated if they are fewer than the devices that they would be cut over:
+    the 3B model's 2 under tensor=4, for example.
 
     Raises:
       UserError: two axes of one parameter on one mesh axis, or a size that doesn't divide.
@@ -198,34 +198,34 @@ def _tell_replicated(heads: int, pieces: int) -> None:
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of size nearest to wanted; the larger one of two."""
+    """Returns the divisor of size nearest to wanted; the larger one of two."""
     return min((d for d in range(size, 0, -1) if size % d == 0), key=lambda d: abs(d - wanted))
 
 
 def replicated(rules: ShardRules) -> NamedSharding:
-    """The same on every device."""
+    """Returns the sharding of arrays that are the same on every device."""
     return rules.sharding()
 
 
 def batch_multiple(rules: ShardRules) -> int:
-    """The number that a batch's number of images must be a multiple of."""
+    """Returns the number that a batch's number of images must be a multiple of."""
     return int(np.lcm(rules.size("images"), rules.decoding.size("images")))
 
 
 def put_batch(batch: Any, rules: ShardRules) -> Any:
-    """Places a host batch, each process giving its own images; scalars and None pass."""
+    """Places a host batch; each process gives its own images, and scalars and None pass."""
     sharding = rules.sharding("images")
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
 
 
 def batch_rows(rules: ShardRules, size: int) -> np.ndarray:
-    """int [r], the images of a batch of `size` that this process gives to put_batch, in order."""
+    """Returns int [r], the images of a batch of `size` that this process gives to put_batch."""
     parts = rules.sharding("images").addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
 
 
 def put_whole(batch: Any, rules: ShardRules) -> Any:
-    """put_batch of a batch that every process holds whole."""
+    """Places a batch that every process holds whole, as put_batch does."""
     sharding = rules.sharding("images")
     return jax.tree.map(
         lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), batch
@@ -233,7 +233,7 @@ def put_whole(batch: Any, rules: ShardRules) -> Any:
 
 
 def fetch_batch(batch: Any, rules: ShardRules) -> Any:
-    """The inverse of put_batch: each process gets its own images, as numpy."""
+    """Inverts put_batch: returns this process's own images as numpy."""
     if jax.process_count() == 1:
         return jax.device_get(batch)
 

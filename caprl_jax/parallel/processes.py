@@ -1,4 +1,4 @@
-"""Runs of several processes: they meet, agree, work in order and end together."""
+"""Runs of several processes, which meet, agree, work in order and end together."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ _BARRIERS = itertools.count()  # every barrier needs a new name, the same in all
 
 
 class Stopped(Exception):
-    """The run stopped on SIGTERM, after writing a checkpoint."""
+    """Exception of a run that stopped on SIGTERM, after writing a checkpoint."""
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -113,7 +113,7 @@ def _check(coordinator: str, processes: int, process: int) -> None:
 
 
 def _meet(coordinator: str, processes: int, process: int) -> None:
-    """Joins the other processes, after a check of the port: JAX itself would crash on a bad one."""
+    """Joins the other processes after checking the port, since JAX would crash on a bad one."""
     if processes == 1:
         return
     host, _, port = coordinator.rpartition(":")
@@ -146,18 +146,18 @@ def _reach(address: tuple[str, int]) -> None:
 
 
 def is_first() -> bool:
-    """True in process 0, which writes files and logs on behalf of the run."""
+    """Tells whether this is process 0, which writes files and logs on behalf of the run."""
     return jax.process_index() == 0
 
 
 def own_name(name: str) -> str:
-    """A file's name in this process: unchanged in process 0, "file-1.txt" in process 1."""
+    """Returns a file's name in this process: unchanged in process 0, "file-1.txt" in process 1."""
     stem, dot, suffix = name.rpartition(".")
     return name if is_first() else f"{stem}-{jax.process_index()}{dot}{suffix}"
 
 
 def agreed(value: bool) -> bool:
-    """Value of process 0, in all processes."""
+    """Returns the value of process 0, in all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -177,7 +177,7 @@ def wait() -> None:
 
 
 def _hosts() -> list[str]:
-    """Names of the processes' hosts."""
+    """Returns the names of the processes' hosts."""
     from jax.experimental import multihost_utils
 
     name = np.zeros(64, np.uint8)
@@ -187,7 +187,7 @@ def _hosts() -> list[str]:
 
 
 def run_in_order(work: Callable[[], Any]) -> Any:
-    """Returns work(), which runs in process 0 first, then in one process a host, then in the rest.
+    """Returns work(), run first in process 0, then in one process a host, then in the rest.
 
     Later processes find the files that earlier ones wrote. No two processes write the same files at
     once, whether hosts share a disk or not.
@@ -209,7 +209,7 @@ def run_in_order(work: Callable[[], Any]) -> Any:
 
 
 class Notice:
-    """Listens for SIGTERM, which schedulers send before they take a machine away.
+    """A listener for SIGTERM, which schedulers send before they take a machine away.
 
     Attributes:
       stops: the last result of `reached`.
@@ -229,7 +229,7 @@ class Notice:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def reached(self, step: int) -> bool:
-        """True if the run should stop after this step; the same in all processes."""
+        """Tells whether the run should stop after this step; the same in all processes."""
         if jax.process_count() == 1:
             self.stops = self._came
         else:
@@ -244,7 +244,7 @@ class Notice:
 
 
 def _lost_another(error: BaseException | None) -> bool:
-    """True if an error, or its cause, comes from communication with the other processes."""
+    """Tells whether an error, or its cause, comes from communication with other processes."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             return "RESOURCE_EXHAUSTED" not in str(error)  # this process's own memory
@@ -254,7 +254,7 @@ def _lost_another(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Makes an error in its block end this process at once, with code 1, in a run of several.
+    """Ends this process at once, with code 1, if its block fails in a run of several processes.
 
     Otherwise JAX would make the process wait for the others, which wait for it. They notice its end
     after HEARTBEAT, and end with 134 or LOST.

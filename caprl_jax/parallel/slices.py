@@ -1,8 +1,8 @@
-"""Slices: parts of a batch that are processed one after the other, so that less is held at a time.
+"""Slices: parts of a batch that are processed one after the other, to hold less at a time.
 
 How a batch is cut is bound once, when a step is compiled: a function that is traced inside
-`using(slices)` reads `current()`. Results do not depend on it, but for rounding, and for the draws
-of a rollout in several slices.
+`using(slices)` reads `current()`. Results do not depend on it, except for rounding, and for the
+draws of a rollout in several slices.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ class Slices:
 
     Attributes:
       rollout: slices that are captioned, each with caches of its own. The draws depend on it.
-      prefill: slices in which all images and prompts are read; at least one for each of the
-        rollout's.
+      prefill: slices in which all images and prompts are read; at least one for each slice of
+        the rollout.
       score: slices in which the judge reads captions.
       update: slices whose gradients are summed.
       lengths: length buckets that judge and update are compiled for. Each of their slices is cut to
-        the shortest that holds its captions.
+        the shortest bucket that holds its captions.
     """
 
     rollout: int = 1
@@ -42,7 +42,7 @@ class Slices:
 
     @property
     def prefill_of_rollout(self) -> int:
-        """Slices in which the images of one of the rollout's slices are read."""
+        """Returns the slices in which the images of one rollout slice are read."""
         return max(self.prefill // self.rollout, 1)
 
 
@@ -51,7 +51,7 @@ _current: contextvars.ContextVar[Slices] = contextvars.ContextVar("slices", defa
 
 
 def current() -> Slices:
-    """The slices of the program that is being traced; one of each outside of `using`."""
+    """Returns the slices of the program that is being traced; one of each outside of `using`."""
     return _current.get()
 
 

@@ -25,7 +25,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Plans, prints, and exits with 1 where the config doesn't fit."""
+    """Prints the config's plan, and exits with 1 if the config doesn't fit."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     topology, config = flags.FLAGS.topology, flags.FLAGS.config

@@ -1,4 +1,4 @@
-"""Operations of matrix products and convolutions, counted from shapes and from a jaxpr."""
+"""Counts of the operations of matrix products and convolutions, from shapes and a jaxpr."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-# path of a conditional, number of branches -> how often each runs per time it's reached, or None.
+# path of a conditional, number of branches -> runs of each per time it's reached, or None.
 BranchWeights = Callable[[str, int], Sequence[float] | None]
 
 
@@ -42,7 +42,7 @@ class Window:
 def window_pairs(window: Window) -> int:
     """Counts (output, kernel) positions of one spatial axis that meet an input element.
 
-    Padding, and the gaps of a dilated input, are no work. So the batched and grouped products that
+    Padding, and the gaps of a dilated input, are not work. So the batched and grouped products that
     a TPU writes as padded convolutions count as products.
     """
     last, found = (window.size - 1) * window.dilate, 0
@@ -55,11 +55,11 @@ def window_pairs(window: Window) -> int:
 
 
 def convolution_flops(batch: int, features: int, contracted: int, pairs: Iterable[int]) -> int:
-    """Two operations for each product.
+    """Returns a convolution's operations, two for each product.
 
     Args:
       batch: input's batch over batch_group_count.
-      features: of the output.
+      features: features of the output.
       contracted: the kernel's input features, which are the input's over feature_group_count.
       pairs: window_pairs of each spatial axis.
     """
@@ -69,18 +69,18 @@ def convolution_flops(batch: int, features: int, contracted: int, pairs: Iterabl
 def jaxpr_flops(
     jaxpr: Any, unknown_trips: int, branch_weights: BranchWeights | None = None, path: str = ""
 ) -> float:
-    """Operations of a jaxpr's dot_general and conv_general_dilated, for the whole, not per device.
+    """Counts a jaxpr's dot_general and conv_general_dilated operations, not per device but in all.
 
-    An independent check of hlo_costs: it sees the program before the compiler, so it counts what
-    XLA later finds to be common, or finds unused. Counts a scan by its length, a while_loop by
-    unknown_trips, and of a cond the branch with most. Kernels (pallas_call) and the bodies of
-    shard_map, which are of one device, are refused.
+    This is an independent check of hlo_costs: it sees the program before the compiler, so it also
+    counts work that XLA later merges or removes. A scan counts by its length, a while_loop by
+    unknown_trips, and a cond by its costliest branch. Kernels (pallas_call) and the bodies of
+    shard_map, which describe one device, are refused.
 
     Args:
-      jaxpr: of jax.make_jaxpr.
-      unknown_trips: of each while_loop.
-      branch_weights: as hlo_costs.costs takes, for conds of which not the costliest branch counts.
-      path: of JAX scopes around the jaxpr.
+      jaxpr: the result of jax.make_jaxpr.
+      unknown_trips: trips of each while_loop.
+      branch_weights: as for hlo_costs.costs, for conds that don't count by their costliest branch.
+      path: path of JAX scopes around the jaxpr.
 
     Raises:
       ValueError: a primitive that can't be counted.

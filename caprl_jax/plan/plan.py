@@ -2,11 +2,11 @@
 
 python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--json=FILE] [--suggest]
 
-The run's real step is compiled for the topology, which need not be there: the verdict is the
-compiler's. Rooflines are the work of the compiled program, loops counted with their trips and every
-caption as long as its bucket, at the chip's published peaks; several slices are taken for one.
-Policy and judge are taken to share a tokenizer, as they do where a step is one program. What a run
-does beside its steps, evaluations above all, is not planned.
+The run's real step is compiled for the topology, which need not exist: the verdict is the
+compiler's. Rooflines are the work of the compiled program at the chip's published peaks. Loops
+count with their trips, every caption is as long as its bucket, and several slices count as one.
+Policy and judge are assumed to share a tokenizer, as they do if a step is one program. Work outside
+of the steps, mainly evaluation, is not planned.
 """
 
 import dataclasses
@@ -35,21 +35,22 @@ class Plan:
     """The findings of a compilation.
 
     Attributes:
-      fits: the compiler's verdict; of a device of this process, whether it has that much; None
-        where neither can tell.
-      refusal: its words, if it refused.
-      compile_seconds: how long it took.
-      memory: bytes on each chip by what they are for; empty if refused.
-      rooflines: of each phase; empty if refused.
-      chip: its name, as published or as JAX calls it.
-      chips: how many.
+      fits: the compiler's verdict; for a device of this process, whether it has enough memory;
+        None if neither can tell.
+      refusal: the compiler's message, if it refused.
+      compile_seconds: seconds of the compilation.
+      memory: bytes on each chip by purpose; empty if refused.
+      rooflines: roofline of each phase; empty if refused.
+      chip: the chip's name, as published or from JAX.
+      chips: number of chips.
       hbm: the chip's published bytes; 0 if unknown.
-      mesh: sizes by axis.
-      tokens: of a step's prompts and captions, every caption with its own prompt, as EasyR1 counts.
-      overrides: of the config, that --suggest made.
+      mesh: the mesh's sizes by axis.
+      tokens: tokens of a step's prompts and captions; every caption counts its own prompt, as in
+        EasyR1.
+      overrides: changes of the config by --suggest.
       next: overrides to try, if it doesn't fit.
       reckoned: bytes on each chip as run.reckon reckons them, without the compiler.
-      choice: what was chosen for the devices and why; empty if the config left nothing open.
+      choice: the choice for the devices, with reasons; empty if the config left nothing open.
     """
 
     fits: bool | None
@@ -69,7 +70,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """The roofline of a step: its phases follow each other."""
+        """Returns the roofline of a step, whose phases follow each other."""
         return sum(f.time for f in self.rooflines.values())
 
 
@@ -79,12 +80,12 @@ def make(
     """Compiles the config's step for the topology.
 
     Args:
-      config: of the run.
+      config: the run's config.
       topology: as for hardware.devices.
-      overrides: to change in it.
+      overrides: changes of the config.
 
     Raises:
-      UserError: config or topology can't be, whatever the memory.
+      UserError: config or topology is invalid, regardless of memory.
     """
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(overrides or {})
@@ -127,7 +128,7 @@ def make(
 
 
 def _compile(built: shapes.AbstractStep) -> tuple[Any, str]:
-    """(the compiled step, "") or (None, what the compiler said of the memory)."""
+    """Returns (the compiled step, "") or (None, the compiler's message about memory)."""
     lowered = built.lower()
     try:
         return lowered.compile(), ""
@@ -139,7 +140,7 @@ def _compile(built: shapes.AbstractStep) -> tuple[Any, str]:
 
 
 def _inside(memory: dict[str, int], device: Any) -> bool | None:
-    """The TPU's compiler refuses what is too large; others' leave it to be compared."""
+    """Tells whether memory suffices; a TPU's compiler checks it, for others sizes are compared."""
     if device.platform == "tpu":
         return True
     limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -147,7 +148,7 @@ def _inside(memory: dict[str, int], device: Any) -> bool | None:
 
 
 def _on_one(tree: Any) -> int:
-    """Bytes on each device of a tree of shapes with shardings."""
+    """Returns the bytes on each device of a tree of shapes with shardings."""
     return sum(
         math.prod(a.sharding.shard_shape(a.shape)) * _itemsize(a.dtype)
         for a in jax.tree.leaves(tree)
@@ -168,7 +169,7 @@ def _memory(built: shapes.AbstractStep, found: Any, cached: int) -> dict[str, in
     }
     return parts | {
         "padding and rest": found.argument_size_in_bytes - sum(parts.values()),
-        "caches": cached,  # they lie among the temporaries
+        "caches": cached,  # these are among the temporaries
         "temporaries": found.temp_size_in_bytes - cached,
         "results": found.output_size_in_bytes - found.alias_size_in_bytes,
         "program": found.generated_code_size_in_bytes,
@@ -176,7 +177,7 @@ def _memory(built: shapes.AbstractStep, found: Any, cached: int) -> dict[str, in
 
 
 def tell(name: str, topology: str, plan: Plan) -> str:
-    """The plan as text."""
+    """Formats the plan as text."""
     lines = [
         f"{name} on {topology}: {plan.chips} x {plan.chip}, mesh "
         + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
@@ -224,7 +225,7 @@ def _roofline_lines(plan: Plan) -> list[str]:
 
 
 def as_json(name: str, topology: str, plan: Plan) -> dict[str, Any]:
-    """The plan as plain data, with seconds and bounds computed."""
+    """Converts the plan to plain data, with seconds and bounds computed."""
     out = {"config": name, "topology": topology} | dataclasses.asdict(plan)
     for phase, f in plan.rooflines.items():
         out["rooflines"][phase] |= {"time": f.time, "bound": f.bound}
@@ -232,12 +233,12 @@ def as_json(name: str, topology: str, plan: Plan) -> dict[str, Any]:
 
 
 def suggest(config: ml_collections.ConfigDict, topology: str, name: str, plan: Plan) -> Plan:
-    """Tries changes until one fits, and prints the overrides that did."""
+    """Tries changes until one fits, and prints its overrides."""
     made: dict[str, Any] = {}
     for change in plan.next:
         try:
             plan = make(config, topology, made | change)
-        except UserError as e:  # a mesh that these sizes don't divide over, say
+        except UserError as e:  # for example, the sizes don't divide over this mesh
             print(f"\n{as_flags(made | change)}: {e}")
             continue
         made |= change

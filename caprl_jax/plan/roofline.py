@@ -16,15 +16,15 @@ PHASES = ("prefill", "decode", "score", "update")
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """One phase on one chip.
+    """The roofline of one phase on one chip.
 
     Attributes:
-      flops: of matrix products.
-      hbm_bytes: from and to memory.
-      link_bytes: that it receives over its links, by kind of collective.
-      seconds: by what they are spent on: compute, memory, links, each at its peak; empty for a
-        chip whose peaks are unknown.
-      uncounted: what the program calls whose work isn't known here, or loops of unknown length.
+      flops: operations of matrix products.
+      hbm_bytes: bytes from and to memory.
+      link_bytes: bytes that the chip receives over its links, by kind of collective.
+      seconds: seconds by resource (compute, memory, links), each at its peak; empty for a chip
+        whose peaks are unknown.
+      uncounted: calls whose work isn't known here, and loops of unknown length.
     """
 
     flops: float
@@ -40,14 +40,14 @@ class Roofline:
 
     @property
     def time(self) -> float:
-        """Seconds, if the three overlap perfectly."""
+        """Returns the seconds if the three overlap perfectly."""
         return max(self.seconds.values(), default=0.0)
 
 
 def received(collective: Collective) -> float:
-    """Bytes that a device must receive for one collective, in all of its executions.
+    """Returns the bytes that a device must receive for one collective, in all executions.
 
-    Of n devices each lacks (n - 1) / n of what is gathered, or of the parts that it sums; an
+    Each of n devices lacks (n - 1) / n of the gathered array, or of the parts that it sums. An
     all-reduce sums a part and gathers the others.
     """
     n = collective.group_size
@@ -57,7 +57,7 @@ def received(collective: Collective) -> float:
 
 
 def roofline(costs: Costs, chip: Chip | None) -> Roofline:
-    """The roofline of a phase's costs."""
+    """Returns the roofline of a phase's costs."""
     links: dict[str, float] = {}
     for c in costs.collectives:
         links[c.kind] = links.get(c.kind, 0.0) + received(c)
@@ -81,8 +81,8 @@ def roofline(costs: Costs, chip: Chip | None) -> Roofline:
 def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     """Returns how often each branch of a conditional of the models is taken.
 
-    A vision layer attends in its windows or over the whole image; captions are taken to be as long
-    as they may be.
+    A vision layer attends in its windows or over the whole image; captions are assumed to have the
+    largest length.
     """
     full = len(vision.full_layers) / vision.layers
 
@@ -98,20 +98,20 @@ def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
 def phases(
     text: str, chip: Chip | None, iterations: int, vision: VisionConfig
 ) -> dict[str, Roofline]:
-    """The roofline of each phase of a compiled step; what is outside of them is "other".
+    """Returns the roofline of each phase of a compiled step; work outside of them is "other".
 
     Args:
-      text: of the compiled program, as hlo_costs.hlo_text.
+      text: the compiled program's text, from hlo_costs.hlo_text.
       chip: peaks.
-      iterations: that the decoding loop is taken to run: no early stop.
-      vision: the tower's sizes, which say how many of its layers attend over the whole image.
+      iterations: assumed iterations of the decoding loop, without early stop.
+      vision: the tower's sizes, which tell how many of its layers attend over the whole image.
     """
     found = hlo_costs.costs(hlo_costs.parse(text), PHASES, iterations, branch_weights(vision))
     return {name: roofline(costs, chip) for name, costs in found.items()}
 
 
 def together(parts: Iterable[Roofline]) -> Roofline:
-    """Several phases as one, whose compute, memory traffic and links may overlap."""
+    """Merges several phases into one, whose compute, memory traffic and links may overlap."""
     flops = hbm = 0.0
     uncounted: tuple[str, ...] = ()
     links: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Shapes and shardings of everything that a config's step takes, with no model or data at hand."""
+"""Shapes and shardings of a config's step's arguments, made without a model or data."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run.reckon import init_decoder, model_config
 
-# Sizes of the judge's prompt, which only its tokenizer could tell: upper bounds for the default.
+# Sizes of the judge's prompt: upper bounds for the default, as only the tokenizer knows them.
 INSTRUCTION, LETTERS, SPECIAL = 256, 26, 32
 
 
@@ -33,7 +33,7 @@ class AbstractStep:
 
     Attributes:
       rules: mesh and shard rules.
-      program: jitted as a run's.
+      program: the step, jitted as a run's.
       run: modules and settings, with shapes and shardings of the judge and the reference.
       state: shapes with shardings.
       batch: shapes with shardings.
@@ -49,16 +49,16 @@ class AbstractStep:
 
     @property
     def policy(self) -> Policy:
-        """The policy's modules."""
+        """Returns the policy's modules."""
         return self.run.learner.policy
 
     @property
     def args(self) -> tuple[Run, State, Batch, Any]:
-        """The program's arguments."""
+        """Returns the program's arguments."""
         return self.run, self.state, self.batch, self.key
 
     def lower(self) -> Any:
-        """The lowered program of a whole step."""
+        """Lowers the program of a whole step."""
         return self.program.lower(*self.args)
 
 
@@ -69,13 +69,13 @@ def _like(tree: Any, shardings: Any, dtype: Any = None) -> Any:
 
 
 def params(init: Callable, rules: ShardRules, dtype: Any = None) -> Any:
-    """Shapes with shardings of what init(key) makes, a boxed tree; dtype None is its own."""
+    """Returns shapes with shardings of init(key)'s boxed tree; dtype None keeps its own."""
     boxed = jax.eval_shape(init, jax.random.key(0))
     return _like(nn.meta.unbox(boxed), mesh.param_shardings(boxed, rules), dtype)
 
 
 def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> AbstractStep:
-    """The step of a config on devices that need not be there.
+    """Builds the step of a config on devices that need not exist.
 
     Raises:
       ConfigError: its sizes are unknown or don't lie evenly on the devices, or it leaves keys open.
@@ -126,7 +126,7 @@ def _instruction(decoder: Decoder, params: Any, rules: ShardRules) -> Instructio
 
 
 def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) -> Batch:
-    """Shapes of a batch in the config's buckets."""
+    """Returns shapes of a batch in the config's buckets."""
     data, vision = config.data, policy.vision.config
     b, p, m = data.batch, data.max_prompt, data.max_windows * vision.window**2
     asked = (b, config.caprl.questions)

@@ -1,8 +1,8 @@
 """Advantages: how much better a caption is than the others of its group, or of the batch.
 
 To add one, write `advantages(rewards, valid) -> float32 [b, g]`, or with a third parameter
-`options`, and register it here or name it in a config by its import path. It sees the whole batch,
-so that it may normalise over all of it.
+`options`, and register it here or name it in a config by its import path. It receives the whole
+batch, so that it may normalise over all of it.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _EPSILON = 1e-6
 
 
 def advantage(choice: Choice, rewards: jax.Array, valid: jax.Array) -> jax.Array:
-    """Advantages of all captions of a batch.
+    """Returns the advantages of all captions of a batch.
 
     Args:
       choice: an entry of ADVANTAGES.
@@ -37,7 +37,7 @@ def advantage(choice: Choice, rewards: jax.Array, valid: jax.Array) -> jax.Array
 
 
 def grpo_advantages(rewards: jax.Array) -> jax.Array:
-    """A_i = (r_i - mean(r)) / std(r) in a group (GRPO, arXiv 2402.03300, section 4.1.2).
+    """Returns A_i = (r_i - mean(r)) / std(r) in a group (GRPO, arXiv 2402.03300, section 4.1.2).
 
     The deviation is the unbiased one (g - 1), plus 1e-6; a group of equal rewards gets zeros.
 
@@ -54,7 +54,7 @@ def grpo_advantages(rewards: jax.Array) -> jax.Array:
 
 
 def rloo_advantages(rewards: jax.Array) -> jax.Array:
-    """A_i = r_i - mean of the others' rewards (RLOO, arXiv 2402.14740, section 2.2).
+    """Returns A_i = r_i - mean of the others' rewards (RLOO, arXiv 2402.14740, section 2.2).
 
     Args:
       rewards: float32 [g], g >= 2, of one group; vmap over groups.

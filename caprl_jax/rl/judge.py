@@ -90,7 +90,7 @@ def judge(
 
 
 def letter_logits(model: Judge, captions: Captions | Rollout, questions: Questions) -> jax.Array:
-    """Logits of the letters after each question.
+    """Returns the logits of the letters after each question.
 
     Args:
       model: the judge.
@@ -103,7 +103,7 @@ def letter_logits(model: Judge, captions: Captions | Rollout, questions: Questio
     decoder, variables = model.decoder, {"params": model.params}
     tokens, mask = captions.tokens, captions.mask
     b, g, _ = tokens.shape
-    # A policy may have more rows than the judge: ids that no tokenizer writes count as absent too,
+    # A policy may have more rows than the judge. Ids that no tokenizer writes count as absent too,
     # and must not be looked up, since what lies outside of the table is NaN.
     special = model.instruction.special
     mask = mask & ~jnp.isin(tokens, special) & (tokens < decoder.config.vocab)
@@ -130,7 +130,7 @@ def letter_logits(model: Judge, captions: Captions | Rollout, questions: Questio
 def _caption_kv(
     model: Judge, tokens: jax.Array, mask: jax.Array
 ) -> tuple[tuple[KV, KV], jax.Array]:
-    """((instruction's KV, captions' KV), position after each caption int32 [b, g])."""
+    """Returns ((instruction's KV, captions' KV), position after each caption int32 [b, g])."""
     decoder, instruction = model.decoder, model.instruction
     s = instruction.tokens.shape[0]
     root = instruction.kv
@@ -148,12 +148,12 @@ def _caption_kv(
 
 
 def among_options(logits: jax.Array, letters: jax.Array, temperature: float) -> jax.Array:
-    """Logits at a temperature, -inf for letters that are not an option.
+    """Returns logits at a temperature, -inf for letters that are not an option.
 
     Args:
       logits: float32 [*batch, letters].
       letters: int32 [*batch], number of options.
-      temperature: of the softmax over letters.
+      temperature: temperature of the softmax over letters.
 
     Returns:
       float32 [*batch, letters].

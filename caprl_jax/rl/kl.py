@@ -15,7 +15,7 @@ KL_ESTIMATORS = Registry("KL estimator", ("logp", "reference_logp"))
 
 @KL_ESTIMATORS.register("k3")
 def k3(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
-    """Schulman's k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1 >= 0.
+    """Returns Schulman's k3 of KL(policy || reference): exp(d) - d - 1 >= 0 for each token.
 
     Args:
       logp: float32 [*batch, t], of the policy.

@@ -1,4 +1,4 @@
-"""Captions cut to the shortest of a few length buckets: one program that is compiled for several.
+"""Length buckets of captions: one program, compiled for several, cuts to the shortest that fits.
 
 Shapes are fixed when a program is compiled, and most captions are shorter than the longest allowed.
 Padding changes no result, so it is left out where it can be.
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from caprl_jax.decode.lengths import even_buckets
 from caprl_jax.parallel import slices
 
-SCOPE = "by_length"  # scope of the switch, whose last branch is the longest: plan/roofline.py
+SCOPE = "by_length"  # the switch's scope, read by plan/roofline.py; its last branch is the longest
 
 
 def longest(mask: jax.Array) -> jax.Array:
-    """Length of the longest caption: bool [*batch, t], which may have holes -> int32 []."""
+    """Returns the longest caption's length: bool [*batch, t], which may have holes -> int32 []."""
     place = jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
     return jnp.max(jnp.where(mask, place + 1, 0))
 

@@ -3,8 +3,8 @@
 To add a loss, write `loss(logp, old_logp, advantages, mask) -> (float32 [b, g, t], metrics)`, or
 with a fifth parameter `options`; metrics are values of each token by name, averaged over all
 tokens. To add an aggregation, write `aggregation(values, mask) -> (sum, count)`. Sums and counts of
-slices are added and divided once, so the cut of a batch does not matter. Register entries here, or
-name them in a config by their import path.
+slices are added and divided once, so the way a batch is cut does not matter. Register entries here,
+or name them in a config by their import path.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ class Clipped:
 def clipped_loss(
     logp: jax.Array, old_logp: jax.Array, advantages: jax.Array, clip: float
 ) -> jax.Array:
-    """-min(rho A, clip(rho, 1 - c, 1 + c) A), rho = exp(logp - old_logp) (arXiv 1707.06347, eq. 7).
+    """Returns -min(rho A, clip(rho, 1 - c, 1 + c) A), where rho = exp(logp - old_logp).
+
+    Source: arXiv 1707.06347, eq. 7.
 
     Args:
       logp: float32 [t], of the policy that is updated.
@@ -50,7 +52,7 @@ def clipped_loss(
 def is_clipped(
     logp: jax.Array, old_logp: jax.Array, advantages: jax.Array, clip: float
 ) -> jax.Array:
-    """bool [t], True where the loss uses the clipped ratio, so that the token has no gradient."""
+    """Returns bool [t], True where the clipped ratio is used, so the token has no gradient."""
     ratio = jnp.exp(logp - old_logp)
     return jnp.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0)
 
@@ -59,14 +61,14 @@ def is_clipped(
 def _clipped(
     logp: jax.Array, old_logp: jax.Array, advantages: jax.Array, mask: jax.Array, options: Clipped
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The clipped loss of PPO and GRPO, with the metric clip_fraction."""
+    """Returns the clipped loss of PPO and GRPO, with the metric clip_fraction."""
     del mask
     args = logp, old_logp, advantages, options.clip
     return clipped_loss(*args), {"clip_fraction": is_clipped(*args)}
 
 
 def caption_means(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over each caption's tokens, the last axis: [*batch, t] -> [*batch]; 0 with no tokens."""
+    """Returns the mean over each caption's tokens: [*batch, t] -> [*batch]; 0 with no tokens."""
     chex.assert_equal_shape([values, mask])
     total = jnp.sum(jnp.where(mask, values, 0), axis=-1)
     return total / jnp.maximum(jnp.sum(mask, axis=-1), 1)
@@ -74,7 +76,7 @@ def caption_means(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 @AGGREGATIONS.register("caption_mean")
 def caption_mean(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean over captions of the mean over each caption's tokens, as (sum, count).
+    """Returns the mean over captions of each caption's token mean, as (sum, count).
 
     Args:
       values: float32 [b, g, t].

@@ -18,7 +18,7 @@ def measure(
       captions: Rollout [b, g, t].
       verdicts: Verdicts [b, g, n].
       rewards: Rewards [b, g].
-      decoding: how the captions were drawn.
+      decoding: settings with which the captions were drawn.
 
     Returns:
       name -> (sum, count). Every reward term is there as reward/NAME, with its deviation within

@@ -1,4 +1,4 @@
-"""Rollout: images and prompts are read once, then a group of captions is drawn after each."""
+"""The rollout: images and prompts are read once, then a group of captions is drawn for each."""
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ def rollout(
     Args:
       policy: modules.
       params: the policy's parameters.
-      batch: Batch [b, ..]; questions are not looked at.
+      batch: Batch [b, ..]; questions are not used.
       decoding: group size g, stop tokens, sampling and slots.
-      key: of the draws. With several slices of the rollout each draws with a key of its own.
+      key: key of the draws. With several slices of the rollout each draws with a key of its own.
 
     Returns:
       Rollout [b, g, t].
@@ -45,7 +45,7 @@ def prefill(policy: Policy, params: Params, images: Images, prompt: Prompt) -> T
 
     def read(part):
         trunk = policy.trunk(params, *part)
-        # Layers come first in the result again; slices are joined along the first axis.
+        # Slices are joined along the first axis; afterwards the layers' axis is first again.
         return trunk.last, *(jnp.moveaxis(a, 1, 0) for a in (trunk.kv.k, trunk.kv.v))
 
     count = slices.current().prefill_of_rollout

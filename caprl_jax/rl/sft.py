@@ -23,7 +23,7 @@ class Examples:
     """Trees to learn from.
 
     Attributes:
-      prefix: int32 [s], s may be 0; text that all trunks share and nothing is learned on.
+      prefix: int32 [s], s may be 0; text that all trunks share; nothing is learned from it.
       images: Images [b, ..], or None.
       prompt: Prompt [b, p]; the trunk's tokens, positions counted from the prefix's end.
       prompt_targets: int32 [b, p], what each trunk token predicts: mostly the next one.
@@ -52,7 +52,7 @@ def _shared(policy: Policy, params: Params, prefix: jax.Array) -> tuple[KV, ...]
 def losses(
     policy: Policy, params: Params, examples: Examples
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-    """Summed weighted negative log-likelihood, and (sum, count) metrics.
+    """Returns the summed weighted negative log-likelihood, and (sum, count) metrics.
 
     Returns:
       (float32 [] sum of weight * nll in nats, {"loss", "accuracy": (sum, total weight)}).
@@ -73,20 +73,20 @@ def losses(
     for hidden, targets, w in parts:
         logp, _ = logprobs.token_logprobs(hidden, head, targets)
         nll, weight = nll - jnp.sum(w * logp), weight + jnp.sum(w)
-        # A target of probability over one half is the most likely one.
+        # A target whose probability is above one half is the most likely one.
         right = right + jnp.sum(w * (logp > jnp.log(0.5)))
     return nll, {"loss": (nll, weight), "accuracy": (right, weight)}
 
 
 def total_weight(examples: Examples) -> jax.Array:
-    """The number that the summed loss is divided by, float32 []."""
+    """Returns the number that the summed loss is divided by, float32 []."""
     return jnp.sum(examples.weight) + jnp.sum(examples.prompt_weight)
 
 
 def sft_step(
     policy: Policy, optimizer: optax.GradientTransformation, state: State, examples: Examples
 ) -> tuple[State, Metrics]:
-    """One supervised update: the weighted mean negative log-likelihood over the tree."""
+    """Takes one supervised update of the weighted mean negative log-likelihood over the tree."""
 
     def loss(params):
         return losses(policy, params, examples)

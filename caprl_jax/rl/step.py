@@ -1,4 +1,4 @@
-"""One CapRL step: rollout, judge, reward, advantage, update. It is one program for jax.jit."""
+"""The CapRL step: rollout, judge, reward, advantage, update, in one program for jax.jit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,8 +34,8 @@ class Run:
     Attributes:
       learner: policy, optimizer, objective and reference.
       judge: the judge's module, parameters and prompt.
-      decoding: how captions are drawn; static.
-      judging: how letters become scores; static.
+      decoding: settings for drawing captions; static.
+      judging: settings that turn letters into scores; static.
       rewards: reward terms and their weights; static.
       advantage: an entry of rl.advantages.ADVANTAGES; static.
       verbs: the five functions; static. Benchmarks swap some of them.
@@ -51,13 +51,13 @@ class Run:
 
     @property
     def models(self) -> dict:
-        """The frozen models that the reward terms declare, by name."""
+        """Returns the frozen models that the reward terms declare, by name."""
         known = {"judge": self.judge, "reference": self.learner.reference}
         return {name: known[name] for name in sorted(needed_models(self.rewards))}
 
 
 def caprl_step(run: Run, state: State, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
-    """One CapRL step. Pure; jit it with `state` donated.
+    """Takes one CapRL step. Pure; jit it with `state` donated.
 
     How the batch is cut into slices, and where arrays lie on a mesh, is bound when it is compiled
     (parallel.jit).
@@ -66,7 +66,7 @@ def caprl_step(run: Run, state: State, batch: Batch, key: jax.Array) -> tuple[St
       run: stays the same in all steps.
       state: before the step.
       batch: Batch [b, ..].
-      key: of this step.
+      key: key of this step.
 
     Returns:
       (state after the step, metrics as (sum, count)).
@@ -86,7 +86,7 @@ def learn(
     readable: Captions | Rollout,
     key: jax.Array,
 ) -> tuple[State, Metrics]:
-    """The part of a step after the rollout; a program by itself where captions pass through text.
+    """Runs a step after its rollout; a program by itself where captions pass through text.
 
     Args:
       run: stays the same in all steps.
@@ -112,6 +112,6 @@ def learn(
 
 
 def step_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the rollout's key, the judge's key) of a step's key."""
+    """Splits a step's key into (the rollout's key, the judge's key)."""
     rollout_key, judge_key = jax.random.split(key)
     return rollout_key, judge_key

@@ -1,4 +1,4 @@
-"""The records that a step's stages hand each other.
+"""The records that the stages of a step pass to each other.
 
 Axes: b images, g captions of each, n questions, t tokens.
 
@@ -41,7 +41,7 @@ class State:
 
 @flax.struct.dataclass
 class Questions:
-    """Multiple-choice questions as arrays; options shuffled and lettered, the abstain option last.
+    """Multiple-choice questions as arrays; options are shuffled and lettered, "abstain" is last.
 
     Attributes:
       tokens: int32 [b, n, q], or [b, g, n, q] when each caption has questions of its own: the text
@@ -109,7 +109,7 @@ class Instruction:
     kv: KV | None = None
 
     def with_tokens(self, tokens: jax.Array) -> "Instruction":
-        """The same letters with another prompt, int32 [s], that has not been read yet."""
+        """Returns the same letters with another prompt, int32 [s], that has not been read yet."""
         return self.replace(tokens=tokens, kv=None)
 
 
@@ -134,13 +134,13 @@ class Verdicts:
 
 @flax.struct.dataclass
 class Scored:
-    """Everything that a reward term may look at.
+    """The inputs that a reward term may read.
 
     Attributes:
       batch: Batch [b, ..], with images, questions and the records' extras.
       captions: Rollout [b, g, t].
       verdicts: Verdicts [b, g, n].
-      models: frozen models by name, of those that the run's reward terms declare (rl.rewards).
+      models: the frozen models that the run's reward terms declare (rl.rewards), by name.
     """
 
     batch: Batch

@@ -1,4 +1,4 @@
-"""The update: captions and their advantages -> gradients -> new parameters."""
+"""The update: it turns captions and their advantages into gradients and new parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
     carry = state.params, state.opt_state
     (params, opt_state), metrics = jax.lax.scan(one, carry, length=learner.objective.updates)
     total = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
-    # Before the first update rollout and update have the same parameters: the gap is numerics.
+    # Before the first update, rollout and update have the same parameters: the gap is numerics.
     total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
     return State(state.step + 1, params, opt_state), total
 
@@ -124,7 +124,7 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
 def caption_logps(
     policy: Policy, params: Params, batch: Batch, captions: Rollout
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities at temperature 1 and entropies of given captions.
+    """Returns log-probabilities at temperature 1 and entropies of given captions.
 
     Args:
       policy: modules.
@@ -142,7 +142,7 @@ def caption_logps(
 
 
 def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.Array:
-    """caption_logps of the reference policy, not to be differentiated: float32 [b, g, t]."""
+    """Returns the reference policy's caption_logps, without gradient: float32 [b, g, t]."""
 
     def of_length(length, params, batch, captions):
         logp, _ = caption_logps(learner.policy, params, batch, captions.cut(length))
@@ -152,12 +152,12 @@ def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.A
 
 
 def _real_tokens(example: _Example) -> jax.Array:
-    """bool [b, g, t], True for tokens of captions of valid images."""
+    """Returns bool [b, g, t], True for tokens of captions of valid images."""
     return example.captions.mask & example.batch.valid[:, None, None]
 
 
 def _slice_loss(learner: Learner, params: Params, example: _Example) -> tuple[jax.Array, Metrics]:
-    """(loss summed by the aggregation float32 [], metrics as (sum, count)) of one slice."""
+    """Returns one slice's (loss summed by the aggregation float32 [], metrics as (sum, count))."""
     objective, captions = learner.objective, example.captions
     logp, entropy = caption_logps(learner.policy, params, example.batch, captions)
     advantages = jnp.broadcast_to(example.advantages[..., None], logp.shape)
@@ -193,7 +193,7 @@ def _sum_gradients(
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(part)), None
 
     one = jax.tree.map(lambda a: a[0], parts)
-    if jax.tree.leaves(parts)[0].shape[0] == 1:  # no sums to hold beside it
+    if jax.tree.leaves(parts)[0].shape[0] == 1:  # one slice needs no sums beside its gradients
         return jax.tree.map(lambda a: a.astype(jnp.float32), run(one))
     first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
     zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
@@ -202,7 +202,7 @@ def _sum_gradients(
 
 
 def _like_params(policy: Policy) -> Callable[[Params], Params]:
-    """A function that pins gradients to where the shard rules put the parameters."""
+    """Returns a function that pins gradients to where the shard rules put the parameters."""
     rules = axes.current()
     if rules is None:
         return lambda grads: grads
@@ -214,7 +214,7 @@ def _like_params(policy: Policy) -> Callable[[Params], Params]:
 def apply_gradients(
     optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
 ) -> tuple[Params, Any, Metrics]:
-    """(parameters, optimizer state, {"grad_norm"}) after one update of the optimizer."""
+    """Returns (parameters, optimizer state, {"grad_norm"}) after one update of the optimizer."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     one = jnp.ones((), jnp.float32)
     metrics = {"grad_norm": (optax.tree.norm(grads), one)}

@@ -1,6 +1,6 @@
-"""A run made from its config: models, data, the compiled step and the evaluation.
+"""Builders of a run from its config: models, data, the compiled step and the evaluation.
 
-There is one builder per objective, `caprl` and `sft`; both give train.py the same few things.
+There is one builder per objective, `caprl` and `sft`; both return the same records to train.py.
 """
 
 import dataclasses
@@ -38,19 +38,19 @@ Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # stored elements by split
 
 @dataclasses.dataclass
 class Task:
-    """Everything that train.py needs of a run, beside its state.
+    """The parts of a run that train.py needs, besides its state.
 
     Attributes:
       policy: the modules in training.
-      source: the directory they came from, whose files an export carries along.
+      source: the directory they came from, whose files are copied into an export.
       step: (state, batch, key) -> (state, metrics as (sum, count)); jitted, donates the state.
       traces: tells how often step has been traced so far.
-      data: number of steps done -> this process's host batches from there on.
+      data: number of steps done -> this process's host batches from that step on.
       place: host batch -> batch on the mesh.
       evaluate: parameters -> (metrics, sets of judged captions by name).
       ceiling: computes held-out accuracy on complete true captions; None without the truth.
       heldout: the held-out images; None for a model that is not evaluated on them.
-      run: what stays the same in all steps; None for SFT.
+      run: the record that stays the same in all steps; None for SFT.
     """
 
     policy: Policy
@@ -67,7 +67,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """The model in training, read without parameters, and the mesh it lies on."""
+    """The model in training, read without parameters, and its mesh."""
 
     policy: Policy
     directory: Path
@@ -90,9 +90,9 @@ class _Reader:
 
     Attributes:
       model: modules.
-      directory: they came from.
-      tokenizer: of the directory.
-      prompt: around captions and questions.
+      directory: the directory they came from.
+      tokenizer: the directory's tokenizer.
+      prompt: the text around captions and questions.
       difference: why captions must pass to the judge as text; None if their ids are the judge's.
     """
 
@@ -123,7 +123,7 @@ def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader
 
 
 def _judge(config: ml_collections.ConfigDict, reader: _Reader, rules: ShardRules) -> Judge:
-    """The judge with its parameters on the mesh, and its instruction read."""
+    """Returns the judge with its parameters on the mesh, and its instruction read."""
     logging.info("loading the judge, %s", config.judge.path)
     dtype, decoder = compile_lib.compute_dtype(config), reader.model.decoder
     params = load.load_frozen(reader.model, reader.directory, rules, dtype)["decoder"]
@@ -135,11 +135,11 @@ def _judge(config: ml_collections.ConfigDict, reader: _Reader, rules: ShardRules
 def caprl(
     config: ml_collections.ConfigDict, set_aside: SetAside, step: Callable
 ) -> tuple[Task, State]:
-    """Reinforcement learning of a captioner, with a judge's answers as reward.
+    """Builds the reinforcement learning of a captioner, with a judge's answers as reward.
 
     Args:
-      config: of the run.
-      set_aside: gets records that can't be used.
+      config: the run's config.
+      set_aside: receives records that can't be used.
       step: rl.step.caprl_step.
 
     Returns:
@@ -177,7 +177,7 @@ def caprl(
 
 
 def _start(config, model: _Model, reader: _Reader) -> tuple[Run, State]:
-    """The run with its judge and reference on the mesh, and the initial state."""
+    """Returns the run with its judge and reference on the mesh, and the initial state."""
     judge = _judge(config, reader, model.rules)
     reference = None
     if compile_lib.needs_reference(config):
@@ -191,7 +191,7 @@ def _start(config, model: _Model, reader: _Reader) -> tuple[Run, State]:
 
 
 def _programs(config, run, state, model: _Model, reader: _Reader, step) -> compile_lib.Program:
-    """One program, or two where captions pass from one tokenizer to another."""
+    """Compiles one program, or two if captions pass from one tokenizer to another."""
     if not reader.through_text:
         return compile_lib.one_program(step, config, run, state, model.rules)
     longest = config.judge.max_caption or 2 * config.sampling.max_tokens
@@ -231,7 +231,7 @@ def _size(config: ml_collections.ConfigDict) -> HeldOutSize:
 
 
 def _feed(config, stored: Stored, example, set_aside: SetAside, rules: ShardRules) -> Callable:
-    """Number of steps done -> the iterator of this process's batches from there on."""
+    """Returns a function: number of steps done -> iterator of this process's later batches."""
     rows, epochs = mesh.batch_rows(rules, config.data.batch), config.data.epochs or None
     feed = Feed(config.data.batch, config.seed, config.data.threads, epochs, rows)
     return lambda start: pipeline.train_iterator(stored["train"], example, feed, set_aside, start)
@@ -240,11 +240,11 @@ def _feed(config, stored: Stored, example, set_aside: SetAside, rules: ShardRule
 def sft(
     config: ml_collections.ConfigDict, set_aside: SetAside, step: Callable
 ) -> tuple[Task, State]:
-    """Supervised training of the embedded world's policy or judge.
+    """Builds the supervised training of the embedded world's policy or judge.
 
     Args:
-      config: of the run.
-      set_aside: gets records that can't be used.
+      config: the run's config.
+      set_aside: receives records that can't be used.
       step: rl.sft.sft_step.
 
     Returns:
@@ -276,14 +276,14 @@ def _put_examples(batch, rules: ShardRules):
 
 
 def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
-    """(record -> example, evaluation) of the embedded world's policy."""
+    """Returns (record -> example, evaluation) of the embedded world's policy."""
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
     grid, own = (config.data.rows, config.data.columns), config.sft
     task = digits_sft.PolicyTask(grid, own.probes, own.captions, tuple(own.stated), own.count)
     example = pipeline.SftExamples(
         task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens
     )
-    # Progress shows in what captions state; no judge is needed for that.
+    # The facts that captions state show the progress; this needs no judge.
     prompt = load.judge_prompt(config, model.tokenizer)
     held = pipeline.held_out(stored["heldout"], inputs, prompt, _size(config), set_aside)
     sampling = compile_lib.sampling(config)
@@ -303,7 +303,7 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
 
 
 def _sft_judge(config, model: _Model, stored: Stored, set_aside: SetAside):
-    """(record -> example, evaluation) of the embedded world's judge, which sees text alone."""
+    """Returns (record -> example, evaluation) of the embedded world's text-only judge."""
     del stored, set_aside
     if model.policy.vision is not None:
         raise ConfigError(f"config.policy.path={config.policy.path} is no text-only model")

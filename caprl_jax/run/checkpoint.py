@@ -1,4 +1,4 @@
-"""Orbax checkpoints: of a run, its state and config together; of a model alone."""
+"""Orbax checkpoints: a run's state and config together, or a model alone."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ _RENAMED = {  # keys of earlier versions
     "caprl.clip": "caprl.loss_options.clip",
     "data.task": "sft.task",
 }
-# Keys of earlier versions that are gone, and the values that did what is done now; None is any.
+# Removed keys of earlier versions, and the values that match today's behaviour; None means any.
 _GONE = {
     "caprl.length_full": None,
     "caprl.length_none": None,
@@ -29,7 +29,7 @@ PARAMS = "orbax"  # in a model directory, the folder with weights written by Orb
 
 
 def steps(workdir: Path) -> list[int]:
-    """The steps with a complete checkpoint in a workdir, in order."""
+    """Returns the steps with a complete checkpoint in a workdir, in order."""
     directory = workdir / "checkpoints"
     found = [d.name for d in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in found if name.isdigit())
@@ -44,11 +44,11 @@ def save_params(directory: Path, params: Any) -> None:
 
 
 def load_params(directory: Path, target: Any) -> Any:
-    """Reads what save_params wrote.
+    """Reads the parameters that save_params wrote.
 
     Args:
-      directory: of the parameters.
-      target: tree of jax.ShapeDtypeStruct with shardings; the dtypes are cast to.
+      directory: the directory of the parameters.
+      target: tree of jax.ShapeDtypeStruct with shardings; parameters are cast to its dtypes.
     """
     import orbax.checkpoint as ocp  # imported where used
 
@@ -57,7 +57,7 @@ def load_params(directory: Path, target: Any) -> Any:
 
 
 def saved_config(workdir: Path) -> dict[str, Any] | None:
-    """The config that a workdir's last checkpoint was written with; None without a checkpoint."""
+    """Returns the config of a workdir's last checkpoint; None without a checkpoint."""
     if not steps(workdir):
         return None
     with Checkpoints(workdir, keep=None) as checkpoints:
@@ -68,7 +68,7 @@ class Checkpoints:
     """The checkpoints of a workdir."""
 
     def __init__(self, workdir: Path, keep: int | None):
-        """Opens WORKDIR/checkpoints, keeping the last `keep`, or all."""
+        """Opens WORKDIR/checkpoints and keeps the last `keep` checkpoints, or all."""
         import orbax.checkpoint as ocp  # imported where used
 
         self._ocp = ocp
@@ -76,7 +76,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
     def latest(self) -> int | None:
-        """The last step with a checkpoint."""
+        """Returns the last step with a checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, config: ml_collections.ConfigDict) -> None:
@@ -94,12 +94,12 @@ class Checkpoints:
         )
 
     def restore(self, step: int, state: Any, config: ml_collections.ConfigDict) -> Any:
-        """The state of a checkpoint, on any number of processes and devices.
+        """Restores the state of a checkpoint, on any number of processes and devices.
 
         Args:
-          step: of the checkpoint.
+          step: step of the checkpoint.
           state: like the one saved, shapes, dtypes and shardings (values are not used).
-          config: of this run; must agree with the saved one where results depend on it.
+          config: this run's config; must agree with the saved one where results depend on it.
 
         Raises:
           ConfigError: it doesn't agree, or the state's dtypes don't.
@@ -114,18 +114,18 @@ class Checkpoints:
         return restored["state"]
 
     def config(self, step: int) -> dict[str, Any]:
-        """The config that a checkpoint was written with."""
+        """Returns the config that a checkpoint was written with."""
         args = self._ocp.args
         saved = self._manager.restore(step, args=args.Composite(config=args.JsonRestore()))
         return saved["config"]
 
     def restore_params(self, step: int, target: Any, shardings: Any) -> Any:
-        """The policy's parameters alone, without the optimizer's state.
+        """Restores the policy's parameters alone, without the optimizer's state.
 
         Args:
-          step: of the checkpoint.
+          step: step of the checkpoint.
           target: tree of jax.ShapeDtypeStruct.
-          shardings: tree like it.
+          shardings: tree of the same structure.
         """
         item = {
             "params": jax.tree.map(
@@ -144,7 +144,7 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until all writes are done."""
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -160,10 +160,11 @@ def _check_same(saved: dict, now: ml_collections.ConfigDict) -> None:
 
 
 def differences(saved: dict, config: ml_collections.ConfigDict) -> list[str]:
-    """Settings that make another run of it, as "key was .., is ..".
+    """Lists settings that make it another run, as "key was .., is ..".
 
-    A key that the saved config lacks is newer than the run, which did what its default does. A key
-    that only the saved config has is older, and must have had the value that did what is done now.
+    A key that the saved config lacks is newer than the run, which behaved as its default does. A
+    key that only the saved config has is older, and must have had the value that matches today's
+    behaviour.
 
     Args:
       saved: the config that a checkpoint was written with, as a plain dict.
@@ -183,10 +184,10 @@ def differences(saved: dict, config: ml_collections.ConfigDict) -> list[str]:
 
 
 def _did_the_same(key: str, value: Any) -> bool:
-    """True if a key that is no longer there had a value that did what is done now."""
+    """Tells whether a removed key had a value that matches today's behaviour."""
     if key in _GONE:
         return _GONE[key] is None or value in _GONE[key]
-    return key.startswith(_OF_A_CHOICE)  # every config had them once, whatever it chose
+    return key.startswith(_OF_A_CHOICE)  # every config had these keys once, whatever it chose
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A config's step as jitted programs: its shard rules, slices, optimizer, and their compilation.
+"""A config's step as jitted programs, with its shard rules, slices and optimizer.
 
-Nothing here reads a model or data, so plans and benchmarks build the very programs of a run.
+Nothing here reads a model or data, so plans and benchmarks build the same programs as a run.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ Program = tuple[Callable, Callable[[], int]]  # (a step, how often it was traced
 def shard_rules(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> ShardRules:
-    """The config's mesh over all devices with its shard rules; batches must divide evenly on it.
+    """Returns the config's mesh over all devices with shard rules; batches must divide evenly.
 
     Raises:
       ConfigError: the mesh doesn't fit the devices, a batch doesn't fit the mesh, or the config
@@ -57,7 +57,7 @@ def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
     """Checks that batches, and their slices, divide evenly over the mesh's devices.
 
     Raises:
-      ConfigError: with the numbers that do.
+      ConfigError: they do not; the message gives numbers that do.
     """
     multiple = mesh.batch_multiple(rules)
     for key in ("data.batch", "eval.batch"):
@@ -80,12 +80,12 @@ def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
 
 
 def even_slices(batch: int, multiple: int) -> list[int]:
-    """Numbers of slices that a batch can be cut into, each a multiple of `multiple` images."""
+    """Returns the possible numbers of slices, so that each has a multiple of `multiple` images."""
     return [n for n in range(1, batch + 1) if batch % n == 0 and (batch // n) % multiple == 0]
 
 
 def slices(config: ml_collections.ConfigDict) -> Slices:
-    """Slices that the config's step cuts its batch into."""
+    """Returns the slices that the config's step cuts its batch into."""
     return Slices(
         rollout=slices_of(config, "rollout_batches"),
         prefill=slices_of(config, "prefill_batches"),
@@ -96,7 +96,7 @@ def slices(config: ml_collections.ConfigDict) -> Slices:
 
 
 def eval_slices(config: ml_collections.ConfigDict, rules: ShardRules) -> Slices:
-    """Slices of an evaluation's batches; they hold no more images than those of training."""
+    """Returns slices of an evaluation's batches; none holds more images than in training."""
     batch, least = config.eval.batch, rules.size("images")
     most = max(config.data.batch // max(slices_of(config, name) for name in SLICES), least)
     fits = [n for n in range(least, most + 1, least) if batch % n == 0]
@@ -105,26 +105,26 @@ def eval_slices(config: ml_collections.ConfigDict, rules: ShardRules) -> Slices:
 
 
 def compute_dtype(config: ml_collections.ConfigDict, platform: str = "") -> Any:
-    """The config's dtype of computation, by default default_dtype(platform)."""
+    """Returns the config's dtype of computation, by default default_dtype(platform)."""
     return default_dtype(platform) if config.dtype == "auto" else jnp.dtype(config.dtype)
 
 
 def default_dtype(platform: str = "") -> Any:
-    """bfloat16 on accelerators and float32 on CPU; for this process unless a platform is named."""
+    """Returns bfloat16 on accelerators, float32 on CPU; platform None is this process's."""
     return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
 def optimizer(
     config: ml_collections.ConfigDict, updates_per_step: int
 ) -> optax.GradientTransformation:
-    """The config's optimizer, for a number of updates per step."""
+    """Returns the config's optimizer, for a number of updates per step."""
     settings = make(Optimizer, dict(config.optimizer))
     updates = config.steps * updates_per_step
     return optimizer_lib.make(settings, updates, updates_per_step, config.policy.freeze_vision)
 
 
 def sampling(config: ml_collections.ConfigDict) -> Sampling:
-    """The config's way of drawing tokens."""
+    """Returns the config's settings for drawing tokens."""
     return Sampling(**config.sampling)
 
 
@@ -135,10 +135,10 @@ def make_run(
     stop: tuple[int, ...],
     reference: Any = None,
 ) -> Run:
-    """The config's Run.
+    """Returns the config's Run.
 
     Args:
-      config: of the run.
+      config: the run's config.
       policy: modules.
       judge: with parameters, or with shapes that stand for them.
       stop: ids that end a caption.
@@ -163,15 +163,15 @@ def make_run(
 
 
 def needs_reference(config: ml_collections.ConfigDict) -> bool:
-    """True if the initial policy's parameters are held: for the KL, or for a reward term."""
+    """Tells whether the initial policy's parameters are held: for the KL, or for a reward term."""
     return bool(config.caprl.kl) or "reference" in needed_models(config_lib.terms(config))
 
 
 def check_rules(policy: Policy, rules: ShardRules) -> None:
-    """Refuses weights that can't lie where decoding wants them, before anything is compiled.
+    """Refuses weights that can't be sharded for decoding, before anything is compiled.
 
     Raises:
-      UserError: as mesh.param_shardings.
+      UserError: the cases of mesh.param_shardings.
     """
     mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules.decoding)
 
@@ -179,12 +179,12 @@ def check_rules(policy: Policy, rules: ShardRules) -> None:
 def one_program(
     step: Callable, config: ml_collections.ConfigDict, run: Run, state: State, rules: ShardRules
 ) -> Program:
-    """A step as one program: jitted (run, state, batch, key) -> (state, metrics).
+    """Returns a step as one program: jitted (run, state, batch, key) -> (state, metrics).
 
     Args:
       step: rl.step.caprl_step; its key is folded with the number of steps done.
-      config: of the run.
-      run: only its policy is looked at here.
+      config: the run's config.
+      run: only its policy is used here.
       state: arrays, or shapes with shardings; the program donates it and returns it sharded alike.
       rules: mesh and shard rules.
     """
@@ -204,8 +204,8 @@ def two_programs(
     rules: ShardRules,
     retokenise: Callable,
 ) -> Program:
-    """As one_program, with captions passing through text (a Retokeniser) on the host in between."""
-    from caprl_jax.run.through_text import in_two_programs  # which knows of tokenizers
+    """Returns one_program's step with captions passing through text (a Retokeniser) on the host."""
+    from caprl_jax.run.through_text import in_two_programs  # it imports tokenizers
 
     def rollout(run, state, batch, key):
         policy, decoding = run.learner.policy, run.decoding
@@ -226,19 +226,19 @@ def two_programs(
 def jit_step(
     function: Callable, state: State, rules: ShardRules, cuts: Slices | None = None, donate: int = 0
 ) -> Callable:
-    """Jits a step: argument `donate` is the state, which is donated and keeps its sharding."""
+    """Jits a step; argument `donate` is the state, which is donated and keeps its sharding."""
     shardings = jax.tree.map(lambda a: a.sharding, state)
     out = (shardings, mesh.replicated(rules))
     return jit(function, rules, cuts, donate_argnums=donate, out_shardings=out)
 
 
 def keep_compiled(folder: Path) -> None:
-    """Has JAX keep compiled programs in a folder, for the next start of this or a similar run.
+    """Makes JAX keep compiled programs in a folder, for the next start of this or a similar run.
 
-    A folder that is set already, by JAX_COMPILATION_CACHE_DIR for one, stays; so does a cache that
-    is switched off (JAX_ENABLE_COMPILATION_CACHE=false).
+    A folder that is already set, for example by JAX_COMPILATION_CACHE_DIR, stays; a cache that is
+    switched off (JAX_ENABLE_COMPILATION_CACHE=false) stays off.
     """
-    # On 8 CPU devices a run with kept programs (JAX 0.10) hung.
+    # On 8 CPU devices, a run with kept programs hung (JAX 0.10).
     hangs = jax.default_backend() == "cpu" and jax.device_count() > 1
     if jax.config.jax_compilation_cache_dir is None and not hangs:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
@@ -247,7 +247,7 @@ def keep_compiled(folder: Path) -> None:
 def read_instruction(
     decoder: Decoder, params: Any, instruction: Instruction, rules: ShardRules
 ) -> Instruction:
-    """The judge's instruction with its keys and values, read once per run, on every device.
+    """Returns the judge's instruction with keys and values, read once per run on every device.
 
     Args:
       decoder: the judge's.

@@ -1,4 +1,4 @@
-"""A run's model as a Hugging Face directory, with a card that says where it comes from."""
+"""Export of a run's model as a Hugging Face directory, with a card that states its origin."""
 
 import dataclasses
 import logging
@@ -49,9 +49,9 @@ _WHAT = {
 
 
 def figures(workdir: Path, step: int) -> dict[str, float | None]:
-    """The last held-out figures up to a step, from a run's metrics; empty if there are none.
+    """Returns the last held-out figures up to a step, from a run's metrics; empty if none.
 
-    None is a figure that was not finite.
+    None stands for a figure that was not finite.
     """
     found: dict[str, float | None] = {}
     for line in metrics.read(workdir):
@@ -64,7 +64,7 @@ def figures(workdir: Path, step: int) -> dict[str, float | None]:
 def model_card(
     config: ml_collections.ConfigDict, step: int, heldout: dict[str, float | None]
 ) -> str:
-    """README.md of an exported model, with the YAML head that the hub reads."""
+    """Returns the README.md of an exported model, with the YAML head that the hub reads."""
     base = config.policy.path + (f" ({config.policy.revision})" if config.policy.revision else "")
     finite = {name: value for name, value in heldout.items() if value is not None}
     rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in finite.items()]
@@ -91,7 +91,7 @@ class Trained:
     Attributes:
       policy: modules.
       params: unboxed parameters.
-      source: the directory the run started from, whose tokenizer and processor go along.
+      source: the directory the run started from; its tokenizer and processor are copied.
     """
 
     policy: Policy
@@ -100,14 +100,14 @@ class Trained:
 
 
 def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
-    """Writes a model directory, unless it is there already.
+    """Writes a model directory, unless it exists already.
 
     All processes must call it; the first one writes.
 
     Args:
-      directory: to be made.
+      directory: the directory to be made.
       model: modules, parameters and source.
-      dtype: of the weights, "float32" or "bfloat16".
+      dtype: dtype of the weights, "float32" or "bfloat16".
       card: content of README.md, as model_card makes it.
     """
     if not processes.agreed(directory.exists()):

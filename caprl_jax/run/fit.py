@@ -1,8 +1,8 @@
-"""Choices that fit a config to its devices: mesh, slices and rematerialisation.
+"""Choices of mesh, slices and rematerialisation that fit a config to its devices.
 
-A config may leave those keys open that config.OPEN lists. `settle` fills them from the memory that
-run/reckon.py reckons, says what it chose and why, and refuses a config that can't fit, with what
-would. Keys with a value of their own are never changed.
+A config may leave the keys open that config.OPEN lists. `settle` fills them from the memory that
+run/reckon.py reckons, and reports its choice with reasons. It refuses a config that can't fit, and
+names one that would. Keys with a value of their own are never changed.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from caprl_jax.run import reckon
 from caprl_jax.run.memory import as_flags
 from caprl_jax.run.reckon import GIB, Memory, Models, Reckoner
 
-SHARE = 0.95  # of the usable memory; the rest is for what the reckoning may miss
-TENSOR = 4  # the axis of shipped TPU configs, which cuts the decoding weights
+SHARE = 0.95  # share of the usable memory; the rest covers errors of the reckoning
+TENSOR = 4  # size of this axis in shipped TPU configs; it cuts the decoding weights
 # Reckoned, not measured: "none" saves the operations between products, but writes and reads over
 # twice the bytes that "products" does, so on accelerators it is never chosen.
 FASTEST = [kind for kind in REMAT if kind != "none"]
-LEAST_TPUS = 8  # on fewer, every chip holds all decoding weights
+LEAST_TPUS = 8  # with fewer chips, each holds all decoding weights
 NOTHING_TO_FIT = {  # choices where memory isn't known to be short: a CPU, or supervised training
     "mesh.data": 1,
     "mesh.fsdp": -1,
@@ -47,7 +47,7 @@ class Choice:
     Attributes:
       changes: values by key, tables of rules among them.
       memory: reckoned with them.
-      better: choices that would be faster, with the bytes they take in all, which is too much.
+      better: choices that would be faster, with their total bytes, which are too many.
     """
 
     changes: dict[str, Any]
@@ -60,19 +60,19 @@ def choose(
 ) -> tuple[dict[str, Any], str]:
     """Chooses values for the keys that a config leaves open.
 
-    The first choice that fits is taken, in this order: meshes (on 8 and more TPUs with the axis
+    The first choice that fits is taken, in this order: meshes (on 8 or more TPUs with the axis
     `tensor`, which cuts the weights in decoding); less rematerialisation; fewer slices.
 
     Args:
-      config: of the run; not changed.
+      config: the run's config; not changed.
       devices: JAX's, or stand-ins (hardware.described).
-      fetch: whether to fetch models whose size isn't known by their name.
+      fetch: whether to fetch models whose size isn't known from their name.
 
     Returns:
       (values by dotted key, the choice and its reasons as text), empty if nothing is open.
 
     Raises:
-      ConfigError: nothing fits, or no mesh divides the batch; the message says what would.
+      ConfigError: nothing fits, or no mesh divides the batch; the message names a remedy.
     """
     left = open_keys(config)
     if not left:
@@ -97,15 +97,15 @@ def settle(config: ml_collections.ConfigDict, devices: Sequence[Any], fetch: boo
     """Fills in place the keys that a config leaves open.
 
     Args:
-      config: of the run, checked by config.validate.
+      config: the run's config, checked by config.validate.
       devices: JAX's, or stand-ins.
-      fetch: whether to fetch models whose size isn't known by their name.
+      fetch: whether to fetch models whose size isn't known from their name.
 
     Returns:
       The choice and its reasons as text; empty if nothing was open.
 
     Raises:
-      ConfigError: as choose.
+      ConfigError: the cases of `choose`.
     """
     changes, told = choose(config, devices, fetch)
     apply(config, changes)
@@ -124,12 +124,12 @@ def apply(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> None:
 
 
 def keep_rollout(config: ml_collections.ConfigDict, saved: dict[str, Any] | None) -> None:
-    """Takes an open caprl.rollout_batches from the config of the run that is resumed.
+    """Copies an open caprl.rollout_batches from the config of the run that is resumed.
 
     The draws depend on it, so another choice would make another run.
 
     Args:
-      config: of this run; changed in place.
+      config: this run's config; changed in place.
       saved: the config that the checkpoint was written with; None if there is none.
     """
     if saved is not None and "caprl.rollout_batches" in open_keys(config):
@@ -144,13 +144,13 @@ def _name(devices: Sequence[Any]) -> str:
 
 
 def _limit(devices: Sequence[Any]) -> float | None:
-    """Usable bytes of each device, the same in all processes; None if unknown."""
+    """Returns the usable bytes of each device, the same in all processes; None if unknown."""
     index = jax.process_index() if hasattr(devices[0], "client") else 0
     own = next((d for d in devices if d.process_index == index), devices[0])
     limit = hardware.usable(own)
     several = hasattr(own, "client") and jax.process_count() > 1
     if limit is not None and own.platform == "gpu" and several:
-        # GPUs report a little more or less, and all processes must choose alike.
+        # GPUs report slightly different sizes, and all processes must choose alike.
         from jax.experimental import multihost_utils
 
         mib = np.asarray(limit / hardware.MIB, np.float32)
@@ -159,7 +159,7 @@ def _limit(devices: Sequence[Any]) -> float | None:
 
 
 def _meshes(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Values for the open axes, and tables of rules to go with them, the best first."""
+    """Yields values for the open axes, with their tables of rules, the best first."""
     left, count = open_keys(config), len(devices)
     if not any(key.startswith("mesh.") for key in left):
         yield {}
@@ -179,7 +179,7 @@ def _meshes(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Iterat
 
 
 def _with_rules(config: ml_collections.ConfigDict, known: Models, changes: dict[str, Any]) -> dict:
-    """Changes of a mesh, with mesh.decode_over_tensor's tables unless the config has its own."""
+    """Returns a mesh's changes, with decode_over_tensor's tables unless the config has its own."""
     tensor = changes.pop("tensor", 1)
     default = config.mesh.rules.to_dict() == mesh.RULES
     default &= config.mesh.decode_rules.to_dict() == mesh.DECODE_RULES
@@ -193,7 +193,7 @@ def _with_rules(config: ml_collections.ConfigDict, known: Models, changes: dict[
 def _best(
     config: ml_collections.ConfigDict, known: Models, devices: Sequence[Any], limit: float
 ) -> Choice:
-    """The first mesh's choice that fits, or else the smallest.
+    """Returns the first mesh's choice that fits, or else the smallest.
 
     Raises:
       ConfigError: no mesh divides the batch, or the weights, evenly.
@@ -221,7 +221,7 @@ def _best(
 
 
 def _check(config: ml_collections.ConfigDict, multiple: int) -> None:
-    """Refuses batches that don't divide evenly over the devices, with the next that would."""
+    """Refuses batches that don't divide evenly over the devices, and names the next that would."""
     uneven = {k: get(config, k) for k in ("data.batch", "eval.batch") if get(config, k) % multiple}
     if uneven:
         told = " and ".join(f"config.{key}={size}" for key, size in uneven.items())
@@ -232,12 +232,12 @@ def _check(config: ml_collections.ConfigDict, multiple: int) -> None:
 
 
 def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Choice:
-    """The first rematerialisation and slices on one mesh that take `most` bytes, or the least."""
+    """Returns a mesh's first rematerialisation and slices within `most` bytes, or the smallest."""
     left, held = open_keys(config), sum(on.held.values())
     even = compile_lib.even_slices(config.data.batch, mesh.batch_multiple(on.rules))
     remat, micro, better = _update(config, on, even, most - held)
     update = on.update(remat, micro)
-    # Where the update doesn't fit, it is what is told, and decoding need not take less.
+    # If the update doesn't fit, the report names it, and decoding need not shrink.
     room = max(most - held, sum(update.values()))
     rollout = config.caprl.rollout_batches or _fewest(even, on.decode, room)
     values = zip(list(OPEN)[3:], (remat, micro, rollout), strict=True)
@@ -260,11 +260,11 @@ def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Cho
 def _update(
     config: ml_collections.ConfigDict, on: Reckoner, even: list[int], room: float
 ) -> tuple[str, int, dict[str, int]]:
-    """Rematerialisation and slices of the update, the first that fit in the room, or the least.
+    """Returns the update's first rematerialisation and slices that fit, or the smallest.
 
     Returns:
-      (key of layers.REMAT, number of slices, and what was passed over: the last of each kind of
-      rematerialisation, with the bytes that the whole step would take).
+      (key of layers.REMAT, number of slices, and the choices passed over: the last of each kind
+      of rematerialisation, with the bytes that the whole step would take).
     """
     left, held = open_keys(config), sum(on.held.values())
     remats = FASTEST if "policy.remat" in left else [config.policy.remat]
@@ -279,13 +279,13 @@ def _update(
 
 
 def _fewest(counts: Sequence[int], bytes_of: Callable[[int], dict[str, int]], room: float) -> int:
-    """The first number of slices whose parts fit in the room, or the last of them."""
+    """Returns the first number of slices whose parts fit in the room, or the last number."""
     fits = (n for n in counts if sum(bytes_of(n).values()) <= room)
     return next(fits, counts[-1])
 
 
 def _told(changes: dict[str, Any]) -> str:
-    """Choices in a line; tables of rules by what they do."""
+    """Formats choices in one line; tables of rules appear as their effect."""
     axes = [f"{k.removeprefix('mesh.')}={v}" for k, v in changes.items() if k in _AXES]
     words = ["mesh " + " ".join(axes)] if axes else []
     if "mesh.decode_rules" in changes:
@@ -317,7 +317,7 @@ def _refusal(
     limit: float,
     found: Choice,
 ) -> str:
-    """The text of a refusal: what the smallest choice takes, what is missing and what would fit."""
+    """Returns a refusal's text: the smallest choice's bytes, the missing bytes and a remedy."""
     total, most = found.memory.total / GIB, SHARE * limit / GIB
     would = list(_would_fit(config, known, devices, limit))
     return (
@@ -331,7 +331,7 @@ def _refusal(
 def _would_fit(
     config: ml_collections.ConfigDict, known: Models, devices: Sequence[Any], limit: float
 ) -> Iterator[str]:
-    """Changes that would make the config fit, each alone, in words."""
+    """Describes changes, each of which alone would make the config fit."""
 
     def fits(made: Any, on: Sequence[Any], limit: float = limit) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Reads models, data and prompts before the first step, and refuses by name what can't be used."""
+"""Readers of models, data and prompts, which refuse unusable ones before the first step."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -34,20 +34,20 @@ from caprl_jax.settings import make
 
 
 def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy, Path]:
-    """Modules of a model, without parameters, and its directory; path as for sources.fetch."""
+    """Returns a model's modules, without parameters, and its directory; path as sources.fetch."""
     directory = sources.fetch(path, revision)
     where = directory / "config.json"
     return families.build(hf.read_config(directory), dtype, where=where, **options), directory
 
 
 def load_frozen(policy: Policy, directory: Path, rules: ShardRules, dtype: Any) -> Any:
-    """Parameters of a model that isn't trained, in the compute dtype, on the mesh."""
+    """Loads parameters of a model that isn't trained, in the compute dtype, on the mesh."""
     shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)
     return _read_params(policy, directory, dtype, shardings)
 
 
 def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
-    """Weights as safetensors, or as Orbax wrote them (convert.py)."""
+    """Reads weights from safetensors, or from an Orbax checkpoint (convert.py)."""
     if not (directory / checkpoint.PARAMS).is_dir():
         return hf.load_params(directory, policy, dtype, shardings, progress=processes.is_first())
     target = jax.tree.map(
@@ -61,7 +61,7 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
 def initial_state(
     config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, rules: ShardRules
 ) -> State:
-    """Parameters (pretrained or random) and optimizer state, float32, on the mesh."""
+    """Returns parameters (pretrained or random) and optimizer state, float32, on the mesh."""
 
     def init(key):
         params = policy.init(key)
@@ -78,13 +78,13 @@ def initial_state(
 
 
 def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> JudgePrompt:
-    """Renders the config's prompt, else the one that the judge's directory carries, else ours.
+    """Renders the config's prompt, else the judge directory's, else the project's own.
 
-    The directory is the one that the tokenizer was read from.
+    The directory is the one the tokenizer was read from.
 
     Raises:
       ConfigError: the config's prompt lacks its fields.
-      ModelDirectoryError: the directory's does.
+      ModelDirectoryError: the directory's prompt lacks them.
     """
     template = config.judge.prompt or own_prompt(tokenizer.directory)
     with about("judge.prompt"):
@@ -94,7 +94,7 @@ def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Jud
 def examples(
     config: ml_collections.ConfigDict, inputs: ImagePrompt, judge: JudgePrompt
 ) -> CaprlExamples:
-    """Makes a batch's rows from records, as the config says."""
+    """Returns the maker of a batch's rows from records, as the config says."""
     draw = QuestionDraw(
         count=config.caprl.questions,
         replacement=config.data.replacement,
@@ -107,7 +107,7 @@ def examples(
 def dataset(
     config: ml_collections.ConfigDict, set_aside: SetAside
 ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    """The stored elements of the config's data by split, "train" and "heldout".
+    """Returns the stored elements of the config's data by split, "train" and "heldout".
 
     Raises:
       ConfigError: there are no such data.
@@ -125,7 +125,7 @@ def dataset(
 
 
 def image_processor(directory: Path, vision: VisionConfig) -> ImageProcessor:
-    """The processor of a policy's directory, checked against its tower."""
+    """Returns the processor of a policy's directory, checked against its tower."""
     processor = ImageProcessor.from_pretrained(directory)
     if processor.patch_dim != vision.patch_dim or processor.merge_size != vision.merge:
         raise ModelDirectoryError(
@@ -137,7 +137,7 @@ def image_processor(directory: Path, vision: VisionConfig) -> ImageProcessor:
 
 
 def image_prompt(config, policy: Policy, directory: Path, tokenizer: Tokenizer) -> ImagePrompt:
-    """Image and prompt buckets, checked against the largest image the processor makes."""
+    """Returns image and prompt buckets, checked against the processor's largest image."""
     vision, mrope = policy.vision.config, policy.decoder.config.mrope_section is not None
     bounds = config.data.min_pixels, config.data.max_pixels
     processor = image_processor(directory, vision).bounded(*bounds)
@@ -177,7 +177,7 @@ def check_data(
             example(record, np.random.default_rng(0))
         except ConfigError:
             raise
-        except ValueError as e:  # malformed, unreadable, longer than its bucket
+        except ValueError as e:  # malformed, unreadable, or longer than its bucket
             reasons.append(str(e))
     if len(reasons) == checked:
         why = f"the first: {reasons[0]}" if reasons else "there are none"

@@ -15,10 +15,10 @@ from caprl_jax.run import compile as compile_lib
 
 
 def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str, Any]]:
-    """Overrides to try in turn where a config doesn't fit, each on top of those before it.
+    """Yields overrides for a config that doesn't fit, each on top of those before it.
 
     Args:
-      config: that didn't fit.
+      config: the config that didn't fit.
       spread: devices that images are cut over; a slice needs one image for each.
     """
     kinds = list(REMAT)
@@ -40,18 +40,18 @@ def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str
 
 
 def as_flags(overrides: dict[str, Any]) -> str:
-    """--config.key=value for each."""
+    """Formats overrides as flags, --config.key=value for each."""
     return " ".join(f"--config.{k}={str(v).lower()}" for k, v in overrides.items())
 
 
 def is_short(error: BaseException) -> bool:
-    """True if an error of a device, or its compiler, says that memory doesn't suffice."""
+    """Tells whether an error of a device, or its compiler, says that memory doesn't suffice."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager
 def advised(config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Context of a run in which running out of memory becomes an error that says what to change.
+    """Turns out-of-memory errors in its block into an error that says what to change.
 
     All batches have the shapes of the config's buckets: if the first step fits, so does the last.
 

@@ -1,4 +1,4 @@
-"""Metrics: divided once, written to metrics.jsonl and other sinks, shown in a progress bar."""
+"""Metrics, which are divided once, written to metrics.jsonl and other sinks, and shown in a bar."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ _SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "secon
 
 
 def token_rates(metrics: Mapping[str, tuple[Any, Any]], seconds: float) -> dict[str, float]:
-    """Tokens per second of a step, over all devices; empty for a step without captions.
+    """Returns a step's tokens per second, over all devices; empty without captions.
 
     tokens_per_second counts every caption with its prompt, as EasyR1 and verl publish it, whether
     or not the prompt was computed once for the group. generated_tokens_per_second counts the tokens
@@ -35,15 +35,15 @@ def token_rates(metrics: Mapping[str, tuple[Any, Any]], seconds: float) -> dict[
 
 
 def reduce(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """(sum, count) -> sum / count, as Python floats; what was never counted is left out."""
+    """Divides (sum, count) to Python floats; metrics with a count of 0 are left out."""
     return {k: float(s) / float(n) for k, (s, n) in metrics.items() if float(n) != 0}
 
 
 class Pace:
-    """Seconds a step since the last logged one, of which some waited for data.
+    """Clock of the seconds per step since the last log, and of those spent waiting for data.
 
-    Steps run behind the host's back until their metrics are fetched, so only the time between two
-    fetches says how long the steps in between took.
+    Steps run asynchronously until their metrics are fetched, so only the time between two fetches
+    says how long the steps in between took.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class Pace:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around fetching the next batch; counts a step."""
+        """Measures the wait for the next batch in its block, and counts a step."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
@@ -63,13 +63,13 @@ class Pace:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no part of a step: evaluation, checkpoints."""
+        """Excludes its block from the time of steps: evaluation, checkpoints."""
         began = time.perf_counter()
         yield
         self._away += time.perf_counter() - began
 
     def lap(self) -> dict[str, float]:
-        """Means since the last lap, {"seconds_data", "seconds_step"}; starts anew."""
+        """Returns means since the last lap, {"seconds_data", "seconds_step"}, and starts anew."""
         steps = max(self._steps, 1)
         total = time.perf_counter() - self._began - self._away
         out = {"seconds_data": self._waited / steps, "seconds_step": total / steps}
@@ -78,7 +78,7 @@ class Pace:
 
 
 def _parse(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file; one at the end that an interrupted run half wrote is dropped."""
+    """Parses the lines of a file; drops a last line that an interrupted run half wrote."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
@@ -87,7 +87,7 @@ def _parse(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as e:
             if number == len(lines):
                 return
-            # Only the end can be half written, so this is damage; dropping it would hide it.
+            # Only the last line can be half written, so this one is damaged; don't hide it.
             raise ValueError(
                 f"{path}, line {number} of {len(lines)}, is no metrics line ({e}): delete that "
                 f"line to go on without it; it begins {line[:60]!r}"
@@ -96,7 +96,7 @@ def _parse(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of WORKDIR/metrics.jsonl, by step; empty without a file.
+    """Reads the lines of WORKDIR/metrics.jsonl, by step; empty without a file.
 
     Raises:
       ValueError: a line other than the last is damaged.
@@ -105,7 +105,7 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Writes one JSON line per step to WORKDIR/metrics.jsonl, and to the run's other sinks.
+    """Writer of one JSON line per step to WORKDIR/metrics.jsonl, and to the run's other sinks.
 
     A line is {"step": int, "time": seconds since 1970, name: float or null, ..}; null is a number
     that wasn't finite. Writing to the last step again adds to its line, so no step is there twice.
@@ -117,10 +117,10 @@ class MetricWriter:
         resume_step: int | None = None,
         sinks: Mapping[str, Choice] | None = None,
     ):
-        """Opens the files, and drops what an interrupted run wrote after its last checkpoint.
+        """Opens the files, and drops lines that an interrupted run wrote after its last checkpoint.
 
         Args:
-          workdir: made if it isn't there.
+          workdir: made if it doesn't exist.
           resume_step: the step of the restored checkpoint; None begins anew.
           sinks: other sinks by name, entries of run.sinks.SINKS.
 
@@ -135,7 +135,7 @@ class MetricWriter:
         partial.replace(path)
         self._file = path.open("r+b")
         self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
-        self._start = sum(map(len, kept[:-1]))  # where the last step's line begins
+        self._start = sum(map(len, kept[:-1]))  # offset at which the last step's line begins
         self._end = sum(map(len, kept))
         self._sinks = [sink(workdir, resume_step) for sink in (sinks or {}).values()]
 
@@ -160,7 +160,7 @@ class MetricWriter:
             sink.write(step, values)
 
     def _overwrite(self, line: bytes) -> None:
-        # Cut only after writing: whenever the run is killed, whole lines or a half last one remain.
+        # Cut only after writing: if the run is killed, whole lines or a half last one remain.
         self._file.seek(self._start)
         self._file.write(line)
         self._file.flush()
@@ -168,7 +168,7 @@ class MetricWriter:
         self._file.truncate(self._end)
 
     def close(self) -> None:
-        """Flushes and closes all."""
+        """Flushes and closes the files and sinks."""
         self._file.close()
         for sink in self._sinks:
             sink.close()
@@ -181,7 +181,7 @@ class MetricWriter:
 
 
 class _Unwritten:
-    """In a process that isn't the first: takes what a MetricWriter takes."""
+    """MetricWriter of processes other than the first; it writes nothing."""
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
         """Does nothing."""
@@ -190,7 +190,7 @@ class _Unwritten:
 def writer(
     workdir: Path, resume_step: int | None = None, sinks: Mapping[str, Choice] | None = None
 ) -> contextlib.AbstractContextManager[MetricWriter | _Unwritten]:
-    """A MetricWriter in the first process; in others one that writes nothing."""
+    """Returns a MetricWriter in the first process; in others one that writes nothing."""
     if processes.is_first():
         return MetricWriter(workdir, resume_step, sinks)
     return contextlib.nullcontext(_Unwritten())
@@ -211,7 +211,7 @@ class Progress(tqdm):
 
 
 def progress(total: int, initial: int = 0) -> Progress:
-    """A bar from step `initial` to step `total`, on stderr; rarely redrawn when that is a file.
+    """Returns a bar from step `initial` to `total`, on stderr; rarely redrawn if that is a file.
 
     The first process alone shows one.
     """

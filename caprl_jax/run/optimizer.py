@@ -1,4 +1,4 @@
-"""The optimizer: Adam with warm-up, a schedule and a clipped gradient norm."""
+"""The optimizer: Adam with warm-up, a schedule and gradients clipped by their norm."""
 
 import dataclasses
 
@@ -27,12 +27,12 @@ class Optimizer:
 
 
 def schedule(settings: Optimizer, updates: int, per_step: int = 1) -> optax.Schedule:
-    """Learning rate by optimizer update.
+    """Returns the learning rate by optimizer update.
 
     Args:
       settings: a config's section `optimizer`.
-      updates: of the whole run.
-      per_step: updates a step; the warm-up is given in steps.
+      updates: number of updates of the whole run.
+      per_step: updates per step; the warm-up is given in steps.
     """
     warmup = min(settings.warmup_steps * per_step, updates)
     rate = settings.learning_rate
@@ -46,13 +46,13 @@ def schedule(settings: Optimizer, updates: int, per_step: int = 1) -> optax.Sche
 def make(
     settings: Optimizer, updates: int, per_step: int, freeze_vision: bool
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then Adam (decoupled weight decay on matrices only).
+    """Returns clipping by global norm, then Adam (decoupled weight decay on matrices only).
 
     Args:
       settings: a config's section `optimizer`.
-      updates: of the whole run.
-      per_step: updates a step.
-      freeze_vision: leave the vision tower as it is, and hold no state for it.
+      updates: number of updates of the whole run.
+      per_step: updates per step.
+      freeze_vision: whether to leave the vision tower unchanged, and hold no state for it.
     """
 
     def matrices(params):

@@ -1,7 +1,7 @@
 """Memory of a config's step on each device, reckoned from shapes alone: nothing is compiled.
 
 A device holds some arrays throughout a step (parameters, optimizer state, judge, reference, batch).
-Each phase holds others beside them, and the phase that holds most decides. The bytes of arrays that
+Each phase holds others beside them, and the largest phase decides. The bytes of arrays that
 the program names (parameters, caches, gradients, kept activations) follow from their shapes and
 shard rules. What the compiler holds between operations is a multiple of the largest arrays there;
 those multiples are the constants below. They are set so that whole steps come out between 3% under
@@ -36,17 +36,17 @@ from caprl_jax.parallel.axes import CACHED, ShardRules
 from caprl_jax.run import compile as compile_lib
 
 GIB = 2**30
-# Reckoned, and fitted to the compiled steps above: copies of an array that lie there at one time.
+# Reckoned, and fitted to the compiled steps above: copies of an array that exist at one time.
 SCORES = 4  # attention's scores in the backward pass: scores, weights and the gradients of both
 READ_SCORES = 2  # the same in a forward pass
 LOGITS = 3  # float32 logits of a chunk of the vocabulary, their exponentials and gradients
-WIDE = 6  # of the perceptron's hidden values, in the compute dtype
-NARROW = 4  # of the residual stream, in float32
+WIDE = 6  # copies of the perceptron's hidden values, in the compute dtype
+NARROW = 4  # copies of the residual stream, in float32
 ROWS = 4  # head, its rows in chunks, and the gradients of head and embedding
-GATHERED = 2  # layers whose weights are gathered: the one at work and the next
-GPU = 1.1  # more of all these on GPUs, where fewer operations are fused
-# Compiled for a v5e: the bytes for each layer and token by which 8 layers of a small decoder differ
-# from 4 are 5% above the sum of those that "products" names, and 2% below the sum for "none".
+GATHERED = 2  # layers whose weights are gathered: the current one and the next
+GPU = 1.1  # factor on all these for GPUs, where fewer operations are fused
+# Compiled for a v5e: the bytes for each layer and token, taken from the difference between 8 and 4
+# layers of a small decoder, are 5% above the sum for "products", and 2% below the sum for "none".
 KEPT = 1.05
 
 
@@ -64,16 +64,16 @@ class Memory:
 
     @property
     def largest(self) -> str:
-        """The phase that holds most."""
+        """Returns the phase that holds the most bytes."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def total(self) -> int:
-        """Bytes held throughout and by the largest phase."""
+        """Returns the bytes held throughout and by the largest phase."""
         return sum(self.held.values()) + sum(self.phases[self.largest].values())
 
     def tell(self) -> str:
-        """The parts of the total in words, in GiB."""
+        """Describes the parts of the total in words, in GiB."""
         phase = self.phases[self.largest]
         held = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.held.items() if size)
         inside = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phase.items() if size)
@@ -82,7 +82,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Modules of a config's models, with boxed shapes of everything that lies on the mesh.
+    """Modules of a config's models, with boxed shapes of all arrays on the mesh.
 
     Attributes:
       policy: modules.
@@ -91,7 +91,7 @@ class Models:
       judge: the judge's decoder.
       judge_params: its parameters.
       reference: whether the initial policy is held too.
-      platform: of the devices: cpu, gpu or tpu.
+      platform: the devices' platform: cpu, gpu or tpu.
     """
 
     policy: Policy
@@ -104,20 +104,20 @@ class Models:
 
 
 def model_config(path: str, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a directory or shipped model; of a hub id, as that size was published.
+    """Returns config.json of a directory, a shipped model, or a hub id of published size.
 
     Args:
       path: directory, asset:NAME, hub id or URL.
-      revision: of a hub id. With None a model of no published size is not fetched.
+      revision: revision of a hub id. With None a model of no published size is not fetched.
 
     Raises:
-      ConfigError: it is no directory, and no published size has its name.
+      ConfigError: it is not a directory, and no published size has its name.
     """
     name = Path(path).name.lower().removesuffix("-instruct")
     local = path.startswith("asset:") or Path(path).is_dir()
     if local or (revision is not None and name not in sizes.CONFIGS):
         from caprl_jax.models.hf import download as sources
-        from caprl_jax.models.hf import files as hf  # they need more packages than a plan
+        from caprl_jax.models.hf import files as hf  # these need more packages than a plan
 
         return hf.read_config(sources.fetch(path, revision or ""))
     if name not in sizes.CONFIGS:
@@ -128,12 +128,12 @@ def model_config(path: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False) -> Models:
-    """Shapes of a config's models, for devices of a platform; no arrays.
+    """Returns shapes of a config's models, for devices of a platform, without arrays.
 
     Args:
-      config: of the run.
+      config: the run's config.
       platform: cpu, gpu or tpu.
-      fetch: whether to fetch models whose size isn't known by their name.
+      fetch: whether to fetch models whose size isn't known from their name.
 
     Raises:
       ConfigError: a size is unknown, or the policy has no vision tower.
@@ -161,12 +161,12 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
 
 
 def init_decoder(decoder: Decoder, key: jax.Array) -> Any:
-    """Random boxed parameters of a decoder."""
+    """Returns random boxed parameters of a decoder."""
     return decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
 
 
 def abstract_rules(config: ml_collections.ConfigDict, count: int) -> ShardRules:
-    """The config's shard rules on `count` devices that need not be there.
+    """Returns the config's shard rules on `count` devices that need not exist.
 
     Raises:
       ConfigError: the mesh doesn't fit them, or a table of rules is wrong.
@@ -182,8 +182,8 @@ def reckon(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Memory:
     """Reckons the memory that a settled config's step takes on each of the devices.
 
     Args:
-      config: of the run, with objective caprl.
-      devices: JAX's, or stand-ins (hardware.described); only platform and number are looked at.
+      config: the run's config, with objective caprl.
+      devices: JAX's, or stand-ins (hardware.described); only their platform and number are used.
 
     Raises:
       UserError: the config's sizes are unknown, or don't lie evenly on the devices.
@@ -193,10 +193,10 @@ def reckon(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Memory:
 
 
 def caches(config: ml_collections.ConfigDict, decoder: Decoder, rules: ShardRules) -> int:
-    """Bytes on each device of the prompts' and captions' keys and values while decoding.
+    """Returns bytes on each device of the prompts' and captions' keys and values in decoding.
 
     Args:
-      config: of the run.
+      config: the run's config.
       decoder: the policy's.
       rules: mesh and shard rules.
     """
@@ -217,7 +217,7 @@ def _caches(config: Any, decoder: Decoder, rules: ShardRules, count: int) -> int
 
 
 def _on_one(boxed: Any, rules: ShardRules, itemsize: int | None = None) -> int:
-    """Bytes on each device of a boxed tree of shapes; itemsize None is each array's own."""
+    """Returns bytes on each device of a boxed tree of shapes; itemsize None: each array's own."""
     shardings = mesh.param_shardings(boxed, rules)
     return sum(
         math.prod(s.shard_shape(a.shape)) * (itemsize or a.dtype.itemsize)
@@ -229,10 +229,10 @@ def _on_one(boxed: Any, rules: ShardRules, itemsize: int | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Reckoner:
-    """Reckons parts of a step's memory, for any number of slices and kind of rematerialisation.
+    """Reckoner of a step's memory, for any number of slices and kind of rematerialisation.
 
     Attributes:
-      config: of the run; its numbers of slices and policy.remat are looked at by `memory` alone.
+      config: the run's config; only `memory` reads its numbers of slices and policy.remat.
       models: shapes.
       rules: on a mesh that may be abstract.
     """
@@ -242,7 +242,7 @@ class Reckoner:
     rules: ShardRules
 
     def memory(self) -> Memory:
-        """The memory of the config's step."""
+        """Returns the memory of the config's step."""
         count = functools.partial(slices_of, self.config)
         rollout = count("rollout_batches")
         return Memory(
@@ -258,16 +258,16 @@ class Reckoner:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a value in the dtype of computation."""
+        """Returns the bytes of a value in the dtype of computation."""
         return jnp.dtype(self.models.policy.decoder.dtype).itemsize
 
     def images(self, count: int) -> int:
-        """Images of one of `count` slices on each device, in training and scoring."""
+        """Returns a slice's images on each device, of `count` slices, in training and scoring."""
         return -(-self.config.data.batch // (count * self.rules.size("images")))
 
     @functools.cached_property
     def held(self) -> dict[str, int]:
-        """Bytes throughout a step."""
+        """Returns the bytes held throughout a step."""
         m, own = self.models, self.itemsize
         return {
             "parameters": _on_one(m.params, self.rules),
@@ -286,7 +286,7 @@ class Reckoner:
         return self.images(1) * (image + prompt + asked * (5 * data.max_question + 9))
 
     def prefill(self, rollout: int, prefill: int) -> dict[str, int]:
-        """Bytes while images and prompts of one of the rollout's slices are read."""
+        """Returns the bytes while images and prompts of one rollout slice are read."""
         c, p = self.models.policy.decoder.config, self.config.data.max_prompt
         inside = self.images(rollout * max(prefill // rollout, 1))
         return self._between(
@@ -299,12 +299,12 @@ class Reckoner:
         )
 
     def casting(self, rollout: int) -> dict[str, int]:
-        """Bytes while weights are cast for decoding; each layer's arrays follow on a CPU or GPU."""
+        """Returns the bytes while decoding weights are cast; a CPU or GPU holds a second copy."""
         copies = 1 if self.models.platform == "tpu" else 2
         return {"weights": copies * self._decoding_weights, "prompts": self._prompts(rollout)}
 
     def decode(self, rollout: int) -> dict[str, int]:
-        """Bytes while one of the rollout's slices is decoded."""
+        """Returns the bytes while one rollout slice is decoded."""
         decoder, on, caprl = self.models.policy.decoder, self.rules.decoding, self.config.caprl
         drawn = scheduling.number_of_slots(caprl.group, caprl.slots)
         captions = -(-self.config.data.batch // (rollout * on.size("images"))) * drawn
@@ -316,7 +316,7 @@ class Reckoner:
         }
 
     def score(self, count: int) -> dict[str, int]:
-        """Bytes while the judge reads one of `count` slices."""
+        """Returns the bytes while the judge reads one of `count` slices."""
         c, config = self.models.judge.config, self.config
         i, g, t = self.images(count), config.caprl.group, config.sampling.max_tokens
         asked = g * config.caprl.questions * config.data.max_question
@@ -335,9 +335,9 @@ class Reckoner:
         )
 
     def update(self, remat: str, count: int) -> dict[str, int]:
-        """Bytes while gradients of one of `count` slices are computed.
+        """Returns the bytes while gradients of one of `count` slices are computed.
 
-        With several slices the gradients of one lie beside the sum of those before.
+        With several slices, the gradients of one are held beside the sum of those before.
         """
         c, config, on = self.models.policy.decoder.config, self.config, self.rules
         i, g, t = self.images(count), config.caprl.group, config.sampling.max_tokens
@@ -371,7 +371,7 @@ class Reckoner:
         return _on_one(self.models.params["decoder"], self.rules.decoding, self.itemsize)
 
     def _kv_bytes(self, c: Any) -> int:
-        """Bytes of a token's keys and values in all layers."""
+        """Returns the bytes of a token's keys and values in all layers."""
         return 2 * c.layers * c.kv_heads * c.head_dim * self.itemsize
 
     def _prompts(self, rollout: int) -> int:
@@ -379,7 +379,7 @@ class Reckoner:
         return self.images(rollout) * self.config.data.max_prompt * self._kv_bytes(c)
 
     def _gathered(self, boxed: Any, rules: ShardRules) -> int:
-        """Bytes of the layers and the embedding that are gathered at one time, if any are cut."""
+        """Returns bytes of the layers and embedding gathered at one time, if any are cut."""
         if rules.size("embed") == 1:
             return 0
         layers = jax.tree.leaves(nn.meta.unbox(boxed["layers"]))
@@ -387,24 +387,24 @@ class Reckoner:
         return GATHERED * one // rules.size("mlp")
 
     def _layer(self, tokens: int) -> int:
-        """Bytes of one decoder layer's values for so many tokens."""
+        """Returns the bytes of one decoder layer's values for this many tokens."""
         c = self.models.policy.decoder.config
         wide = WIDE * c.feed_forward * self.itemsize // self.rules.size("mlp")
         return tokens * (wide + NARROW * c.width * 4)
 
     def _vision_layer(self) -> int:
-        """The same of the vision tower, for one image."""
+        """Returns the bytes of one vision layer's values, for one image."""
         c = self.models.policy.vision.config
         patches = self.config.data.max_windows * c.window**2
         wide = WIDE * c.feed_forward * self.itemsize // self.rules.size("mlp")
         return patches * (wide + NARROW * c.width * 4)
 
     def _scores(self, heads: int, queries: int, keys: int) -> int:
-        """Bytes of one image's float32 scores, as attention bounds them."""
+        """Returns the bytes of one image's float32 scores, within attention's bound."""
         return min(SCORE_BYTES, 4 * heads * queries * keys) // self.rules.size("heads")
 
     def _kept(self, remat: str) -> float:
-        """Bytes of the residuals that a decoder layer keeps for each token."""
+        """Returns the bytes of the residuals that a decoder layer keeps for each token."""
         c = self.models.policy.decoder.config
         queries = c.heads * c.head_dim // self.rules.size("heads")
         keys = 2 * c.kv_heads * c.head_dim // min(self.rules.size("kv_heads"), c.kv_heads)
@@ -412,7 +412,7 @@ class Reckoner:
         return _residuals(remat, self.itemsize, c.width, (queries + keys, queries), hidden)
 
     def _vision_kept(self, remat: str) -> float:
-        """Bytes of the residuals that the tower keeps for one image."""
+        """Returns the bytes of the residuals that the tower keeps for one image."""
         c = self.models.policy.vision.config
         if self.models.policy.freeze_vision or self.config.policy.freeze_vision:
             return 0
@@ -426,7 +426,7 @@ class Reckoner:
 def _residuals(
     remat: str, itemsize: int, width: int, attention: tuple[int, int], hidden: int
 ) -> float:
-    """Bytes of the residuals that a layer keeps for each token.
+    """Returns the bytes of the residuals that a layer keeps for each token.
 
     Args:
       remat: key of layers.REMAT.
@@ -441,6 +441,6 @@ def _residuals(
     products = itemsize * (3 * width + projected + attended + hidden)
     if remat == "products":
         return KEPT * products
-    # Norms in float32 and in their own dtype, the activation's parts, and rotation in float32.
+    # Norms in float32 and in their own dtype, the activation's parts, and the rotation in float32.
     others = 2 * width * (4 + 2 * itemsize) + 3 * hidden * itemsize / 2 + 8 * attended
     return KEPT * (products + others)

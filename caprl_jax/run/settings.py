@@ -1,4 +1,4 @@
-"""Settings of a run around its step: models, evaluation, checkpoints, export."""
+"""Settings of a run around its step: models, evaluation, checkpoints and export."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ class General:
 
 @dataclasses.dataclass(frozen=True)
 class PolicySettings:
-    """The model that is trained."""
+    """Settings of the model that is trained."""
 
     path: str = setting("asset:tiny/policy", _PATH)
     revision: str = setting("", "branch, tag or commit of a hub id")
@@ -53,7 +53,7 @@ class PolicySettings:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings(Judging):
-    """The judge."""
+    """Settings of the judge."""
 
     path: str = setting("asset:tiny/judge", _PATH)
     revision: str = setting("", "branch, tag or commit of a hub id")
@@ -72,7 +72,7 @@ class JudgeSettings(Judging):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Held-out evaluation."""
+    """Settings of held-out evaluation."""
 
     every: int = setting(100, "steps between two; 0: only before and after", least=0, resume=True)
     images: int = setting(64, "held-out images", least=1, resume=True)
@@ -83,7 +83,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-    """Checkpoints of the run."""
+    """Settings of the run's checkpoints."""
 
     every: int = setting(100, "steps between two; the last step has one", least=1, resume=True)
     keep: int = setting(2, "checkpoints that are kept, the last ones", least=1, resume=True)
@@ -91,7 +91,7 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """The trained model as a Hugging Face directory, WORKDIR/export/STEP."""
+    """Settings of the trained model's Hugging Face directory, WORKDIR/export/STEP."""
 
     when: str = setting(
         "end",

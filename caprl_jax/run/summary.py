@@ -25,9 +25,9 @@ class Figures:
 
     Attributes:
       before: held-out evaluation before the first step.
-      after: the same, after the last.
+      after: held-out evaluation after the last step.
       ceiling: held-out accuracy on complete true captions; None where the truth is unknown.
-      wall_seconds: of the run, from this start on.
+      wall_seconds: seconds of the run since this start.
     """
 
     before: Evaluation
@@ -37,9 +37,9 @@ class Figures:
 
 
 def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -> Evaluation:
-    """evaluate(params), or what an earlier part of the run wrote to path.
+    """Returns evaluate(params), or the result that an earlier part of the run wrote to path.
 
-    All processes evaluate, or none does; then others than the first get nothing.
+    Either all processes evaluate, or none does; then only the first gets the result.
     """
     if processes.agreed(path.is_file()):
         if not processes.is_first():
@@ -60,7 +60,7 @@ def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -
 
 
 def summarise(figures: Figures, steps: int, set_aside: int) -> dict[str, Any]:
-    """The figures of summary.json: greedy ones plainly named, sampled ones so called."""
+    """Returns summary.json's figures: greedy ones have plain names, sampled ones say so."""
     out: dict[str, Any] = {"steps": steps, "wall_seconds": round(figures.wall_seconds, 1)}
     for when, (values, _) in (("before", figures.before), ("after", figures.after)):
         for name, value in values.items():
@@ -102,7 +102,7 @@ def finish(
     set_aside: SetAside,
 ) -> dict[str, Any]:
     """Writes summary.json, samples.json and report.html, prints the table, returns the summary."""
-    for other in sorted(workdir.glob("set_aside-*.jsonl")):  # of other processes
+    for other in sorted(workdir.glob("set_aside-*.jsonl")):  # files of other processes
         set_aside.read(other)
     history = metrics.read(workdir)
     steps = max((line["step"] for line in history), default=0)
@@ -126,13 +126,13 @@ def finish(
 
 
 def _plain(sample: html.Sample) -> dict[str, Any]:
-    """A sample as JSON holds it, the image in base64."""
+    """Converts a sample to plain JSON data, the image in base64."""
     plain = dataclasses.asdict(sample)
     return plain | {"image_png": base64.b64encode(sample.image_png).decode()}
 
 
 def _samples(held: HeldOut | None, figures: Figures, count: int) -> list[html.Sample]:
-    """Held-out images with their greedy captions before and after."""
+    """Returns held-out images with their greedy captions before and after."""
     sets = figures.before[1], figures.after[1]
     if held is None or not all(sets):
         return []

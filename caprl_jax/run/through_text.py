@@ -1,4 +1,4 @@
-"""A CapRL step in two programs, for a policy and a judge whose tokenizers differ.
+"""The CapRL step in two programs, for a policy and a judge whose tokenizers differ.
 
 Captions leave the first program as the policy's ids, become text and the judge's ids on the host,
 and enter the second. Results and metrics are those of rl.step.caprl_step.
@@ -18,14 +18,14 @@ from caprl_jax.rl.types import Batch, Metrics, State
 
 
 class Retokeniser:
-    """Turns the policy's ids into the judge's, through text."""
+    """Converter of the policy's ids to the judge's, through text."""
 
     def __init__(self, policy: Tokenizer, judge: Tokenizer, length: int):
-        """`length` is the bucket of the judge's ids; longer captions are cut."""
+        """Stores the tokenizers; `length` is the judge's bucket, and longer captions are cut."""
         self._policy, self._judge, self._length = policy, judge, length
 
     def __call__(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Captions int [b, g, t], bool mask -> (the judge's ids, their mask, bool [b, g] cut)."""
+        """Converts captions int [b, g, t], bool mask -> (judge's ids, mask, bool [b, g] cut)."""
         ids = [
             self._judge.encode_caption(self._policy.decode(own[real]))
             for own, real in zip(_flat(tokens), _flat(mask), strict=True)
@@ -45,7 +45,7 @@ def _flat(a: np.ndarray) -> np.ndarray:
 def in_two_programs(
     rollout: Callable, finish: Callable, retokenise: Retokeniser, rules: ShardRules
 ) -> Callable[[Run, State, Batch, jax.Array], tuple[State, Metrics]]:
-    """(run, state, batch, key) -> (state, metrics), like the one program.
+    """Returns (run, state, batch, key) -> (state, metrics), like the one program.
 
     Args:
       rollout: jitted (run, state, batch, key) -> Rollout.
@@ -67,5 +67,5 @@ def in_two_programs(
 
 @jax.jit
 def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The keys of rl.step.caprl_step, whose caller folds the step in."""
+    """Returns the keys of rl.step.caprl_step, whose caller folds the step in."""
     return step_keys(jax.random.fold_in(key, step))

@@ -24,7 +24,7 @@ def brief_if_dark(scored, options: Brief):
     images = scored.batch.images
     light = jnp.mean(images.patches, axis=(1, 2), where=images.mask[..., None])
     penalty = options.rate * scored.captions.length
-    return -jnp.where(light[:, None] < 0, penalty, 0.0)
+    return -jnp.where(light[:, None] < 1, penalty, 0.0)  # white has 3.4, pure colours less than 1
 
 
 # An advantage: it sees [b, g] rewards, so it may normalise over the whole batch.

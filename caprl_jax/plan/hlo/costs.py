@@ -32,14 +32,14 @@ class Collective:
 
     Attributes:
       kind: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, ..
-      bytes: on one device each time that it runs: all-gather's result, the others' operands.
-      executions: how often it runs.
+      bytes: bytes on one device per run: the result of all-gather, the operands of the others.
+      executions: number of times that it runs.
       groups: device numbers that take part together; a permute's (source, target) pairs.
-      shapes: text of its operands' shapes.
-      phase: it's part of.
+      shapes: text of the operands' shapes.
+      phase: the phase it's part of.
       op_name: path of JAX scopes.
-      name: the instruction's.
-      loops: around it, the outermost first.
+      name: the instruction's name.
+      loops: loops around it, the outermost first.
     """
 
     kind: str
@@ -54,24 +54,24 @@ class Collective:
 
     @property
     def group_size(self) -> int:
-        """Devices in a group; 2 for a permute."""
+        """Returns the number of devices in a group; 2 for a permute."""
         return len(self.groups[0])
 
     @property
     def stride(self) -> int:
-        """Between a group's neighbours: 1 along the mesh's inner devices, more along outer ones."""
+        """Returns a group's stride: 1 along the mesh's inner devices, more along outer ones."""
         first = sorted(self.groups[0])
         return first[1] - first[0] if len(first) > 1 else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Conditional:
-    """A conditional whose branches weren't weighted: the costlier one is counted, each time.
+    """A conditional without branch weights: its costlier branch is counted each time.
 
     Attributes:
-      name: the instruction's.
+      name: the instruction's name.
       op_name: path of JAX scopes.
-      flops: of each branch.
+      flops: operations of each branch.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Costs:
     """The costs of one device.
 
     Attributes:
-      flops: of matrix products and convolutions.
+      flops: operations of matrix products and convolutions.
       hbm_bytes: an estimate, see hlo_work.hbm_bytes.
-      collectives: each once, with its executions.
-      guessed_loops: whose trips are a bound or the caller's.
-      conditionals: of which the costlier branch was taken.
-      unpriced: targets of custom calls, whose operations aren't in flops.
+      collectives: each collective once, with its executions.
+      guessed_loops: loops whose trips are a bound or the caller's number.
+      conditionals: conditionals whose costlier branch was taken.
+      unpriced: targets of custom calls whose operations aren't in flops.
     """
 
     flops: float
@@ -105,12 +105,12 @@ class Visit:
     """An instruction outside fusions, as one place in the program runs it.
 
     Attributes:
-      program: all of it.
-      computation: holds the instruction.
-      instruction: what runs.
-      executions: how often.
-      phase: it's part of.
-      loops: around it, the outermost first.
+      program: the whole program.
+      computation: the computation that holds the instruction.
+      instruction: the instruction that runs.
+      executions: number of times that it runs.
+      phase: the phase it's part of.
+      loops: loops around it, the outermost first.
       frame: number of the computation's run that it belongs to.
       note: a loop's or conditional's own figures.
     """
@@ -134,7 +134,7 @@ class _Walk:
     frames: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def phase(self, op_name: str) -> str:
-        """The first scope of the path that is a phase, within transpose(jvp()) too; or empty.
+        """Returns the path's first scope that is a phase, also in transpose(jvp()); or empty.
 
         jit(name) is a function's name, not a scope's.
         """
@@ -143,7 +143,7 @@ class _Walk:
     def visits(
         self, name: str, executions: float, phase: str, loops: tuple[Loop, ...]
     ) -> Iterator[Visit]:
-        """All that a computation runs, and what that calls."""
+        """Yields all that a computation runs, including the computations that it calls."""
         computation, frame = self.program.computations[name], next(self.frames)
         for instruction in computation.instructions.values():
             here = self._phase_of(computation, instruction) or phase
@@ -193,7 +193,7 @@ def _phase(phases: tuple[str, ...], op_name: str) -> str:
 
 
 def _branch_names(conditional: Instruction) -> list[str]:
-    """In the order of lax.cond's index: false, true."""
+    """Returns the branches in the order of lax.cond's index: false, true."""
     listed = re.findall(r"[\w.\-]+", conditional.attribute("branch_computations"))
     return listed or [conditional.attribute(f"{k}_computation") for k in ("false", "true")]
 
@@ -207,7 +207,7 @@ def _bytes(visits: Iterable[Visit]) -> float:
 
 
 def _products(visit: Visit) -> Iterator[tuple[str, int]]:
-    """(op_name, operations) of a visit's products."""
+    """Yields (op_name, operations) of a visit's products."""
     for computation, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
         flops = hlo_work.flops(computation, inner)
         if flops:
@@ -219,7 +219,7 @@ def _moved(visit: Visit) -> int:
 
 
 def _collectives(visits: Iterable[Visit], phase: Callable[[str], str]) -> Iterator[Collective]:
-    """Each once: a TPU spreads an asynchronous one over fusions, which repeat its channel."""
+    """Yields collectives once each; a TPU's fusions repeat the channel of an asynchronous one."""
     seen = set()
     for visit in visits:
         for computation, inner in hlo_work.inside(
@@ -239,7 +239,7 @@ def _collectives(visits: Iterable[Visit], phase: Callable[[str], str]) -> Iterat
 
 
 def _scatters(computation: Computation, instruction: Instruction) -> bool:
-    """TPU's reduce-scatter: a fused all-reduce of which each device keeps a slice."""
+    """Tells whether a fused all-reduce is a TPU's reduce-scatter: devices keep slices of it."""
     users = computation.users.get(instruction.name, ())
     kept = users and all(user.opcode == "dynamic-slice" for user in users)
     return instruction.opcode == "all-reduce" and bool(kept)
@@ -277,10 +277,10 @@ def costs(
     """Adds up what each phase of a program costs one device.
 
     Args:
-      program: of parse.
+      program: the result of parse.
       phases: names of jax.named_scope; an instruction belongs to the first of them on its path,
         or to that of the loop, call or fusion it's in, or to "other".
-      unknown_trips: of loops whose end depends on data, at most; None takes their bound.
+      unknown_trips: most trips of loops whose end depends on data; None takes their bound.
       branch_weights: (op_name of a conditional, its branches) -> how often each branch runs per
         time that it's reached, lax.cond's false before its true. Without one, or where it says
         None, the branch with more operations is taken each time, and listed in `conditionals`.
@@ -321,7 +321,7 @@ def _targets(visit: Visit) -> Iterator[str]:
     for _, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
         if inner.opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', inner.attributes)
-            # These hold no work of their own: they mark memory and collectives.
+            # These have no work of their own: they mark memory and collectives.
             if not target[1].startswith(("AsyncCollective", "AllocateBuffer", "ConcatBitcast")):
                 yield target[1]
 
@@ -329,7 +329,7 @@ def _targets(visit: Visit) -> Iterator[str]:
 def collectives(
     program: Program, phases: Sequence[str] = (), unknown_trips: int | None = None
 ) -> tuple[Collective, ...]:
-    """All collectives of a program, in the order of its schedule."""
+    """Returns all collectives of a program, in the order of its schedule."""
     found = visits(program, phases, unknown_trips)
     return tuple(_collectives(found, functools.partial(_phase, tuple(phases))))
 
@@ -337,7 +337,7 @@ def collectives(
 def collectives_in(
     program: Program, within: Callable[[Loop], bool], unknown_trips: int | None = None
 ) -> tuple[Collective, ...]:
-    """Collectives inside loops that `within` accepts, and in the loops inside those."""
+    """Returns collectives inside loops that `within` accepts, and in the loops inside those."""
     found = collectives(program, unknown_trips=unknown_trips)
     return tuple(c for c in found if any(within(loop) for loop in c.loops))
 
@@ -345,17 +345,17 @@ def collectives_in(
 def visits(
     program: Program, phases: Sequence[str] = (), unknown_trips: int | None = None
 ) -> tuple[Visit, ...]:
-    """All that a program runs outside fusions, in the order of its schedule."""
+    """Returns all that a program runs outside fusions, in the order of its schedule."""
     return tuple(_Walk(program, tuple(phases), unknown_trips).visits(program.entry, 1, OTHER, ()))
 
 
 def loops(program: Program, unknown_trips: int | None = None) -> tuple[Loop, ...]:
-    """All loops, outer before inner."""
+    """Returns all loops, outer before inner."""
     return tuple(v.note for v in visits(program, (), unknown_trips) if isinstance(v.note, Loop))
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[float, float]]:
-    """kind -> (bytes, executions), both with trips."""
+    """Sums kind -> (bytes, executions), both with trips."""
     sums = {}
     for c in found:
         moved, times = sums.get(c.kind, (0, 0))
@@ -364,7 +364,7 @@ def totals(found: Iterable[Collective]) -> dict[str, tuple[float, float]]:
 
 
 def hlo_text(compiled: Any) -> str:
-    """The text of a jax.stages.Compiled, in a second way where as_text() can't print it.
+    """Returns the text of a jax.stages.Compiled, also where as_text() can't print it.
 
     Raises:
       jax.errors.JaxRuntimeError: neither way works.

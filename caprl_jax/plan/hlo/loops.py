@@ -8,7 +8,7 @@ from caprl_jax.plan.hlo.text import Computation, Instruction, Program
 _FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 _SAME = {"copy", "bitcast", "convert", "reshape"}
 
-# What is known of a scalar: a constant, (i, n) for a loop's carried element i plus n, or nothing.
+# A scalar's known value: a constant, (i, n) for a loop's carried element i plus n, or nothing.
 _Value = int | tuple[int, int] | None
 
 
@@ -17,10 +17,10 @@ class Loop:
     """A while instruction.
 
     Attributes:
-      name: the instruction's.
+      name: the instruction's name.
       op_name: its path of JAX scopes.
-      trips: how often its body is taken to run, each time that the loop is reached.
-      exact: False where it's a bound or the caller's number: the loop may end before.
+      trips: assumed runs of its body, each time that the loop is reached.
+      exact: False if trips is a bound or the caller's number: the loop may end earlier.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Loop:
 def make_loop(
     program: Program, computation: Computation, loop: Instruction, unknown_trips: int | None
 ) -> Loop:
-    """The trips of a while: XLA's own count, or what its condition says.
+    """Returns a while loop with its trips: XLA's own count, or the count from its condition.
 
     Args:
-      program: has its condition and body.
-      computation: holds the instruction.
+      program: the program with its condition and body.
+      computation: the computation that holds the instruction.
       loop: the instruction.
-      unknown_trips: for a loop whose end depends on data: at most so many. None takes the bound
-        that its condition gives.
+      unknown_trips: most trips of a loop whose end depends on data. None takes the bound that
+        its condition gives.
 
     Raises:
       ValueError: unknown_trips is None and there is no bound either.
@@ -88,7 +88,7 @@ def _trips(
 
 
 def _count(distance: int, step: int, direction: str) -> int | None:
-    """Steps until 0 + steps * step meets the distance; None if it doesn't."""
+    """Counts steps until 0 + steps * step meets the distance; None if it doesn't."""
     if direction in ("GT", "GE"):
         distance, step, direction = -distance, -step, _FLIPPED[direction]
     if step <= 0 or direction == "EQ":
@@ -100,7 +100,7 @@ def _count(distance: int, step: int, direction: str) -> int | None:
 def _compares(
     program: Program, computation: Computation, name: str, inputs: list[_Value] | None
 ) -> tuple[list[tuple[_Value, _Value, str]], bool]:
-    """The comparisons that all must hold, and whether they are all that must."""
+    """Returns the comparisons that must all hold, and whether nothing else must hold."""
     instruction = computation.instructions[name]
     if instruction.opcode == "compare":
         values = [_value(program, computation, o, inputs) for o in instruction.operands]
@@ -124,7 +124,7 @@ def _value(
     inputs: list[_Value] | None,
     part: int = -1,
 ) -> _Value:
-    """Finds what is known of a scalar; inputs are a fusion's, None where the carry is meant."""
+    """Finds a scalar's known value; inputs are a fusion's, None if the carry is meant."""
     instruction = computation.instructions[name]
     opcode = instruction.opcode
     if opcode == "constant":

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: HLO after optimisation, computations of instructions."""
+"""Parser of a compiled program's text: optimised HLO, computations of instructions."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-HBM = 0  # the memory space of arrays whose layout names none
+HBM = 0  # memory space of arrays whose layout names none
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -27,9 +27,9 @@ class Array:
     """One array of a shape.
 
     Attributes:
-      dtype: XLA's name, bf16.
+      dtype: XLA's name, like bf16.
       dims: sizes.
-      space: memory space; HBM, or what the layout's S(..) says, such as 1 for a TPU's VMEM.
+      space: memory space; HBM, or the layout's S(..), such as 1 for a TPU's VMEM.
     """
 
     dtype: str
@@ -38,17 +38,17 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Returns the number of elements."""
         return math.prod(self.dims)
 
     @property
     def itemsize(self) -> float:
-        """Bytes of an element; half a byte for s4, 0 for a token."""
+        """Returns the bytes of an element; half a byte for s4, 0 for a token."""
         return _bits(self.dtype) / 8
 
     @property
     def bytes(self) -> int:
-        """Without the layout's padding."""
+        """Returns the bytes without the layout's padding."""
         return -(-self.size * _bits(self.dtype) // 8)
 
 
@@ -62,7 +62,7 @@ def _bits(dtype: str) -> int:
 
 @functools.cache
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape's text, tuples flattened: "(f32[2]{0}, s32[])" has two."""
+    """Parses the arrays of a shape's text, tuples flattened: "(f32[2]{0}, s32[])" has two."""
     found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         space = _SPACE.search(layout)
@@ -73,13 +73,13 @@ def arrays(shape: str) -> tuple[Array, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Instruction:
-    """One line.
+    """An instruction, which is one line of the text.
 
     Attributes:
-      name: without %.
-      opcode: "fusion".
+      name: the name without %.
+      opcode: the opcode, like "fusion".
       shape: text of the result's shape.
-      operands: names, in the same computation.
+      operands: names of instructions in the same computation.
       arguments: text between the parentheses: a constant's value, a parameter's number.
       attributes: text after the operands.
     """
@@ -98,34 +98,34 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of JAX scopes and primitives; empty when XLA kept none."""
+        """Returns the path of JAX scopes and primitives; empty when XLA kept none."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
     @property
     def called(self) -> str:
-        """The computation that a fusion, call or async-start runs; empty without."""
+        """Returns the computation that a fusion, call or async-start runs; else empty."""
         found = _CALLED.search(self.attributes)
         return found[1] if found else ""
 
     def attribute(self, key: str) -> str:
-        """The text of key=..., with its braces; empty without."""
+        """Returns the text of key=..., with its braces; empty without the key."""
         found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return found[1].lstrip("%") if found else ""
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """key={1,2} as (1, 2); empty without."""
+        """Returns key={1,2} as (1, 2); empty without the key."""
         return tuple(int(n) for n in re.findall(r"-?\d+", self.attribute(key)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computation:
-    """Instructions by name, in the order of the schedule.
+    """A computation: its instructions by name, in the order of the schedule.
 
     Attributes:
-      name: without %.
-      instructions: by name.
-      root: the result's name.
+      name: the name without %.
+      instructions: the instructions by name.
+      root: the name of the result.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """Returns the parameters by number."""
         found = (i for i in self.instructions.values() if i.opcode == "parameter")
         return {int(i.arguments): i for i in found}
 
@@ -148,17 +148,17 @@ class Computation:
         return users
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
-        """Its operand number index."""
+        """Returns an instruction's operand by index."""
         return self.instructions[instruction.operands[index]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A module as one device runs it.
+    """An HLO module as one device runs it.
 
     Attributes:
-      computations: by name.
-      entry: the name of the first to run.
+      computations: the computations by name.
+      entry: name of the computation that runs first.
       devices: partitions times replicas.
     """
 
@@ -168,7 +168,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads compiled.as_text().
+    """Parses the text of compiled.as_text().
 
     Raises:
       ValueError: there is no entry computation in it.
@@ -218,13 +218,14 @@ def _closing(line: str, start: int) -> int:
 
 
 def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part together, from any of the three ways that XLA writes them.
+    """Returns the devices that take part together, from XLA's three ways to write them.
 
-    Explicit {{0,1},{2,3}}, iota [2,4]<=[4,2]T(1,0), and mesh['x'=2,'y'=4] {'y'}, where an axis may
-    be cut, 'y':(2)2. Pairs of a collective-permute come as groups of two. Empty groups mean all.
+    They are explicit {{0,1},{2,3}}, iota [2,4]<=[4,2]T(1,0), and mesh['x'=2,'y'=4] {'y'}, in which
+    an axis may be cut, 'y':(2)2. Pairs of a collective-permute come as groups of two. Empty groups
+    mean all.
 
     Raises:
-      ValueError: another way.
+      ValueError: the text has another form.
     """
     found = re.search(r"\b(?:replica_groups|source_target_pairs)=(.*)", attributes)
     text = found[1] if found else "{}"

@@ -12,13 +12,13 @@ COLLECTIVES = (
     "collective-broadcast", "ragged-all-to-all",
 )  # fmt: skip
 
-# They move nothing themselves: names for memory, or callers of computations that are counted.
+# These move nothing themselves: they name memory, or call computations that are counted.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "opt-barrier", "add-dependency", "partition-id", "replica-id",
     "async-start",
 }  # fmt: skip
-# Inside a fusion, element i of these comes from one element: what is read after them is read here.
+# Inside a fusion, element i of these comes from one element: a later read of it is a read here.
 _ONE_TO_ONE = {"bitcast", "convert", "copy", "reshape", "transpose", "negate"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _MOVES = _ONE_TO_ONE - {"negate"} | _SLICES - {"gather"} | {
@@ -27,13 +27,13 @@ _MOVES = _ONE_TO_ONE - {"negate"} | _SLICES - {"gather"} | {
 
 
 def collective_kind(opcode: str) -> str:
-    """all-gather for all-gather and all-gather-start; empty for others, -done among them."""
+    """Returns the kind, all-gather for all-gather-start too; empty for others and for -done."""
     kind = opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else ""
 
 
 def inside(program: Program, computation: Computation, instruction: Instruction) -> Iterator:
-    """(computation, instruction) of what a fusion runs, fusions within it too; else itself."""
+    """Yields (computation, instruction) of all that a fusion runs, nested too; else itself."""
     if instruction.opcode != "fusion":
         yield computation, instruction
         return
@@ -43,14 +43,15 @@ def inside(program: Program, computation: Computation, instruction: Instruction)
 
 
 def flops(computation: Computation, instruction: Instruction) -> int:
-    """Operations of a dot or convolution, 2 for each product; 0 for anything else."""
+    """Returns the operations of a dot or convolution, 2 for each product; 0 for others."""
     if instruction.opcode == "dot":
         left = computation.operand(instruction, 0).arrays[0].dims
         contracted = [left[axis] for axis in instruction.numbers("lhs_contracting_dims")]
         return 2 * instruction.arrays[0].size * math.prod(contracted)
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
-    if "__cublas" in instruction.attributes:  # a GPU's library; A x B of one batch, M x K and K x N
+    # A call of a GPU's library: A x B of one batch, M x K and K x N.
+    if "__cublas" in instruction.attributes:
         left, right = (computation.operand(instruction, k).arrays[0] for k in (0, 1))
         axes = re.search(r'"lhs_batch_dimensions":\[([^\]]*)\]', instruction.attributes)
         axes = re.findall(r"\d+", axes[1]) if axes else []
@@ -94,11 +95,12 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> in
 
 
 def hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that an instruction outside fusions reads from and writes to HBM, an estimate.
+    """Estimates the bytes that an instruction outside fusions reads from and writes to HBM.
 
-    Operands and results as their shapes say, without padding; a fusion as one; of a slice, gather,
-    update or scatter only what it touches. Arrays that the layout places elsewhere (a TPU's VMEM)
-    cost nothing, and the copies between there and HBM what they move.
+    Operands and results count as their shapes say, without padding. A fusion counts as one
+    instruction. A slice, gather, update or scatter counts only the elements that it touches. Arrays
+    that the layout places elsewhere (a TPU's VMEM) cost nothing; copies between there and HBM cost
+    the bytes that they move.
     """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
@@ -126,10 +128,10 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
 
 
 def copied_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that an instruction writes to HBM which it only moved or cast; 0 if it computes.
+    """Returns bytes written to HBM that were only moved or cast; 0 if it computes.
 
-    Copies, transposes, casts and slices, alone or fused: nothing but scalars is computed in them.
-    What a TPU fetches into its VMEM is not written to HBM.
+    These are copies, transposes, casts and slices, alone or fused, which compute only scalars.
+    Arrays that a TPU fetches into its VMEM are not written to HBM.
     """
     for _, inner in inside(program, computation, instruction):
         large = any(a.size > 1 for a in inner.arrays)
@@ -158,7 +160,7 @@ def _fusion_bytes(program: Program, fusion: Instruction, sources: list[Array]) -
         if source.space == HBM and k in called.parameters
     )
     root = called.instructions[called.root]
-    if _asynchronous(root):  # its start results in (operand, result, flags..), its end in result
+    if _asynchronous(root):  # its start returns (operand, result, flags..), its end the result
         return moved + sum(map(_cost, fusion.arrays[1:2]))
     return moved + _results_bytes(program, fusion, called, root)
 
@@ -176,7 +178,7 @@ def _results_bytes(
 
 
 def _read(program: Program, computation: Computation, value: Instruction) -> int:
-    """Elements of a value inside a fusion that are used."""
+    """Counts the elements of a value inside a fusion that are used."""
     size = sum(a.size for a in value.arrays)
     if computation.root == value.name:
         return size
@@ -210,7 +212,7 @@ def _read_by(
 
 
 def _written(program: Program, computation: Computation, value: Instruction) -> int:
-    """Elements of a fusion's result that it writes: of an update in place, the update's."""
+    """Counts elements that a fusion writes; for an update in place, those of the update."""
     size = sum(a.size for a in value.arrays)
     if value.opcode == "dynamic-update-slice":
         return computation.operand(value, 1).arrays[0].size
@@ -229,6 +231,6 @@ def _asynchronous(instruction: Instruction) -> bool:
 
 
 def _goes_on(instruction: Instruction) -> bool:
-    """A collective that another fusion has started, and this one carries on beside its own work."""
+    """Tells whether another fusion started this collective, and this one continues it."""
     started = re.search(r'"flag_start":"(-?\d+)"', instruction.attributes)
     return bool(collective_kind(instruction.opcode)) and bool(started) and int(started[1]) >= 0

@@ -1,4 +1,4 @@
-"""Reward terms: pure functions of what a caption was scored by, one file each.
+"""Reward terms: pure functions of a scored caption, one file each.
 
 To add one, write `term(scored: Scored) -> float32 [b, g]`, or `term(scored, options)` with a frozen
 dataclass of options, and register it here or name it in a config by its import path.
@@ -28,7 +28,7 @@ class Term:
     """A reward term of a run.
 
     Attributes:
-      name: under which it is logged, as reward/NAME.
+      name: its name in the log, as reward/NAME.
       choice: function and options.
       weight: factor in the sum.
     """
@@ -39,7 +39,7 @@ class Term:
 
 
 def needs(*models: str) -> Callable[[Callable], Callable]:
-    """Decorator that declares which frozen models a term reads: "judge", "reference".
+    """Returns a decorator that declares a term's frozen models: "judge", "reference".
 
     scored.models["judge"] is an rl.judge.Judge, scored.models["reference"] the initial policy's
     parameters.
@@ -56,12 +56,12 @@ def needs(*models: str) -> Callable[[Callable], Callable]:
 
 
 def needed_models(terms: Iterable[Term]) -> set[str]:
-    """Names of the frozen models that any of the terms reads."""
+    """Returns the names of the frozen models that any of the terms reads."""
     return {name for term in terms for name in getattr(term.choice.function, "needs", ())}
 
 
 def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
-    """Rewards of captions: the weighted sum of the terms, and each term by name.
+    """Returns rewards of captions: the weighted sum of the terms, and each term by name.
 
     Args:
       terms: with their weights.

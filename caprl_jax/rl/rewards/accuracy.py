@@ -1,4 +1,4 @@
-"""The judge's accuracy: CapRL's reward."""
+"""The judge's accuracy, which is CapRL's reward."""
 
 import chex
 import jax
@@ -8,7 +8,7 @@ from caprl_jax.rl.types import Scored
 
 
 def accuracy(scored: Scored) -> jax.Array:
-    """R(c): the mean score over a caption's questions (CapRL, arXiv 2509.22647, eq. 1).
+    """Returns R(c), the mean score over a caption's questions (CapRL, arXiv 2509.22647, eq. 1).
 
     Args:
       scored: its verdicts are read; questions that are not valid don't count.

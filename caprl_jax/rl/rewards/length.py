@@ -22,7 +22,7 @@ class Length:
 
 
 def length(scored: Scored, options: Length) -> jax.Array:
-    """R_L: 1 up to `full` tokens, then linearly down to 0 at `none` (CapRL++, arXiv 2606.09393).
+    """Returns R_L: 1 up to `full` tokens, then linear to 0 at `none` (CapRL++, arXiv 2606.09393).
 
     Args:
       scored: its captions' lengths are read.

@@ -1,9 +1,9 @@
-"""Metric sinks, one file each: where a run's metrics go, beside metrics.jsonl.
+"""Metric sinks, one file each: destinations of a run's metrics besides metrics.jsonl.
 
 A sink is a function `sink(workdir, resume_step)`, or with a third parameter `options`, that opens
-it and returns an object with write(step, values) and close(). resume_step is the step that a
-resumed run goes on from, None for a new run. Register a sink here, or name it in a config by its
-import path.
+the sink and returns an object with write(step, values) and close(). resume_step is the step from
+which a resumed run continues; None for a new run. Register a sink here, or name it in a config by
+its import path.
 """
 
 from caprl_jax.registry import Registry

@@ -12,7 +12,7 @@ class _TensorBoard:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            if math.isfinite(value):  # tensorboardX warns about every other one
+            if math.isfinite(value):  # tensorboardX warns about all other values
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -20,9 +20,9 @@ class _TensorBoard:
 
 
 def tensorboard(workdir: Path, resume_step: int | None) -> _TensorBoard:
-    """Event files in WORKDIR/tensorboard, for `tensorboard --logdir=WORKDIR`."""
+    """Opens event files in WORKDIR/tensorboard, for `tensorboard --logdir=WORKDIR`."""
     from tensorboardX import SummaryWriter  # imported where used
 
-    # TensorBoard hides what an interrupted run's event files hold after the last checkpoint.
+    # TensorBoard hides events that an interrupted run wrote after its last checkpoint.
     last = -1 if resume_step is None else resume_step
     return _TensorBoard(SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1))
