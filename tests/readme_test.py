@@ -20,7 +20,7 @@ from caprl_jax.rl.types import Rollout, Scored
 
 ROOT = Path(__file__).parent.parent
 READMES = sorted(
-    p for p in ROOT.rglob("README.md") if not any(part.startswith(".") for part in p.parts[1:])
+    p for p in ROOT.rglob("README.md") if not p.relative_to(ROOT).as_posix().startswith(".")
 )
 # Commands that no test runs from here, by their beginning, and why.
 LONG, NETWORK, INSTALLS = "takes minutes to hours", "needs the network", "installs packages"
