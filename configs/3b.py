@@ -7,7 +7,7 @@ Arguments:  a recipe, released (default): RLOO, no KL, 8 questions drawn with re
             h200 (one GPU), h200_8 (a node of them; its mesh takes any number). An example is
             3b.py:paper,v5p_8
 Command:    python -m caprl_jax.main --config=configs/3b.py --workdir=DIR \
-                --config.data.path=CapRL-QA-75K/      (parquet or JSON lines: data/files.py)
+                --config.data.path=CapRL-QA-75K/      (parquet or JSON lines: data/sources/files.py)
             The models are fetched from the hub unless --config.policy.path and
             --config.judge.path name directories.
 Measured:   not at full size on an accelerator yet. On 2 CPU cores the same config runs with random

@@ -16,7 +16,7 @@ from caprl_jax.run import compile as compile_lib
 from .. import shipped
 
 GIB = 2**30
-COMPILED = [  # (config, argument, devices, GiB on each as compilers said: README, feasibility.md)
+COMPILED = [  # (config, argument, devices, GiB on each as compilers said: plan/README.md)
     ("3b", "v5e_16", "v5e:4x4", 11.9),
     ("3b", "v6e_16", "v6e:4x4", 14.8),
     ("3b", "v5p_8", "v5p:2x2x2", 19.1),
