@@ -32,7 +32,7 @@ from caprl_jax.run.settings import (
     PolicySettings,
 )
 from caprl_jax.run.sinks import SINKS
-from caprl_jax.settings import default_of, is_section, make, of
+from caprl_jax.settings import Setting, default_of, is_section, make, of
 
 __all__ = ["ConfigError", "default", "validate"]
 
@@ -133,6 +133,41 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return _opened(config)
 
 
+def choose_entry(config: ml_collections.ConfigDict, key: str, name: str) -> None:
+    """Chooses a registry's entry in place, if a dotted key of the config names one.
+
+    Another entry than before begins with the defaults of its own options. A reward term or a sink
+    that the config lacks is added.
+
+    Raises:
+      ConfigError: there is no such data source.
+    """
+    section, _, last = key.rpartition(".")
+    with config.unlocked():
+        if section == "caprl" and last in CHOICES and config.caprl[last] != name:
+            config.caprl[last] = name
+            config.caprl[f"{last}_options"] = ml_collections.ConfigDict()
+        for where, kind in (("caprl.rewards", "term"), ("sinks", "sink")):
+            entries, entry = get(config, where), section.removeprefix(f"{where}.")
+            if key != f"{where}.{entry}.{kind}" or "." in entry:
+                continue
+            old = entries.get(entry, {})
+            if entry not in entries or old.get(kind, entry) != name:
+                entries[entry] = {k: v for k, v in old.items() if k == "weight"} | {kind: name}
+        if key == "data.source" and config.data.source != name:
+            _choose_source(config, name)
+
+
+def _choose_source(config: ml_collections.ConfigDict, name: str) -> None:
+    with about("data"):
+        old, new = (SOURCES.options_type(n) for n in (config.data.source, name))
+    for field in dataclasses.fields(old):
+        del config.data[field.name]
+    for field in dataclasses.fields(new):
+        config.data[field.name] = default_of(field)
+    config.data.source = name
+
+
 def _fill(section: ml_collections.ConfigDict, values: dict, options: dict | None = None) -> None:
     for key, value in values.items():
         if key not in section:
@@ -146,16 +181,17 @@ def _fill(section: ml_collections.ConfigDict, values: dict, options: dict | None
 def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) -> Choice:
     """Returns an entry by name from a section of {kind, options, ..}, its options checked."""
     entry = get(config, where)[name]
-    if not is_section(entry):
-        raise ConfigError(
-            f"config.{where}.{name}={entry!r} must be a dict of {kind}, weight and options"
-        )
     allowed = (kind, "weight", "options") if kind == "term" else (kind, "options")
+    if not is_section(entry):
+        raise ConfigError(f"config.{where}.{name}={entry!r} must be a dict of {', '.join(allowed)}")
     for key in entry:
         if key not in allowed:
             raise ConfigError(
                 f"config.{where}.{name}.{key} is unknown; there is {did_you_mean(key, allowed)}"
             )
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ConfigError(f"config.{where}.{name}.weight={weight!r} must be a number")
     with about(f"{where}.{name}"):
         return registry.choose(entry.get(kind, name), entry.get("options", {}))
 
@@ -303,23 +339,46 @@ def may_change(key: str, config: ml_collections.ConfigDict) -> bool:
 
 
 def rows(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, str]]:
-    """Yields (key, value, meaning with range) of every key of a config."""
+    """Yields (key, value, meaning with range) of every key of a completed config."""
+    options = dict(_options(config))
     for section, classes in sections(config.objective, config.data.source).items():
         values = config[section] if section else config
         for field in (f for cls in classes for f in dataclasses.fields(cls)):
-            known, value = of(field), values[field.name]
-            bounds = known.range()
-            meaning = known.meaning + (f" ({bounds})" if bounds else "")
-            key = f"{section}.{field.name}" if section else field.name
-            if is_section(value):
-                yield from ((f"{key}.{k}", v, meaning) for k, v in _flat(value))
-            else:
-                yield key, value, meaning + (" [may change on resume]" if known.resume else "")
+            for rest, value in _flat(values[field.name]):
+                key = ".".join(part for part in (section, field.name, rest) if part)
+                known = options.get(key, of(field))
+                bounds, end = known.range(), " [may change on resume]"
+                meaning = known.meaning + (f" ({bounds})" if bounds else "")
+                yield key, value, meaning + (end if may_change(key, config) else "")
 
 
-def _flat(section: Any) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if is_section(value):
-            yield from ((f"{key}.{k}", v) for k, v in _flat(value))
-        else:
-            yield key, value
+def _options(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Setting]]:
+    """Yields the settings of keys that chosen entries add to a completed config."""
+
+    def within(key: str, chosen: Choice) -> Iterator[tuple[str, Setting]]:
+        yield key, Setting(f"options of {chosen.name}, which has none")
+        for field in dataclasses.fields(chosen.options):
+            known = of(field)
+            meaning = known.meaning or f"option of {chosen.name}"
+            yield f"{key}.{field.name}", dataclasses.replace(known, meaning=meaning)
+
+    for name in CHOICES:
+        yield from within(f"caprl.{name}_options", choice(config, name))
+    weight = Setting("weight of the term in the reward")
+    for term in terms(config):
+        key = f"caprl.rewards.{term.name}"
+        yield f"{key}.term", Setting("the term", choices=REWARDS)
+        yield f"{key}.weight", weight
+        yield from within(f"{key}.options", term.choice)
+    for name, chosen in sinks(config).items():
+        yield f"sinks.{name}.sink", Setting("the sink", choices=SINKS)
+        yield from within(f"sinks.{name}.options", chosen)
+
+
+def _flat(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of all that a section holds; an empty one is a value itself."""
+    if not is_section(value) or not value:
+        yield "", value
+        return
+    for key, inner in value.items():
+        yield from ((f"{key}.{rest}" if rest else key, v) for rest, v in _flat(inner))

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from caprl_jax import train
 from caprl_jax.commands import cli
@@ -32,10 +32,8 @@ def _fresh_workdir(config_file: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Meets the other processes, prints the devices and runs the config."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     set_up_logging()
     with in_one_paragraph():
         processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -47,7 +47,7 @@ def decode_over_tensor(c: ml_collections.ConfigDict, tensor: int, heads: bool) -
     c.mesh.decode_rules.update(decode_rules)
 
 
-def pieces(c: ml_collections.ConfigDict, count: int) -> None:
+def fix_slices(c: ml_collections.ConfigDict, count: int) -> None:
     """Sets the keys that `released` leaves open, as real-size runs on named hardware have them.
 
     Args:

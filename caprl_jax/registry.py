@@ -118,7 +118,8 @@ class Registry:
                 f"({', '.join(self.parameters)}) or, with options, "
                 f"({', '.join((*self.parameters, 'options'))})"
             )
-        if not dataclasses.is_dataclass(_options_type(function)):
+        options = _options_type(function)
+        if not (dataclasses.is_dataclass(options) and options.__dataclass_params__.frozen):
             raise ConfigError(
                 f"{self.kind} {name!r}: the parameter `options` must be annotated with a frozen "
                 "dataclass"

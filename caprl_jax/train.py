@@ -17,7 +17,7 @@ from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import build, compile, export, fit, memory, metrics, summary
 from caprl_jax.run.build import Task
-from caprl_jax.run.checkpoint import Checkpoints, saved_config
+from caprl_jax.run.checkpoint import Checkpoints, require_same, saved_config
 
 # The builder of each objective, and the step that it compiles.
 OBJECTIVES = {"caprl": (build.caprl, caprl_step), "sft": (build.sft, sft_step)}
@@ -40,8 +40,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     started = time.time()
     config_lib.validate(config)
     config_lib.complete(config)
-    fit.keep_rollout(config, saved_config(workdir))
+    saved = saved_config(workdir)
+    fit.keep_rollout(config, saved)
     fit.report(fit.settle(config, jax.devices(), fetch=True))
+    require_same(saved, config)
     if processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
@@ -53,7 +55,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     loop = Loop(config, workdir, task, checkpoints)
     with memory.advised(config), contextlib.closing(checkpoints):
-        logging.info("evaluating before training")
         before = summary.remembered(workdir / "before.json", task.evaluate, state.params)
         state, after = loop.train(state)
         ceiling = task.ceiling()
@@ -79,7 +80,7 @@ class Loop:
         """Resumes if there is a checkpoint, and trains to the end: (state, last evaluation)."""
         config, latest = self.config, self.checkpoints.latest()
         if latest is not None:
-            state = self.checkpoints.restore(latest, state, config)
+            state = self.checkpoints.restore(latest, state)
             logging.info("resumed after step %d", int(state.step))
         sinks, done = config_lib.sinks(config), int(state.step) or None
         with metrics.writer(self.workdir, done, sinks) as writer:

@@ -26,7 +26,8 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
             | v6e:4x4        | full     | 2      | 26.6 of 31.2  |
             | v5p:2x2x2      | products | 8      | 72.2 of 95.0  |
 
-            (JAX takes 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.)
+            (JAX takes 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another
+            share.)
             With fixed values, compiled ahead of time (caprl_jax.plan; seconds by roofline,
             real steps take longer), GiB a device: v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s a step;
             v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
@@ -37,21 +38,21 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, pieces, released
+from caprl_jax.recipes import choose, decode_over_tensor, fix_slices, released
 
 # Slices of 128 images: one image a chip at a time on 16 GB, more where there is room.
-PIECES = {"v5e_16": 8, "v6e_16": 4, "v5p_8": 8, "v5p_64": 1, "h200": 64, "h200_8": 8}
+SLICES = {"v5e_16": 8, "v6e_16": 4, "v5p_8": 8, "v5p_64": 1, "h200": 64, "h200_8": 8}
 
 
 def get_config(argument=""):
-    recipe, hardware = choose(argument, ("released", "paper"), ("found", *PIECES))
+    recipe, hardware = choose(argument, ("released", "paper"), ("found", *SLICES))
     c = released("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct", side=28, windows=80)
-    if hardware in PIECES:
-        pieces(c, PIECES[hardware])
+    if hardware in SLICES:
+        fix_slices(c, SLICES[hardware])
     if hardware == "h200":  # captions of 32 images at a time: their caches take 11 GB
         c.caprl.rollout_batches = 4
         c.caprl.prefill_batches, c.caprl.score_batches = 32, 32
-    if hardware in PIECES and not hardware.startswith("h200"):
+    if hardware in SLICES and not hardware.startswith("h200"):
         decode_over_tensor(c, 4, heads=False)  # 2 key-value heads
     if recipe == "paper":
         c.caprl.advantage = "grpo"

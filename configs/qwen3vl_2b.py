@@ -10,17 +10,17 @@ Expected:   no figures of this pair on the Prism benchmarks are known here; CapR
             size.
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, pieces, released
+from caprl_jax.recipes import choose, decode_over_tensor, fix_slices, released
 
-PIECES = {"v5e_16": 8}  # slices of 128 images
+SLICES = {"v5e_16": 8}  # slices of 128 images
 
 
 def get_config(argument=""):
-    (hardware,) = choose(argument, ("found", *PIECES))
+    (hardware,) = choose(argument, ("found", *SLICES))
     # Windows of Qwen3-VL are single features.
     c = released("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-4B", side=32, windows=1024)
-    if hardware in PIECES:
-        pieces(c, PIECES[hardware])
+    if hardware in SLICES:
+        fix_slices(c, SLICES[hardware])
         c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 7 GiB a chip
         decode_over_tensor(c, 4, heads=True)
     c.optimizer.learning_rate = 1e-5  # CapRL++'s value, like its constant schedule

@@ -6,22 +6,22 @@ Command:    python -m caprl_jax.main --config=configs/qwen3vl_4b.py --workdir=DI
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
 Hardware:   planned (caprl_jax.plan; seconds by roofline, real steps take longer), GiB a chip:
-            v5e_16 (v5e:4x4) 13.6 of 16, 45.7 s a step, bound by the traffic of its caches
+            v5e_16 (v5e:4x4) 13.6 of 16, 45.6 s a step, bound by the traffic of its caches
 Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL++ trains this
             size with a judge of this family.
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, pieces, released
+from caprl_jax.recipes import choose, decode_over_tensor, fix_slices, released
 
-PIECES = {"v5e_16": 8}  # slices of 128 images
+SLICES = {"v5e_16": 8}  # slices of 128 images
 
 
 def get_config(argument=""):
-    (hardware,) = choose(argument, ("found", *PIECES))
+    (hardware,) = choose(argument, ("found", *SLICES))
     # Windows of Qwen3-VL are single features.
     c = released("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-4B", side=32, windows=1024)
-    if hardware in PIECES:
-        pieces(c, PIECES[hardware])
+    if hardware in SLICES:
+        fix_slices(c, SLICES[hardware])
         c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 9 GiB a chip
         decode_over_tensor(c, 4, heads=True)
     c.optimizer.learning_rate = 1e-5  # CapRL++'s value, like its constant schedule

@@ -38,6 +38,12 @@ def changed(**changes):
             {"caprl.loss_options.clp": 1},
             "config.caprl.loss_options.clp is unknown; there is 'clip'",
         ),
+        (
+            {"caprl.rewards.more": {"term": "accuracy", "weight": "1"}},
+            "config.caprl.rewards.more.weight='1' must be a number",
+        ),
+        ({"caprl.rewards.more": 1.0}, "rewards.more=1.0 must be a dict of term, weight, options"),
+        ({"sinks.csv": "csv"}, "config.sinks.csv='csv' must be a dict of sink, options"),
         ({"sinks.tensorboard.sink": "wandb"}, "config.sinks.tensorboard: 'wandb' is not one of"),
         ({"data.source": "parquet"}, "config.data.*'parquet' is not one of 'digits', 'files'"),
     ],

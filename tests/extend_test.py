@@ -1,18 +1,34 @@
 """Entries from outside the package: named by import path in a config, trained and logged."""
 
 import csv
+import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import train
+from caprl_jax.commands import cli
 from caprl_jax.errors import ConfigError
+
+from .examples import my_project
 
 ROOT = Path(__file__).parent.parent
 MINE = "tests.examples.my_project"
+
+
+@dataclasses.dataclass
+class Thawed:
+    """Options that could change, and so can't be static under jit."""
+
+
+def thawed(logp, old_logp, advantages, mask, options: Thawed):
+    return logp, {}
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +86,57 @@ def test_all_five_train_two_steps_and_are_logged(tmp_path):
     assert config["data"]["side"] == 84  # the source's own key
 
 
+def test_entries_are_named_on_the_command_line_with_their_options(monkeypatch):
+    """Options of the entry that the file chose make room for those of the other."""
+    monkeypatch.chdir(ROOT)
+    entries = {
+        "caprl.loss": f"{MINE}:reinforce",
+        "caprl.rewards.brief.term": f"{MINE}:brief_if_dark",
+        "data.source": f"{MINE}:squares",
+        "sinks.tensorboard.sink": f"{MINE}:CsvSink",
+        "steps": "3",  # names no entry
+    }
+    c = cli.load_config("configs/tiny.py", entries)
+    config_lib.validate(c)
+    assert c.caprl.loss_options.to_dict() == {}
+    assert c.caprl.rewards.brief.options.to_dict() == {"rate": 0.01}
+    assert c.data.side == 84 and "digits" not in c.data
+    assert c.sinks.tensorboard.to_dict() == {"sink": f"{MINE}:CsvSink", "options": {}}
+    kept = {"caprl.loss": "clipped", "data.source": "digits"}
+    assert cli.load_config("configs/tiny.py", kept) == cli.load_config("configs/tiny.py")
+
+
+def test_an_override_names_an_entry_and_its_option():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "caprl_jax.main", "--config=configs/tiny.py"),
+            f"--config.caprl.rewards.brief.term={MINE}:brief_if_dark",
+            "--config.caprl.rewards.brief.options.rate=0.5",
+            "--config.data.source=files",
+            "--config.data.path=rows.jsonl",
+            "--help_config",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr
+    for key, value in {
+        "caprl.rewards.brief.options.rate": "0.5 +penalty per token on a dark image .at least 0",
+        "caprl.rewards.brief.weight": "1.0 +weight of the term",
+        "caprl.loss_options.clip": "0.2 +",
+        "caprl.advantage_options": "{} +options of grpo, which has none",
+        "data.path": "'rows.jsonl'",
+        "mesh.rules.mlp": r".*\[may change on resume\]",
+    }.items():
+        assert re.search(rf"^{re.escape(key)} +{value}", done.stdout, re.MULTILINE), key
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"caprl.loss": f"{MINE}:thawed"}, "must be annotated with a frozen dataclass"),
         ({"caprl.advantage": f"{MINE}:over_batch"}, "did you mean 'over_the_batch'"),
         ({"caprl.loss": f"{MINE}:over_the_batch"}, r"loss .* must take \(logp, old_logp, adv"),
         ({"caprl.loss": "no_such_project:loss"}, "no_such_project can't be imported"),
@@ -81,11 +145,12 @@ def test_all_five_train_two_steps_and_are_logged(tmp_path):
         ({"data.side": 5}, "config.data.side=5 must be at least 28"),
     ],
 )
-def test_entries_from_outside_pass_the_same_checks(tmp_path, change, message):
+def test_entries_from_outside_pass_the_same_checks(monkeypatch, tmp_path, change, message):
     c = extended(tmp_path)
     for key, value in change.items():
         *parents, last = key.split(".")
         config_lib.get(c, ".".join(parents))[last] = value
+    monkeypatch.setattr(my_project, "thawed", thawed, raising=False)
     with pytest.raises(ConfigError, match=message):
         config_lib.validate(c)
 

@@ -79,6 +79,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert {"report.html", "summary.json", "tensorboard"} <= {p.name for p in parts.iterdir()}
     with pytest.raises(ConfigError, match=r"caprl.group was 2, is 4"):
         train.run(tiny(tmp_path, **constant, **{"caprl.group": 4}), parts)
+    assert json.loads((parts / "config.json").read_text())["caprl"]["group"] == 2
 
 
 def test_a_run_ends_with_its_data_and_counts_what_it_set_aside(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import app, flags
+from absl import flags
 
 from caprl_jax.bench import naive, peers, scaling
 from caprl_jax.bench.phases import PHASES, measure, tell
@@ -48,10 +48,8 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Measures and prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     config = flags.FLAGS.config
     with in_one_paragraph():
         if flags.FLAGS.naive:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
+from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph
 from caprl_jax.errors import UserError
 
@@ -113,10 +114,8 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, metadata=_SAME_EVERY_TIME)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Draws the pictures whose files are given."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     wanted, out = flags.FLAGS, Path(flags.FLAGS.out)
     with in_one_paragraph():
         if not (wanted.phases or wanted.scaling):
@@ -129,4 +128,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run(main)

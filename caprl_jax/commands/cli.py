@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +28,7 @@ def run(main: Callable, flags_parser: Callable | None = None) -> None:
     """Runs a command.
 
     Args:
-      main: takes the arguments that are not flags, the program's name first.
+      main: takes [the program's name]; flags are in flags.FLAGS.
       flags_parser: parse_flags by default; parse_config_flags for a command with --config.
     """
     libtpu.keep_quiet()
@@ -41,7 +41,22 @@ def set_up_logging() -> None:
     logging.getLogger().setLevel(logging.INFO)
     for name in ("absl", "jax", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    absl_logging.get_absl_handler().setFormatter(_Plain())
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(_Plain())
+    handler.python_handler.setStream(_AboveBars())
+
+
+class _AboveBars:
+    """Stream of lines to stderr that appear above a progress bar, not on its line."""
+
+    def write(self, text: str) -> None:
+        if bars := sys.modules.get("tqdm"):  # without it there are none
+            bars.tqdm.write(text, file=sys.stderr, end="")
+        else:
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class _Plain(logging.Formatter):
@@ -52,8 +67,13 @@ class _Plain(logging.Formatter):
         return f"{record.relativeCreated / 1000:6.1f} s  {level}{super().format(record)}"
 
 
-def load_config(value: str) -> ml_collections.ConfigDict:
+def load_config(value: str, entries: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
     """Returns the completed config of --config=FILE[:ARGUMENT].
+
+    Args:
+      value: FILE[:ARGUMENT].
+      entries: values by dotted key; those that name a registry's entry (caprl.loss, data.source,
+        sinks.NAME.sink, ..) are set before the entries' own options are filled in.
 
     Raises:
       ConfigError: there is no such file, or it can't make a config.
@@ -62,7 +82,10 @@ def load_config(value: str) -> ml_collections.ConfigDict:
     if not Path(path).is_file():
         raise ConfigError(_no_file(value, path))
     try:
-        return config_lib.complete(_make_config(path, argument)).lock()
+        config = _make_config(path, argument)
+        for key, name in (entries or {}).items():
+            config_lib.choose_entry(config, key, name)
+        return config_lib.complete(config).lock()
     except ConfigError as e:
         raise ConfigError(f"--config={value}: {e}") from e
     except Exception as e:  # a config file is a program, and may raise any error
@@ -118,9 +141,22 @@ def parse_flags(argv: list[str]) -> list[str]:
     with in_one_paragraph():
         _answer_help(argv)
         try:
-            return flags.FLAGS(argv)
+            return _only_flags(flags.FLAGS(argv))
         except flags.Error as e:
             raise ConfigError(f"{e}; --help lists the flags") from e
+
+
+def _only_flags(rest: list[str]) -> list[str]:
+    """Returns what a parser left over: the program's name alone.
+
+    Raises:
+      ConfigError: there is more.
+    """
+    if len(rest) > 1:
+        raise ConfigError(
+            f"{rest[1]!r} is no flag: flags are --NAME=VALUE, overrides --config.KEY=VALUE"
+        )
+    return rest
 
 
 def _answer_help(argv: list[str], more: str = "") -> None:
@@ -151,13 +187,14 @@ def parse_config_flags(argv: list[str]) -> list[str]:
     with in_one_paragraph():
         if name is None:
             raise ConfigError("--config is missing: give a file, e.g. --config=configs/tiny.py")
-        config = load_config(name)
+        config = load_config(name, _overrides(rest))
         _CONFIG_NAME.append(name)
         try:
             config_flags.DEFINE_config_dict("config", config, "The run's config.", sys_argv=rest)
             rest = flags.FLAGS(rest)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
             raise ConfigError(_unknown_override(e, config)) from e
+        rest = _only_flags(rest)
     if flags.FLAGS.help_config:
         _show(listing.describe_keys(config_lib.rows(flags.FLAGS.config)))
     return rest
@@ -189,6 +226,16 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
         else:
             rest.append(argument)
     return name, rest
+
+
+def _overrides(argv: list[str]) -> dict[str, str]:
+    """Returns the values of --config.KEY=VALUE and --config.KEY VALUE, by dotted key."""
+    found = {}
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, given, value = argument.partition("=")
+        if flag.startswith("-") and flag.lstrip("-").startswith("config."):
+            found[flag.lstrip("-").removeprefix("config.")] = value if given else following
+    return found
 
 
 def _unknown_override(error: BaseException, config: ml_collections.ConfigDict) -> str:

@@ -6,7 +6,7 @@ Nothing is compiled: memory is reckoned from shapes; caprl_jax.plan asks the com
 """
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
@@ -20,10 +20,8 @@ def define_flags() -> None:
     flags.DEFINE_string("devices", "local", "h100:8, v5e:4x4, v5e:4x4*2, cpu:8, .., or local.")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Prints the choice and its reasons."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     config, description = flags.FLAGS.config, flags.FLAGS.devices
     if description != "local":
         jax.config.update("jax_platforms", "cpu")

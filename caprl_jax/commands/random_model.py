@@ -16,11 +16,12 @@ from typing import Any
 import flax.traverse_util
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph
 from caprl_jax.data.questions import PROMPT_FILE
+from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
@@ -79,7 +80,7 @@ def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Returns a copy of config with NAME=NUMBER settings applied.
 
     Raises:
-      UsageError: config lacks a name, or a value is not JSON.
+      ConfigError: config lacks a name, or a value is not JSON.
     """
     config = json.loads(json.dumps(config))
     for setting in settings:
@@ -95,15 +96,15 @@ def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
                 raise KeyError(name)
             part[last] = json.loads(value)
         except (KeyError, ValueError) as e:
-            raise app.UsageError(f"--set={setting}: {type(e).__name__}: {e}") from e
+            raise ConfigError(f"--set={setting}: {type(e).__name__}: {e}") from e
     return config
 
 
 def main(_: list[str]) -> None:
     """Makes the directory that the flags describe."""
     dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[flags.FLAGS.dtype]
-    config = changed(sizes.CONFIGS[flags.FLAGS.size], flags.FLAGS.set)
     with in_one_paragraph():
+        config = changed(sizes.CONFIGS[flags.FLAGS.size], flags.FLAGS.set)
         make(Path(flags.FLAGS.out), config, flags.FLAGS.seed, dtype)
     print(f"made {flags.FLAGS.out}")
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
@@ -24,10 +24,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("suggest", False, "Try changes until one fits.")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Prints the config's plan, and exits with 1 if the config doesn't fit."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are --config.key=value")
     topology, config = flags.FLAGS.topology, flags.FLAGS.config
     name = cli.config_name()
     with in_one_paragraph():

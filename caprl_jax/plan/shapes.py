@@ -21,7 +21,7 @@ from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run.reckon import init_decoder, model_config
+from caprl_jax.run.models import init_decoder, model_config
 
 # Sizes of the judge's prompt: upper bounds for the default, as only the tokenizer knows them.
 INSTRUCTION, LETTERS, SPECIAL = 256, 26, 32

@@ -27,12 +27,17 @@ def advantage(choice: Choice, rewards: jax.Array, valid: jax.Array) -> jax.Array
 
     Returns:
       float32 [b, g].
+
+    Raises:
+      AssertionError: they are not [b, g] floats; the message names the entry.
     """
     chex.assert_rank([rewards, valid], [2, 1])
     found = choice(rewards, valid)
     chex.assert_equal_shape(
         [found, rewards], custom_message=f"advantage {choice.name!r} must be [b, g]"
     )
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise AssertionError(f"advantage {choice.name!r} must be floats, not {found.dtype}")
     return found
 
 

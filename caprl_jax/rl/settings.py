@@ -53,10 +53,18 @@ class Caprl:
         least=0,
     )
     prefill_batches: int = setting(
-        0, "slices in which images and prompts are read; 0: as micro_batches", least=0, resume=True
+        0,
+        "slices in which images and prompts are read; 0: as micro_batches, or more if "
+        "that is 0 and memory asks for more",
+        least=0,
+        resume=True,
     )
     score_batches: int = setting(
-        0, "slices in which the judge reads; 0: as micro_batches", least=0, resume=True
+        0,
+        "slices in which the judge reads; 0: as micro_batches, or more if that is 0 and "
+        "memory asks for more",
+        least=0,
+        resume=True,
     )
     length_buckets: int = setting(
         1,

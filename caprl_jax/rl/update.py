@@ -44,7 +44,8 @@ class Learner:
       policy: modules; static.
       optimizer: optax's; static.
       objective: loss, KL and number of updates; static.
-      reference: the reference policy's parameters; None where objective.kl is 0.
+      reference: the reference policy's parameters; None where neither the KL nor
+        a reward term needs it.
     """
 
     policy: Policy = flax.struct.field(pytree_node=False)

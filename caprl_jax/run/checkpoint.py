@@ -93,19 +93,14 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, step: int, state: Any, config: ml_collections.ConfigDict) -> Any:
+    def restore(self, step: int, state: Any) -> Any:
         """Restores the state of a checkpoint, on any number of processes and devices.
 
         Args:
           step: step of the checkpoint.
           state: like the one saved, shapes, dtypes and shardings (values are not used).
-          config: this run's config; must agree with the saved one where results depend on it.
-
-        Raises:
-          ConfigError: it doesn't agree, or the state's dtypes don't.
         """
         args = self._ocp.args
-        _check_same(self.config(step), config)
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
         )
@@ -149,9 +144,17 @@ class Checkpoints:
         self._manager.close()
 
 
-def _check_same(saved: dict, now: ml_collections.ConfigDict) -> None:
-    changed = differences(saved, now)
-    if changed:
+def require_same(saved: dict[str, Any] | None, config: ml_collections.ConfigDict) -> None:
+    """Refuses to resume a run with a config that makes it another run.
+
+    Args:
+      saved: the config that its last checkpoint was written with; None without a checkpoint.
+      config: of this run, settled.
+
+    Raises:
+      ConfigError: a key that results depend on has another value; the message names all of them.
+    """
+    if saved is not None and (changed := differences(saved, config)):
         raise ConfigError(
             "the workdir holds a run with another config: "
             + "; ".join(changed)

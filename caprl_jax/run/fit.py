@@ -7,6 +7,7 @@ names one that would. Keys with a value of their own are never changed.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from caprl_jax.config import OPEN, get, open_keys
+from caprl_jax.config import get, open_keys
 from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.models.layers import REMAT
 from caprl_jax.parallel import hardware, mesh
@@ -22,7 +23,8 @@ from caprl_jax.parallel.hardware import StandIn
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import reckon
 from caprl_jax.run.memory import as_flags
-from caprl_jax.run.reckon import GIB, Memory, Models, Reckoner
+from caprl_jax.run.models import Models, models
+from caprl_jax.run.reckon import GIB, Memory, Reckoner
 
 SHARE = 0.95  # share of the usable memory; the rest covers errors of the reckoning
 TENSOR = 4  # size of this axis in shipped TPU configs; it cuts the decoding weights
@@ -31,9 +33,6 @@ TENSOR = 4  # size of this axis in shipped TPU configs; it cuts the decoding wei
 FASTEST = [kind for kind in REMAT if kind != "none"]
 LEAST_TPUS = 8  # with fewer chips, each holds all decoding weights
 NOTHING_TO_FIT = {  # choices where memory isn't known to be short: a CPU, or supervised training
-    "mesh.data": 1,
-    "mesh.fsdp": -1,
-    "mesh.tensor": 1,
     "policy.remat": "none",
     "caprl.micro_batches": 1,
     "caprl.rollout_batches": 1,
@@ -41,7 +40,7 @@ NOTHING_TO_FIT = {  # choices where memory isn't known to be short: a CPU, or su
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Fit:
     """Values for a config's open keys, on one mesh.
 
     Attributes:
@@ -78,7 +77,8 @@ def choose(
     if not left:
         return {}, ""
     if devices[0].platform == "cpu" or config.objective != "caprl":
-        changes = {key: NOTHING_TO_FIT[key] for key in left}
+        changes = next(_meshes(config, devices, (1,)))
+        changes |= {key: value for key, value in NOTHING_TO_FIT.items() if key in left}
         return changes, f"chosen for {_name(devices)}: {_told(changes)}"
     limit = _limit(devices)
     if limit is None:
@@ -86,7 +86,7 @@ def choose(
             f"the memory of {devices[0].device_kind} isn't known: give "
             + ", ".join(f"--config.{key}" for key in left)
         )
-    known = reckon.models(config, devices[0].platform, fetch)
+    known = models(config, devices[0].platform, fetch)
     found = _best(config, known, devices, limit)
     if found.memory.total > SHARE * limit:
         raise ConfigError(_refusal(config, known, devices, limit, found))
@@ -158,29 +158,36 @@ def _limit(devices: Sequence[Any]) -> float | None:
     return limit
 
 
-def _meshes(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Yields values for the open axes, with their tables of rules, the best first."""
-    left, count = open_keys(config), len(devices)
-    if not any(key.startswith("mesh.") for key in left):
-        yield {}
-        return
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
-    sizes = {axis: int(config.mesh[axis]) for axis in mesh.AXES}
-    cut = devices[0].platform == "tpu" and count >= LEAST_TPUS
-    for tensor in (TENSOR, 1) if cut and not sizes["tensor"] else (sizes["tensor"] or 1,):
-        own = dict(sizes) | {"tensor": tensor, "data": sizes["data"] or slices}
-        own["fsdp"] = own["fsdp"] or (1 if -1 in own.values() else -1)
-        if own["fsdp"] == -1 and (rest := own["data"] * tensor) > 0 and count % rest == 0:
-            own["fsdp"] = count // rest
-        changes: dict[str, Any] = {
-            f"mesh.{axis}": own[axis] for axis in mesh.AXES if not sizes[axis]
-        }
-        yield changes | {"tensor": tensor}
+def _tensors(devices: Sequence[Any]) -> tuple[int, ...]:
+    """Returns the sizes to try for an open axis `tensor`, the best first."""
+    cut = devices[0].platform == "tpu" and len(devices) >= LEAST_TPUS
+    return (TENSOR, 1) if cut else (1,)
+
+
+def _meshes(
+    config: ml_collections.ConfigDict, devices: Sequence[Any], tensors: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """Yields values for the open axes, one mesh for each size of `tensor` if that is open.
+
+    All devices that other axes leave are fsdp's; if fsdp is given, they are data's.
+    """
+    count, slices = len(devices), len({getattr(d, "slice_index", 0) for d in devices})
+    given = {axis: int(config.mesh[axis]) for axis in mesh.AXES if config.mesh[axis]}
+    for tensor in tensors if "tensor" not in given else tensors[:1]:
+        own = {"tensor": tensor} | given
+        if -1 in given.values():
+            own = {"data": slices if given.get("fsdp") == -1 else 1, "fsdp": 1} | own
+        elif "fsdp" in given:
+            own = {"data": max(count // math.prod(own.values()), 1)} | own
+        else:
+            own = {"data": slices} | own
+            own["fsdp"] = max(count // math.prod(own.values()), 1)
+        yield {f"mesh.{axis}": own[axis] for axis in mesh.AXES if axis not in given}
 
 
 def _with_rules(config: ml_collections.ConfigDict, known: Models, changes: dict[str, Any]) -> dict:
     """Returns a mesh's changes, with decode_over_tensor's tables unless the config has its own."""
-    tensor = changes.pop("tensor", 1)
+    tensor = changes.get("mesh.tensor", config.mesh.tensor)
     default = config.mesh.rules.to_dict() == mesh.RULES
     default &= config.mesh.decode_rules.to_dict() == mesh.DECODE_RULES
     if tensor <= 1 or not default:
@@ -192,15 +199,15 @@ def _with_rules(config: ml_collections.ConfigDict, known: Models, changes: dict[
 
 def _best(
     config: ml_collections.ConfigDict, known: Models, devices: Sequence[Any], limit: float
-) -> Choice:
+) -> Fit:
     """Returns the first mesh's choice that fits, or else the smallest.
 
     Raises:
       ConfigError: no mesh divides the batch, or the weights, evenly.
     """
-    found: list[Choice] = []
+    found: list[Fit] = []
     refused: list[str] = []
-    for changes in _meshes(config, devices):
+    for changes in _meshes(config, devices, _tensors(devices)):
         changes = _with_rules(config, known, changes)
         made = config.copy_and_resolve_references()
         apply(made, changes)
@@ -217,7 +224,7 @@ def _best(
             return found[-1]
     if not found:
         raise ConfigError(f"{_name(devices)}: no mesh suits the config: {refused[-1]}")
-    return min(found, key=lambda choice: choice.memory.total)
+    return min(found, key=lambda fit: fit.memory.total)
 
 
 def _check(config: ml_collections.ConfigDict, multiple: int) -> None:
@@ -231,7 +238,7 @@ def _check(config: ml_collections.ConfigDict, multiple: int) -> None:
         )
 
 
-def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Choice:
+def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Fit:
     """Returns a mesh's first rematerialisation and slices within `most` bytes, or the smallest."""
     left, held = open_keys(config), sum(on.held.values())
     even = compile_lib.even_slices(config.data.batch, mesh.batch_multiple(on.rules))
@@ -240,8 +247,12 @@ def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Cho
     # If the update doesn't fit, the report names it, and decoding need not shrink.
     room = max(most - held, sum(update.values()))
     rollout = config.caprl.rollout_batches or _fewest(even, on.decode, room)
-    values = zip(list(OPEN)[3:], (remat, micro, rollout), strict=True)
-    changes: dict[str, Any] = {key: value for key, value in values if key in left}
+    values = {
+        "policy.remat": remat,
+        "caprl.micro_batches": micro,
+        "caprl.rollout_batches": rollout,
+    }
+    changes: dict[str, Any] = {key: value for key, value in values.items() if key in left}
     phases = {"casting": on.casting(rollout), "decode": on.decode(rollout), "update": update}
     reading = {
         "prefill_batches": lambda count: on.prefill(rollout, count),
@@ -254,7 +265,7 @@ def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Cho
             if count != micro:
                 changes[f"caprl.{name}"] = count
         phases[name.removesuffix("_batches")] = bytes_of(count)
-    return Choice(changes, Memory(on.held, phases), better)
+    return Fit(changes, Memory(on.held, phases), better)
 
 
 def _update(
@@ -270,18 +281,21 @@ def _update(
     remats = FASTEST if "policy.remat" in left else [config.policy.remat]
     counts = even if "caprl.micro_batches" in left else [config.caprl.micro_batches]
     better: dict[str, tuple[str, int]] = {}
+    smallest, least = (remats[-1], counts[-1]), math.inf
     for remat, micro in ((remat, micro) for remat in remats for micro in counts):
         size = sum(on.update(remat, micro).values())
         if size <= room:
             return remat, micro, dict(better.values())
         better[remat] = f"policy.remat={remat} with caprl.micro_batches={micro}", size + held
-    return remat, micro, {}
+        if size < least:
+            smallest, least = (remat, micro), size
+    return *smallest, {}
 
 
 def _fewest(counts: Sequence[int], bytes_of: Callable[[int], dict[str, int]], room: float) -> int:
-    """Returns the first number of slices whose parts fit in the room, or the last number."""
-    fits = (n for n in counts if sum(bytes_of(n).values()) <= room)
-    return next(fits, counts[-1])
+    """Returns the first number of slices whose parts fit in the room, or the one with the least."""
+    sizes = {n: sum(bytes_of(n).values()) for n in counts}
+    return next((n for n in counts if sizes[n] <= room), min(sizes, key=lambda n: sizes[n]))
 
 
 def _told(changes: dict[str, Any]) -> str:
@@ -298,7 +312,7 @@ def _told(changes: dict[str, Any]) -> str:
 _AXES = tuple(f"mesh.{axis}" for axis in mesh.AXES)
 
 
-def _explanation(devices: Sequence[Any], limit: float, found: Choice) -> str:
+def _explanation(devices: Sequence[Any], limit: float, found: Fit) -> str:
     lines = [
         f"chosen for {_name(devices)}: {_told(found.changes)}",
         f"  reckoned {found.memory.total / GIB:.1f} of {limit / GIB:.1f} GiB a device: "
@@ -315,7 +329,7 @@ def _refusal(
     known: Models,
     devices: Sequence[Any],
     limit: float,
-    found: Choice,
+    found: Fit,
 ) -> str:
     """Returns a refusal's text: the smallest choice's bytes, the missing bytes and a remedy."""
     total, most = found.memory.total / GIB, SHARE * limit / GIB

@@ -4,17 +4,16 @@ A device holds some arrays throughout a step (parameters, optimizer state, judge
 Each phase holds others beside them, and the largest phase decides. The bytes of arrays that
 the program names (parameters, caches, gradients, kept activations) follow from their shapes and
 shard rules. What the compiler holds between operations is a multiple of the largest arrays there;
-those multiples are the constants below. They are set so that whole steps come out between 3% under
-and 25% over what compilers said (compiled, GiB a chip: configs/3b.py v5e:4x4 11.9, v6e:4x4 14.8,
-v5p:2x2x2 19.1, v5p:4x4x4 11.9, one H200 94.0, eight 23.0; configs/7b.py v5p:2x2x4 24.3, v5e:8x8
-12.7; configs/qwen3vl_4b.py v5e:4x4 13.6).
+those multiples are the constants below. They are set so that whole steps come out between 0 and 25%
+over what compilers said of ten steps (compiled, GiB a device: configs/3b.py v5e:4x4 11.9, v6e:4x4
+14.8, v5p:2x2x2 19.1, v5p:2x2x4 10.3, v5p:4x4x4 11.9, one H200 94.0, eight 23.0; configs/7b.py
+v5p:2x2x4 24.3, v5e:8x8 12.7; configs/qwen3vl_4b.py v5e:4x4 13.6).
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -25,15 +24,12 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from caprl_jax.config import about, slices_of
 from caprl_jax.decode import scheduling
-from caprl_jax.errors import ConfigError
-from caprl_jax.models import families, logprobs
+from caprl_jax.models import logprobs
 from caprl_jax.models.attention import SCORE_BYTES
 from caprl_jax.models.decoder import Decoder
-from caprl_jax.models.hf import sizes
-from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import CACHED, ShardRules
-from caprl_jax.run import compile as compile_lib
+from caprl_jax.run.models import Models, models
 
 GIB = 2**30
 # Reckoned, and fitted to the compiled steps above: copies of an array that exist at one time.
@@ -78,91 +74,6 @@ class Memory:
         held = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.held.items() if size)
         inside = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phase.items() if size)
         return f"{held}; {self.largest} {sum(phase.values()) / GIB:.1f} ({inside})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-    """Modules of a config's models, with boxed shapes of all arrays on the mesh.
-
-    Attributes:
-      policy: modules.
-      params: the policy's parameters, float32.
-      opt_state: the optimizer's state.
-      judge: the judge's decoder.
-      judge_params: its parameters.
-      reference: whether the initial policy is held too.
-      platform: the devices' platform: cpu, gpu or tpu.
-    """
-
-    policy: Policy
-    params: Any
-    opt_state: Any
-    judge: Decoder
-    judge_params: Any
-    reference: bool
-    platform: str
-
-
-def model_config(path: str, revision: str | None = None) -> dict[str, Any]:
-    """Returns config.json of a directory, a shipped model, or a hub id of published size.
-
-    Args:
-      path: directory, asset:NAME, hub id or URL.
-      revision: revision of a hub id. With None a model of no published size is not fetched.
-
-    Raises:
-      ConfigError: it is not a directory, and no published size has its name.
-    """
-    name = Path(path).name.lower().removesuffix("-instruct")
-    local = path.startswith("asset:") or Path(path).is_dir()
-    if local or (revision is not None and name not in sizes.CONFIGS):
-        from caprl_jax.models.hf import download as sources
-        from caprl_jax.models.hf import files as hf  # these need more packages than a plan
-
-        return hf.read_config(sources.fetch(path, revision or ""))
-    if name not in sizes.CONFIGS:
-        raise ConfigError(
-            f"{path} is no directory here, and no published size: {', '.join(sizes.CONFIGS)}"
-        )
-    return sizes.CONFIGS[name]
-
-
-def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False) -> Models:
-    """Returns shapes of a config's models, for devices of a platform, without arrays.
-
-    Args:
-      config: the run's config.
-      platform: cpu, gpu or tpu.
-      fetch: whether to fetch models whose size isn't known from their name.
-
-    Raises:
-      ConfigError: a size is unknown, or the policy has no vision tower.
-      ModelDirectoryError: a model can't be read or isn't supported.
-    """
-    dtype = compile_lib.compute_dtype(config, platform)
-
-    def build(section: Any) -> Policy:
-        shape = model_config(section.path, section.revision if fetch else None)
-        return families.build(shape, dtype, where=section.path)
-
-    policy, judge = build(config.policy), build(config.judge).decoder
-    if policy.vision is None:
-        raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
-    optimizer, key = compile_lib.optimizer(config, config.caprl.updates), jax.random.key(0)
-    return Models(
-        policy=policy,
-        params=jax.eval_shape(policy.init, key),
-        opt_state=jax.eval_shape(lambda key: optimizer.init(policy.init(key)), key),
-        judge=judge,
-        judge_params=jax.eval_shape(functools.partial(init_decoder, judge), key),
-        reference=compile_lib.needs_reference(config),
-        platform=platform,
-    )
-
-
-def init_decoder(decoder: Decoder, key: jax.Array) -> Any:
-    """Returns random boxed parameters of a decoder."""
-    return decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
 
 
 def abstract_rules(config: ml_collections.ConfigDict, count: int) -> ShardRules:

@@ -75,9 +75,9 @@ class Evaluation:
     """Settings of held-out evaluation."""
 
     every: int = setting(100, "steps between two; 0: only before and after", least=0, resume=True)
-    images: int = setting(64, "held-out images", least=1, resume=True)
+    images: int = setting(64, "held-out images", least=1)
     batch: int = setting(32, "images at a time", least=1, resume=True)
-    group: int = setting(4, "sampled captions per image, beside a greedy one", least=1, resume=True)
+    group: int = setting(4, "sampled captions per image, beside a greedy one", least=1)
     shown: int = setting(8, "images in the report", least=0, resume=True)
 
 

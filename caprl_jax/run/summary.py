@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -
             name: [Judged(Written(**j.pop("caption")), **j) for j in judged]
             for name, judged in sets.items()
         }
+    logging.info("evaluating before training")
     values, sets = evaluate(params)
     if not processes.is_first():
         return values, sets

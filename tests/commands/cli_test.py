@@ -97,6 +97,7 @@ def run(*arguments):
         ("--config.caprl.gruop=4", "names no key of the config: 'gruop': did you mean 'group'?"),
         ("--config.evil.images=4", "names no key of the config: 'evil': did you mean 'eval'?"),
         ("--config.steps=many", "--config.steps=many: invalid literal for int"),
+        ("5", "'5' is no flag: flags are --NAME=VALUE, overrides --config.KEY=VALUE"),
         ("--workdri=x", "Unknown command line flag 'workdri'. Did you mean: workdir"),
     ],
 )
@@ -141,7 +142,7 @@ def test_help_lists_every_command(arguments, own):
 
 def keys(section, prefix=""):
     for key, value in section.items():
-        if hasattr(value, "items"):
+        if hasattr(value, "items") and value:
             yield from keys(value, f"{prefix}{key}.")
         else:
             yield prefix + key

@@ -54,6 +54,8 @@ def test_an_advantage_may_normalise_over_the_whole_batch():
     np.testing.assert_allclose(found[:2], [[-1, 0], [0, 1]])
     with pytest.raises(AssertionError, match="'flat' must be"):
         advantage(Choice("flat", lambda r, v: r[0]), rewards, jnp.ones(3, bool))
+    with pytest.raises(AssertionError, match="'whole' must be floats, not int32"):
+        advantage(Choice("whole", lambda r, v: r.astype(int)), rewards, jnp.ones(3, bool))
 
 
 def test_every_advantage_is_documented():

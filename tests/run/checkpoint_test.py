@@ -53,7 +53,15 @@ def test_a_run_from_before_a_key_did_what_its_default_says():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"caprl.group": 4}, {"data.batch": 64}, {"policy.freeze_vision": True}, {"seed": 9}]
+    "changes",
+    [
+        {"caprl.group": 4},
+        {"data.batch": 64},
+        {"policy.freeze_vision": True},
+        {"seed": 9},
+        {"eval.images": 8},  # held-out figures before and after must be of the same captions
+        {"eval.group": 2},
+    ],
 )
 def test_anything_else_makes_another_run(changes):
     c = config_lib.default()
@@ -61,7 +69,7 @@ def test_anything_else_makes_another_run(changes):
     c.update_from_flattened_dict(changes)
     (key,) = changes
     with pytest.raises(ConfigError, match=f"another config: {key} was "):
-        checkpoint._check_same(before, c)
+        checkpoint.require_same(before, c)
 
 
 def test_a_run_of_an_earlier_version_goes_on_under_its_new_keys():

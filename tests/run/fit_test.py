@@ -180,6 +180,52 @@ def test_every_part_can_be_given(change):
     assert np.prod(axes(c)) == 16
 
 
+@pytest.mark.parametrize(
+    ("devices", "given", "sizes"),
+    [
+        ("h100:8", {"mesh.fsdp": 4}, (2, 4, 1)),
+        ("h100:8", {"mesh.tensor": 2, "mesh.data": 2}, (2, 2, 2)),
+        ("h200:8", {"mesh.data": -1}, (8, 1, 1)),
+        ("h100:8", {"mesh.fsdp": -1, "mesh.tensor": 2}, (1, 4, 2)),
+        ("v5p:2x2x4", {"mesh.fsdp": 8}, (2, 8, 1)),
+        ("v5p:2x2x4", {"mesh.fsdp": 2}, (2, 2, 4)),
+        ("v5p:2x2x4", {"mesh.tensor": -1, "mesh.fsdp": 4}, (1, 4, 4)),
+        ("v5e:4x4*2", {"mesh.tensor": 2}, (2, 8, 2)),
+        ("cpu:8", {"mesh.data": -1}, (8, 1, 1)),
+        ("cpu:8", {"mesh.fsdp": 2}, (4, 2, 1)),
+    ],
+    ids=str,
+)
+def test_open_axes_fill_up_the_mesh(devices, given, sizes):
+    """Whatever axes are given, the others take all devices that these leave."""
+    there = hardware.described(devices)
+    c = read("3b", **given)
+    fit.settle(c, there)
+    assert tuple(mesh.axis_sizes(c.mesh, len(there))) == sizes
+    assert config_lib.open_keys(c) == []
+
+
+def test_supervised_training_gets_a_mesh_too():
+    c = read("tiny_judge")
+    c.update_from_flattened_dict({"mesh.data": 0, "mesh.fsdp": 0, "mesh.tensor": 0})
+    fit.settle(c, hardware.described("v5e:4x4"))
+    assert axes(c) == (1, 16, 1)
+
+
+def test_the_refusal_names_the_smallest_choice():
+    """No rematerialisation and number of slices that could be given takes less."""
+    with pytest.raises(ConfigError, match="at least") as told:
+        fit.settle(read("3b"), hardware.described("h100:1"))
+    least = float(re.search(r"at least ([\d.]+) GiB", str(told.value))[1])
+    for remat in ("products", "full"):
+        for count in (1, 2, 4, 8, 16, 32, 64, 128):
+            given = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "policy.remat": remat}
+            names = ("micro", "rollout", "prefill", "score")
+            c = read("3b", **given, **{f"caprl.{name}_batches": count for name in names})
+            total = reckon.reckon(c, hardware.described("h100:1")).total / GIB
+            assert total >= least - 0.05, (remat, count)
+
+
 def test_given_rules_stay():
     c = read("3b", **{"mesh.rules.mlp": ""})
     fit.settle(c, hardware.described("v5e:4x4"))
@@ -190,7 +236,7 @@ def test_given_rules_stay():
 def test_named_hardware_leaves_nothing_open():
     for name in ("3b", "7b", "qwen3vl_2b", "qwen3vl_4b"):
         module = shipped.module(name)
-        for argument in module.PIECES:
+        for argument in module.SLICES:
             assert config_lib.open_keys(module.get_config(argument)) == []
         assert config_lib.open_keys(module.get_config()) == list(config_lib.OPEN)
 
@@ -205,7 +251,7 @@ def test_a_cpu_gets_the_defaults():
     c = read("3b")
     assert "chosen for 8 x cpu" in fit.settle(c, jax.devices())
     default = config_lib.default()
-    assert axes(c) == axes(default) == (1, -1, 1)
+    assert axes(default) == (1, -1, 1) and axes(c) == (1, 8, 1)
     assert c.policy.remat == default.policy.remat == "none"
     assert c.caprl.micro_batches == c.caprl.rollout_batches == 1
 

@@ -191,8 +191,8 @@ def files(
 ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     """Rows of files as stored elements, {"train", "heldout"}; the first use converts them.
 
-    The same files always give the same `settings.heldout` held-out rows. Files that changed are
-    converted again.
+    The same files always give the same `settings.heldout` held-out rows. Files that changed or
+    moved are converted again; image files that JSON lines name are not compared.
 
     Args:
       settings: the config's section `data`.
@@ -216,8 +216,8 @@ def files(
         )
     held_out = np.zeros(total, bool)
     held_out[np.random.default_rng(0).permutation(total)[: settings.heldout]] = True
-    stats = [f.stat() for f in sources]
-    content = [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(sources, stats, strict=True)]
+    paths, stats = [str(f.resolve()) for f in sources], [f.stat() for f in sources]
+    content = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
     digest = hashlib.sha256(repr((content, settings.heldout)).encode()).hexdigest()
     name = f"caprl_files_{digest[:16]}"
     aside = SetAside()

@@ -78,6 +78,7 @@ def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
     for term in terms:
         values[term.name] = value = jnp.asarray(term.choice(scored))
         chex.assert_shape(value, shape, custom_message=f"reward {term.name!r} must be [b, g]")
-        chex.assert_type(value, float)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise AssertionError(f"reward {term.name!r} must be floats, not {value.dtype}")
     total = sum(term.weight * values[term.name] for term in terms)
     return Rewards(total, values)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -81,6 +82,11 @@ def test_changed_files_and_interrupted_conversions_are_converted_again(tmp_path)
     assert list(aside.reasons) == ["rows-000002"] and listing.read_text()
     write(tmp_path / "qa", count=7, damaged=())
     other = prepare(config, SetAside())
+    assert len(folders(tmp_path) - before) == 1
+    # The same file elsewhere: paths in it are relative to another folder.
+    before = folders(tmp_path)
+    shutil.copytree(tmp_path / "qa", tmp_path / "moved")  # times of change are copied too
+    prepare(section(tmp_path, tmp_path / "moved" / "rows.jsonl"), SetAside())
     assert len(folders(tmp_path) - before) == 1
     assert len(ids(other, "train")) + len(ids(other, "heldout")) == 7
 

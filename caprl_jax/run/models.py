@@ -1,0 +1,102 @@
+"""Modules and shapes of a config's models, without weights: from config.json or published sizes."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from caprl_jax.errors import ConfigError
+from caprl_jax.models import families
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.hf import sizes
+from caprl_jax.models.vlm import Policy
+from caprl_jax.run import compile as compile_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Modules of a config's models, with boxed shapes of all arrays on the mesh.
+
+    Attributes:
+      policy: modules.
+      params: the policy's parameters, float32.
+      opt_state: the optimizer's state.
+      judge: the judge's decoder.
+      judge_params: its parameters.
+      reference: whether the initial policy is held too.
+      platform: the devices' platform: cpu, gpu or tpu.
+    """
+
+    policy: Policy
+    params: Any
+    opt_state: Any
+    judge: Decoder
+    judge_params: Any
+    reference: bool
+    platform: str
+
+
+def model_config(path: str, revision: str | None = None) -> dict[str, Any]:
+    """Returns config.json of a directory, a shipped model, or a hub id of published size.
+
+    Args:
+      path: directory, asset:NAME, hub id or URL.
+      revision: revision of a hub id. With None a model of no published size is not fetched.
+
+    Raises:
+      ConfigError: it is not a directory, and no published size has its name.
+    """
+    name = Path(path).name.lower().removesuffix("-instruct")
+    local = path.startswith("asset:") or Path(path).is_dir()
+    if local or (revision is not None and name not in sizes.CONFIGS):
+        from caprl_jax.models.hf import download as sources
+        from caprl_jax.models.hf import files as hf  # these need more packages than a plan
+
+        return hf.read_config(sources.fetch(path, revision or ""))
+    if name not in sizes.CONFIGS:
+        raise ConfigError(
+            f"{path} is no directory here, and no published size: {', '.join(sizes.CONFIGS)}"
+        )
+    return sizes.CONFIGS[name]
+
+
+def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False) -> Models:
+    """Returns shapes of a config's models, for devices of a platform, without arrays.
+
+    Args:
+      config: the run's config.
+      platform: cpu, gpu or tpu.
+      fetch: whether to fetch models whose size isn't known from their name.
+
+    Raises:
+      ConfigError: a size is unknown, or the policy has no vision tower.
+      ModelDirectoryError: a model can't be read or isn't supported.
+    """
+    dtype = compile_lib.compute_dtype(config, platform)
+
+    def build(section: Any) -> Policy:
+        shape = model_config(section.path, section.revision if fetch else None)
+        return families.build(shape, dtype, where=section.path)
+
+    policy, judge = build(config.policy), build(config.judge).decoder
+    if policy.vision is None:
+        raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
+    optimizer, key = compile_lib.optimizer(config, config.caprl.updates), jax.random.key(0)
+    return Models(
+        policy=policy,
+        params=jax.eval_shape(policy.init, key),
+        opt_state=jax.eval_shape(lambda key: optimizer.init(policy.init(key)), key),
+        judge=judge,
+        judge_params=jax.eval_shape(functools.partial(init_decoder, judge), key),
+        reference=compile_lib.needs_reference(config),
+        platform=platform,
+    )
+
+
+def init_decoder(decoder: Decoder, key: jax.Array) -> Any:
+    """Returns random boxed parameters of a decoder."""
+    return decoder.init(key, jnp.zeros(1, jnp.int32), method=Decoder.everything)["params"]
