@@ -378,7 +378,7 @@ def _options(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Setting]]
 def _flat(value: Any) -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) of all that a section holds; an empty one is a value itself."""
     if not is_section(value) or not value:
-        yield "", value
+        yield "", {} if is_section(value) else value
         return
     for key, inner in value.items():
         yield from ((f"{key}.{rest}" if rest else key, v) for rest, v in _flat(inner))
