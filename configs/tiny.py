@@ -1,8 +1,8 @@
 """CapRL on the embedded world: handwritten digits, tiny policy and judge.
 
 Command:   bash launch/quickstart.sh, or python -m caprl_jax.main --config=configs/tiny.py
-Measured:  2 CPU cores, 100 steps, minutes with compilation: held-out accuracy of greedy captions
-           0.457 -> 0.951 (seed 0), of sampled ones 0.376 -> 0.926; ceiling 0.977.
+Measured:  2 CPU cores, 100 steps, 3 and a half minutes with compilation: held-out accuracy of
+           greedy captions 0.457 -> 0.951 (seed 0), 0.951 (1), 0.966 (2); ceiling 0.977.
 """
 
 from caprl_jax.config import default
