@@ -4,6 +4,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import inspect
+import io
 import logging
 import re
 import signal
@@ -46,14 +47,15 @@ def set_up_logging() -> None:
     handler.python_handler.setStream(_AboveBars())
 
 
-class _AboveBars:
+class _AboveBars(io.TextIOBase):
     """Stream of lines to stderr that appear above a progress bar, not on its line."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         if bars := sys.modules.get("tqdm"):  # without it there are none
             bars.tqdm.write(text, file=sys.stderr, end="")
         else:
             sys.stderr.write(text)
+        return len(text)
 
     def flush(self) -> None:
         sys.stderr.flush()
