@@ -353,7 +353,6 @@ def load_judge(
 def _load(path, revision, mesh, dtype, param_dtype):
     rules = mesh_lib.shard_rules(mesh_lib.make_mesh({"fsdp": -1}) if mesh is None else mesh)
     dtype = compile_lib.default_dtype() if dtype is None else dtype
-    modules, directory = load.read_model(str(path), revision, dtype)
-    tokenizer = Tokenizer.from_pretrained(directory, modules.decoder.config.vocab)
+    modules, directory, tokenizer = load.read_with_tokenizer(str(path), revision, dtype)
     params = load.load_frozen(modules, directory, rules, param_dtype or dtype)
     return modules, params, tokenizer, rules, directory

@@ -24,6 +24,7 @@ from caprl_jax.rl.rewards import REWARDS, Term
 from caprl_jax.rl.settings import Caprl
 from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.run.settings import (
+    Alarms,
     Checkpointing,
     Evaluation,
     Export,
@@ -73,6 +74,7 @@ def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
         "optimizer": (Optimizer,),
         "data": (Data, SOURCES.options_type(source)),
         "eval": (Evaluation,),
+        "alarms": (Alarms,),
         "checkpoint": (Checkpointing,),
         "export": (Export,),
         "mesh": (MeshSettings,),

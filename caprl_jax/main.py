@@ -20,6 +20,9 @@ from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags, set_up_
 from caprl_jax.parallel import processes
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
+_REPLAY = flags.DEFINE_string(
+    "replay", None, "A batch that --workdir's run kept: prints which of its numbers aren't finite."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port that process 0 serves.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
@@ -37,13 +40,18 @@ def main(_: list[str]) -> None:
     set_up_logging()
     with in_one_paragraph():
         processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _REPLAY.value and not _WORKDIR.value:
+        sys.exit("error: --replay needs the run's --workdir")
     with processes.together(), in_one_paragraph():
         workdir = Path(_WORKDIR.value or _fresh_workdir(cli.config_name()))
         if processes.is_first():
             kind, count = jax.devices()[0], jax.device_count()
             print(f"JAX {jax.__version__}: {count} x {kind.device_kind} ({kind.platform})")
             print(f"workdir: {workdir}", flush=True)
-        train.run(flags.FLAGS.config, workdir)
+        if _REPLAY.value:
+            train.replay(flags.FLAGS.config, workdir, Path(_REPLAY.value))
+        else:
+            train.run(flags.FLAGS.config, workdir)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,13 @@ from caprl_jax.parallel import processes
 from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import build, compile, export, fit, memory, metrics, summary
+from caprl_jax.run import replay as replay_lib
+from caprl_jax.run.alarms import Watch
 from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints, require_same, saved_config
+from caprl_jax.run.settings import Alarms
+from caprl_jax.run.skipped import Skipped
+from caprl_jax.settings import make
 
 # The builder of each objective, and the step that it compiles.
 OBJECTIVES = {"caprl": (build.caprl, caprl_step), "sft": (build.sft, sft_step)}
@@ -38,12 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       Stopped: SIGTERM arrived, and a checkpoint is written.
     """
     started = time.time()
-    config_lib.validate(config)
-    config_lib.complete(config)
-    saved = saved_config(workdir)
-    fit.keep_rollout(config, saved)
-    fit.report(fit.settle(config, jax.devices(), fetch=True))
-    require_same(saved, config)
+    _settle(config, workdir)
     if processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
@@ -65,6 +65,34 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         return {}
     figures = summary.Figures(before, after, ceiling, time.time() - started)
     return summary.finish(config, workdir, task.heldout, figures, set_aside)
+
+
+def _settle(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Checks a config and fills what it leaves open, in place; refuses another run's workdir."""
+    config_lib.validate(config)
+    config_lib.complete(config)
+    saved = saved_config(workdir)
+    fit.keep_rollout(config, saved)
+    fit.report(fit.settle(config, jax.devices(), fetch=True))
+    require_same(saved, config)
+
+
+def replay(config: ml_collections.ConfigDict, workdir: Path, file: Path) -> None:
+    """Runs a batch again whose update was skipped, and prints which numbers aren't finite.
+
+    Args:
+      config: of the run in workdir.
+      workdir: the run's.
+      file: WORKDIR/skipped/STEP.npz, which the run kept.
+
+    Raises:
+      UserError: the file is no such batch, or the workdir holds another run.
+    """
+    _settle(config, workdir)
+    builder, step = OBJECTIVES[config.objective]
+    task, state = builder(config, SetAside(), step)
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        replay_lib.replay(config, task, state, checkpoints, file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +123,8 @@ class Loop:
         config, task, done = self.config, self.task, int(state.step)
         replicated = jax.tree.leaves(state)[0].sharding
         key = jax.jit(jax.random.key, static_argnums=0, out_shardings=replicated)(config.seed)
-        pace = metrics.Pace()
+        pace, watch = metrics.Pace(), Skipped(self.workdir, config.most_skipped)
+        alarms = Watch(make(Alarms, dict(config.alarms)))
         if done < config.steps:
             logging.info("compiling and running the first step")
         with (
@@ -115,20 +144,27 @@ class Loop:
                 # The loop moves arrays explicitly; an implicit transfer is a mistake.
                 with jax.transfer_guard("disallow"):
                     state, measured = task.step(state, placed, key)
+                watch.add(step, batch, measured)
                 if step % config.log_every == 0 or step == config.steps:
-                    self._log(step, jax.device_get(measured), pace.lap(), writer, bar)
+                    values = self._log(step, jax.device_get(measured), pace.lap(), writer, bar)
+                    alarms.see(step, values)
+                    watch.look()
+                elif step % config.checkpoint.every == 0:
+                    watch.look()
                 with pace.paused():
                     self._now_and_then(step, state, writer)
                 if notice.reached(step):
                     break
+            watch.look()
         return self._end(state, notice.stops)
 
-    def _log(self, step: int, measured: Any, pace: dict[str, float], writer, bar) -> None:
+    def _log(self, step: int, measured: Any, pace: dict[str, float], writer, bar) -> dict:
         values = metrics.reduce(measured) | pace
         values["recompiles"] = self.task.traces() - 1
         values |= metrics.token_rates(measured, values["seconds_step"])
         writer.write(step, values)
         bar.show(step, values)
+        return values
 
     def _now_and_then(self, step: int, state: Any, writer: metrics.MetricWriter) -> None:
         """Evaluates, writes checkpoints and exports, if the config asks for it after this step."""

@@ -12,7 +12,7 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax import train
 from caprl_jax.data.digits import world as digits
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
 
@@ -111,3 +111,28 @@ def test_starting_a_finished_run_again_changes_nothing(tmp_path):
     assert {k: v for k, v in again.items() if k != clock} == {
         k: v for k, v in first.items() if k != clock
     }
+
+
+def test_a_run_that_diverges_ends_before_its_checkpoint_and_export(tmp_path, capsys):
+    """A learning rate that makes weights overflow: skipped, counted, kept, replayed, ended."""
+    changes = {
+        "steps": 6,
+        "caprl.kl": 0.0,
+        "optimizer.learning_rate": 1e25,
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every": 1,
+        "most_skipped": 2,
+    }
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"3 steps in a row up to step 4 .*aren't finite"):
+        train.run(tiny(tmp_path, **changes), run)
+    assert not (run / "export").exists() and not (run / "summary.json").exists()
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["skipped_updates"] for x in lines] == [0, 1, 1, 1]
+    assert sorted(p.name for p in (run / "skipped").iterdir()) == ["2.npz", "3.npz", "4.npz"]
+    capsys.readouterr()
+    train.replay(tiny(tmp_path, **changes), run, run / "skipped" / "2.npz")
+    told = capsys.readouterr().out
+    assert "step 2, with the parameters after step 1" in told
+    assert "judge            finite" in told and "images           finite" in told
+    assert "captions         .logp: " in told

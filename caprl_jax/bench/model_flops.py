@@ -41,7 +41,9 @@ def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
 
     def captions(params, trunk, tokens, mask):
         hidden = policy.branches(params, trunk, tokens, mask)
-        return logprobs.token_logprobs(hidden, policy.head(params), tokens)
+        return logprobs.token_logprobs(
+            hidden, policy.head(params), tokens, policy.decoder.config.known
+        )
 
     def count(function, *args):
         branches = roofline.branch_weights(policy.vision.config)

@@ -70,6 +70,11 @@ class Tokenizer:
         stop, special = _stop_ids(directory, inner, vocab), tuple(sorted(_special_ids(inner)))
         return cls(directory, inner, stop, special)
 
+    @property
+    def count(self) -> int:
+        """One more than the largest id of a token; a model may have more rows than that."""
+        return max(self.inner.get_vocab().values()) + 1
+
     def encode(self, text: str) -> list[int]:
         """Converts text to ids; special tokens in the text become their ids."""
         with self._lock:

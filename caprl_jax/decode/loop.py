@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.decode import caches, lengths, scheduling
-from caprl_jax.decode.sampling import Sampling, draw
+from caprl_jax.decode.sampling import Sampling, draw, only_known
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vlm import Params, Policy, Trunk
 from caprl_jax.parallel import axes
@@ -44,8 +44,7 @@ class Rollout:
     Attributes:
       tokens: int32 [b, g, t], 0 after the end.
       mask: bool [b, g, t], True up to and including the stop token.
-      logp: float32 [b, g, t], log-probability at temperature 1 over the whole vocabulary; 0 outside
-        the mask.
+      logp: float32 [b, g, t], log-probability at temperature 1 over all tokens; 0 outside the mask.
       sample_logp: float32 [b, g, t], log-probability under the distribution that was sampled from.
       length: int32 [b, g], number of tokens in the mask.
       truncated: bool [b, g], True where no stop token was drawn within the limit.
@@ -127,6 +126,7 @@ class _Loop:
     def draw(self, hidden: jax.Array, i: jax.Array) -> tuple[Rollout, jax.Array]:
         """Draws one token each: hidden states [b, s, e] -> (Rollout [b, s], bool [b, s] stops)."""
         logits = constrain(self.variant.logits(self.weights, hidden), *axes.BATCH[:2], "vocab")
+        logits = only_known(logits, self.policy.decoder.config.known)
         sampling, stop = self.decoding.sampling, self.decoding.stop
         token, logp, drawn = draw(jax.random.fold_in(self.key, i), logits, sampling)
         ends = jnp.isin(token, jnp.asarray(stop, jnp.int32))

@@ -36,6 +36,14 @@ class Sampling:
             check_value(field, getattr(self, field.name))
 
 
+def only_known(logits: jax.Array, known: int) -> jax.Array:
+    """Sets logits of rows without a token, from `known` on, to -inf: [..., vocab] -> the same."""
+    if known >= logits.shape[-1]:
+        return logits
+    here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(here < known, logits, -jnp.inf)
+
+
 def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Sets logits that top-k, then top-p, exclude to -inf: [..., vocab] -> [..., vocab]."""
     vocab = logits.shape[-1]

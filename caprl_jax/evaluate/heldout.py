@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.data.digits import world as digits
@@ -16,6 +17,7 @@ from caprl_jax.data.questions import ABSTAIN, Presented
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.decode.lengths import bucket
+from caprl_jax.errors import UserError
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
@@ -94,7 +96,7 @@ class Writer:
             key = jax.random.fold_in(jax.random.key(seed), number)
             settings = greedy if is_greedy else decoding
             captions = rollout(policy, params, batch, decoding=settings, key=key)
-            return captions.tokens, captions.mask
+            return captions.tokens, captions.mask, jnp.all(jnp.isfinite(captions.logp))
 
         # Every process needs all captions.
         replicated = mesh.replicated(rules)
@@ -108,7 +110,9 @@ class Writer:
         out = []
         for i, batch in enumerate(self._data.batches):
             placed = mesh.put_whole(batch, self._rules)
-            tokens, mask = jax.device_get(self._write(params, placed, seed, i, is_greedy=greedy))
+            written = self._write(params, placed, seed, i, is_greedy=greedy)
+            tokens, mask, finite = jax.device_get(written)
+            _require_finite(finite, "policy")
             for row in np.flatnonzero(batch.valid):
                 for ids, real in zip(tokens[row], mask[row], strict=True):
                     ids = ids[real].tolist()
@@ -162,6 +166,7 @@ class Reader:
             arrays = Captions(*(a.reshape(-1, group, length) for a in (tokens, mask)))
             placed = mesh.put_whole((arrays, batch.questions), self._rules)
             verdicts = jax.device_get(self._read(model, *placed))
+            _require_finite(np.all(np.isfinite(verdicts.p_truth)), "judge")
             for i, caption in enumerate(batch_captions):
                 asked = np.flatnonzero(batch.questions.valid[i // group])
                 answers = (
@@ -179,6 +184,14 @@ class Reader:
             Written(i, text, self._tokenizer.encode_caption(text)) for i, text in enumerate(texts)
         ]
         return self.read(model, captions)
+
+
+def _require_finite(finite: bool, whose: str) -> None:
+    if not finite:
+        raise UserError(
+            f"held-out evaluation: logits of the {whose} aren't finite, so what it says means "
+            "nothing: its weights, or numbers on their way, are NaN or infinite"
+        )
 
 
 def accuracy(data: HeldOut, judged: Sequence[Judged]) -> float:

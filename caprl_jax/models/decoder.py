@@ -41,6 +41,8 @@ class DecoderConfig:
       qkv_bias: whether the query, key and value projections have a bias (Qwen2).
       o_bias: whether the output projection has a bias.
       qk_norm: whether RMSNorm is applied to each head of queries and keys before rotation (Qwen3).
+      tokens: ids below this have a token; the rows from there on only fill up the embedding, and
+        are never drawn, scored or read. None: every row has one.
     """
 
     vocab: int
@@ -58,6 +60,12 @@ class DecoderConfig:
     qkv_bias: bool = True
     o_bias: bool = False
     qk_norm: bool = False
+    tokens: int | None = None
+
+    @property
+    def known(self) -> int:
+        """Returns the number of rows that have a token."""
+        return self.vocab if self.tokens is None else self.tokens
 
     def mrope_axes(self) -> np.ndarray:
         """Index in (time, row, column) of the axis each frequency follows, int [head_dim / 2]."""

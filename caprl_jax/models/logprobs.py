@@ -18,7 +18,11 @@ def keeps_logits(tokens: int, vocab: int) -> bool:
 
 
 def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = 8192
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    known: int | None = None,
+    chunk: int = 8192,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities log softmax(hidden @ head.T)[target], and the entropy of the softmax.
 
@@ -32,6 +36,7 @@ def token_logprobs(
       hidden: [*batch, e].
       head: [vocab, e], the output rows.
       targets: int [*batch].
+      known: only this many first rows have a token and compete; None means all.
       chunk: rows of the head at a time.
 
     Returns:
@@ -45,7 +50,8 @@ def token_logprobs(
     size = -(-vocab // chunks)
     # Chunk i holds rows i, i + chunks, ..: each device of a sharded head keeps its own rows.
     rows = jnp.pad(head, ((0, size * chunks - vocab), (0, 0))).reshape(size, chunks, e)
-    logp, entropy = _logprobs(hidden.reshape(-1, e), rows, targets.reshape(-1), vocab)
+    flat, known = hidden.reshape(-1, e), vocab if known is None else known
+    logp, entropy = _logprobs(flat, rows, targets.reshape(-1), known)
     return logp.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
@@ -55,10 +61,10 @@ def _rows(rows, i) -> tuple[jax.Array, jax.Array]:
     return part, (jnp.arange(rows.shape[0]) * rows.shape[1] + i)[None]
 
 
-def _logits(hidden, part, row, vocab) -> jax.Array:
+def _logits(hidden, part, row, known) -> jax.Array:
     """Logits of one chunk, float32 [n, c]."""
     z = jnp.einsum("ne,ce->nc", hidden, part, preferred_element_type=jnp.float32)
-    return jnp.where(row < vocab, z, _NEVER)
+    return jnp.where(row < known, z, _NEVER)
 
 
 def _grad_logits(grad_logp: jax.Array, is_target: jax.Array, p: jax.Array) -> jax.Array:
@@ -78,19 +84,19 @@ def _grad_factors(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _logprobs(
-    hidden: jax.Array, rows: jax.Array, targets: jax.Array, vocab: int
+    hidden: jax.Array, rows: jax.Array, targets: jax.Array, known: int
 ) -> tuple[jax.Array, jax.Array]:
     """Like token_logprobs, for hidden [n, e], rows [size, chunks, e] and targets [n]."""
-    return _forward(hidden, rows, targets, vocab)[0]
+    return _forward(hidden, rows, targets, known)[0]
 
 
-def _forward(hidden, rows, targets, vocab):
-    keep = keeps_logits(targets.size, vocab)
+def _forward(hidden, rows, targets, known):
+    keep = keeps_logits(targets.size, rows.shape[0] * rows.shape[1])
 
     def body(carry, i):
         top, total, weighted, logit = carry
         part, row = _rows(rows, i)
-        z = _logits(hidden, part, row, vocab)
+        z = _logits(hidden, part, row, known)
         # A lookup of the target's row would gather a sharded head; this sum doesn't.
         logit = logit + jnp.sum(jnp.where(row == targets[:, None], z, 0), axis=-1)
         new_top = jnp.maximum(top, jnp.max(z, axis=-1))
@@ -110,7 +116,7 @@ def _forward(hidden, rows, targets, vocab):
     return out, (hidden, rows, targets, top, jnp.log(total), kept)
 
 
-def _backward(vocab, residuals, cotangents):
+def _backward(known, residuals, cotangents):
     hidden, rows, targets, top, log_total, kept = residuals
     grad_logp, _ = cotangents  # entropies have no gradient
 
@@ -118,7 +124,7 @@ def _backward(vocab, residuals, cotangents):
         i, z = chunk
         part, row = _rows(rows, i)
         if z is None:
-            z = _logits(hidden, part, row, vocab)
+            z = _logits(hidden, part, row, known)
         is_target = row == targets[:, None]
         p = jnp.exp(z - top[:, None] - log_total[:, None])
         grad_z = _grad_logits(grad_logp, is_target, p).astype(hidden.dtype)

@@ -62,6 +62,11 @@ class Policy:
     vision: VisionTower | None = None
     freeze_vision: bool = False
 
+    def with_tokens(self, count: int) -> "Policy":
+        """Returns the same modules for a tokenizer with ids below `count`."""
+        config = dataclasses.replace(self.decoder.config, tokens=count)
+        return dataclasses.replace(self, decoder=self.decoder.clone(config=config))
+
     def init(self, key: jax.Array) -> Params:
         """Random parameters, boxed with their axes' logical names."""
         text_key, vision_key = jax.random.split(key)

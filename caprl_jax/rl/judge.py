@@ -105,9 +105,9 @@ def letter_logits(model: Judge, captions: Captions | Rollout, questions: Questio
     b, g, _ = tokens.shape
     # A policy may have more rows than the judge. Ids that no tokenizer writes count as absent too,
     # and must not be looked up, since what lies outside of the table is NaN.
-    special = model.instruction.special
-    mask = mask & ~jnp.isin(tokens, special) & (tokens < decoder.config.vocab)
-    tokens = jnp.minimum(tokens, decoder.config.vocab - 1)
+    special, known = model.instruction.special, decoder.config.known
+    mask = mask & ~jnp.isin(tokens, special) & (tokens < known)
+    tokens = jnp.minimum(tokens, known - 1)
     past, after = _caption_kv(model, tokens, mask)
     q_tokens, q_mask = questions.tokens, questions.mask
     if q_tokens.ndim == 3:
@@ -169,7 +169,8 @@ def verdicts(
 
     The letters of a question's options compete in a softmax. Mode "expected" scores the probability
     of the truth, which "sampled" equals on average; "greedy" takes the most likely letter.
-    Abstaining scores 0, since it is never the truth.
+    Abstaining scores 0, since it is never the truth. A logit that is NaN makes the score NaN in
+    every mode.
 
     Args:
       logits: float32 [b, g, n, letters].
@@ -194,5 +195,7 @@ def verdicts(
     sampled = judging.mode == "sampled"
     letter = jax.random.categorical(key, masked) if sampled else jnp.argmax(masked, axis=-1)
     right = (letter == truth).astype(jnp.float32)
+    # Where a logit is NaN, so is p_truth; the letter would look like any other.
+    right = jnp.where(jnp.isfinite(p_truth), right, jnp.nan)
     score = p_truth if judging.mode == "expected" else right
-    return Verdicts(score * valid, p_truth, letter, letter == letters - 1, valid)
+    return Verdicts(jnp.where(valid, score, 0), p_truth, letter, letter == letters - 1, valid)

@@ -71,7 +71,7 @@ def losses(
     ]
     nll = weight = right = jnp.zeros((), jnp.float32)
     for hidden, targets, w in parts:
-        logp, _ = logprobs.token_logprobs(hidden, head, targets)
+        logp, _ = logprobs.token_logprobs(hidden, head, targets, policy.decoder.config.known)
         nll, weight = nll - jnp.sum(w * logp), weight + jnp.sum(w)
         # A target whose probability is above one half is the most likely one.
         right = right + jnp.sum(w * (logp > jnp.log(0.5)))
@@ -91,8 +91,9 @@ def sft_step(
     def loss(params):
         return losses(policy, params, examples)
 
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (nll, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     total = jnp.maximum(total_weight(examples), 1e-6)
     grads = jax.tree.map(lambda g: g / total, grads)
-    params, opt_state, norm = apply_gradients(optimizer, state.params, state.opt_state, grads)
-    return State(state.step + 1, params, opt_state), metrics | norm
+    before = state.params, state.opt_state
+    (params, opt_state), told = apply_gradients(optimizer, before, grads, nll)
+    return State(state.step + 1, params, opt_state), metrics | told

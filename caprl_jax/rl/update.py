@@ -82,9 +82,10 @@ def update(
       advantages: float32 [b, g].
 
     Returns:
-      (state after, metrics as (sum, count)): loss, entropy, grad_norm, logp_gap (mean absolute
-      difference between the rollout's log-probabilities and the first update's: numerics only), the
-      loss's own, and kl with a reference.
+      (state after, metrics as (sum, count)): loss, entropy, grad_norm, skipped_updates (the share
+      that was skipped because a number isn't finite), logp_gap (mean absolute difference between
+      the rollout's log-probabilities and the first update's: numerics only), the loss's own, and kl
+      with a reference.
     """
     with jax.named_scope("update"):
         reference_logp = None
@@ -111,8 +112,10 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
     def one(carry, _):
         params, opt_state = carry
         grads, metrics = _sum_gradients(loss, params, parts, _like_params(learner.policy))
-        params, opt_state, norm = apply_gradients(learner.optimizer, params, opt_state, grads)
-        return (params, opt_state), metrics | norm
+        state, told = apply_gradients(
+            learner.optimizer, (params, opt_state), grads, metrics["loss"][0]
+        )
+        return state, metrics | told
 
     carry = state.params, state.opt_state
     (params, opt_state), metrics = jax.lax.scan(one, carry, length=learner.objective.updates)
@@ -138,7 +141,8 @@ def caption_logps(
     """
     trunk = policy.trunk(params, batch.images, batch.prompt)
     hidden = policy.branches(params, trunk, captions.tokens, captions.mask)
-    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens)
+    known = policy.decoder.config.known
+    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens, known)
     return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
 
 
@@ -213,10 +217,35 @@ def _like_params(policy: Policy) -> Callable[[Params], Params]:
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
-) -> tuple[Params, Any, Metrics]:
-    """Returns (parameters, optimizer state, {"grad_norm"}) after one update of the optimizer."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    one = jnp.ones((), jnp.float32)
-    metrics = {"grad_norm": (optax.tree.norm(grads), one)}
-    return optax.apply_updates(params, updates), opt_state, metrics
+    optimizer: optax.GradientTransformation,
+    before: tuple[Params, Any],
+    grads: Params,
+    loss: jax.Array,
+) -> tuple[tuple[Params, Any], Metrics]:
+    """Takes one update of the optimizer, or none where a number isn't finite.
+
+    Loss, gradients and the optimizer's state are looked at: a NaN of the weights, of the judge or
+    of a reward is in the loss.
+
+    Args:
+      optimizer: optax's.
+      before: (parameters, optimizer state).
+      grads: like the parameters.
+      loss: float32 [], of these gradients.
+
+    Returns:
+      ((parameters, optimizer state), {"grad_norm", "skipped_updates": 1 if none was taken}); what
+      was skipped leaves parameters and optimizer state as they were, to the last bit.
+    """
+    params, opt_state = before
+    norm, one = optax.tree.norm(grads), jnp.ones((), jnp.float32)
+    floats = [a for a in jax.tree.leaves(opt_state) if jnp.issubdtype(a.dtype, jnp.floating)]
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite &= jnp.all(jnp.asarray([jnp.all(jnp.isfinite(a)) for a in floats]))
+    updates, new_state = optimizer.update(grads, opt_state, params)
+    after = optax.apply_updates(params, updates), new_state
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    return after, {
+        "grad_norm": (norm, one),
+        "skipped_updates": (1 - finite.astype(jnp.float32), one),
+    }

@@ -50,7 +50,9 @@ class Task:
       evaluate: parameters -> (metrics, sets of judged captions by name).
       ceiling: computes held-out accuracy on complete true captions; None without the truth.
       heldout: the held-out images; None for a model that is not evaluated on them.
-      run: the record that stays the same in all steps; None for SFT.
+      run: the record that stays the same in all steps; None for SFT, and where
+        captions pass through text.
+      rules: mesh and shard rules.
     """
 
     policy: Policy
@@ -63,6 +65,7 @@ class Task:
     ceiling: Callable[[], float | None] = lambda: None
     heldout: HeldOut | None = None
     run: Run | None = None
+    rules: ShardRules | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +82,7 @@ def _read_policy(config: ml_collections.ConfigDict) -> _Model:
     rules, dtype = compile_lib.shard_rules(config), compile_lib.compute_dtype(config)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
     path, revision = config.policy.path, config.policy.revision
-    policy, directory = load.read_model(path, revision, dtype, **options)
-    tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
+    policy, directory, tokenizer = load.read_with_tokenizer(path, revision, dtype, **options)
     return _Model(policy, directory, tokenizer, rules)
 
 
@@ -110,8 +112,8 @@ class _Reader:
 
 def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
     dtype = compile_lib.compute_dtype(config)
-    model, directory = load.read_model(config.judge.path, config.judge.revision, dtype)
-    tokenizer = Tokenizer.from_pretrained(directory, model.decoder.config.vocab)
+    path, revision = config.judge.path, config.judge.revision
+    model, directory, tokenizer = load.read_with_tokenizer(path, revision, dtype)
     difference = vocabulary_difference(policy, tokenizer)
     if difference is not None:
         logging.warning(
@@ -172,7 +174,8 @@ def caprl(
         evaluate=evaluation,
         ceiling=evaluation.ceiling,
         heldout=held,
-        run=run,
+        run=run if not reader.through_text else None,
+        rules=model.rules,
     ), state
 
 

@@ -79,6 +79,10 @@ class Checkpoints:
         """Returns the last step with a checkpoint."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns all steps with a checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, config: ml_collections.ConfigDict) -> None:
         """Starts writing (in the background) state and config after `step` steps.
 

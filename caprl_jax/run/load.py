@@ -40,6 +40,15 @@ def read_model(path: str, revision: str, dtype: Any, **options) -> tuple[Policy,
     return families.build(hf.read_config(directory), dtype, where=where, **options), directory
 
 
+def read_with_tokenizer(
+    path: str, revision: str, dtype: Any, **options
+) -> tuple[Policy, Path, Tokenizer]:
+    """Returns (modules that know which rows have a token, directory, tokenizer) of a model."""
+    policy, directory = read_model(path, revision, dtype, **options)
+    tokenizer = Tokenizer.from_pretrained(directory, policy.decoder.config.vocab)
+    return policy.with_tokens(tokenizer.count), directory, tokenizer
+
+
 def load_frozen(policy: Policy, directory: Path, rules: ShardRules, dtype: Any) -> Any:
     """Loads parameters of a model that isn't trained, in the compute dtype, on the mesh."""
     shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)

@@ -22,6 +22,13 @@ class General:
         "dtype of the computation; auto is bfloat16 on accelerators and float32 on CPU",
         choices=("auto", "float32", "bfloat16"),
     )
+    most_skipped: int = setting(
+        3,
+        "steps in a row whose update may be skipped because a number isn't finite; one more ends "
+        "the run",
+        least=0,
+        resume=True,
+    )
     sinks: dict = setting(
         {"tensorboard": {"sink": "tensorboard"}},
         "where metrics go beside metrics.jsonl: name to {sink, options}; sink defaults to the name",
@@ -79,6 +86,33 @@ class Evaluation:
     batch: int = setting(32, "images at a time", least=1, resume=True)
     group: int = setting(4, "sampled captions per image, beside a greedy one", least=1)
     shown: int = setting(8, "images in the report", least=0, resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarms:
+    """Settings of warnings about a run that goes wrong without an error."""
+
+    steps: int = setting(
+        10, "logged steps in a row for which a bound must be broken", least=1, resume=True
+    )
+    reward_std: float = setting(
+        1e-4,
+        "reward collapse: the rewards of a group deviate no more than this; -1 is off",
+        least=-1,
+        resume=True,
+    )
+    truncation_rate: float = setting(
+        0.9,
+        "length explosion: no fewer than this share of captions is truncated; above 1 is off",
+        least=0,
+        resume=True,
+    )
+    grad_norm: float = setting(
+        1e-7,
+        "vanished gradients: their norm is no more than this; -1 is off",
+        least=-1,
+        resume=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

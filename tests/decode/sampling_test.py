@@ -64,7 +64,7 @@ def test_impossible_sampling_is_refused(wrong, message):
 @pytest.mark.parametrize(
     ("way", "vocab"),
     [(by_noise, 2048), (by_inversion, 1187), (by_inversion, 2048), (by_inversion, 2374 * 8)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_either_way_of_drawing_follows_the_distribution(way, vocab):
     """Likely tokens as often as they should be, and of the rest, between them, no fewer."""

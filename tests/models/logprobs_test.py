@@ -96,7 +96,7 @@ def test_no_array_holds_the_logits_of_many_tokens(monkeypatch):
 
     def size(chunk):
         def loss(hidden, head):
-            return token_logprobs(hidden, head, jnp.zeros(tokens, jnp.int32), chunk)[0].sum()
+            return token_logprobs(hidden, head, jnp.zeros(tokens, jnp.int32), chunk=chunk)[0].sum()
 
         return largest(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head).jaxpr)
 
