@@ -152,7 +152,7 @@ class Loop:
                 elif step % config.checkpoint.every == 0:
                     watch.look()
                 with pace.paused():
-                    self._now_and_then(step, state, writer)
+                    self._now_and_then(step, state, writer, whole=not watch.in_a_row)
                 if notice.reached(step):
                     break
             watch.look()
@@ -166,12 +166,15 @@ class Loop:
         bar.show(step, values)
         return values
 
-    def _now_and_then(self, step: int, state: Any, writer: metrics.MetricWriter) -> None:
-        """Evaluates, writes checkpoints and exports, if the config asks for it after this step."""
+    def _now_and_then(self, step: int, state: Any, writer: metrics.MetricWriter, whole: bool):
+        """Evaluates, writes checkpoints and exports, if the config asks for it after this step.
+
+        Without a whole update there is no new checkpoint, so that a replay finds the one before.
+        """
         config, last = self.config, step >= self.config.steps
         if config.eval.every and step % config.eval.every == 0 and not last:
             writer.write(step, self.task.evaluate(state.params)[0], prefix="eval/")
-        if step % config.checkpoint.every == 0:
+        if step % config.checkpoint.every == 0 and whole:
             self.checkpoints.save(step, state, config)
             # The last export waits for its held-out figures.
             if config.export.when == "checkpoints" and not last:

@@ -30,12 +30,13 @@ class Skipped:
       workdir: batches are kept in WORKDIR/skipped/STEP.npz, by each process its own part.
       most: steps in a row that may skip updates; one more ends the run.
       total: steps that skipped one so far.
+      in_a_row: of these, the steps since the last that skipped none.
     """
 
     workdir: Path
     most: int
     total: int = 0
-    _in_a_row: int = 0
+    in_a_row: int = 0
     _unseen: list[tuple[int, Any, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, step: int, batch: Any, measured: Any) -> None:
@@ -52,18 +53,18 @@ class Skipped:
         unseen, self._unseen = self._unseen, []
         for step, batch, skipped in unseen:
             if not float(jax.device_get(skipped)):
-                self._in_a_row = 0
+                self.in_a_row = 0
                 continue
-            self.total, self._in_a_row = self.total + 1, self._in_a_row + 1
+            self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
             file = self.workdir / "skipped" / processes.own_name(f"{step}.npz")
             save(file, batch)
             logging.warning(
                 f"step {step}: a loss, gradient or optimizer state isn't finite, and the update "
                 f"was skipped; its batch is kept: --replay={file} tells where it begins"
             )
-            if self._in_a_row > self.most:
+            if self.in_a_row > self.most:
                 raise NotFinite(
-                    f"{self._in_a_row} steps in a row up to step {step} had numbers that aren't "
+                    f"{self.in_a_row} steps in a row up to step {step} had numbers that aren't "
                     f"finite, and nothing was learned from them: the run ends here. Its last "
                     f"checkpoint is from before. --replay={file} tells where they begin; then "
                     "lower config.optimizer.learning_rate, or start from other weights"
