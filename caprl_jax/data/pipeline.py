@@ -27,11 +27,17 @@ MakeExample = Callable[[Record, np.random.Generator], Any]
 def guarded(
     make: MakeExample, set_aside: SetAside, instead: Any = None
 ) -> Callable[[Mapping, Any], Any]:
-    """Wraps make to take stored elements; sets unusable records aside and returns `instead`."""
+    """Wraps make to take stored elements; sets unusable records aside and returns `instead`.
+
+    Unusable questions of a usable record are set aside too, each with a line of its own.
+    """
 
     def convert(raw: Mapping[str, Any], rng: np.random.Generator) -> Any:
         try:
-            return make(records.parse(raw), rng)
+            record = records.parse(raw)
+            for number, reason in record.dropped:
+                set_aside.add(f"{record.id}, question {number}", reason)
+            return make(record, rng)
         except (MalformedRecord, UnreadableImage, ValueError) as e:
             identity = raw.get("id", b"?")
             set_aside.add(identity.decode() if isinstance(identity, bytes) else identity, str(e))

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from caprl_jax.data.records import LETTERS, Question
+from caprl_jax.data.records import ABSTAIN, LETTERS, Question
 from caprl_jax.data.tokens import Tokenizer, pad
 from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.rl.types import Instruction, Questions
 
-ABSTAIN = "cannot tell"
 INSTRUCTION = (
     "You cannot see the image. Read the caption and answer the question with one letter, "
     "using only what the caption says. If the caption does not say it, choose the last option."

@@ -5,13 +5,21 @@ import dataclasses
 import io
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from caprl_jax.errors import UserError
 
-_LETTERED = re.compile(r"^\s*([A-Z])[).:]\s*(.*)$", re.DOTALL)
 LETTERS = "ABCDEFGHI"
+ABSTAIN = "cannot tell"  # the last option of every question, which data/questions.py appends
+# "A) x", "A. x", "A: x", "(A) x", "[A] x", "A.) x", "A - x", in small letters, and full-width signs
+_LETTERED = re.compile(
+    r"\s*(?P<open>[(\[（【]?)\s*(?P<letter>[A-Za-z])"
+    r"(?P<close>\s*(?:\.\)|[).:\]）．：、】])|\s+[-–—](?=\s))\s*(?P<text>.*)",
+    re.DOTALL,
+)
+_PAIRS = {"(": ")", "[": "]", "（": "）", "【": "】"}
 
 
 class MalformedRecord(UserError):
@@ -43,6 +51,7 @@ class Record:
       questions: at least one question.
       facts: true facts of the image, in the source's own format; empty if unknown.
       extras: numbers, or lists of numbers, by name; reward terms may read them.
+      dropped: (number from 1, reason) of each question that parse left out; never stored.
     """
 
     id: str
@@ -50,13 +59,18 @@ class Record:
     questions: tuple[Question, ...]
     facts: Any = ()
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dropped: tuple[tuple[int, str], ...] = ()
 
 
 def parse_question(raw: Mapping[str, Any]) -> Question:
     """Parses a question {"question", "choices": ["A) ..", ..], "answer": "B"}.
 
+    Letters are letters only where all choices carry them, in one spelling, from A on in order;
+    otherwise the choices stay whole. The answer is a letter, bare or in one of these spellings.
+
     Raises:
-      MalformedRecord: a field is missing, an option repeats, or the answer isn't among the options.
+      MalformedRecord: a field is missing, an option repeats or abstains, or the answer isn't among
+        the options.
     """
     try:
         text, choices, answer = raw["question"], raw["choices"], raw["answer"]
@@ -64,28 +78,118 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
         raise MalformedRecord(f"a question lacks {e}") from e
     strings = [text, *choices] if isinstance(choices, list) else [None]
     if not all(isinstance(s, str) for s in strings):
-        raise MalformedRecord(f"question and choices aren't text and a list of texts: {raw!r:.80}")
-    lettered = [_LETTERED.match(c) for c in choices]
-    if all(lettered):
-        letters, texts = [m[1] for m in lettered], [m[2].strip() for m in lettered]
-    else:
-        letters, texts = list(LETTERS[: len(choices)]), [c.strip() for c in choices]
+        shown = reprlib.repr(raw)  # bounds length and depth
+        raise MalformedRecord(f"question and choices aren't text and a list of texts: {shown:.80}")
+    for string in strings:
+        check_text(string, "a question")
+    name = repr(text[:80])
+    texts = _without_letters(choices)
     if not 2 <= len(texts) < len(LETTERS):
-        raise MalformedRecord(f"{text!r} has {len(texts)} options, not 2 to {len(LETTERS) - 1}")
+        raise MalformedRecord(f"{name} has {len(texts)} options, not 2 to {len(LETTERS) - 1}")
     if len(set(texts)) < len(texts):
-        raise MalformedRecord(f"{text!r} repeats an option: {texts}")
-    if letters.count(answer) != 1:
+        raise MalformedRecord(f"{name} repeats an option: {texts!r:.200}")
+    if any(_plain(t) == ABSTAIN for t in texts):
         raise MalformedRecord(
-            f"the answer {answer!r} of {text!r} isn't among its options {letters}"
+            f"{name} has the option {ABSTAIN!r}, which every question gets as its last"
         )
-    return Question(text, tuple(texts), letters.index(answer))
+    letters = list(LETTERS[: len(texts)])
+    if _letter(answer) not in letters:
+        raise MalformedRecord(
+            f"the answer {reprlib.repr(answer)} of {name} isn't among its options {letters}"
+        )
+    return Question(text, tuple(texts), letters.index(_letter(answer)))
+
+
+def parse_questions(raw: Any) -> tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]:
+    """Parses a record's questions.
+
+    Args:
+      raw: a list of questions as parse_question takes them, or its JSON text.
+
+    Returns:
+      (usable questions, (number from 1, reason in one line) of each other question).
+
+    Raises:
+      MalformedRecord: no question is usable.
+    """
+    if isinstance(raw, str):  # some tools store nested columns as JSON text
+        raw = read_json_text(raw, "the questions")
+    if not isinstance(raw, list) or not raw:
+        raise MalformedRecord("the record has no questions")
+    questions, reasons = [], []
+    for number, question in enumerate(raw, 1):
+        try:
+            questions.append(parse_question(question))
+        except MalformedRecord as e:
+            reasons.append((number, str(e)))
+    if not questions:
+        raise MalformedRecord(f"the record has no usable question: {reasons[0][1]}")
+    return tuple(questions), tuple(reasons)
+
+
+def _without_letters(choices: Sequence[str]) -> list[str]:
+    """Texts of the choices, without letters if all carry them in one spelling and in order."""
+    matches = [_LETTERED.match(c) for c in choices]
+    if not choices or not all(m and _closes(m) for m in matches):
+        return [c.strip() for c in choices]
+    spellings = {(m["open"], m["close"].strip(), m["letter"].isupper()) for m in matches}
+    found = [m["letter"].upper() for m in matches]
+    in_order = list(LETTERS[: len(found)])
+    if sorted(found) == in_order != found:
+        raise MalformedRecord(f"the options' letters are not in order: {list(choices)!r:.200}")
+    if len(spellings) > 1 or found != in_order:
+        return [c.strip() for c in choices]
+    return [m["text"].strip() for m in matches]
+
+
+def _closes(match: re.Match) -> bool:
+    """Whether the sign after the letter belongs to the one before it."""
+    opened, closed = match["open"], match["close"].strip()
+    return not opened or closed == _PAIRS[opened]
+
+
+def _letter(answer: Any) -> str | None:
+    """The capital letter that an answer names, bare or in an option's spelling; None if none."""
+    if not isinstance(answer, str):
+        return None
+    match = _LETTERED.fullmatch(answer + " ")
+    bare = match["letter"] if match and _closes(match) and not match["text"] else answer.strip()
+    return bare.upper() if len(bare) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[\s.,;:!?。！？…]+$", "", text).casefold().split())
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises MalformedRecord if a text holds half a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise MalformedRecord(
+            f"{name} holds half a surrogate pair, {text[e.start]!r}: {text[:80]!r}"
+        ) from e
+
+
+def read_json_text(text: str | bytes, name: str) -> Any:
+    """Parses JSON text of a record's field.
+
+    Raises:
+      MalformedRecord: the text is no JSON, or is nested too deeply to read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise MalformedRecord(f"{name}: the JSON is nested too deeply") from e
+    except ValueError as e:
+        raise MalformedRecord(f"{name} can't be read: no valid JSON: {e}") from e
 
 
 def parse(raw: Mapping[str, Any]) -> Record:
-    """Parses a stored element.
+    """Parses a stored element; Record.dropped says which questions are left out.
 
     Raises:
-      MalformedRecord: questions or facts don't parse, or there are no questions.
+      MalformedRecord: a field doesn't parse, or there is no usable question.
     """
 
     def text(value):
@@ -93,15 +197,14 @@ def parse(raw: Mapping[str, Any]) -> Record:
 
     try:
         identity, image = text(raw["id"]), bytes(raw["image"])
-        questions = json.loads(text(raw["questions"]))
-        facts = json.loads(text(raw["facts"]))
-        extras = json.loads(text(raw.get("extras", "{}")))
+        asked, facts = text(raw["questions"]), text(raw["facts"])
+        extras = text(raw.get("extras", "{}"))
     except (KeyError, TypeError, ValueError) as e:
         raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
-    if not isinstance(questions, list) or not questions:
-        raise MalformedRecord("the record has no questions")
-    parsed = tuple(parse_question(q) for q in questions)
-    return Record(identity, image, parsed, facts, parse_extras(extras))
+    check_text(identity, "the id")
+    facts, extras = read_json_text(facts, "the facts"), parse_extras(extras)
+    questions, reasons = parse_questions(asked)
+    return Record(identity, image, questions, facts, extras, reasons)
 
 
 def parse_extras(raw: Any) -> dict[str, Any]:
@@ -114,16 +217,15 @@ def parse_extras(raw: Any) -> dict[str, Any]:
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float)
 
-    try:  # some tools store nested columns as JSON text
-        extras = json.loads(raw) if isinstance(raw, str) and raw else raw or {}
-    except ValueError as e:
-        raise MalformedRecord(f"the extras are no valid JSON: {e}") from e
+    # some tools store nested columns as JSON text
+    extras = read_json_text(raw, "the extras") if isinstance(raw, str) and raw else raw or {}
+    extras = {} if extras is None else extras
     if not isinstance(extras, Mapping):
-        raise MalformedRecord(f"the extras are {extras!r:.80}, not numbers by name")
+        raise MalformedRecord(f"the extras are {reprlib.repr(extras)}, not numbers by name")
     for name, value in extras.items():
         listed = isinstance(value, list) and all(map(is_number, value))
         if not listed and not is_number(value):
-            raise MalformedRecord(f"extra {name!r} is {value!r:.80}, not numbers")
+            raise MalformedRecord(f"extra {name!r:.80} is {reprlib.repr(value)}, not numbers")
     return dict(extras)
 
 

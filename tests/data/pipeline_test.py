@@ -232,3 +232,16 @@ def test_the_judges_buckets_hold_all_that_it_learns_from(inputs, stage):
     assert c.data.max_question - 1 <= asked.max()
     letters = np.concatenate([b.questions.letters[b.questions.valid] for b in quiz.batches])
     assert set(letters.tolist()) == {most + 1}  # and the abstain option
+
+
+def test_an_unusable_question_is_set_aside_and_its_record_kept():
+    record = next(iter(digits.scenes("train", 1, (3, 3), (2, 2))))
+    stored = raw(record)
+    asked = json.loads(stored["questions"])
+    stored["questions"] = json.dumps([*asked, asked[0] | {"answer": "Z"}])
+    aside = SetAside()
+    kept = pipeline.guarded(lambda record, rng: record.questions, aside)(stored, None)
+    assert kept == record.questions
+    (line,) = aside.listing()
+    assert line["id"] == f"{record.id}, question {len(asked) + 1}"
+    assert "isn't among its options" in line["reason"]

@@ -11,19 +11,101 @@ from caprl_jax.data.records import MalformedRecord, Question, parse, parse_quest
 RAW = {"question": "What?", "choices": ["A) a cat", "B) a dog"], "answer": "B"}
 
 
+SPELLINGS = (
+    "{}) ", "{}. ", "{}: ", "({}) ", "{}）", "{}、", "[{}] ", "{} - ", "{}.) ", "（{}）", "{})"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("letters", ["AB", "ab"])
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "b)", "[B]", "B.", " B "])
+def test_options_lose_their_letters(spelling, letters, answer):
+    choices = [spelling.format(c) + t for c, t in zip(letters, ("a cat", "a dog"), strict=True)]
+    question = parse_question(RAW | {"choices": choices, "answer": answer})
+    assert question == Question("What?", ("a cat", "a dog"), 1)
+
+
 @pytest.mark.parametrize(
     "choices",
     [
-        ["A) a cat", "B) a dog"],
-        ["A. a cat", "B. a dog"],
-        ["A: a cat", "B: a dog"],
         ["a cat", "a dog"],
+        ["A) a cat", "a dog"],  # one without a letter
+        ["A) a cat", "B. a dog"],  # two spellings
+        ["A) a cat", "b) a dog"],
+        ["(A) a cat", "B) a dog"],
+        ["C. Darwin", "A. Einstein"],  # texts that begin like letters
+        ["A. Lincoln", "A. Merkel"],
+        ["A-team", "B-side"],
+        ["A", "B"],
+        ["(A cat", "(B dog"],
     ],
 )
-def test_options_lose_their_letters(choices):
+def test_options_without_a_letter_each_stay_whole(choices):
     question = parse_question(RAW | {"choices": choices})
-    assert question == Question("What?", ("a cat", "a dog"), 1)
+    assert question == Question("What?", tuple(choices), 1)
     assert parse_question(records.unparse_question(question)) == question
+
+
+def test_letters_out_of_order_are_refused_as_the_answer_could_mean_either():
+    with pytest.raises(MalformedRecord, match="letters are not in order"):
+        parse_question(RAW | {"choices": ["B) a dog", "A) a cat"]})
+
+
+@pytest.mark.parametrize("texts", [("A) x", "B) y"), ("(A) x", ""), (") x", "- y"), ("B", "A")])
+def test_stored_questions_keep_texts_that_begin_like_letters(texts):
+    question = Question("What?", texts, 1)
+    assert parse_question(records.unparse_question(question)) == question
+
+
+@pytest.mark.parametrize("option", ["cannot tell", " Cannot tell. ", "CANNOT  TELL!"])
+@pytest.mark.parametrize("letters", [("", ""), ("A) ", "B) ")])
+def test_an_option_that_is_the_abstain_option_is_refused(option, letters):
+    choices = [letters[0] + "red", letters[1] + option]
+    with pytest.raises(MalformedRecord, match="'cannot tell', which every question gets"):
+        parse_question(RAW | {"choices": choices})
+
+
+GOOD = json.dumps(RAW)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "3",
+        '{"question": "\\ud83d?", "choices": ["a", "b"], "answer": "A"}',
+        '{"question": "What?", "choices": ["a", "cannot tell"], "answer": "A"}',
+        '{"question": "What?", "choices": ' + "[" * 300 + "]" * 300 + ', "answer": "A"}',
+    ],
+)
+def test_a_record_keeps_its_good_questions(bad):
+    """Only the bad ones are left out, each with a reason of one short line."""
+    raw = {"id": "x", "image": b"", "questions": f"[{GOOD}, {bad}, {GOOD}]", "facts": "[]"}
+    record = parse(raw)
+    assert record.questions == (parse_question(RAW),) * 2
+    ((number, reason),) = record.dropped
+    assert number == 2 and len(reason) < 250 and "\n" not in reason
+    with pytest.raises(MalformedRecord, match="no usable question: "):
+        parse(raw | {"questions": f"[{bad}]"})
+
+
+@pytest.mark.parametrize("change", [{"question": "\ud83d"}, {"choices": ["a", "\udc00"]}])
+def test_half_a_surrogate_pair_is_malformed(change):
+    with pytest.raises(MalformedRecord, match="half a surrogate pair"):
+        parse_question(RAW | change)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"id": "\ud83d"}, {"questions": DEEP}, {"facts": DEEP}, {"extras": DEEP}],
+    ids=["id", "questions", "facts", "extras"],
+)
+def test_a_field_that_no_one_can_read_makes_a_malformed_record(change):
+    raw = {"id": "x", "image": b"", "questions": f"[{GOOD}]", "facts": "[]", "extras": "{}"}
+    with pytest.raises(MalformedRecord, match=r"surrogate pair|nested too deeply"):
+        parse(raw | change)
 
 
 @pytest.mark.parametrize(
