@@ -105,7 +105,6 @@ def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work
     pictures = [Image.fromarray(pixels) for pixels in noise]
     mrope = policy.decoder.config.mrope_section is not None
     filler = PolicyPrompt.create(tokenizer, config.policy.prompt, vision, mrope)
-    content = [{"type": "image"}, {"type": "text", "text": config.policy.prompt}]
     questions, instruction = _asked(config, judge_path, judged.decoder, rng)
     return Work(
         config,
@@ -117,7 +116,7 @@ def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work
         processor,
         filler,
         *laid_out(config, processor, filler, pictures),
-        tokenizer.chat(content),
+        tokenizer.chat(config.policy.prompt, image=True),
         questions,
         instruction,
     )

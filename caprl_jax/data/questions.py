@@ -129,15 +129,19 @@ class JudgePrompt:
 
     Attributes:
       tokenizer: the judge's tokenizer.
+      head: the chat template's own text, up to the user's.
       before: text up to the caption.
       between: text from the caption to the question.
-      after: text from the question to the letter.
+      after: text from the question to the end of the user's.
+      foot: the chat template's own text, up to the letter.
     """
 
     tokenizer: Tokenizer
+    head: str
     before: str
     between: str
     after: str
+    foot: str
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, template: str = "") -> "JudgePrompt":
@@ -148,26 +152,38 @@ class JudgePrompt:
         """
         template = template or default_prompt()
         _check_fields(template, "judge.prompt")
-        text = tokenizer.chat(template) + PREFILL
-        before, rest = text.split(_FIELDS[0])
+        head, foot = tokenizer.around_text()
+        before, rest = template.split(_FIELDS[0])
         between, after = rest.split(_FIELDS[1])
-        return cls(tokenizer, before, between, after)
+        return cls(tokenizer, head, before, between, after, foot + PREFILL)
 
     def instruction(self) -> Instruction:
         """Arrays of the prompt's fixed part."""
         return Instruction(
-            tokens=np.asarray(self.tokenizer.encode(self.before), np.int32),
+            tokens=np.asarray(self.fixed(), np.int32),
             letters=np.asarray(self.tokenizer.letters(), np.int32),
             special=np.asarray(self.tokenizer.special, np.int32),
         )
 
+    def fixed(self) -> list[int]:
+        """Ids of the text up to the caption."""
+        return self.tokenizer.encode_around(self.head, self.before, "")
+
     def tail_text(self, presented: Presented) -> str:
         """Text between the end of the caption and the letter."""
-        return self.between + _body(presented) + self.after
+        return self._asked(presented) + self.foot
 
     def tail(self, presented: Presented) -> list[int]:
         """Ids of tail_text."""
-        return self.tokenizer.encode(self.tail_text(presented))
+        return self.tokenizer.encode_around("", self._asked(presented), self.foot)
+
+    def whole(self, caption: str, presented: Presented) -> list[int]:
+        """Ids of the whole text, tokenised at once."""
+        text = self.before + caption + self._asked(presented)
+        return self.tokenizer.encode_around(self.head, text, self.foot)
+
+    def _asked(self, presented: Presented) -> str:
+        return self.between + _body(presented) + self.after
 
     def arrays(self, presented: Sequence[Presented], n: int, q: int) -> Questions:
         """Arrays of one image's questions, padded to n questions of q tokens; no batch axis.

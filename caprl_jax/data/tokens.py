@@ -1,6 +1,7 @@
 """Tokenizers of model directories, and the policy's prompt as ids."""
 
 import dataclasses
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from caprl_jax.data.records import LETTERS
-from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.data import templates
+from caprl_jax.data.records import LETTERS, check_text
+from caprl_jax.data.templates import IMAGE_TOKEN
+from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models.hf.files import read_json
 from caprl_jax.models.vision import VisionConfig, feature_order
 from caprl_jax.models.vlm import Prompt, mrope_positions
 
-IMAGE_TOKEN = "<|image_pad|>"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -27,13 +29,15 @@ class Tokenizer:
       directory: the model directory, for error messages.
       inner: transformers' tokenizer.
       stop: ids that end a caption.
-      special: ids that never reach the judge.
+      special: ids of control tokens, which never reach the judge.
+      plain: the same tokenizer without control tokens, of the tokenizers library.
     """
 
     directory: Path
     inner: Any
     stop: tuple[int, ...]
     special: tuple[int, ...]
+    plain: Any = dataclasses.field(repr=False, compare=False)
     # Reading special tokens changes the state of the inner tokenizer, which threads share.
     _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -65,10 +69,9 @@ class Tokenizer:
                 f"{directory}: the tokenizer has ids up to {largest}, the model's vocabulary has "
                 f"{vocab} rows: the tokenizer belongs to another model"
             )
-        if not inner.chat_template:
-            raise ModelDirectoryError(f"{directory}: the tokenizer has no chat template")
+        inner.chat_template = templates.find(directory, inner)
         stop, special = _stop_ids(directory, inner, vocab), tuple(sorted(_special_ids(inner)))
-        return cls(directory, inner, stop, special)
+        return cls(directory, inner, stop, special, _plain(directory, inner))
 
     @property
     def count(self) -> int:
@@ -76,35 +79,44 @@ class Tokenizer:
         return max(self.inner.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Converts text to ids; special tokens in the text become their ids."""
+        """Converts text of this project or a template to ids; control tokens become their ids."""
+        check_text(text, "a text")
         with self._lock:
             return self.inner.encode(text, add_special_tokens=False)
 
     def encode_caption(self, text: str) -> list[int]:
-        """Converts text that a model wrote to ids; special tokens count as plain characters."""
-        with self._lock:
-            return self.inner.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Converts text that a person or a model wrote to ids; all of it is plain characters."""
+        check_text(text, "a text")
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def encode_around(self, before: str, text: str, after: str) -> list[int]:
+        """Converts before + text + after to ids; only before and after hold control tokens.
+
+        Tokens may span the seams, unless text holds the characters of a control token.
+        """
+        whole = self.encode(before + text + after)
+        first, last = self.encode(before), self.encode(after)
+        special = set(self.special)
+        if [i for i in whole if i in special] == [i for i in [*first, *last] if i in special]:
+            return whole
+        return [*first, *self.encode_caption(text), *last]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Converts ids to stripped text without special tokens."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
-    def chat(self, content: Any) -> str:
-        """Renders a user message and the start of the assistant's with the chat template.
-
-        A template with a thinking mode (Qwen3) renders without it.
+    def chat(self, text: str, image: bool = False) -> str:
+        """Renders a user's message and the start of the assistant's with the chat template.
 
         Raises:
-          ModelDirectoryError: the template can't be rendered.
+          ModelDirectoryError: as templates.around_text.
         """
-        messages, template = [{"role": "user", "content": content}], self.inner.apply_chat_template
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        try:
-            return template(messages, **options)
-        except Exception as e:  # a template is a program, which may raise any error
-            raise ModelDirectoryError(
-                f"{self.directory}: the chat template can't be rendered: {type(e).__name__}: {e}"
-            ) from e
+        before, after = self.around_text(image)
+        return before + text + after
+
+    def around_text(self, image: bool = False) -> tuple[str, str]:
+        """The chat template's own text before and after a message; see templates.around_text."""
+        return templates.around_text(self.directory, self.inner, image)
 
     def letters(self) -> list[int]:
         """Ids of " A", " B", ..., each of which must be one token."""
@@ -118,20 +130,45 @@ class Tokenizer:
 
 
 def _special_ids(inner: Any) -> set[int]:
-    added = {i for i, token in inner.added_tokens_decoder.items() if token.special}
+    """Ids of added tokens; some families' added white space is text like any other."""
+    added = {i for i, t in inner.added_tokens_decoder.items() if not t.content.isspace()}
     return added | set(inner.all_special_ids)
 
 
+def _plain(directory: Path, inner: Any) -> Any:
+    """A copy of the tokenizer that knows no control tokens.
+
+    transformers' split_special_tokens splits only tokens that are marked as special: "<think>"
+    would stay one id.
+    """
+    from tokenizers import Tokenizer as Backend  # imported where used
+
+    try:
+        content = json.loads(inner.backend_tokenizer.to_str())
+    except AttributeError as e:
+        raise ModelDirectoryError(
+            f"{directory}: the tokenizer is none of the tokenizers library: give a tokenizer.json"
+        ) from e
+    kept = [t for t in content["added_tokens"] if t["content"].isspace()]
+    bare = {"added_tokens": kept, "truncation": None, "padding": None, "post_processor": None}
+    return Backend.from_str(json.dumps(content | bare))
+
+
 def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, or else of the tokenizer."""
-    path = directory / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = inner.eos_token_id if ids is None else ids
+    """End-of-sequence ids of generation_config.json, else config.json, else the tokenizer."""
+    contents = [
+        read_json(directory / name) if (directory / name).is_file() else {}
+        for name in ("generation_config.json", "config.json")
+    ]
+    text_config = contents[1].get("text_config")
+    contents.append(text_config if isinstance(text_config, dict) else {})
+    given = [c["eos_token_id"] for c in contents if c.get("eos_token_id") is not None]
+    ids = [*given, inner.eos_token_id][0]
     ids = tuple(ids) if isinstance(ids, list) else (ids,)
     if not ids or any(type(i) is not int or not 0 <= i < vocab for i in ids):
         raise ModelDirectoryError(
-            f"{directory}: eos_token_id {list(ids)} of generation_config.json, or of the "
-            f"tokenizer, does not hold ids within the vocabulary of {vocab}"
+            f"{directory}: eos_token_id {list(ids)} of generation_config.json, config.json or the "
+            f"tokenizer does not hold ids within the vocabulary of {vocab}"
         )
     return ids
 
@@ -139,7 +176,7 @@ def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:
 def vocabulary_difference(policy: Tokenizer, judge: Tokenizer) -> str | None:
     """Describes a token with different ids for policy and judge; None if all ids agree.
 
-    Special tokens may differ, as they never reach the judge.
+    Control tokens may differ, as they never reach the judge.
     """
     ours, theirs = policy.inner.get_vocab(), judge.inner.get_vocab()
     special = {policy.inner.convert_ids_to_tokens(i) for i in policy.special}
@@ -167,15 +204,25 @@ class PolicyPrompt:
 
     @classmethod
     def create(cls, tokenizer: Tokenizer, text: str, vision: VisionConfig, mrope: bool):
-        """Renders a user message of an image and a text."""
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        ids = np.asarray(tokenizer.encode(tokenizer.chat(content)), np.int32)
+        """Renders a user message of an image and a text.
+
+        Raises:
+          ConfigError: the text holds the image's placeholder.
+          ModelDirectoryError: the chat template doesn't render one image and the text.
+        """
+        if IMAGE_TOKEN in text:
+            raise ConfigError(
+                f"the policy's prompt {text[:80]!r} holds {IMAGE_TOKEN}, which stands for the "
+                "image: leave it out, the chat template places it"
+            )
+        before, after = tokenizer.around_text(image=True)
+        ids = np.asarray(tokenizer.encode_around(before, text, after), np.int32)
         image_token = tokenizer.inner.convert_tokens_to_ids(IMAGE_TOKEN)
         count = int(np.sum(ids == image_token))
         if count != 1:
             raise ModelDirectoryError(
-                f"{tokenizer.directory}: the chat template renders an image as {count} "
-                f"{IMAGE_TOKEN} tokens, not one"
+                f"{tokenizer.directory}: the tokenizer reads an image as {count} {IMAGE_TOKEN} "
+                "tokens, not one"
             )
         return cls(ids, image_token, vision, mrope)
 

@@ -53,11 +53,10 @@ class Splicing:
         whole, differ = [], []
         for j in judged:
             caption, shown = j.caption, self._data.presented[j.caption.record][0]
-            tail = self._prompt.tail_text(shown)
             ids = tokenizer.encode_caption(caption.text) if self._through_text else caption.ids
             ids = [i for i in ids if i not in special]
-            spliced = [*tokenizer.encode(self._prompt.before), *ids, *tokenizer.encode(tail)]
-            whole.append(tokenizer.encode(self._prompt.before + caption.text + tail))
+            spliced = [*self._prompt.fixed(), *ids, *self._prompt.tail(shown)]
+            whole.append(self._prompt.whole(caption.text, shown))
             differ.append(whole[-1] != spliced)
         letters = self._read(model, whole)
         spliced_letters = [j.letters[0] for j in judged]
