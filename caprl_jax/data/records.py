@@ -143,7 +143,7 @@ def _without_letters(choices: Sequence[str]) -> list[str]:
 
 
 def _closes(match: re.Match) -> bool:
-    """Whether the sign after the letter belongs to the one before it."""
+    """Returns True if the sign after the letter belongs to the one before it."""
     opened, closed = match["open"], match["close"].strip()
     return not opened or closed == _PAIRS[opened]
 
