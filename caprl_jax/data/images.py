@@ -3,33 +3,70 @@
 import dataclasses
 import io
 import math
+import os
+import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.models.hf.files import read_json
 
+MAX_BYTES = 1 << 28  # of an image file
 _MAX_RATIO = 200
+_WANTED = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+Image.init()
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF is young
 
 
 class UnreadableImage(UserError):
     """An image that can't be decoded; the message says why."""
 
 
+def read_image(path: Path) -> bytes:
+    """Reads an image file: a regular file of at most MAX_BYTES.
+
+    Raises:
+      UnreadableImage: the file is missing, too large, or a pipe, a device or a directory.
+    """
+    try:
+        # A pipe without a writer would block open() without O_NONBLOCK.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableImage(f"the image {path.name!r:.80} is not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise UnreadableImage(
+                    f"the image file {path.name!r:.80} has {status.st_size} bytes, more than "
+                    f"{MAX_BYTES}"
+                )
+            return file.read(MAX_BYTES)
+    except (OSError, ValueError) as e:  # ValueError: a path with a zero byte
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise UnreadableImage(f"the image file {path.name!r:.80} can't be read: {reason}") from e
+
+
 def decode_image(data: bytes) -> Image.Image:
     """Decodes encoded bytes to RGB.
 
-    Like transformers, it applies EXIF orientation, pastes transparent images onto white, takes the
-    first frame of an animation, and keeps Pillow's limit against decompression bombs. Unlike
-    transformers, which clips 16 bits a channel to white, it scales them to 8.
+    Like transformers, it applies EXIF orientation, pastes transparent images onto white and takes
+    the first frame of an animation. Unlike transformers, it reads only the formats in FORMATS,
+    refuses more pixels than Pillow's MAX_IMAGE_PIXELS before it decodes them, and scales 16 bits a
+    channel to 8, which transformers clips to white.
 
     Raises:
       UnreadableImage: the bytes are not an image, truncated, or too large to be safe.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # to_rgb refuses
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as e:  # its message is an address in memory
+        raise UnreadableImage(
+            f"the image can't be decoded: it is not one of {', '.join(FORMATS)}"
+        ) from e
     except Exception as e:  # as in to_rgb
         raise UnreadableImage(f"the image can't be decoded: {e}") from e
     return to_rgb(image)
@@ -41,11 +78,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
       UnreadableImage: its bytes are not an image, truncated, or too large to be safe.
     """
+    kind, pixels, most = image.format, image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if kind is not None and kind not in FORMATS:  # Pillow runs Ghostscript for EPS
+        raise UnreadableImage(f"the image can't be decoded: the format {kind} is not supported")
+    if most is not None and pixels > most:
+        raise UnreadableImage(
+            f"the image can't be decoded: {image.width} x {image.height} pixels are more than "
+            f"{most}, so it could be a decompression bomb"
+        )
     try:
         image = ImageOps.exif_transpose(image)
         image.load()
-        if image.mode.startswith("I;16") or image.mode == "I":
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":
+            image = Image.fromarray(_eight_bits(image, kind))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -53,6 +98,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise errors of any type on bad bytes
         raise UnreadableImage(f"the image can't be decoded: {e}") from e
+
+
+def _eight_bits(image: Image.Image, kind: str | None) -> np.ndarray:
+    """Grey values of 16 or 32 bits as uint8 [height, width].
+
+    16 bits are divided by 257. 32 bits don't say their range: values within 0 to 255 stay, floats
+    that are fractions of 1 are multiplied by 255, and other integers up to 65535 are 16 bits.
+
+    Raises:
+      ValueError: the values have no such range.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    # Pillow reads 16 bits of PNG (before version 11) and PPM as 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        scale = 1 / 257
+    elif image.mode == "F" and low >= 0 and high <= 1 and np.any(values % 1):
+        scale = 255
+    elif low >= 0 and high <= 255:
+        scale = 1
+    elif image.mode == "I" and low >= 0 and high <= 65535:
+        scale = 1 / 257
+    else:
+        raise ValueError(f"its values lie between {low} and {high}, which is no known range")
+    return np.rint(values * np.float32(scale)).astype(np.uint8)
 
 
 def _processor_config(directory: Path) -> tuple[Path, dict]:
@@ -131,6 +201,9 @@ class ImageProcessor:
     def from_pretrained(cls, directory: str | Path) -> "ImageProcessor":
         """Reads processor_config.json, or the preprocessor_config.json of older versions.
 
+        The bounds are min_pixels and max_pixels, else shortest_edge and longest_edge of `size`,
+        else min_pixels and max_pixels of `size`.
+
         Raises:
           ModelDirectoryError: the file is missing or unreadable, or it turns off a stage.
         """
@@ -143,10 +216,13 @@ class ImageProcessor:
             raise ModelDirectoryError(
                 f"{path}: size can't be {size!r}: it must be an object of two bounds"
             )
-        bounds = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-        for ours, theirs in bounds.items():
-            if config.get(ours) is None and theirs in size:
-                config[ours] = size[theirs]
+        for ours, theirs in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            given = [config.get(ours), size.get(theirs), size.get(ours)]
+            config[ours] = next((v for v in given if v is not None), None)
+            if size and config[ours] is None:
+                raise ModelDirectoryError(
+                    f"{path}: size can't be {size!r}: it has neither {theirs} nor {ours}"
+                )
         names = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in config.items() if k in names and v is not None}
         for key in ("image_mean", "image_std"):

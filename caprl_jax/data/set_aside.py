@@ -1,8 +1,24 @@
 """Listing of unusable records, with the reason for each."""
 
 import json
+import os
 import threading
 from pathlib import Path
+
+MAX_REASON = 200  # characters
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it, so that no reader sees a part of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
+
+
+def short(reason: str) -> str:
+    """Returns a reason as one line of at most MAX_REASON characters."""
+    line = " ".join(reason[: 4 * MAX_REASON].split())
+    return line if len(line) <= MAX_REASON else line[: MAX_REASON - 3] + "..."
 
 
 class SetAside:
@@ -13,21 +29,37 @@ class SetAside:
         self._lock = threading.Lock()
         self._path = path
         self.reasons: dict[str, str] = {}
-        if path is not None and path.is_file():
-            self.read(path)
+        if path is not None and path.is_file() and not self.read(path):
+            self.write(path)  # else the next entry would be appended to a torn line
 
-    def read(self, path: Path) -> None:
-        """Adds the entries of a listing, without writing them again."""
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            self.reasons[entry["id"]] = entry["reason"]
+    def read(self, path: Path) -> bool:
+        """Adds the entries of a listing, without writing them again; drops torn lines.
+
+        Returns:
+          Whether every line was whole.
+        """
+        content = path.read_bytes()
+        whole = not content or content.endswith(b"\n")
+        for line in content.splitlines():
+            try:
+                entry = json.loads(line)
+                identity, reason = str(entry["id"]), str(entry["reason"])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                whole = False
+                continue
+            self.reasons[identity] = short(reason)
+        return whole
+
+    def write(self, path: Path) -> None:
+        """Writes the listing to a file, whole or not at all."""
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in self.listing()))
 
     def add(self, identity: str, reason: str) -> None:
-        """Adds a record, unless it is already there."""
+        """Adds a record, unless it is already there; the reason becomes one short line."""
         with self._lock:
             if identity in self.reasons:
                 return
-            self.reasons[identity] = reason
+            self.reasons[identity] = reason = short(reason)
             if self._path is not None:
                 with self._path.open("a") as f:
                     f.write(json.dumps({"id": identity, "reason": reason}) + "\n")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from caprl_jax.data.images import (
     ImageProcessor,
     UnreadableImage,
     decode_image,
+    read_image,
     smart_resize,
     to_rgb,
 )
@@ -110,3 +113,81 @@ def test_pillow_images_convert_like_their_bytes():
     half = encoded(Image.fromarray(noise), "JPEG")[:3000]
     with pytest.raises(UnreadableImage, match="can't be decoded"):
         to_rgb(Image.open(io.BytesIO(half)))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA"])
+def test_only_formats_of_the_list_are_decoded(kind, monkeypatch):
+    data = encoded(Image.new("RGB", (9, 9), "red"), kind)
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("ran a program"))
+    with pytest.raises(UnreadableImage, match="can't be decoded: it is not one of PNG"):
+        decode_image(data)
+    with pytest.raises(UnreadableImage, match=f"the format {kind} is not supported"):
+        to_rgb(Image.open(io.BytesIO(data)))
+
+
+def test_pixel_bound_is_checked_before_decoding(monkeypatch):
+    """Pillow itself warns from its bound on, and raises from twice the bound on."""
+    data = encoded(Image.new("1", (15, 10)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage, match="15 x 10 pixels are more than 100"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 99, 255]], np.int32), [0, 99, 255]),
+        (np.array([[0, 99, 255]], np.float32), [0, 99, 255]),
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+        (np.array([[0, 257, 65535]], np.uint16), [0, 1, 255]),
+        (np.array([[0, 0.2, 1]], np.float32), [0, 51, 255]),
+        (np.array([[0, 1 << 20, 3]], np.int32), "between 0 and 1048576"),
+        (np.array([[0, -1, 3]], np.float32), "between -1.0 and 3.0"),
+        (np.array([[0, np.nan, 3]], np.float32), "no known range"),
+    ],
+)
+def test_deep_tiffs_keep_their_brightness(values, expected):
+    data = encoded(Image.fromarray(values), "TIFF")
+    if isinstance(expected, str):
+        with pytest.raises(UnreadableImage, match=expected):
+            decode_image(data)
+        return
+    assert np.asarray(decode_image(data))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "bounds"),
+    [
+        ({"size": {"shortest_edge": 3136, "longest_edge": 7056}}, (3136, 7056)),
+        ({"size": {"min_pixels": 3136, "max_pixels": 7056}}, (3136, 7056)),
+        ({"size": {"shortest_edge": 1, "longest_edge": 2}, "max_pixels": 7056}, (1, 7056)),
+    ],
+)
+def test_bounds_are_read_under_each_of_their_names(config, bounds, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    processor = ImageProcessor.from_pretrained(tmp_path)
+    assert (processor.min_pixels, processor.max_pixels) == bounds
+
+
+def test_size_of_other_names_is_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 84, "width": 84}}')
+    with pytest.raises(ModelDirectoryError, match="neither shortest_edge nor min_pixels"):
+        ImageProcessor.from_pretrained(tmp_path)
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "sparse.png").open("wb") as f:
+        f.truncate(10 << 30)
+    for path, message in (
+        (tmp_path / "pipe.png", "is not a regular file"),
+        (Path("/dev/zero"), "is not a regular file"),
+        (tmp_path, "can't be read|is not a regular file"),
+        (tmp_path / "sparse.png", "has 10737418240 bytes"),
+        (tmp_path / "none.png", "can't be read: No such file"),
+        (tmp_path / "\0.png", "can't be read"),
+    ):
+        with pytest.raises(UnreadableImage, match=message) as e:
+            read_image(path)
+        assert len(str(e.value)) < 200
