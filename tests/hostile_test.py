@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -93,7 +94,8 @@ def _as_file(directory: Path):
 
 
 def _twice(directory: Path):
-    shutil.copy(directory / "model.safetensors", directory / "again.safetensors")
+    (directory / "model.safetensors").rename(directory / "weights.safetensors")
+    shutil.copy(directory / "weights.safetensors", directory / "again.safetensors")
 
 
 def _pickle(directory: Path):
@@ -103,6 +105,67 @@ def _pickle(directory: Path):
 def _index(directory: Path):
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+
+
+def _index_only(content: bytes):
+    def edit(directory: Path):
+        (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+        (directory / "model.safetensors.index.json").write_bytes(content)
+
+    return edit
+
+
+def _strays(directory: Path):
+    """Adds files of an adapter and an optimizer beside an index."""
+    names = safetensors.numpy.load_file(directory / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    _index_only(json.dumps(index).encode())(directory)
+    for name in ("adapter_model", "consolidated", "optimizer"):
+        safetensors.numpy.save_file({"x": np.ones(3)}, directory / f"{name}.safetensors")
+
+
+def _fifo(name):
+    def edit(directory: Path):
+        (directory / name).unlink(missing_ok=True)
+        os.mkfifo(directory / name)
+
+    return edit
+
+
+def _device(name):
+    def edit(directory: Path):
+        (directory / name).unlink(missing_ok=True)
+        (directory / name).symlink_to("/dev/zero")
+
+    return edit
+
+
+def _header(**changes):
+    """Edit of one entry of the header of the weights, which then lies."""
+
+    def edit(directory: Path):
+        path = directory / "model.safetensors"
+        content = path.read_bytes()
+        size = struct.unpack("<Q", content[:8])[0]
+        header = json.loads(content[8 : 8 + size])
+        header[NORM] |= changes
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+    return edit
+
+
+def _poison(value):
+    def edit(tensors):
+        tensors[NORM] = tensors[NORM].copy()
+        tensors[NORM][3:5] = value
+
+    return edit
+
+
+DEEP = b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+HALF = b'{"x": "\\ud83d"}'
 
 
 def _float16(tensors):
@@ -166,7 +229,7 @@ DIRECTORIES = {
     "another activation": (_config(hidden_act="gelu"), "hidden_act 'gelu'"),
     "no tower": (_config(vision_config=None), "lacks 'vision_config'"),
     "tower a list": (_config(vision_config=[1]), "vision_config"),
-    "tower without depth": (_config(**{VISION + "depth": None}), "lacks 'vision_config.depth'"),
+    "tower without depth": (_config(**{VISION + "depth": None}), "missing visual.blocks.10"),
     "tower's width a text": (_config(**{VISION + "hidden_size": "96"}), "vision_config"),
     "tower's activation": (_config(**{VISION + "hidden_act": "relu"}), "hidden_act 'relu'"),
     "tower's heads": (_config(**{VISION + "num_heads": 5}), "not a multiple of num_heads 5"),
@@ -187,10 +250,10 @@ DIRECTORIES = {
     ),
     "weights cut in the header": (_cut(500), "is cut short"),
     "weights cut in a tensor": (_cut(1_000_000), "is cut short"),
-    "weights twice": (_twice, "is in again.safetensors and in model.safetensors"),
-    "a shard missing": (_index, "names 1 of 2 files that are not there, first model-2"),
+    "weights twice": (_twice, "is in again.safetensors and in weights.safetensors"),
+    "a shard missing": (_index, "names 2 of 2 files that are not there, first model-2"),
     "an index cut short": (
-        _file("model.safetensors.index.json", b"{"),
+        _index_only(b"{"),
         "index.json is not valid JSON",
     ),
     "a tensor missing": (_tensors(lambda t: t.pop(NORM)), f"missing {NORM}"),
@@ -240,7 +303,7 @@ DIRECTORIES = {
         "sliding-window",
     ),
     "an index of nothing": (
-        _file("model.safetensors.index.json", b'{"weight_map": null}'),
+        _index_only(b'{"weight_map": null}'),
         "has no weight_map",
     ),
     "a tied head that is trained": (_config(tie_word_embeddings=True), "is not the embedding"),
@@ -249,6 +312,40 @@ DIRECTORIES = {
         _json("generation_config.json", eos_token_id="<|im_end|>"),
         "eos_token_id",
     ),
+    "window by default": (_config(**{VISION + "window_size": None}), None),
+    "strays beside an index": (_strays, None),
+    "an index that leads out": (
+        _index_only(b'{"weight_map": {"a": "../model.safetensors"}}'),
+        "outside the directory",
+    ),
+    "rope's buffers": (
+        _tensors(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": t[NORM]})),
+        None,
+    ),
+    "nan": (_tensors(_poison(np.nan)), rf"2 values .* in 1 tensors: {NORM} \(2 values\)"),
+    "inf": (_tensors(_poison(-np.inf)), rf"2 values .* in 1 tensors: {NORM} \(2 values\)"),
+    "too large for float32": (
+        _tensors(lambda t: t.update({NORM: np.full_like(t[NORM], 1e39, np.float64)})),
+        "NaN or infinite in float32",
+    ),
+    "weights a fifo": (_fifo("model.safetensors"), "is not a regular file"),
+    "config a fifo": (_fifo("config.json"), "is not a model directory"),
+    "tokenizer's config a fifo": (_fifo("tokenizer_config.json"), "is not a regular file"),
+    "tokenizer a device": (_device("tokenizer.json"), "is not a regular file"),
+    "processor a device": (_device("preprocessor_config.json"), "is not a regular file"),
+    "prompt a device": (_device("judge_prompt.txt"), "is not a regular file"),
+    "a billion layers": (_config(num_hidden_layers=10**9), "at most 1024"),
+    "a billion blocks": (_config(**{VISION + "depth": 10**9}), "at most 1024"),
+    "a billion wide": (_config(hidden_size=10**9), "hidden_size is 1000000000, not at most"),
+    "header of more rows": (_header(shape=[10**9]), "is not a readable safetensors"),
+    "header beyond the end": (_header(data_offsets=[0, 10**15]), "is not a readable safetensors"),
+    "config deep": (_file("config.json", DEEP), "nested too deeply"),
+    "generation config deep": (_file("generation_config.json", DEEP), "nested too deeply"),
+    "processor deep": (_file("preprocessor_config.json", DEEP), "nested too deeply"),
+    "tokenizer's config deep": (_file("tokenizer_config.json", DEEP), "nested too deeply"),
+    "tokenizer deep": (_file("tokenizer.json", DEEP), "tokenizer can't be read"),
+    "half a surrogate": (_file("generation_config.json", HALF), "is not valid JSON"),
+    "index deep": (_index_only(DEEP), "nested too deeply"),
     "stop token outside": (_json("generation_config.json", eos_token_id=9999), "eos_token_id"),
 }
 

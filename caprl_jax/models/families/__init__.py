@@ -57,9 +57,11 @@ def decoder_config(config: Mapping[str, Any], where: Any = "config.json") -> Dec
     """
     text = Fields(text_section(config, where), where)
     rope = Fields(rope_section(text.values, where), where, "rope_scaling")
-    # Published files set one flag or the other; either one ties the head to the embedding.
-    tied = any(c.get("tie_word_embeddings") for c in (config, text.values))
-    sizes = family_lib.decoder_config(family(config, where), text, rope, tied)
+    own = family(config, where)
+    # As in transformers: the outer flag decides; Qwen2.5-VL's old files have only the inner one.
+    tied = bool(config.get("tie_word_embeddings"))
+    tied |= own.text.tied_inside and bool(text.values.get("tie_word_embeddings"))
+    sizes = family_lib.decoder_config(own, text, rope, tied)
     if sizes.heads % sizes.kv_heads:
         raise ModelDirectoryError(
             f"{where}: num_attention_heads {sizes.heads} is not a multiple of num_key_value_heads "
@@ -84,7 +86,8 @@ def vision_config(config: Mapping[str, Any], where: Any = "config.json") -> Visi
         return None
     if "vision_config" not in config:
         raise ModelDirectoryError(f"{where} lacks 'vision_config'")
-    sizes = tower(Fields(config["vision_config"], where, "vision_config"), where)
+    given = Fields(config["vision_config"], where, "vision_config").values
+    sizes = tower(Fields(_with_defaults(config, given), where, "vision_config"), where)
     for layer in (*sizes.full_layers, *sizes.deep_layers):
         if layer not in range(sizes.layers):
             raise ModelDirectoryError(
@@ -93,8 +96,13 @@ def vision_config(config: Mapping[str, Any], where: Any = "config.json") -> Visi
     return sizes
 
 
-def patch_kernel(v: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Shape (channels, frames, rows, columns) of a patch, from a config's vision_config."""
+def _with_defaults(config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    return {**FAMILIES[config["model_type"]].tower_defaults, **vision}
+
+
+def patch_kernel(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Shape (channels, frames, rows, columns) of a patch, from a config.json."""
+    v = _with_defaults(config, config["vision_config"])
     channels, side = v.get("in_channels", v.get("in_chans", 3)), v["patch_size"]
     return channels, v["temporal_patch_size"], side, side
 

@@ -1,7 +1,7 @@
 """A model family: reads sizes from its config.json and names the tensors in its files."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from caprl_jax.errors import ModelDirectoryError
@@ -21,6 +21,7 @@ class Text:
       head_dim: head size if config.json has none; None means hidden_size / num_attention_heads.
       mrope: whether positions are 3-D (M-RoPE).
       mrope_interleaved: whether M-RoPE's frequencies alternate between the axes.
+      tied_inside: whether tie_word_embeddings in text_config ties the head too.
     """
 
     qkv_bias: bool = False
@@ -28,6 +29,7 @@ class Text:
     head_dim: int | None = None
     mrope: bool = False
     mrope_interleaved: bool = False
+    tied_inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Family:
       text: the decoder's differences.
       tower: reads a tower's sizes from (vision_config's fields, file to name in errors); None for a
         text-only model, which can be a judge.
+      tower_defaults: values of vision_config's missing fields, as transformers' config class.
       text_prefix: prefix of the decoder's tensor names in saved files.
       vision_prefix: prefix of the tower's tensor names in saved files.
     """
@@ -46,6 +49,7 @@ class Family:
     name: str
     text: Text
     tower: Callable[[Fields, Any], VisionConfig] | None = None
+    tower_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     text_prefix: str = "model."
     vision_prefix: str = ""
 

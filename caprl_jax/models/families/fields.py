@@ -6,6 +6,9 @@ from typing import Any
 
 from caprl_jax.errors import ModelDirectoryError
 
+# Bounds far above any published model; other sizes are bounded by 2^20.
+_MOST = {"num_hidden_layers": 1024, "depth": 1024, "vocab_size": 1 << 24}
+
 
 class Fields:
     """A section of config.json; each method reads a value and checks it."""
@@ -33,6 +36,9 @@ class Fields:
         value = self._get(name)
         if type(value) is not int or value < 1:
             raise self._refuse(name, "a positive whole number")
+        bound = _MOST.get(name, 1 << 20)
+        if value > bound:
+            raise self._refuse(name, f"at most {bound}: no published model has more")
         return value
 
     def real(self, name: str) -> float:

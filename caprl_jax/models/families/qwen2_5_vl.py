@@ -18,6 +18,22 @@ def _tower(v: Fields, where: Any) -> VisionConfig:
     return tower_config(v, "silu", where, window=window, full_layers=full)
 
 
+_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 FAMILY = Family(
-    "Qwen2.5-VL", Text(qkv_bias=True, mrope=True), tower=_tower, vision_prefix="visual."
+    "Qwen2.5-VL",
+    Text(qkv_bias=True, mrope=True, tied_inside=True),
+    tower=_tower,
+    tower_defaults=_DEFAULTS,
+    vision_prefix="visual.",
 )

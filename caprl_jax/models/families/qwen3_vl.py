@@ -29,10 +29,23 @@ def _tower(v: Fields, where: Any) -> VisionConfig:
     )
 
 
+_DEFAULTS = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 3584,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
 FAMILY = Family(
     "Qwen3-VL",
     Text(qk_norm=True, head_dim=128, mrope=True, mrope_interleaved=True),
     tower=_tower,
+    tower_defaults=_DEFAULTS,
     text_prefix="model.language_model.",
     vision_prefix="model.visual.",
 )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -23,6 +25,33 @@ from caprl_jax.models.hf.tensors import Tensor
 from caprl_jax.models.vlm import Policy
 
 SHARD_BYTES = 5_000_000_000
+# Files that an export takes over from the directory it started from.
+COMPANIONS = (
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "judge_prompt.txt",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+_UNCHECKED_JSON = (
+    "added_tokens.json",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -34,16 +63,32 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{directory} is not a model directory: {path} does not exist. Give a directory in "
             "Hugging Face format (config.json, *.safetensors, tokenizer files)"
         )
+    _check_regular(path.parent)
     config = read_json(path)
     family(config, path)
     return config
 
 
+def _check_regular(directory: Path) -> None:
+    """Refuses FIFOs, devices, directories and deep JSON in the place of a model's files."""
+    for file in directory.iterdir():
+        known = file.name in COMPANIONS or file.suffix == ".safetensors"
+        if known and not file.is_file():
+            raise ModelDirectoryError(f"{file} is not a regular file, nor a link to one")
+        if file.name in _UNCHECKED_JSON:
+            read_json(file)  # transformers reads these, with bare errors
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file of a model directory and checks that it holds an object."""
     try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # refuses half surrogate pairs
+    except RecursionError as e:
+        raise ModelDirectoryError(f"{path} is not valid JSON: it is nested too deeply") from e
+    except ValueError as e:  # bytes, syntax, surrogates, numbers of thousands of digits
         raise ModelDirectoryError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(content, dict):
         raise ModelDirectoryError(f"{path} holds a {type(content).__name__}, not a JSON object")
@@ -52,10 +97,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _index(directory: Path) -> dict[str, tuple[Path, str]]:
     """Maps each canonical tensor name to (file, name in the file); refuses repeated names."""
-    files = sorted(directory.glob("*.safetensors"))
-    _check_complete(directory, files)
     index: dict[str, tuple[Path, str]] = {}
-    for file in files:
+    for file in _weight_files(directory):
         with _opened(file) as f:
             names = list(f.keys())
         for name in names:
@@ -68,13 +111,21 @@ def _index(directory: Path) -> dict[str, tuple[Path, str]]:
     return index
 
 
-def _check_complete(directory: Path, files: list[Path]) -> None:
-    """Refuses a directory without weights, or without a file that its index names."""
-    path = directory / "model.safetensors.index.json"
+def _weight_files(directory: Path) -> list[Path]:
+    """Lists the weight files as transformers does: model.safetensors, else those of the index.
+
+    Without either, every *.safetensors file counts.
+    """
+    whole, path = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    files = sorted(directory.glob("*.safetensors"))
     if path.is_file():
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelDirectoryError(f"{path} has no weight_map")
+        if any(not isinstance(n, str) or Path(n).name != n for n in weight_map.values()):
+            raise ModelDirectoryError(f"{path}: weight_map names a file outside the directory")
         shards = set(weight_map.values())
         missing = sorted(shards - {f.name for f in files})
         if missing:
@@ -82,10 +133,12 @@ def _check_complete(directory: Path, files: list[Path]) -> None:
                 f"{directory}: {path.name} names {len(missing)} of {len(shards)} files that are "
                 f"not there, first {missing[0]}: copy or download the rest"
             )
+        return sorted(directory / name for name in shards)
     if not files:
         other = [f for pattern in ("*.bin", "*.pth", "*.gguf") for f in directory.glob(pattern)]
         hint = f"; {other[0].name} is of another format: convert it first" if other else ""
         raise ModelDirectoryError(f"{directory} holds no *.safetensors file{hint}")
+    return files
 
 
 @contextlib.contextmanager
@@ -123,20 +176,28 @@ def load_params(
       Nested dict of arrays with the structure of `Policy.init`'s, unboxed.
 
     Raises:
-      ModelDirectoryError: tensors are missing, left over or of the wrong shape; it names them.
+      ModelDirectoryError: tensors are missing, left over, of the wrong shape or hold numbers that
+        aren't finite in dtype; it names them.
     """
     directory = Path(directory)
     index, tensors = _index(directory), tensors_lib.tensors(policy, read_config(directory))
     shapes = _checked_shapes(directory, policy, tensors, index)
     placed = None if shardings is None else flax.traverse_util.flatten_dict(shardings)
-    params = {}
+    params, bad = {}, {}
     with _bar(progress, directory, sum(map(math.prod, shapes.values()))) as advance:
         for t in tensors:
             shape, read = shapes[t.path], _Reader(t, shapes[t.path], index, dtype, advance)
+            read.bad = bad
             if placed is None:
                 params[t.path] = read((slice(None),) * len(shape))
             else:
                 params[t.path] = jax.make_array_from_callback(shape, placed[t.path], read)
+    if bad:
+        listed = [f"{name} ({count} values)" for name, count in bad.items()]
+        raise ModelDirectoryError(
+            f"{directory}: the weights hold {sum(bad.values())} values that are NaN or infinite in "
+            f"{np.dtype(dtype).name}, in {len(bad)} tensors: {', '.join(listed[:5])}"
+        )
     return flax.traverse_util.unflatten_dict(params)
 
 
@@ -146,6 +207,7 @@ class _Reader:
     def __init__(self, tensor: Tensor, shape, index, dtype, advance: Callable[[int], None]):
         self._tensor, self._shape, self._index = tensor, shape, index
         self._dtype, self._advance, self._cache = np.dtype(dtype), advance, {}
+        self.bad: dict[str, int] = {}  # values that aren't finite, by the tensor's name
 
     def __call__(self, part: tuple[slice, ...]) -> np.ndarray:
         key = tuple(s.indices(size) for s, size in zip(part, self._shape, strict=True))
@@ -168,9 +230,20 @@ class _Reader:
         # Each read opens the file again: pages of an open mapping count as this process's memory.
         with _opened(file) as f:
             values = self._tensor.read(f.get_slice(name), shape, part)
-            values = values.astype(self._dtype)  # a copy, which outlives the mapping
+            with np.errstate(over="ignore"):  # counted below
+                values = values.astype(self._dtype)  # a copy, which outlives the mapping
+        if count := _not_finite(values):
+            self.bad[name] = self.bad.get(name, 0) + count
         self._advance(values.size)
         return values
+
+
+def _not_finite(values: np.ndarray) -> int:
+    """Counts NaN and infinite values of a float array."""
+    if values.dtype == ml_dtypes.bfloat16:  # by their bits: ml_dtypes' isfinite is slow
+        return int(np.count_nonzero((values.view(np.uint16) & 0x7F80) == 0x7F80))
+    finite = np.isfinite(values)
+    return 0 if finite.all() else int(np.count_nonzero(~finite))
 
 
 def _checked_shapes(
@@ -183,7 +256,8 @@ def _checked_shapes(
     targets = flax.traverse_util.flatten_dict(abstract_params(policy))
     shapes = {path: a.shape for path, a in targets.items()}
     wanted = {n: t for t in tensors for n in t.names(range(shapes[t.path][0]))}
-    left_over = set(index) - set(wanted)
+    # Old files hold RoPE's frequencies as buffers; like transformers, compute them anew.
+    left_over = {n for n in set(index) - set(wanted) if not n.endswith("inv_freq")}
     if policy.decoder.config.tied and _HEAD in left_over:  # some files repeat the tied head
         left_over.discard(_HEAD)
         _check_tied(directory, index)
@@ -255,16 +329,18 @@ class Target:
     """A model directory to write.
 
     Attributes:
-      directory: its path, which must not exist.
+      directory: its path, which must not exist unless `replace`.
       dtype: dtype of the tensors in the files.
       shard_bytes: maximum size of a file; a larger tensor gets a file of its own.
       card: content of README.md, the model card; None writes no card.
+      replace: whether a complete new directory replaces an existing one.
     """
 
     directory: Path
     dtype: Any = np.float32
     shard_bytes: int = SHARD_BYTES
     card: str | None = None
+    replace: bool = False
 
 
 def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str | Path) -> None:
@@ -296,7 +372,7 @@ def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str 
         for _ in tensors:  # all processes take part in gathering
             pass
         return
-    if directory.exists():
+    if directory.exists() and not target.replace:
         raise FileExistsError(f"{directory} exists already: remove it, or give another name")
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -311,15 +387,27 @@ def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str 
     if target.card is not None:
         (partial / "README.md").write_text(target.card)
     _write_shards(partial, tensors, target.shard_bytes)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, processor and generation files, but neither weights nor the model card."""
-    weights = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".gguf")
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(weights) and file.name != "README.md":
-            shutil.copy(file, target)
+    """Copies the files of COMPANIONS, unless a link leads out of the directory and hub cache."""
+    home = source.resolve()
+    for name in COMPANIONS:
+        file = source / name
+        if not file.is_file():
+            continue
+        real = file.resolve()
+        cached = home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs"
+        if home in real.parents or cached:
+            shutil.copy(real, target / name)
+        else:
+            logging.warning("%s links to %s, outside the model: not copied", file, real)
 
 
 def _on_host(

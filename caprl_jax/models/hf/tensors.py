@@ -110,7 +110,7 @@ def tensors(policy: Policy, config: Mapping[str, Any]) -> list[Tensor]:
     """
     out = _decoder_tensors(policy.decoder.config)
     if policy.vision is not None:
-        out += _vision_tensors(policy.vision.config, patch_kernel(config["vision_config"]))
+        out += _vision_tensors(policy.vision.config, patch_kernel(config))
     return out
 
 
