@@ -1,6 +1,7 @@
 """Export of a run's model as a Hugging Face directory, with a card that states its origin."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from caprl_jax.errors import UserError
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import processes
-from caprl_jax.run import metrics
+from caprl_jax.run import checkpoint, metrics
 
 _CARD = """---
 library_name: transformers
@@ -100,7 +102,7 @@ class Trained:
 
 
 def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
-    """Writes a model directory, unless it exists already.
+    """Writes a model directory whole; an earlier export of the same run and step is replaced.
 
     All processes must call it; the first one writes.
 
@@ -109,8 +111,33 @@ def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
       model: modules, parameters and source.
       dtype: dtype of the weights, "float32" or "bfloat16".
       card: content of README.md, as model_card makes it.
+
+    Raises:
+      UserError: something else lies there, or an export of another run.
     """
-    if not processes.agreed(directory.exists()):
-        files = hf.Target(directory, np.dtype(dtype), card=card)
-        hf.save(files, model.policy, model.params, model.source)
-        logging.info("exported to %s", directory)
+    if processes.agreed(directory.exists() and not _same_run(directory / "README.md", card)):
+        raise UserError(
+            f"{directory} exists already and is no export of this run at this step: move it away"
+        )
+    files = hf.Target(directory, np.dtype(dtype), card=card, replace=True)
+    hf.save(files, model.policy, model.params, model.source)
+    logging.info("exported to %s", directory)
+
+
+def _same_run(file: Path, card: str) -> bool:
+    """Tells whether a directory's card is of the run and step of another card."""
+    try:
+        (old_step, old), (step, new) = _run_of(file.read_text(encoding="utf-8")), _run_of(card)
+        return step == old_step and not checkpoint.differences(old, ml_collections.ConfigDict(new))
+    except (OSError, ValueError, IndexError, RecursionError):  # no card that model_card made
+        return False
+
+
+def _run_of(card: str) -> tuple[str, dict[str, Any]]:
+    """Returns the step and the config that a card states."""
+    head, config = card.split("\n## Configuration\n\n```json\n", 1)
+    step = head.split("\n| step | ", 1)[1].split(" of ", 1)[0]
+    content = json.loads(config.rsplit("\n```", 1)[0])
+    if not isinstance(content, dict):
+        raise ValueError("the config is not a JSON object")
+    return step, content

@@ -1,0 +1,78 @@
+"""An export is replaced only by the same run's export of the same step."""
+
+import pytest
+
+from caprl_jax.config import default
+from caprl_jax.errors import UserError
+from caprl_jax.models.hf import download as sources
+from caprl_jax.models.hf import files as hf
+from caprl_jax.run import export, load
+
+POLICY = "asset:tiny/policy"
+
+
+def _card(step=2, **changes):
+    config = default()
+    config.policy.path = POLICY
+    config.update_from_flattened_dict(changes)
+    return export.model_card(config, step, {"accuracy": 0.5})
+
+
+@pytest.fixture(scope="module")
+def model():
+    policy, directory = load.read_model(POLICY, "", "float32")
+    return export.Trained(policy, hf.load_params(directory, policy), directory)
+
+
+def test_the_same_runs_export_is_replaced_whole(model, tmp_path):
+    out = tmp_path / "2"
+    export.export(out, model, "float32", _card())
+    (out / "model.safetensors").write_bytes(b"torn")
+    export.export(out, model, "float32", _card(log_every=7))  # a resumed run may change it
+    assert hf.load_params(out, model.policy)
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [None, "", "# another model", _card(seed=5), _card(step=3), _card().replace('"seed": 0', "[")],
+    ids=["none", "empty", "another", "another run", "another step", "broken"],
+)
+def test_a_strange_directory_is_refused_and_kept(readme, model, tmp_path):
+    out = tmp_path / "2"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    if readme is not None:
+        (out / "README.md").write_text(readme)
+    with pytest.raises(UserError, match="is no export of this run at this step"):
+        export.export(out, model, "float32", _card())
+    assert (out / "precious").read_text() == "kept"
+
+
+def test_links_out_of_a_model_are_not_exported(model, tmp_path):
+    source, secret = tmp_path / "source", tmp_path / "secret"
+    source.mkdir()
+    secret.write_text("secret")
+    for file in sources.fetch(POLICY).iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    for name in ("judge_prompt.txt", "id_rsa", "LICENSE"):
+        (source / name).symlink_to(secret)
+    (source / "NOTICE").symlink_to("config.json")
+    (source / "notes.txt").write_text("notes")
+    target = tmp_path / "target"
+    target.mkdir()
+    hf.copy_companions(source, target)
+    copied = {p.name for p in target.iterdir()}
+    assert {"tokenizer.json", "preprocessor_config.json", "config.json", "NOTICE"} <= copied
+    assert not {"judge_prompt.txt", "id_rsa", "LICENSE", "notes.txt"} & copied
+
+
+def test_files_of_the_hubs_cache_are_exported(tmp_path):
+    cache, target = tmp_path / "models--a--b", tmp_path / "target"
+    snapshot = cache / "snapshots" / "abc"
+    for directory in (snapshot, cache / "blobs", target):
+        directory.mkdir(parents=True)
+    (cache / "blobs" / "123").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
+    hf.copy_companions(snapshot, target)
+    assert (target / "tokenizer.json").read_text() == "{}" and not target.is_symlink()
