@@ -165,7 +165,9 @@ def test_error_for_a_wrong_shape_names_both_shapes(edited):
 def test_tensor_in_two_files_is_refused(edited):
     directory = edited()
     shutil.copy(directory / "model.safetensors", directory / "second.safetensors")
-    with pytest.raises(ModelDirectoryError, match=r"is in model\.safetensors and in second"):
+    assert load(directory)  # as in transformers, model.safetensors alone counts
+    (directory / "model.safetensors").rename(directory / "first.safetensors")
+    with pytest.raises(ModelDirectoryError, match=r"is in first\.safetensors and in second"):
         load(directory)
 
 
