@@ -17,6 +17,7 @@ from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import build, compile, export, fit, memory, metrics, summary
 from caprl_jax.run import replay as replay_lib
+from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.alarms import Watch
 from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints, require_same, saved_config
@@ -40,37 +41,48 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
     Raises:
       ConfigError, ModelDirectoryError: before anything is compiled.
+      WorkdirError: the workdir can't be written to, another run uses it, or it was deleted.
+      CheckpointError: no checkpoint can be read, or the last one can't be written.
       Stopped: SIGTERM arrived, and a checkpoint is written.
     """
     started = time.time()
+    config_lib.validate(config)
+    config_lib.complete(config)
+    with workdir_lib.held(workdir):
+        return _run(config, workdir, started)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> dict[str, Any]:
     _settle(config, workdir)
-    if processes.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-    processes.wait()
     compile.keep_compiled(workdir.parent / "compiled")
     set_aside = SetAside(workdir / processes.own_name("set_aside.jsonl"))
     builder, step = OBJECTIVES[config.objective]
     task, state = builder(config, set_aside, step)
+    if processes.is_first():  # now that nothing has refused the config
+        with workdir_lib.writing(workdir / "config.json"):
+            (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     loop = Loop(config, workdir, task, checkpoints)
     with memory.advised(config), contextlib.closing(checkpoints):
-        before = summary.remembered(workdir / "before.json", task.evaluate, state.params)
+        before = summary.remembered(
+            workdir / "before.json", config, lambda: task.evaluate(state.params)
+        )
         state, after = loop.train(state)
         ceiling = task.ceiling()
     if config.export.when != "never":
-        loop.export(state)
+        with workdir_lib.writing(workdir / "export"):
+            loop.export(state)
+    checkpoints.require_saved()
     processes.wait()  # until all have reported the records they set aside
     if not processes.is_first():
         return {}
     figures = summary.Figures(before, after, ceiling, time.time() - started)
-    return summary.finish(config, workdir, task.heldout, figures, set_aside)
+    with workdir_lib.writing(workdir):
+        return summary.finish(config, workdir, task.heldout, figures, set_aside)
 
 
 def _settle(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Checks a config and fills what it leaves open, in place; refuses another run's workdir."""
-    config_lib.validate(config)
-    config_lib.complete(config)
+    """Fills in place what a complete config leaves open; refuses another run's workdir."""
     saved = saved_config(workdir)
     fit.keep_rollout(config, saved)
     fit.report(fit.settle(config, jax.devices(), fetch=True))
@@ -88,6 +100,8 @@ def replay(config: ml_collections.ConfigDict, workdir: Path, file: Path) -> None
     Raises:
       UserError: the file is no such batch, or the workdir holds another run.
     """
+    config_lib.validate(config)
+    config_lib.complete(config)
     _settle(config, workdir)
     builder, step = OBJECTIVES[config.objective]
     task, state = builder(config, SetAside(), step)
@@ -106,9 +120,8 @@ class Loop:
 
     def train(self, state: Any) -> tuple[Any, Any]:
         """Resumes if there is a checkpoint, and trains to the end: (state, last evaluation)."""
-        config, latest = self.config, self.checkpoints.latest()
-        if latest is not None:
-            state = self.checkpoints.restore(latest, state)
+        config, state = self.config, self.checkpoints.restore_last(state)
+        if int(state.step):
             logging.info("resumed after step %d", int(state.step))
         sinks, done = config_lib.sinks(config), int(state.step) or None
         with metrics.writer(self.workdir, done, sinks) as writer:
@@ -178,7 +191,12 @@ class Loop:
             self.checkpoints.save(step, state, config)
             # The last export waits for its held-out figures.
             if config.export.when == "checkpoints" and not last:
-                self.export(state)
+                try:
+                    self.export(state)
+                except OSError as e:  # a full disk, say
+                    if jax.process_count() > 1:
+                        raise  # the others wait for this process
+                    logging.warning("no export after step %d, and the run goes on: %s", step, e)
 
     def _end(self, state: Any, stopped: bool) -> Any:
         last = int(state.step)

@@ -60,6 +60,9 @@ class _AboveBars(io.TextIOBase):
     def flush(self) -> None:
         sys.stderr.flush()
 
+    def close(self) -> None:
+        """Leaves stderr open: absl closes its stream at the end."""
+
 
 class _Plain(logging.Formatter):
     """Formatter of a record as the seconds since the program started, and the message."""

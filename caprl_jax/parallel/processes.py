@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
 
 HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as lost
 MEETING = 300  # seconds within which all processes must start
@@ -25,6 +26,11 @@ WAITING = 24 * 3600  # maximum seconds to wait for other processes (that convert
 STOPPED = 75  # exit code after SIGTERM and a checkpoint: start the run again (EX_TEMPFAIL)
 LOST = 76  # exit code if another process is lost and JAX hasn't ended this one with 134
 
+# Words of errors from collectives, and from the service that the processes meet at.
+_COMMUNICATION = re.compile(
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): |[Gg]loo|NCCL|coordination service"
+    r"|[Bb]arrier timed out|Socket closed"
+)
 _BARRIERS = itertools.count()  # every barrier needs a new name, the same in all processes
 
 
@@ -165,6 +171,15 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def all_say(value: bool) -> bool:
+    """Tells whether the value is true in every process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
+
+
 def wait() -> None:
     """Waits until all processes have called it."""
     if jax.process_count() == 1:
@@ -243,11 +258,16 @@ class Notice:
             signal.signal(signal.SIGTERM, self._before)
 
 
-def _lost_another(error: BaseException | None) -> bool:
+def lost_another(error: BaseException | None) -> bool:
     """Tells whether an error, or its cause, comes from communication with other processes."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             return "RESOURCE_EXHAUSTED" not in str(error)  # this process's own memory
+        if isinstance(error, UserError):
+            return False  # the unreachable hub of a model, say
+        # JAX and Orbax raise some of them as other types, in a save for example.
+        if _COMMUNICATION.search(str(error)):
+            return True
         error = error.__cause__ or error.__context__
     return False
 
@@ -269,7 +289,7 @@ def together() -> Iterator[None]:
         else:
             traceback.print_exc()
         print(f"process {jax.process_index()} ends", file=sys.stderr, flush=True)
-        lost = _lost_another(e)
+        lost = lost_another(e)
         if lost:
             time.sleep(HEARTBEAT + 15)  # JAX names the lost process and ends this one first
         logging.shutdown()

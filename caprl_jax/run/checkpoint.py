@@ -1,6 +1,11 @@
 """Orbax checkpoints: a run's state and config together, or a model alone."""
 
+import contextlib
 import json
+import logging
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +13,10 @@ import jax
 import ml_collections
 
 from caprl_jax import config as config_lib
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
+from caprl_jax.parallel import processes
+from caprl_jax.run import manifest
+from caprl_jax.run import workdir as workdir_lib
 
 _RENAMED = {  # keys of earlier versions
     "caprl.accuracy_weight": "caprl.rewards.accuracy.weight",
@@ -25,7 +33,12 @@ _GONE = {
 }
 _OF_A_CHOICE = ("data.rows", "data.columns", "data.digits", "data.train", "data.path", "sft.")
 
+_CONFIG = ("config", "metadata")  # in a checkpoint, the JSON file that Orbax writes the config to
 PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
+
+
+class CheckpointError(UserError):
+    """Error of a checkpoint that can't be read or written; the message names it and the fault."""
 
 
 def steps(workdir: Path) -> list[int]:
@@ -57,45 +70,220 @@ def load_params(directory: Path, target: Any) -> Any:
 
 
 def saved_config(workdir: Path) -> dict[str, Any] | None:
-    """Returns the config of a workdir's last checkpoint; None without a checkpoint."""
-    if not steps(workdir):
-        return None
-    with Checkpoints(workdir, keep=None) as checkpoints:
-        return checkpoints.config(checkpoints.latest())
+    """Returns the config of a workdir's last readable checkpoint; None without any checkpoint.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none has a readable config.
+    """
+    faults = {}
+    for step in reversed(steps(workdir)):
+        try:
+            return read_config(workdir / "checkpoints" / str(step))
+        except CheckpointError as e:
+            faults[step] = str(e)
+    if faults:
+        raise _none_left(workdir, faults)
+    return None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the config that the checkpoint in a directory was written with.
+
+    Raises:
+      CheckpointError: it is missing or damaged.
+    """
+    if fault := manifest.fault(directory, below=f"{_CONFIG[0]}/"):
+        raise _damaged(directory, fault)
+    try:
+        saved = json.loads(directory.joinpath(*_CONFIG).read_text())
+    except (OSError, ValueError) as e:
+        raise _damaged(directory, f"no config can be read ({type(e).__name__}: {e})") from e
+    if not isinstance(saved, dict):
+        raise _damaged(directory, "its config is no JSON object")
+    return saved
+
+
+def _damaged(directory: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {directory} is damaged: {fault}")
+
+
+def _none_left(workdir: Path, faults: dict[int, str]) -> CheckpointError:
+    return CheckpointError(
+        f"no checkpoint in {workdir} can be read: {'; '.join(faults.values())}. Restore one of "
+        f"them, or delete {workdir / 'checkpoints'} to begin anew"
+    )
 
 
 class Checkpoints:
-    """The checkpoints of a workdir."""
+    """The checkpoints of a workdir, each with a manifest that is checked before it is used."""
 
     def __init__(self, workdir: Path, keep: int | None):
         """Opens WORKDIR/checkpoints and keeps the last `keep` checkpoints, or all."""
         import orbax.checkpoint as ocp  # imported where used
 
-        self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_untold)
+        self._ocp, self._workdir, self._keep = ocp, workdir, keep
+        self._opened: Any = None
+        self._sealing: threading.Thread | None = None
+        self._saving = 0  # step of the save under way
+        self._failed: str | None = None  # why the last save failed
+
+    @property
+    def _manager(self) -> Any:
+        """Orbax's manager, opened when it is first needed: opening reads all checkpoints."""
+        if self._opened is None:
+            # Threads that wait for a directory which can never be made would keep a process from
+            # ending for minutes.
+            made_first = self._ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            options = self._ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, create=True, async_options=made_first
+            )
+            directory = (self._workdir / "checkpoints").absolute()
+            self._opened = self._ocp.CheckpointManager(directory, options=options)
+        return self._opened
+
+    def _close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _directory(self, step: int) -> Path:
+        return self._workdir / "checkpoints" / str(step)
 
     def latest(self) -> int | None:
-        """Returns the last step with a checkpoint."""
-        return self._manager.latest_step()
+        """Returns the last step with a complete checkpoint, after waiting for a save under way."""
+        self._settle()
+        return next(reversed(self._there()), None)
+
+    def _there(self) -> list[int]:
+        try:
+            return steps(self._workdir)
+        except OSError:
+            return []  # the disk is unreachable
 
     def steps(self) -> list[int]:
         """Returns all steps with a checkpoint, in order."""
-        return sorted(self._manager.all_steps())
+        return self._there()
 
     def save(self, step: int, state: Any, config: ml_collections.ConfigDict) -> None:
         """Starts writing (in the background) state and config after `step` steps.
 
         The data need no state of their own: a step takes one batch, so `step` says where to go on.
+        A save that fails in a run of one process is a warning: the older checkpoints stay, and the
+        next save tries again. The processes of a larger run would wait for each other: they end.
         """
+        self._settle()
         args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(state),
-                config=args.JsonSave(json.loads(config.to_json())),
-            ),
+        items = args.Composite(
+            state=args.StandardSave(state), config=args.JsonSave(json.loads(config.to_json()))
         )
+        try:
+            self._manager.save(step, args=items)
+        except Exception as e:
+            self._give_up(step, e)
+        else:
+            self._saving = step
+            self._sealing = threading.Thread(target=self._seal, args=(step,), daemon=True)
+            self._sealing.start()
+
+    def _seal(self, step: int) -> None:
+        """Writes the manifest of a checkpoint as soon as all processes have written it."""
+        try:
+            self._manager.wait_until_finished()
+            if processes.is_first():
+                manifest.write(self._directory(step))
+        except Exception as e:  # a failed save is told where it is waited for
+            logging.debug("checkpoint %d has no manifest: %s", step, e)
+
+    def _settle(self) -> None:
+        """Waits for the save under way and for its manifest."""
+        if self._sealing is None:
+            return
+        self._sealing.join()
+        self._sealing = None
+        try:
+            self._manager.wait_until_finished()
+            self._failed = None
+        except Exception as e:
+            self._give_up(self._saving, e)
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """Warns of a failed save, deletes what it left, and makes ready for the next one."""
+        if jax.process_count() > 1:
+            raise error
+        self._failed = f"the checkpoint of step {step} can't be written: {_short(error)}"
+        with contextlib.suppress(Exception):
+            self._close()
+        self._opened = None
+        self._delete_unfinished()
+        there = self._there()
+        kept = f"the one of step {there[-1]} is kept" if there else "there is no earlier one"
+        logging.warning("%s; %s, and the next save tries again", self._failed, kept)
+
+    def _delete_unfinished(self) -> None:
+        """Deletes what failed or killed saves left: the disk may be full of it."""
+        for left in self._workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def require_saved(self) -> None:
+        """Waits for the last save.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        self._settle()
+        if self._failed:
+            there = self._there()
+            start = f"goes on from step {there[-1]}" if there else "begins anew"
+            raise CheckpointError(
+                f"{self._failed}. See to the disk of {self._workdir} and give the same command "
+                f"again: the run {start}"
+            )
+
+    def restore_last(self, state: Any) -> Any:
+        """Restores the last checkpoint that isn't damaged; returns `state` without checkpoints.
+
+        Damaged ones after it are moved to WORKDIR/damaged-checkpoints, with a warning.
+
+        Args:
+          state: as restore takes it.
+
+        Raises:
+          CheckpointError: there are checkpoints, and all are damaged.
+        """
+        faults = {}
+        if processes.is_first():
+            self._delete_unfinished()
+        for step in reversed(steps(self._workdir)):
+            try:
+                restored = self.restore(step, state)
+            except CheckpointError as e:
+                faults[step] = str(e)
+                continue
+            if faults:
+                self._move_away(faults, step)
+            return restored
+        if faults:
+            raise _none_left(self._workdir, faults)
+        return state
+
+    def _move_away(self, faults: dict[int, str], good: int) -> None:
+        """Moves damaged checkpoints, whose steps will be written again, out of the way."""
+        away = self._workdir / "damaged-checkpoints"
+        for step, fault in faults.items():
+            target = away / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+            logging.warning(
+                "%s; the run goes on from step %d. It is moved to %s: delete that directory when "
+                "you don't need it",
+                *(fault, good, target),
+            )
+            if processes.is_first():
+                with workdir_lib.writing(target):
+                    away.mkdir(exist_ok=True)
+                    self._directory(step).rename(target)
+        self._close()
+        processes.wait()
 
     def restore(self, step: int, state: Any) -> Any:
         """Restores the state of a checkpoint, on any number of processes and devices.
@@ -103,20 +291,23 @@ class Checkpoints:
         Args:
           step: step of the checkpoint.
           state: like the one saved, shapes, dtypes and shardings (values are not used).
+
+        Raises:
+          CheckpointError: a file differs from the manifest, or without one, Orbax can't read it.
         """
         args = self._ocp.args
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
         )
-        found = args.Composite(state=args.StandardRestore(target))
-        restored = self._manager.restore(step, args=found)
-        return restored["state"]
+        return self._read(step, args.StandardRestore(target))
 
     def config(self, step: int) -> dict[str, Any]:
-        """Returns the config that a checkpoint was written with."""
-        args = self._ocp.args
-        saved = self._manager.restore(step, args=args.Composite(config=args.JsonRestore()))
-        return saved["config"]
+        """Returns the config that a checkpoint was written with.
+
+        Raises:
+          CheckpointError: it is missing or damaged.
+        """
+        return read_config(self._directory(step))
 
     def restore_params(self, step: int, target: Any, shardings: Any) -> Any:
         """Restores the policy's parameters alone, without the optimizer's state.
@@ -125,6 +316,9 @@ class Checkpoints:
           step: step of the checkpoint.
           target: tree of jax.ShapeDtypeStruct.
           shardings: tree of the same structure.
+
+        Raises:
+          CheckpointError: as restore raises it.
         """
         item = {
             "params": jax.tree.map(
@@ -133,8 +327,26 @@ class Checkpoints:
         }
         restore = self._ocp.checkpoint_utils.construct_restore_args(item)
         args = self._ocp.args.PyTreeRestore(item, restore_args=restore, partial_restore=True)
-        found = self._manager.restore(step, args=self._ocp.args.Composite(state=args))
-        return found["state"]["params"]
+        return self._read(step, args)["params"]
+
+    def _read(self, step: int, item: Any) -> Any:
+        """Checks the files, a share in each process, and restores the item "state"."""
+        directory = self._directory(step)
+        share = jax.process_index(), jax.process_count()
+        fault = manifest.fault(directory, share=share)
+        if not processes.all_say(fault is None):
+            raise _damaged(directory, fault or "another process says why")
+        sealed = processes.agreed(manifest.exists(directory))
+        if not sealed:
+            logging.info("checkpoint %d has no manifest: its files can't be checked", step)
+        try:
+            return self._manager.restore(step, args=self._ocp.args.Composite(state=item))["state"]
+        except jax.errors.JaxRuntimeError:
+            raise  # devices or other processes, not the files
+        except Exception as e:
+            if sealed or processes.lost_another(e):
+                raise
+            raise _damaged(directory, f"Orbax can't read it ({_short(e)})") from e
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -144,8 +356,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all writes are done."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        self._settle()
+        self._close()
+
+
+def _untold(record: logging.LogRecord) -> bool:
+    """Drops tracebacks of Orbax's threads and tasks: their error is raised too, and told once."""
+    told = "orbax" in Path(record.pathname).parts or "never retrieved" in str(record.msg)
+    return not (record.exc_info and told)
+
+
+def _short(error: Exception, longest: int = 300) -> str:
+    """Formats an error in one line."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return said[:longest] + (".." if len(said) > longest else "")
 
 
 def require_same(saved: dict[str, Any] | None, config: ml_collections.ConfigDict) -> None:

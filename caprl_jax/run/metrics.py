@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from caprl_jax.parallel import processes
 from caprl_jax.registry import Choice
+from caprl_jax.run.workdir import WorkdirError
 
 _FILE = "metrics.jsonl"
 _SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "seconds_step": "s/step"}
@@ -109,6 +112,7 @@ class MetricWriter:
 
     A line is {"step": int, "time": seconds since 1970, name: float or null, ..}; null is a number
     that wasn't finite. Writing to the last step again adds to its line, so no step is there twice.
+    A line that can't be written (a full disk, say) is a warning, and is written with a later one.
     """
 
     def __init__(
@@ -133,10 +137,14 @@ class MetricWriter:
         partial = path.with_suffix(".partial")
         partial.write_bytes(b"".join(kept))
         partial.replace(path)
-        self._file = path.open("r+b")
+        self._path, self._file = path, path.open("r+b", buffering=0)
         self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
-        self._start = sum(map(len, kept[:-1]))  # offset at which the last step's line begins
-        self._end = sum(map(len, kept))
+        self._known = frozenset(self._line)  # of the last line: the sinks have these values
+        self._known_step = self._line.get("step")
+        self._earlier = b""  # lines of steps before the last one that aren't written yet
+        self._last = kept[-1] if kept else b""
+        self._start = sum(map(len, kept[:-1]))  # offset of the earlier lines, then of the last
+        self._failure: str | None = None  # why the last write failed
         self._sinks = [sink(workdir, resume_step) for sink in (sinks or {}).values()]
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
@@ -144,6 +152,7 @@ class MetricWriter:
 
         Raises:
           ValueError: the step lies before one already written.
+          WorkdirError: the workdir was deleted.
         """
         last = self._line.get("step")
         if last is not None and step < last:
@@ -151,27 +160,54 @@ class MetricWriter:
                 f"metrics of step {step} after those of step {last}: steps can't go back"
             )
         if step != last:
-            self._line, self._start = {"step": step}, self._end
+            self._begin_line(step)
         self._line["time"] = round(time.time(), 3)
         values = {prefix + name: float(value) for name, value in values.items()}
         self._line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._overwrite(_dump(self._line))
+        self._last = _dump(self._line)
+        failure = self._attempt(self._overwrite)
+        if step == self._known_step:  # a resumed run evaluates its last step again
+            values = {k: v for k, v in values.items() if k not in self._known}
         for sink in self._sinks:
-            sink.write(step, values)
+            failure = self._attempt(sink.write, step, values) or failure
+        if failure and not self._failure:
+            logging.warning("metrics can't be written, and the run goes on: %s", failure)
+        elif self._failure and not failure:
+            logging.warning("metrics are written again")
+        self._failure = failure
 
-    def _overwrite(self, line: bytes) -> None:
+    def _begin_line(self, step: int) -> None:
+        if self._failure:
+            self._earlier += self._last
+        else:
+            self._start, self._earlier = self._start + len(self._earlier + self._last), b""
+        self._line = {"step": step}
+
+    def _overwrite(self) -> None:
+        if not self._path.exists():
+            raise WorkdirError(
+                f"{self._path} is gone: the workdir was deleted or moved while the run went on"
+            )
         # Cut only after writing: if the run is killed, whole lines or a half last one remain.
-        self._file.seek(self._start)
-        self._file.write(line)
-        self._file.flush()
-        self._end = self._file.tell()
-        self._file.truncate(self._end)
+        left, offset = memoryview(self._earlier + self._last), self._start
+        while left:
+            count = os.pwrite(self._file.fileno(), left, offset)
+            left, offset = left[count:], offset + count
+        self._file.truncate(offset)
+
+    def _attempt(self, write: Callable[..., None], *values: Any) -> str | None:
+        """Calls a function that writes; returns its failure, if the system refused."""
+        try:
+            write(*values)
+        except OSError as e:
+            return str(e)
+        return None
 
     def close(self) -> None:
-        """Flushes and closes the files and sinks."""
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        """Closes the files and sinks."""
+        for closed in (self._file, *self._sinks):
+            if failure := self._attempt(closed.close):
+                logging.warning("metrics can't be closed: %s", failure)
 
     def __enter__(self) -> "MetricWriter":
         return self

@@ -17,7 +17,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.evaluate.heldout import Evaluation, Judged, Written
 from caprl_jax.parallel import processes
 from caprl_jax.report import html
-from caprl_jax.run import metrics
+from caprl_jax.run import checkpoint, metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,28 +37,56 @@ class Figures:
     wall_seconds: float
 
 
-def remembered(path: Path, evaluate: Callable[[Any], Evaluation], params: Any) -> Evaluation:
-    """Returns evaluate(params), or the result that an earlier part of the run wrote to path.
+def remembered(
+    path: Path, config: ml_collections.ConfigDict, evaluate: Callable[[], Evaluation]
+) -> Evaluation:
+    """Returns evaluate(), or the result that an earlier part of the run wrote to path.
 
-    Either all processes evaluate, or none does; then only the first gets the result.
+    Either all processes evaluate, or none does; then only the first gets the result. A result of
+    another run's settings, or one that can't be read, is not used.
+
+    Args:
+      path: the file of the result, with the config that it was made with.
+      config: of this run, settled.
+      evaluate: evaluates the model before training.
     """
-    if processes.agreed(path.is_file()):
-        if not processes.is_first():
-            return {}, {}
-        values, sets = json.loads(path.read_text())
-        return values, {
-            name: [Judged(Written(**j.pop("caption")), **j) for j in judged]
-            for name, judged in sets.items()
-        }
+    earlier = _recall(path, config) if processes.is_first() else None
+    if processes.agreed(earlier is not None):
+        return earlier or ({}, {})
     logging.info("evaluating before training")
-    values, sets = evaluate(params)
-    if not processes.is_first():
-        return values, sets
-    plain = {name: [dataclasses.asdict(j) for j in judged] for name, judged in sets.items()}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([values, plain]))
-    partial.rename(path)
+    values, sets = evaluate()
+    if processes.is_first():
+        plain = {name: [dataclasses.asdict(j) for j in judged] for name, judged in sets.items()}
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps([values, plain, json.loads(config.to_json())]))
+            partial.replace(path)
+        except OSError as e:
+            logging.warning("%s can't be written: a restart evaluates again (%s)", path, e)
     return values, sets
+
+
+def _recall(path: Path, config: ml_collections.ConfigDict) -> Evaluation | None:
+    """Reads what `remembered` wrote; None if it isn't there, is damaged, or is another run's."""
+    if not path.is_file():
+        return None
+    try:
+        values, sets, saved = json.loads(path.read_text())
+        changed = checkpoint.differences(saved, config)
+        evaluation = (
+            dict(values),
+            {
+                name: [Judged(Written(**j.pop("caption")), **j) for j in judged]
+                for name, judged in sets.items()
+            },
+        )
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        logging.warning("%s can't be used (%s: %s): evaluating again", path, type(e).__name__, e)
+        return None
+    if changed:
+        logging.info("%s is of another run (%s): evaluating again", path, "; ".join(changed))
+        return None
+    return evaluation
 
 
 def summarise(figures: Figures, steps: int, set_aside: int) -> dict[str, Any]:

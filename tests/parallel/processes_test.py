@@ -260,7 +260,14 @@ def _wrapped(cause: Exception) -> Exception:
     [
         (jax.errors.JaxRuntimeError("UNAVAILABLE: peer"), distributed.LOST),
         (_wrapped(jax.errors.JaxRuntimeError("UNAVAILABLE: peer")), distributed.LOST),
+        # A peer killed within a save: JAX raises what gloo says as a ValueError.
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), distributed.LOST),
+        (_wrapped(ValueError("DEADLINE_EXCEEDED: Barrier timed out. Id: x")), distributed.LOST),
+        (RuntimeError("UNAVAILABLE: Failed to send RPC to coordination service"), distributed.LOST),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1),
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device"), 1),
+        (ValueError("NOT_FOUND: Error opening a checkpoint"), 1),
+        (_wrapped(ConfigError("hub: UNAVAILABLE: no connection")), 1),
         (KeyError("own"), 1),
         (SystemExit("error: own"), 1),
     ],

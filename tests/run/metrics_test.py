@@ -1,13 +1,19 @@
 """Metrics survive interruption: no step twice, none lost, nothing that isn't JSON."""
 
+import contextlib
 import itertools
 import json
 import math
+import resource
+import shutil
+import struct
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
+from caprl_jax.errors import UserError
 from caprl_jax.run import metrics
 from caprl_jax.run.sinks import SINKS
 
@@ -133,21 +139,113 @@ def test_reading_a_run_that_wrote_nothing(tmp_path):
     assert metrics.read(tmp_path) == []
 
 
-def test_tensorboard_gets_the_finite_values_and_hides_an_interrupted_run_s(tmp_path, monkeypatch):
-    events = []
-    for name in ("add_event", "add_summary"):
+def board(workdir):
+    """The values by tag, [(step, value), ..], that TensorBoard shows of all event files."""
+    shown = {}
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack_from("<Q", content)
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.session_log.status == event_pb2.SessionLog.START:  # as TensorBoard does
+                shown = {t: [v for v in vs if v[0] < event.step] for t, vs in shown.items()}
+            for value in event.summary.value:
+                shown.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return shown
 
-        def keep(self, event, *args, name=name):
-            events.append((name, event, *args))
 
-        monkeypatch.setattr(f"tensorboardX.writer.FileWriter.{name}", keep)
-    board = {"tensorboard": SINKS.choose("tensorboard", {})}
-    with metrics.MetricWriter(tmp_path, 4, board) as writer:
-        writer.write(5, {"reward": 0.25, "kl": NAN}, prefix="eval/")
-    assert {e[1].step for e in events if e[0] == "add_event"} == {5}  # purged from here on
-    (added,) = [e for e in events if e[0] == "add_summary"]
-    assert added[1].value[0].tag == "eval/reward" and added[2] == 5
-    assert added[1].value[0].simple_value == 0.25
+BOARD = {"tensorboard": SINKS.choose("tensorboard", {})}
+
+
+def test_tensorboard_has_every_finite_value_at_once_as_a_kill_gives_no_warning(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, None, BOARD)
+    for step in (1, 2):
+        writer.write(step, {"reward": step / 4, "kl": NAN}, prefix="eval/")
+        assert board(tmp_path) == {"eval/reward": [(s, s / 4) for s in range(1, step + 1)]}
+    writer.close()
+
+
+def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
+    killed = metrics.MetricWriter(tmp_path, None, BOARD)
+    for step in range(1, 6):
+        killed.write(step, {"reward": 0.5})
+    with metrics.MetricWriter(tmp_path, 3, BOARD) as writer:
+        for step in (4, 5, 6):
+            writer.write(step, {"reward": 0.25})
+    assert board(tmp_path)["reward"] == [(s, 0.5 if s < 4 else 0.25) for s in range(1, 7)]
+    with metrics.MetricWriter(tmp_path, None, BOARD) as writer:
+        writer.write(1, {"reward": 0.75})
+    assert board(tmp_path)["reward"] == [(1, 0.75)]
+    killed.close()
+
+
+def test_a_finished_run_s_last_evaluation_reaches_the_sinks_once(tmp_path):
+    for resume_step in (None, 2, 2):
+        with metrics.MetricWriter(tmp_path, resume_step, BOARD) as writer:
+            if resume_step is None:
+                writer.write(1, {"reward": 0.5})
+                writer.write(2, {"reward": 0.5})
+            writer.write(2, {"accuracy": 0.25}, prefix="eval/")
+    assert board(tmp_path) == {"reward": [(1, 0.5), (2, 0.5)], "eval/accuracy": [(2, 0.25)]}
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Lets no file grow beyond a size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 1, 20])
+def test_lines_that_find_no_room_are_a_warning_and_are_written_later(tmp_path, caplog, room):
+    with metrics.MetricWriter(tmp_path, None) as writer:
+        writer.write(1, {"reward": 0.5})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with full_disk(size + room):
+            for step in (2, 3):
+                writer.write(step, {"reward": 0.5})
+                writer.write(step, {"accuracy": 0.5}, prefix="eval/")
+            assert [line["step"] for line in metrics.read(tmp_path)] == [1]
+        assert caplog.text.count("can't be written") == 1
+        writer.write(4, {"reward": 0.5})
+        assert "written again" in caplog.text
+        writer.write(4, {"loss": 0.5})
+        writer.write(5, {"reward": 0.5})
+    lines = _strict(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert ["eval/accuracy" in line for line in lines] == [False, True, True, False, False]
+    assert lines[3]["loss"] == 0.5
+
+
+def test_a_sink_that_can_not_write_does_not_end_the_run(tmp_path, caplog):
+    class Broken:
+        def write(self, step, values):
+            raise OSError("no route to host")
+
+        close = write
+
+    writer = metrics.MetricWriter(tmp_path, None)
+    writer._sinks.append(Broken())
+    writer.write(1, {"reward": 0.5})
+    writer.write(2, {"reward": 0.5})
+    assert caplog.text.count("no route to host") == 1
+    assert [line["step"] for line in _strict(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda w: w.rename(w.with_name("moved"))])
+def test_a_workdir_that_is_deleted_ends_the_run(tmp_path, gone):
+    workdir = tmp_path / "run"
+    with metrics.MetricWriter(workdir, None) as writer:
+        writer.write(1, {"reward": 0.5})
+        gone(workdir)
+        with pytest.raises(UserError, match=r"run/metrics\.jsonl is gone: the workdir was deleted"):
+            writer.write(2, {"reward": 0.5})
+    assert not workdir.exists()
 
 
 def test_the_bar_counts_steps_from_where_the_run_resumes(capsys):
