@@ -24,7 +24,7 @@ from PIL import Image
 
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
-from caprl_jax.data.images import ImageProcessor, decode_image, to_rgb
+from caprl_jax.data.images import ImageProcessor, decode_image, read_image, to_rgb
 from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.decode.lengths import bucket
@@ -57,7 +57,7 @@ def _picture(image: Picture) -> Image.Image:
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    return decode_image(image if isinstance(image, bytes) else Path(image).read_bytes())
+    return decode_image(image if isinstance(image, bytes) else read_image(Path(image)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,10 @@ class LoadedPolicy:
           (Images [b, m, ..], Prompt [b, p]), numpy.
 
         Raises:
-          UnreadableImage, ValueError: an image can't be used.
+          UnreadableImage, ValueError: an image can't be used, or there is none.
         """
+        if not len(images):
+            raise ValueError("images is empty: give at least one image")
         vision = self.modules.vision.config
         mrope = self.modules.decoder.config.mrope_section is not None
         filler = PolicyPrompt.create(self.tokenizer, prompt, vision, mrope)
@@ -165,11 +167,12 @@ class LoadedPolicy:
         """
         if len(texts) != len(images):
             raise ValueError(f"{len(texts)} texts for {len(images)} images: one each is needed")
+        inputs = self.inputs(images, prompt)
         ids = [self.tokenizer.encode_caption(text) for text in texts]
         length = bucket(max(map(len, ids)))
         tokens = np.stack([pad(i, length) for i in ids])
         mask = np.arange(length) < np.asarray([[len(i)] for i in ids])
-        arrays = (*self.inputs(images, prompt), tokens[:, None], mask[:, None])
+        arrays = (*inputs, tokens[:, None], mask[:, None])
         found = _logits(self.rules, self.modules, self.params, *_put(arrays, self.rules))
         return found[: len(texts), 0], tokens, mask
 
@@ -251,7 +254,7 @@ class LoadedJudge:
           Verdicts [b, g, n], numpy; n is the largest number of questions, `valid` tells which are.
 
         Raises:
-          ValueError: not as many lists of questions as images, or unequal groups.
+          ValueError: not as many lists of questions as images, unequal groups, or nothing to judge.
           MalformedRecord: a question is malformed.
         """
         groups = [[c] if isinstance(c, str) else list(c) for c in captions]
@@ -261,6 +264,8 @@ class LoadedJudge:
                 f", questions for {len(questions)}: both must be lists of one entry an image, and "
                 "groups equally large"
             )
+        if not groups[0] or not any(len(asked) for asked in questions):
+            raise ValueError("nothing to judge: give at least one caption and one question")
         tokens, mask = self._tokens(groups)
         asked = self._questions(questions, np.random.default_rng(seed) if shuffle else None)
         arrays = _put((Captions(tokens, mask), asked), self.rules)

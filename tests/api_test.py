@@ -11,7 +11,7 @@ import caprl_jax
 from caprl_jax.data import records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.questions import JudgePrompt
-from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.parallel import mesh
 
 SCENES = list(digits.scenes("heldout", 3, (3, 3), (2, 5)))
@@ -48,6 +48,10 @@ def test_an_image_may_come_in_any_form(policy, tmp_path):
     assert captions == [captions[0]] * len(forms)
     with pytest.raises(ValueError, match=r"float32 \[84, 84\] is no image"):
         policy.caption([np.zeros((84, 84), np.float32)])
+    with pytest.raises(ValueError, match="images is empty"):
+        policy.caption([])
+    with pytest.raises(UserError, match=r"image file 'none\.png' can't be read: No such file"):
+        policy.caption([tmp_path / "none.png"])
 
 
 def test_a_group_is_sampled_by_its_seed(policy):
@@ -92,6 +96,9 @@ def test_a_judge_answers_from_the_caption_alone(judge):
     np.testing.assert_array_equal(alone.score[:, 0], found.score[:, 0])
     with pytest.raises(ValueError, match="questions for 2"):
         judge.score(full, asked[:2])
+    for captions, questions in ((["x"], [[]]), ([[], []], asked[:2])):
+        with pytest.raises(ValueError, match="nothing to judge"):
+            judge.score(captions, questions)
 
 
 def test_any_mesh_gives_the_same_captions(policy):

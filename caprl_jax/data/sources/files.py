@@ -1,11 +1,9 @@
 """Source of images and questions in users' files: CapRL-QA-75K's parquet rows, or JSON lines.
 
-A parquet row is {"image": {"bytes"}, "reward_model": {"ground_truth": [question, ..]}, ..}; a JSON
-line is {"image": path (relative to the file), "questions": [question, ..], "id": optional}. A
-question is {"question", "choices": ["A) ..", ..], "answer": "B"}. A row may have "extras": numbers,
-or lists of numbers, by name, for reward terms to read. The first use checks the rows and converts
-them to an ArrayRecord dataset, like the embedded world's. It sets unusable rows aside, with the
-reason, in a file beside the dataset.
+rows.py says what a row may hold. The first use checks the rows and converts them to an ArrayRecord
+dataset, like the embedded world's. It sets unusable rows aside, with the reason, in a file beside
+the dataset, and notes what it read in another, inputs.jsonl: when any of that has changed since, or
+has appeared, the rows are converted again.
 """
 
 import dataclasses
@@ -23,160 +21,10 @@ import numpy as np
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.sources.rows import count, find, parse_row, rows
 from caprl_jax.settings import setting
 
-VERSION = "1.1.0"
-_SUFFIXES = (".parquet", ".jsonl")
-
-
-def find(path: str) -> list[Path]:
-    """Lists the files that a path names: a file, a pattern's matches, or a directory's files.
-
-    Raises:
-      ValueError: the path names no file, or one of another kind.
-    """
-    given = Path(path)
-    if not path:
-        matches = []
-    elif given.is_dir():
-        matches = sorted(f for f in given.rglob("*") if f.suffix in _SUFFIXES)
-    elif given.is_file():
-        matches = [given]
-    else:
-        pattern = given.relative_to(given.anchor) if given.is_absolute() else given
-        matches = sorted(Path(given.anchor or ".").glob(str(pattern)))
-    wrong = [f for f in matches if f.suffix not in _SUFFIXES]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is neither .parquet nor .jsonl")
-    if not matches:
-        raise ValueError(
-            f"path={path!r} names no .parquet or .jsonl file: give a file, a pattern or a directory"
-        )
-    return matches
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a file, not yet parsed.
-
-    Attributes:
-      id: id of the record that the row becomes.
-      raw: its fields; if reading them failed, the reason as a string.
-      beside: directory that its paths are relative to.
-    """
-
-    id: str
-    raw: Mapping[str, Any] | str
-    beside: Path
-
-
-def count(file: Path) -> int:
-    """Number of rows in a file, damaged ones included.
-
-    Raises:
-      ValueError: the file is neither JSON lines nor parquet.
-    """
-    if file.suffix == ".jsonl":
-        with file.open("rb") as f:
-            return sum(1 for line in f if line.strip())
-    return _parquet(file).metadata.num_rows
-
-
-def rows(file: Path) -> Iterator[Row]:
-    """Yields a file's rows in order; memory holds a few at a time."""
-    if file.suffix == ".jsonl":
-        with file.open("rb") as f:
-            for i, line in enumerate(line for line in f if line.strip()):
-                try:
-                    raw = json.loads(line)
-                except ValueError as e:
-                    raw = f"the line is not valid JSON: {e}"
-                yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
-        return
-    parquet = _parquet(file)
-    columns = [c for c in ("image", "reward_model", "extras") if c in parquet.schema_arrow.names]
-    batches = parquet.iter_batches(32, columns=columns)
-    try:
-        numbered = enumerate(raw for batch in batches for raw in batch.to_pylist())
-        for i, raw in numbered:
-            yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
-    except OSError as e:  # pyarrow's errors for damaged pages are OSErrors
-        raise ValueError(f"{file} is damaged: {e}; copy it again, or leave it out") from e
-
-
-def _parquet(file: Path) -> Any:
-    import pyarrow  # imported where used
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as e:
-        raise ValueError(f"{file} can't be read as parquet: {e}") from e
-
-
-def parse_row(row: Row) -> Record:
-    """Parses a row, and decodes its image once to check it.
-
-    Raises:
-      MalformedRecord, UnreadableImage: the row is unusable; the message says why.
-    """
-    from caprl_jax.data.images import decode_image  # Pillow is imported where it is used
-
-    if isinstance(row.raw, str):
-        raise MalformedRecord(row.raw)
-    if not isinstance(row.raw, Mapping):
-        raise MalformedRecord(f"a row is a {type(row.raw).__name__}, not a JSON object")
-    image = _image(row)
-    decode_image(image)
-    asked = _questions(row.raw)
-    if not isinstance(asked, list) or not asked:
-        raise MalformedRecord("the row has no questions")
-    questions = tuple(records.parse_question(q) for q in asked)
-    return Record(row.id, image, questions, extras=records.parse_extras(row.raw.get("extras")))
-
-
-def _image(row: Row) -> bytes:
-    from caprl_jax.data.images import UnreadableImage
-
-    image = row.raw.get("image")
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return image
-    if not isinstance(image, str) or not image:
-        raise MalformedRecord("the row has no image: neither bytes nor a path")
-    try:
-        return (row.beside / image).read_bytes()
-    except (OSError, ValueError) as e:  # ValueError: a path with a zero byte
-        raise UnreadableImage(f"the image file can't be read: {e}") from e
-
-
-def _questions(raw: Mapping[str, Any]) -> Any:
-    asked = raw.get("questions")
-    if asked is None and isinstance(raw.get("reward_model"), Mapping):
-        asked = raw["reward_model"].get("ground_truth")
-    if not isinstance(asked, str):
-        return asked
-    try:  # some tools store nested columns as JSON text
-        return json.loads(asked)
-    except ValueError as e:
-        raise MalformedRecord(f"the questions are no valid JSON: {e}") from e
-
-
-def _split(files: list[Path], held_out: np.ndarray, want: bool, aside: SetAside):
-    from caprl_jax.data.images import UnreadableImage
-
-    index = 0
-    for file in files:
-        for row in rows(file):
-            chosen = held_out[index] == want
-            index += 1
-            if not chosen:
-                continue
-            try:
-                yield parse_row(row)
-            except (MalformedRecord, UnreadableImage) as e:
-                aside.add(row.id, str(e))
+VERSION = "1.2.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +32,9 @@ class Files:
     """Options of the source files."""
 
     path: str = setting("", "parquet or JSON lines: a file, a pattern, or a directory")
+    root: str = setting(
+        "", "folder that image files must lie in; empty: that of the file which names them"
+    )
 
 
 def files(
@@ -192,11 +43,11 @@ def files(
     """Rows of files as stored elements, {"train", "heldout"}; the first use converts them.
 
     The same files always give the same `settings.heldout` held-out rows. Files that changed or
-    moved are converted again; image files that JSON lines name are not compared.
+    moved, and rows whose image files changed or appeared, are converted again.
 
     Args:
       settings: the config's section `data`.
-      set_aside: collects unusable rows.
+      set_aside: collects unusable rows, and unusable questions of usable rows.
       options: path of the files.
 
     Raises:
@@ -214,42 +65,143 @@ def files(
         raise ValueError(
             f"{options.path}: two files are called {repeated}, so their rows would share names"
         )
-    held_out = np.zeros(total, bool)
-    held_out[np.random.default_rng(0).permutation(total)[: settings.heldout]] = True
-    paths, stats = [str(f.resolve()) for f in sources], [f.stat() for f in sources]
-    content = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
-    digest = hashlib.sha256(repr((content, settings.heldout)).encode()).hexdigest()
-    name = f"caprl_files_{digest[:16]}"
-    aside = SetAside()
-    splits = {
-        split: functools.partial(_split, sources, held_out, split == "heldout", aside)
-        for split in ("train", "heldout")
-    }
-    made = records.builder(name, VERSION, splits, settings.data_dir or None)
-    _convert(made, aside, total)
-    for line in aside.listing():
+    conversion = _Conversion(sources, total, settings.heldout, options.root)
+    made = conversion.made(settings.data_dir or None)
+    for line in conversion.aside.listing():
         set_aside.add(line["id"], line["reason"])
-    return {split: records.source(made, split) for split in splits}
+    return {split: records.source(made, split) for split in ("train", "heldout")}
 
 
-def _convert(made: Any, aside: SetAside, total: int) -> None:
-    """Writes the dataset and the listing of rows set aside, unless both exist and are complete."""
-    directory = Path(made.data_dir)
-    listing = directory.with_name("set_aside.jsonl")
-    if directory.is_dir() and listing.is_file():
-        aside.read(listing)
-        if sum(s.num_examples for s in made.info.splits.values()) + len(aside.reasons) == total:
-            return
-        aside.reasons.clear()
-    shutil.rmtree(directory, ignore_errors=True)  # left by an interrupted conversion
-    logging.info("converting %d rows to %s", total, directory)
+@dataclasses.dataclass
+class _Conversion:
+    """The conversion of files' rows to a dataset.
+
+    Attributes:
+      sources: the files.
+      total: their number of rows.
+      heldout: how many of them are held out.
+      root: folder that image files must lie in; "" for each file's own.
+      aside: unusable rows and questions.
+    """
+
+    sources: list[Path]
+    total: int
+    heldout: int
+    root: str
+    aside: SetAside = dataclasses.field(default_factory=SetAside)
+
+    def made(self, data_dir: str | None) -> Any:
+        """Returns the dataset's builder; converts the rows unless that was done and still holds."""
+        held_out = np.zeros(self.total, bool)
+        held_out[np.random.default_rng(0).permutation(self.total)[: self.heldout]] = True
+        content = [_state(f) for f in self.sources]
+        digest = hashlib.sha256(repr((content, self.heldout, self.root)).encode()).hexdigest()
+        inputs = _Inputs()
+        seen: set[str] = set()
+        splits = {
+            split: functools.partial(self._split, held_out == (split == "heldout"), inputs, seen)
+            for split in ("train", "heldout")
+        }
+        made = records.builder(f"caprl_files_{digest[:16]}", VERSION, splits, data_dir)
+        if not self._whole(made):
+            self._convert(made, inputs)
+        return made
+
+    def _split(self, chosen: np.ndarray, inputs: "_Inputs", seen: set[str]) -> Iterator[Record]:
+        """Yields the usable rows among the chosen ones, bool [rows of all files]."""
+        from caprl_jax.data.images import UnreadableImage
+
+        root = Path(self.root) if self.root else None
+        every = (row for file in self.sources for row in rows(file))
+        for row, wanted in zip(every, chosen, strict=True):
+            if not wanted:
+                continue
+            try:
+                record = parse_row(row, root, inputs.add)
+                if record.id in seen:
+                    raise MalformedRecord(f"another row has the same id, {record.id!r:.80}")
+            except (MalformedRecord, UnreadableImage) as e:
+                self.aside.add(row.id, str(e))
+                inputs.lost += 1
+                continue
+            seen.add(record.id)
+            for number, reason in record.dropped:
+                self.aside.add(f"{record.id}, question {number}", reason)
+            yield record
+
+    def _whole(self, made: Any) -> bool:
+        """Tells whether the dataset is complete and made of what is there now."""
+        directory = Path(made.data_dir)
+        listing, inputs = (directory.with_name(n) for n in ("set_aside.jsonl", "inputs.jsonl"))
+        if not (directory.is_dir() and listing.is_file() and inputs.is_file()):
+            return False
+        self.aside.read(listing)
+        kept = sum(s.num_examples for s in made.info.splits.values())
+        if _unchanged(inputs, rows_set_aside=self.total - kept, listed=len(self.aside.reasons)):
+            return True
+        self.aside.reasons.clear()
+        return False
+
+    def _convert(self, made: Any, inputs: "_Inputs") -> None:
+        """Writes the dataset, the listing of rows set aside, and last what all that came from."""
+        directory = Path(made.data_dir)
+        listing, noted = (directory.with_name(n) for n in ("set_aside.jsonl", "inputs.jsonl"))
+        noted.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)  # left by an interrupted conversion
+        logging.info("converting %d rows to %s", self.total, directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with noted.with_suffix(".part").open("w") as inputs.file:
+                records.prepare(made)
+                entry = {"rows_set_aside": inputs.lost, "listed": len(self.aside.reasons)}
+                inputs.file.write(json.dumps(entry) + "\n")
+        except AssertionError as e:  # tensorflow-datasets raises it for an empty split
+            reasons = [line["reason"] for line in self.aside.listing()]
+            raise ValueError(
+                f"no row is left to train on or to hold out: {len(reasons)} of {self.total} are "
+                f"unusable so far; the first: {reasons[0] if reasons else e}"
+            ) from e
+        self.aside.write(listing)
+        noted.with_suffix(".part").replace(noted)
+        lost = len(self.aside.reasons)
+        logging.info("converted %d rows; set aside %d: see %s", self.total, lost, listing)
+
+
+@dataclasses.dataclass
+class _Inputs:
+    """What a conversion reads beside the files: a line for each image file, and lost rows.
+
+    Attributes:
+      file: where the lines go, while a conversion runs.
+      lost: number of rows set aside.
+    """
+
+    file: Any = None
+    lost: int = 0
+
+    def add(self, path: Path) -> None:
+        """Notes an image file as it is now."""
+        self.file.write(json.dumps(_state(path)) + "\n")
+
+
+def _state(path: Path) -> list:
+    """Returns [path, size, time of the last change in ns] of a file; -1 and 0 if there is none."""
     try:
-        records.prepare(made)
-    except AssertionError as e:  # tensorflow-datasets raises it for an empty split
-        reasons = [line["reason"] for line in aside.listing()]
-        raise ValueError(
-            f"no row is left to train on or to hold out: {len(reasons)} of {total} are unusable "
-            f"so far; the first: {reasons[0] if reasons else e}"
-        ) from e
-    listing.write_text("".join(json.dumps(line) + "\n" for line in aside.listing()))
-    logging.info("converted %d rows; set aside %d: see %s", total, len(aside.reasons), listing)
+        found = path.stat()
+    except (OSError, ValueError):
+        return [str(path), -1, 0]
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+
+
+def _unchanged(inputs: Path, **counts: int) -> bool:
+    """Tells whether all files of a list are as they were, and its last line holds these counts."""
+    last = None
+    with inputs.open() as lines:
+        for line in lines:
+            try:
+                last = json.loads(line)
+            except ValueError:
+                return False
+            if isinstance(last, list) and _state(Path(last[0])) != last:
+                return False
+    return last == counts

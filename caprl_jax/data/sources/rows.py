@@ -1,0 +1,233 @@
+"""Rows of users' files: parquet, or JSON lines; their images and questions in all usual forms.
+
+A row is {"image", "questions"} with an optional "id" and "extras" (numbers, or lists of numbers, by
+name, for reward terms to read). An image is bytes, {"bytes", "path"}, a path, a file: or data: URL,
+base64 text, or a list of one of these; its column may be called images. Questions are a list of
+{"question", "choices": ["A) ..", ..], "answer": "B"}, or its JSON text, and may lie in
+{"reward_model": {"ground_truth"}}, as in CapRL-QA-75K.
+"""
+
+import base64
+import binascii
+import dataclasses
+import logging
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from caprl_jax.data import records
+from caprl_jax.data.records import MalformedRecord, Record
+
+COLUMNS = ("image", "images", "questions", "reward_model", "extras", "id")
+SUFFIXES = (".parquet", ".jsonl")
+_LONGEST_PATH = 1024  # characters; a longer text in the place of a path is base64
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a file, not yet parsed.
+
+    Attributes:
+      id: the row's place, which names it unless it has an id of its own.
+      raw: its fields; if reading them failed, the reason as a string.
+      beside: directory that its paths are relative to.
+    """
+
+    id: str
+    raw: Mapping[str, Any] | str
+    beside: Path
+
+
+def find(path: str) -> list[Path]:
+    """Lists the files that a path names: a file, a pattern's matches, or a directory's files.
+
+    Raises:
+      ValueError: the path names no file, or one of another kind.
+    """
+    given = Path(path)
+    if not path:
+        matches = []
+    elif given.is_dir():
+        matches = sorted(f for f in given.rglob("*") if f.suffix in SUFFIXES)
+    elif given.exists():
+        matches = [given]
+    else:
+        pattern = given.relative_to(given.anchor) if given.is_absolute() else given
+        matches = sorted(Path(given.anchor or ".").glob(str(pattern)))
+    wrong = [f for f in matches if f.suffix not in SUFFIXES]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is neither .parquet nor .jsonl")
+    matches = [f for f in matches if f.is_file()]  # a pipe or a device would be read for ever
+    if not matches:
+        raise ValueError(
+            f"path={path!r} names no .parquet or .jsonl file: give a file, a pattern or a directory"
+        )
+    return matches
+
+
+def count(file: Path) -> int:
+    """Number of rows in a file, damaged ones included.
+
+    Raises:
+      ValueError: the file is neither JSON lines nor parquet.
+    """
+    if file.suffix == ".jsonl":
+        with file.open("rb") as f:
+            return sum(1 for line in f if line.strip())
+    return _parquet(file).metadata.num_rows
+
+
+def rows(file: Path) -> Iterator[Row]:
+    """Yields a file's rows in order; memory holds a few at a time."""
+    raws = _json_lines(file) if file.suffix == ".jsonl" else _parquet_rows(file)
+    unknown: set[str] = set()
+    for i, raw in enumerate(raws):
+        if isinstance(raw, Mapping):
+            unknown.update(map(str, raw.keys() - set(COLUMNS)))
+        yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
+    if unknown:
+        _tell_unknown(file, unknown)
+
+
+def _json_lines(file: Path) -> Iterator[Any]:
+    with file.open("rb") as f:
+        for line in (line for line in f if line.strip()):
+            try:
+                yield records.read_json_text(line, "the line")
+            except MalformedRecord as e:
+                yield str(e)
+
+
+def _parquet_rows(file: Path) -> Iterator[Any]:
+    parquet = _parquet(file)
+    names = parquet.schema_arrow.names
+    if unknown := set(names) - set(COLUMNS):
+        _tell_unknown(file, unknown)
+    batches = parquet.iter_batches(32, columns=[c for c in COLUMNS if c in names])
+    try:
+        for batch in batches:
+            for i in range(batch.num_rows):
+                try:
+                    yield batch.slice(i, 1).to_pylist()[0]
+                except ValueError as e:  # text that isn't UTF-8
+                    yield f"the row can't be read: {e}"
+    except OSError as e:  # pyarrow's errors for damaged pages are OSErrors
+        raise ValueError(f"{file} is damaged: {e}; copy it again, or leave it out") from e
+
+
+def _tell_unknown(file: Path, unknown: set[str]) -> None:
+    named = ", ".join(sorted(unknown)[:9])
+    logging.info("%s: not read: %s; read are %s", file.name, named, ", ".join(COLUMNS))
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow  # imported where used
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise ValueError(f"{file} can't be read as parquet: {e}") from e
+
+
+def parse_row(
+    row: Row, root: Path | None = None, used: Callable[[Path], None] | None = None
+) -> Record:
+    """Parses a row, and decodes its image once to check it.
+
+    Args:
+      row: not yet parsed.
+      root: the directory that image files must lie in; None: the row's own.
+      used: called with the path of an image file before it is read.
+
+    Returns:
+      Record; its `dropped` are the questions that can't be used.
+
+    Raises:
+      MalformedRecord, UnreadableImage: the row is unusable; the message says why.
+    """
+    from caprl_jax.data.images import decode_image  # Pillow is imported where it is used
+
+    if isinstance(row.raw, str):
+        raise MalformedRecord(row.raw)
+    if not isinstance(row.raw, Mapping):
+        raise MalformedRecord(f"a row is a {type(row.raw).__name__}, not a JSON object")
+    image = _image(row, root or row.beside, used or (lambda path: None))
+    decode_image(image)
+    questions, dropped = records.parse_questions(_questions(row.raw))
+    extras = records.parse_extras(row.raw.get("extras"))
+    return Record(_id(row), image, questions, extras=extras, dropped=dropped)
+
+
+def _id(row: Row) -> str:
+    own = row.raw.get("id")
+    if own is None or own == "":
+        return row.id
+    if isinstance(own, bool) or not isinstance(own, str | int):
+        raise MalformedRecord(f"the id is a {type(own).__name__}, not text or a whole number")
+    records.check_text(str(own), "the id")
+    return str(own)
+
+
+def _image(row: Row, root: Path, used: Callable[[Path], None]) -> bytes:
+    """Returns the encoded bytes of a row's image."""
+    from caprl_jax.data.images import read_image
+
+    given = row.raw.get("image")
+    given = row.raw.get("images") if given is None else given
+    if isinstance(given, list):
+        if len(given) != 1:
+            raise MalformedRecord(f"the row has {len(given)} images, not one")
+        given = given[0]
+    if isinstance(given, Mapping):
+        given = given.get("bytes") or given.get("path")
+    if isinstance(given, bytes):
+        return given
+    if not isinstance(given, str) or not given:
+        raise MalformedRecord("the row has no image: neither bytes nor a path")
+    if given.startswith("data:") or len(given) > _LONGEST_PATH:
+        return _from_base64(given)
+    path = _inside(given, row.beside, root)
+    used(path)
+    return read_image(path)
+
+
+def _from_base64(text: str) -> bytes:
+    _, _, content = text.rpartition(",")  # data:image/png;base64,..
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise MalformedRecord(f"the image is neither a path nor base64 text: {e}") from e
+
+
+def _inside(given: str, beside: Path, root: Path) -> Path:
+    """Returns the path of an image file, links resolved.
+
+    Raises:
+      UnreadableImage: it lies outside of the root, or is no path.
+    """
+    from caprl_jax.data.images import UnreadableImage
+
+    if given.startswith("file:"):
+        given = urllib.parse.unquote(urllib.parse.urlsplit(given).path)
+    try:
+        path, allowed = (beside / given).resolve(), root.resolve()
+    except (OSError, ValueError, RuntimeError) as e:  # a zero byte; a circle of links
+        raise UnreadableImage(f"the image file can't be read: {e}") from e
+    if not path.is_relative_to(allowed):
+        raise UnreadableImage(
+            f"the image {given!r:.80} lies outside of {allowed.name!r:.60}: data.root names the "
+            "folder that images may lie in"
+        )
+    return path
+
+
+def _questions(raw: Mapping[str, Any]) -> Any:
+    """Returns a row's questions, a list or its JSON text; None without any."""
+    if raw.get("questions") is not None:
+        return raw["questions"]
+    model = raw.get("reward_model")
+    if isinstance(model, str):  # some tools store nested columns as JSON text
+        model = records.read_json_text(model, "reward_model")
+    return model.get("ground_truth") if isinstance(model, Mapping) else None
