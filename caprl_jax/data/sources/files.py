@@ -169,7 +169,7 @@ class _Conversion:
 
 @dataclasses.dataclass
 class _Inputs:
-    """What a conversion reads beside the files: a line for each image file, and lost rows.
+    """Notes of a conversion: a line for each image file that it reads, and the rows it loses.
 
     Attributes:
       file: where the lines go, while a conversion runs.
