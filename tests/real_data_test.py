@@ -62,8 +62,11 @@ DAMAGE = {
 }
 
 
+ONE_QUESTION = [damage for damage, _ in list(DAMAGE.values())[6:]]
+
+
 def write_rows(directory: Path, count: int) -> dict[str, str]:
-    """Writes rows in CapRL-QA-75K's schema, every tenth damaged; returns {row id: reason}."""
+    """Writes rows in CapRL-QA-75K's schema, every tenth damaged; returns {id: reason}."""
     directory.mkdir()
     rng, expected, rows = np.random.default_rng(0), {}, []
     for i, record in enumerate(digits.scenes("train", count, (3, 3), (2, 5))):
@@ -84,7 +87,9 @@ def write_rows(directory: Path, count: int) -> dict[str, str]:
             damage, reason = list(DAMAGE.values())[i // 10 % len(DAMAGE)]
             damage(rows[-1])
             file, row = divmod(i, count // 2)
-            expected[f"train-{file:05d}-of-00002-{row:06d}"] = reason
+            # A row whose other questions are usable is kept.
+            question = ", question 1" if damage in ONE_QUESTION else ""
+            expected[f"train-{file:05d}-of-00002-{row:06d}{question}"] = reason
     for file in range(2):
         part = rows[file * count // 2 : (file + 1) * count // 2]
         table = pyarrow.Table.from_pylist(part, schema=SCHEMA)
@@ -154,7 +159,8 @@ def test_3b_config_trains_although_a_tenth_of_the_rows_is_damaged(tmp_path):
     assert summary["steps"] == 10 and summary["records_set_aside"] == 200
     infos = [json.loads(p.read_text()) for p in (tmp_path / "data").rglob("dataset_info.json")]
     lengths = [int(n) for info in infos for s in info["splits"] for n in s["shardLengths"]]
-    assert sum(lengths) + 200 == 2000
+    kept = sum("question" in identity for identity in expected)
+    assert kept == 80 and sum(lengths) + 200 - kept == 2000
     exported = workdir / "export" / "10"
     config = hf.read_config(exported)
     assert hf.load_params(exported, families.build(config))
