@@ -154,17 +154,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the last step with a complete checkpoint, after waiting for a save under way."""
         self._settle()
-        return next(reversed(self._there()), None)
+        return next(reversed(self.steps()), None)
 
-    def _there(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Returns all steps with a complete checkpoint, in order; none of an unreachable disk."""
         try:
             return steps(self._workdir)
         except OSError:
-            return []  # the disk is unreachable
-
-    def steps(self) -> list[int]:
-        """Returns all steps with a checkpoint, in order."""
-        return self._there()
+            return []
 
     def save(self, step: int, state: Any, config: ml_collections.ConfigDict) -> None:
         """Starts writing (in the background) state and config after `step` steps.
@@ -217,7 +214,7 @@ class Checkpoints:
             self._close()
         self._opened = None
         self._delete_unfinished()
-        there = self._there()
+        there = self.steps()
         kept = f"the one of step {there[-1]} is kept" if there else "there is no earlier one"
         logging.warning("%s; %s, and the next save tries again", self._failed, kept)
 
@@ -234,7 +231,7 @@ class Checkpoints:
         """
         self._settle()
         if self._failed:
-            there = self._there()
+            there = self.steps()
             start = f"goes on from step {there[-1]}" if there else "begins anew"
             raise CheckpointError(
                 f"{self._failed}. See to the disk of {self._workdir} and give the same command "

@@ -57,10 +57,14 @@ class Skipped:
                 continue
             self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
             file = self.workdir / "skipped" / processes.own_name(f"{step}.npz")
-            save(file, batch)
+            kept = f"its batch is kept: --replay={file} tells where it begins"
+            try:
+                save(file, batch)
+            except OSError as e:  # a full disk, say
+                kept = f"its batch can't be kept: {e}"
             logging.warning(
                 f"step {step}: a loss, gradient or optimizer state isn't finite, and the update "
-                f"was skipped; its batch is kept: --replay={file} tells where it begins"
+                f"was skipped ({self.total} so far); {kept}"
             )
             if self.in_a_row > self.most:
                 raise NotFinite(

@@ -41,6 +41,14 @@ def test_more_in_a_row_than_allowed_end_the_run(tmp_path):
         watch.look()
 
 
+def test_a_batch_that_can_not_be_written_is_told_and_no_error(tmp_path, caplog):
+    (tmp_path / "skipped").write_text("a file where the folder should be")
+    watch = Skipped(tmp_path, most=3)
+    watch.add(1, batch(1), measured(1))
+    watch.look()
+    assert "(1 so far); its batch can't be kept: " in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"", "no kept batch"), (b"PK\x03\x04", "no kept batch")]
 )
