@@ -9,15 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline, records
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models.hf import download as sources
-from caprl_jax.run import load
 
 from .. import shipped
 
@@ -34,13 +31,10 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def inputs():
-    c = config_lib.default()
-    c.data.max_windows, c.data.max_prompt = 4, 32
-    policy, directory = load.read_model(c.policy.path, "", np.float32)
-    tokenizer = Tokenizer.from_pretrained(directory, 512)
+def inputs(tiny):
+    tokenizer, image_prompt = tiny
     prompt = JudgePrompt.create(tokenizer, own_prompt(sources.fetch("asset:tiny/judge")))
-    return load.image_prompt(c, policy, directory, tokenizer), prompt
+    return image_prompt, prompt
 
 
 def examples(inputs, **changes):

@@ -7,15 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.digits.world import JUDGE_PROMPT
 from caprl_jax.data.questions import ABSTAIN, JudgePrompt
 from caprl_jax.data.records import LETTERS, Question
-from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.run import load
 
 GRID = (3, 3)
 END = "<|im_end|>"
@@ -29,14 +26,10 @@ def record():
 
 
 @pytest.fixture(scope="module")
-def shipped():
+def shipped(tiny):
     """(tokenizer, image prompt, judge's prompt) of the tiny policy."""
-    c = config_lib.default()
-    c.data.max_windows, c.data.max_prompt = 4, 32
-    policy, directory = load.read_model(c.policy.path, "", np.float32)
-    tokenizer = Tokenizer.from_pretrained(directory, 512)
-    prompt = JudgePrompt.create(tokenizer, JUDGE_PROMPT)
-    return tokenizer, load.image_prompt(c, policy, directory, tokenizer), prompt
+    tokenizer, inputs = tiny
+    return tokenizer, inputs, JudgePrompt.create(tokenizer, JUDGE_PROMPT)
 
 
 def policy_task(**changes):
