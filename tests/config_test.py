@@ -1,4 +1,4 @@
-"""What a config is refused for before anything is read."""
+"""Configs that are refused before anything is read."""
 
 import pytest
 

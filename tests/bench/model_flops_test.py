@@ -1,4 +1,4 @@
-"""What MFU counts, against a count by hand, and against what programs compute beyond it."""
+"""MFU's FLOPs against a count by hand, and against what programs compute beyond it."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""How cost grows, as the bench tells it."""
+"""The growth of cost, as the bench tells it."""
 
 import pytest
 

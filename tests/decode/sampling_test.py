@@ -125,7 +125,7 @@ def test_a_tpu_draws_by_noise():
 
 @pytest.mark.parametrize("way", [by_noise, by_inversion])
 def test_each_row_is_drawn_from_its_own_logits(way):
-    """Of 1187 tokens each row has one that is near certain, in runs and parts of all kinds."""
+    """Each row has one of 1187 tokens that is near certain, in runs and parts of all kinds."""
     certain = jax.random.randint(jax.random.key(2), (4, 8), 0, 1187).at[0, :2].set([0, 1186])
     logits = 60 * jax.nn.one_hot(certain, 1187)
     np.testing.assert_array_equal(way(jax.random.key(0), logits), certain)
@@ -133,7 +133,7 @@ def test_each_row_is_drawn_from_its_own_logits(way):
 
 @pytest.mark.parametrize("vocab", [2048, 1184, 8 * 1187])  # the last two are no whole runs
 def test_draws_lie_on_the_mesh_that_they_are_traced_for(vocab):
-    """What JAX traced before must not decide; and of the vocabulary only sums are passed on."""
+    """Earlier traces of JAX must not decide; and of the vocabulary only sums are passed on."""
     logits = 3 * jax.random.normal(jax.random.key(1), (8, vocab))
     found = [draw(jax.random.key(0), logits, Sampling(1))[0]]
     for devices in (jax.devices()[:4], jax.devices()[4:]):

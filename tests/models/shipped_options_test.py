@@ -23,7 +23,7 @@ def judge():
 
 
 def task(judge, count: int) -> digits_sft.JudgeTask:
-    """What makes captions and questions of that many options, as in training."""
+    """The maker of captions and questions with that many options, as in training."""
     return digits_sft.JudgeTask((3, 3), (2, 5), judge.prompt, 1, 1, (count, count))
 
 

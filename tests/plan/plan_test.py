@@ -212,7 +212,7 @@ def test_a_model_of_unknown_size_is_refused():
     ("kind", "expected"), [("all-gather", 75), ("all-reduce", 150), ("collective-permute", 100)]
 )
 def test_what_a_device_receives(kind, expected):
-    """Of 100 bytes among 4 devices: three quarters; twice to sum and give back; all, if sent."""
+    """100 bytes among 4 devices: three quarters; twice to sum and give back; all, if sent."""
     c = Collective(kind, 100, 3, ((0, 1, 2, 3),), (), "", "", "", ())
     assert roofline.received(c) == 3 * expected
 

@@ -76,7 +76,7 @@ def summed(tree):
 
 
 def sha256(tree):
-    """Of the bytes of a tree's arrays, in the tree's order."""
+    """The hash of the bytes of a tree's arrays, in the tree's order."""
     digest = hashlib.sha256()
     for array in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -85,7 +85,7 @@ def sha256(tree):
 
 @pytest.fixture
 def found(tmp_path, one_device):
-    """What one step gives now, in the file's form."""
+    """The results of one step now, in the file's form."""
     config = config_lib.complete(golden_config(tmp_path))
     task, state = build.caprl(config, SetAside(), caprl_step)
     data = task.data(0)
@@ -133,7 +133,7 @@ def assert_near(found, golden):
 
 
 def mean(pair):
-    """Of a (sum, count) in exact text."""
+    """The mean of a (sum, count) in exact text."""
     total, count = map(float.fromhex, pair)
     return total / count
 

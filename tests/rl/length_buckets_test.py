@@ -53,7 +53,7 @@ CUTS, STOP = {"update": 4, "score": 8}, tuple(range(45))  # of 60 tokens: most c
 
 
 def args(eight, tokens=SAMPLING.max_tokens):
-    """Of a step, with a reference policy too."""
+    """The arguments of a step, with a reference policy too."""
     run = make_run(eight, stop=STOP, sampling=Sampling(tokens))
     return run, start(eight), eight.batch, jax.random.key(2)
 

@@ -78,7 +78,7 @@ def step(rules=None, **cuts):
 
 
 def moved(world, state):
-    """How far each parameter went."""
+    """The distance that each parameter went."""
     return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, world.params)
 
 

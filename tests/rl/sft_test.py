@@ -286,7 +286,7 @@ def updated(case, examples, steps=1, on=None):
 
 
 def moved(case, state):
-    """How far each parameter went."""
+    """The distance that each parameter went."""
     return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, case.params)
 
 

@@ -33,7 +33,7 @@ from ..plan.plan_test import TABLES, tpu
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of a rollout: a decoder, b images of p tokens, g captions of t."""
+    """Sizes of a rollout: a decoder, b images of p tokens, g captions of t."""
 
     decoder: DecoderConfig
     dtype: type
@@ -87,7 +87,7 @@ def decode_text(size, rules, per_layer=None):
 
 
 def copies(text, least, layers):
-    """What is only moved in the decode loops, of at least so many bytes.
+    """Arrays that are only moved in the decode loops, of at least so many bytes.
 
     Returns:
       (Counter of bytes written for each loop over layers, the same for all that is in the decode
@@ -225,7 +225,7 @@ def test_what_is_repeated_is_counted(tiny, compared):
 
 
 def judge_flops(c, length, past, ends):
-    """Of `length` tokens after `past` others, causal blocks counted whole.
+    """FLOPs of `length` tokens after `past` others, causal blocks counted whole.
 
     The last layer computes keys and values of all of them, and the rest of `ends` alone.
     """

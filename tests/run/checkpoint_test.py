@@ -1,4 +1,4 @@
-"""What may change between a run and its continuation."""
+"""Changes between a run and its continuation, and damaged checkpoints."""
 
 import contextlib
 import json

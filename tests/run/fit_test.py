@@ -1,4 +1,4 @@
-"""What a config that leaves parts open gets on devices that need not be there."""
+"""Choices for configs that leave parts open, on devices that need not be there."""
 
 import json
 import re

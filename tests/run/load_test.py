@@ -1,4 +1,4 @@
-"""What a run is refused for: told in one paragraph that names it, before anything is compiled."""
+"""A run is refused in one paragraph that names the fault, before anything is compiled."""
 
 import json
 import os

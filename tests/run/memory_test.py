@@ -1,4 +1,4 @@
-"""What a run that needs too much memory is told to change."""
+"""A run that needs too much memory is told what to change."""
 
 import jax
 import pytest

@@ -47,7 +47,7 @@ def text(pieces):
 
 
 def learned(pieces):
-    """What is learned of some pieces."""
+    """The texts of some pieces that are learned."""
     return [t for t, weight in pieces if weight]
 
 
