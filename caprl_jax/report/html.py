@@ -19,7 +19,7 @@ from PIL import Image
 from caprl_jax.report import charts as curves
 from caprl_jax.report.charts import Chart, Series
 
-_PERCENT = ("accuracy", "precision", "recall", "ceiling", "disagreement", "differ")
+_PERCENT = ("accuracy", "precision", "recall", "ceiling", "disagreement", "differ", "injections")
 _LABELS = {
     "heldout_accuracy": "held-out accuracy",
     "ceiling": "ceiling: accuracy with complete true captions",
@@ -29,6 +29,9 @@ _LABELS = {
     "judge_lookup_disagreement": "judge misreads the caption",
     "splice_ids_differ": "prompts whose whole text has other tokens",
     "splice_letters_differ": "answers that differ with those tokens",
+    "injections_moved": "answers moved by text that addresses the judge",
+    "injections_gained": "accuracy gained by such text",
+    "injections_alone": "accuracy of such text alone",
     "records_set_aside": "records set aside",
     "steps": "steps",
     "wall_seconds": "wall time",

@@ -20,7 +20,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.decode.loop import Decoding
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import heldout
+from caprl_jax.evaluate import heldout, injections
 from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
@@ -209,6 +209,7 @@ class _Evaluation:
         rules, cuts = model.rules, compile_lib.eval_slices(config, model.rules)
         decoding = dataclasses.replace(run.decoding, group=config.eval.group, slots=0)
         self._held, self._judge, self._seed = held, run.judge, config.seed
+        self._tokenizer = model.tokenizer
         self._writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, rules, cuts)
         options = rules, cuts, reader.through_text
         self._reader = heldout.Reader(held, reader.tokenizer, *options)
@@ -223,7 +224,12 @@ class _Evaluation:
             model=self._judge,
             seed=self._seed,
         )
-        return metrics | self._splicing.measure(self._judge, sets["greedy"]), sets
+        greedy = sets["greedy"]
+        metrics |= self._splicing.measure(self._judge, greedy)
+        metrics |= injections.measure(
+            self._held, self._reader, self._tokenizer, self._judge, greedy
+        )
+        return metrics, sets
 
     def ceiling(self) -> float | None:
         return heldout.ceiling(self._held, self._reader, self._judge)
