@@ -4,12 +4,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from caprl_jax.api import LoadedJudge, LoadedPolicy, load_judge, load_policy
+    from caprl_jax.api import (
+        LoadedJudge,
+        LoadedPolicy,
+        Reward,
+        load_judge,
+        load_policy,
+        make_reward,
+    )
 
 # `python -m caprl_jax.convert` finds commands/convert.py.
 __path__.append(str(Path(__file__).parent / "commands"))
 
-__all__ = ["LoadedJudge", "LoadedPolicy", "load_judge", "load_policy"]
+__all__ = ["LoadedJudge", "LoadedPolicy", "Reward", "load_judge", "load_policy", "make_reward"]
 
 
 def __getattr__(name: str):

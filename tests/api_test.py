@@ -11,6 +11,7 @@ import caprl_jax
 from caprl_jax.data import records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.questions import JudgePrompt
+from caprl_jax.decode.lengths import bucket
 from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.parallel import mesh
 
@@ -85,20 +86,19 @@ def test_a_judge_answers_from_the_caption_alone(judge):
     facts = [[tuple(f) for f in r.facts] for r in SCENES]
     full = [digits.caption(f, len(f)) for f in facts]
     groups = [[text, "digits: "] for text in full]
-    found = judge.score(groups, asked, mode="greedy")
-    most = max(map(len, asked))
-    assert found.score.shape == (3, 2, most)
+    found = judge.score_texts(groups, asked, mode="greedy")
+    assert found.score.shape == (3, 2, bucket(max(map(len, asked))))
     np.testing.assert_array_equal(found.valid.sum(-1), [[len(q)] * 2 for q in asked])
     right = found.score.sum(-1) / found.valid.sum(-1)
     assert np.all(right[:, 0] > 0.8) and not np.any(right[:, 1])
     assert np.all(found.abstained[:, 1][found.valid[:, 1]])
-    alone = judge.score(full, asked, mode="greedy")
+    alone = judge.score_texts(full, asked, mode="greedy")
     np.testing.assert_array_equal(alone.score[:, 0], found.score[:, 0])
     with pytest.raises(ValueError, match="questions for 2"):
-        judge.score(full, asked[:2])
+        judge.score_texts(full, asked[:2])
     for captions, questions in ((["x"], [[]]), ([[], []], asked[:2])):
         with pytest.raises(ValueError, match="nothing to judge"):
-            judge.score(captions, questions)
+            judge.score_texts(captions, questions)
 
 
 def test_any_mesh_gives_the_same_captions(policy):

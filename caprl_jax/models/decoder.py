@@ -17,7 +17,7 @@ import numpy as np
 from caprl_jax.models import attention
 from caprl_jax.models.attention import KV, Rotation, Segment
 from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialise, transposed_product
-from caprl_jax.parallel.axes import BATCH, CACHED, constrain
+from caprl_jax.parallel.axes import BATCH, CACHED, constrain, varied_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +364,7 @@ class Decoder(nn.Module):
 
         c, last = self.config, self.config.layers - 1
         zeros = jnp.zeros((c.layers, *mask.shape, c.kv_heads, c.head_dim), self.dtype)
-        carry = x.astype(self.dtype), (zeros, zeros)
+        carry = x.astype(self.dtype), (varied_as(zeros, x),) * 2
         (x, stacks), _ = jax.lax.scan(step, carry, jnp.arange(last))
         x, kv = layer(x, last, where, Block.outputs_at)
         return self.norm(x), KV(*_put(stacks, kv, last), mask)

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -106,3 +107,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(rules.mesh, rules.spec(names, x.shape))
     )
+
+
+def varied_as(constant: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns the constant, varying over the axes of a caller's shard_map that x varies over.
+
+    A scan's carry must vary over the same axes at its start as after each turn.
+    """
+    if current() is not None:  # then arrays are those of the whole mesh, not a shard_map's parts
+        return constant
+    zero = jnp.where(False, x.ravel()[0], 0)  # a constant to XLA
+    return constant + zero.astype(constant.dtype)

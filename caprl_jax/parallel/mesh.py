@@ -121,13 +121,20 @@ def shard_rules(
     """Returns the mesh with its shard rules.
 
     Args:
-      mesh: the devices.
+      mesh: the devices, on the axes AXES; the types of its axes don't matter.
       table: logical axis -> mesh axes, as "data,fsdp"; a missing axis is as in RULES.
       decode_table: the same while captions are decoded; a missing axis is as in DECODE_RULES.
 
     Raises:
-      UserError: a rule names no axis of RULES or of the mesh.
+      UserError: the mesh has other axes, or a rule names no axis of RULES or of the mesh.
     """
+    if set(mesh.axis_names) != set(AXES):
+        raise UserError(
+            f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}: it needs "
+            f"{', '.join(AXES)}, as caprl_jax.parallel.mesh.make_mesh makes it"
+        )
+    # jax.make_mesh makes axes of type Explicit, to which no activation can be pinned.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
     return ShardRules(mesh, _table(RULES, table or {}), _table(DECODE_RULES, decode_table or {}))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from caprl_jax.decode.loop import Decoding, Rollout
 from caprl_jax.models.attention import KV
@@ -130,6 +131,15 @@ class Verdicts:
     letter: jax.Array
     abstained: jax.Array
     valid: jax.Array
+
+    @property
+    def reward(self) -> jax.Array:
+        """R(c), float32 [b, g] in [0, 1]: the mean score over a caption's valid questions.
+
+        CapRL, arXiv 2509.22647, eq. 1; 0 for a caption without questions.
+        """
+        total = jnp.sum(self.score * self.valid, axis=-1)
+        return total / jnp.maximum(jnp.sum(self.valid, axis=-1), 1)
 
 
 @flax.struct.dataclass

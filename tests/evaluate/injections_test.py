@@ -146,7 +146,7 @@ def test_injections_hardly_move_the_shipped_judge():
         )
     told = [f"{c}\n{text}" for c, text in zip(captions, injections.INJECTIONS, strict=True)]
     before, after, alone = (
-        judge.score(texts, questions, mode="greedy", shuffle=False)
+        judge.score_texts(texts, questions, mode="greedy", shuffle=False)
         for texts in (captions, told, list(injections.INJECTIONS))
     )
     asked = before.valid

@@ -47,7 +47,9 @@ def cases(made: digits_sft.JudgeTask, stated: bool) -> list[Case]:
 def right(judge, found: list[Case], stated: bool) -> np.ndarray:
     """Whether the greedy letter is the truth's, or for what is not stated the abstain option's."""
     asked = [[records.unparse_question(q)] for _, q, _ in found]
-    letters = judge.score([c for c, _, _ in found], asked, mode="greedy", shuffle=False).letter
+    letters = judge.score_texts(
+        [c for c, _, _ in found], asked, mode="greedy", shuffle=False
+    ).letter
     wanted = [q.answer if stated else len(q.choices) for _, q, _ in found]
     return letters[:, 0, 0] == np.asarray(wanted)
 

@@ -85,3 +85,15 @@ def test_batches_are_sharded_over_data_and_fsdp():
     placed = mesh.put_batch({"x": np.arange(8), "none": None}, on)
     assert placed["none"] is None
     assert {s.data.tolist()[0] for s in placed["x"].addressable_shards} == {0, 2, 4, 6}
+
+
+def test_a_mesh_of_jax_make_mesh_serves_too():
+    """Its axes are of type Explicit unless they are asked to be Auto."""
+    shape, names = (2, 2, 2), ("data", "fsdp", "tensor")
+    found = mesh.shard_rules(jax.make_mesh(shape, names))
+    assert found == mesh.shard_rules(mesh.make_mesh(dict(zip(names, shape, strict=True))))
+
+
+def test_a_mesh_with_other_axes_is_refused():
+    with pytest.raises(UserError, match="the mesh has the axes x: it needs data, fsdp, tensor"):
+        mesh.shard_rules(jax.make_mesh((8,), ("x",)))

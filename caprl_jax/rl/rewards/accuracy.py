@@ -2,7 +2,6 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from caprl_jax.rl.types import Scored
 
@@ -16,7 +15,5 @@ def accuracy(scored: Scored) -> jax.Array:
     Returns:
       float32 [b, g] in [0, 1]; 0 for a caption without questions.
     """
-    verdicts = scored.verdicts
-    chex.assert_rank(verdicts.score, 3)
-    total = jnp.sum(verdicts.score * verdicts.valid, axis=-1)
-    return total / jnp.maximum(jnp.sum(verdicts.valid, axis=-1), 1)
+    chex.assert_rank(scored.verdicts.score, 3)
+    return scored.verdicts.reward

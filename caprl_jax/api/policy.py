@@ -1,18 +1,8 @@
-"""Models as objects, for notebooks and other projects: the same code that trains.
-
-    policy = caprl_jax.load_policy("Qwen/Qwen2.5-VL-3B-Instruct")
-    judge = caprl_jax.load_judge("Qwen/Qwen2.5-3B-Instruct")
-    captions = policy.caption(images)
-    verdicts = judge.score(captions, questions)
-
-An object holds modules, parameters and tokenizer; its methods turn images and text into arrays and
-call functions that are pure and jitted. If you already have arrays, call these functions directly:
-caprl_jax.rl.rollout, caprl_jax.judge, caprl_jax.rl.step.
-"""
+"""A policy as an object: images in, captions out."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from caprl_jax.data import questions as questions_lib
-from caprl_jax.data import records
+from caprl_jax.api import loading
 from caprl_jax.data.images import ImageProcessor, decode_image, read_image, to_rgb
-from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.decode.lengths import bucket
 from caprl_jax.decode.sampling import Sampling
@@ -33,12 +21,9 @@ from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.vision import Images, batch_images, pad_to_windows, window_count
 from caprl_jax.models.vlm import Policy, Prompt
 from caprl_jax.parallel import axes
-from caprl_jax.parallel import mesh as mesh_lib
 from caprl_jax.parallel.axes import ShardRules
-from caprl_jax.rl.judge import Judge, Judging, Mode, judge
 from caprl_jax.rl.rollout import rollout
-from caprl_jax.rl.types import Batch, Captions, Decoding, Questions, Rollout, Verdicts
-from caprl_jax.run import compile as compile_lib
+from caprl_jax.rl.types import Batch, Decoding, Rollout
 from caprl_jax.run import load
 from caprl_jax.settings import make
 
@@ -148,7 +133,7 @@ class LoadedPolicy:
     ) -> Rollout:
         """Runs rl.rollout on arrays from `inputs`: Rollout [b, group, t], first b rows."""
         count = prompt.tokens.shape[0]
-        images, prompt = _put((images, prompt), self.rules)
+        images, prompt = loading.put((images, prompt), self.rules)
         decoding = Decoding(group, self.tokenizer.stop, sampling)
         found = _sample(self.rules, self.modules, decoding, self.params, images, prompt, key)
         return jax.tree.map(lambda a: a[:count], found)
@@ -173,18 +158,8 @@ class LoadedPolicy:
         tokens = np.stack([pad(i, length) for i in ids])
         mask = np.arange(length) < np.asarray([[len(i)] for i in ids])
         arrays = (*inputs, tokens[:, None], mask[:, None])
-        found = _logits(self.rules, self.modules, self.params, *_put(arrays, self.rules))
+        found = _logits(self.rules, self.modules, self.params, *loading.put(arrays, self.rules))
         return found[: len(texts), 0], tokens, mask
-
-
-def _put(arrays: Any, rules: ShardRules) -> Any:
-    """Fills the batch axis with copies up to a multiple of the mesh's, and places it."""
-    multiple = mesh_lib.batch_multiple(rules)
-
-    def filled(a):
-        return np.resize(a, (-(-len(a) // multiple) * multiple, *a.shape[1:]))
-
-    return mesh_lib.put_batch(jax.tree.map(filled, arrays), rules)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -200,99 +175,6 @@ def _logits(rules, modules, params, images, prompt, tokens, mask):
     with axes.using(rules):
         trunk = modules.trunk(params, images, prompt)
         return modules.logits(params, modules.branches(params, trunk, tokens, mask))
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedJudge:
-    """A judge with its parameters on a mesh; made by load_judge.
-
-    Attributes:
-      modules: Flax modules and sizes.
-      params: their parameters.
-      tokenizer: the directory's tokenizer.
-      prompt: the text around captions and questions.
-      rules: mesh and shard rules of the parameters.
-      directory: the directory they were read from.
-    """
-
-    modules: Policy
-    params: Any
-    tokenizer: Tokenizer
-    prompt: JudgePrompt
-    rules: ShardRules
-    directory: Path
-
-    @functools.cached_property
-    def model(self) -> Judge:
-        """Returns the judge for rl.judge.judge, with its instruction read once."""
-        prompt = jax.device_put(self.prompt.instruction(), mesh_lib.replicated(self.rules))
-        decoder, params = self.modules.decoder, self.params["decoder"]
-        read = compile_lib.read_instruction(decoder, params, prompt, self.rules)
-        return Judge(decoder, params, read)
-
-    def score(
-        self,
-        captions: Sequence[Sequence[str]] | Sequence[str],
-        questions: Sequence[Sequence[Mapping[str, Any]]],
-        *,
-        mode: Mode = "expected",
-        temperature: float = 0.6,
-        shuffle: bool = True,
-        seed: int = 0,
-    ) -> Verdicts:
-        """Judges captions on questions, each caption on all questions of its image.
-
-        Args:
-          captions: [b][g] texts as `caption` gives them, or [b] of one each.
-          questions: [b] lists of {"question", "choices": ["A) ..", ..], "answer": "B"}.
-          mode: "expected" scores p(truth), "greedy" and "sampled" 1 for a right letter.
-          temperature: temperature of the letters' softmax.
-          shuffle: whether to shuffle the options; the abstain option always comes last.
-          seed: seed of shuffling and sampling.
-
-        Returns:
-          Verdicts [b, g, n], numpy; n is the largest number of questions, `valid` tells which are.
-
-        Raises:
-          ValueError: not as many lists of questions as images, unequal groups, or nothing to judge.
-          MalformedRecord: a question is malformed.
-        """
-        groups = [[c] if isinstance(c, str) else list(c) for c in captions]
-        if len(questions) != len(groups) or len({len(g) for g in groups}) != 1:
-            raise ValueError(
-                f"captions for {len(groups)} images in groups of {sorted({len(g) for g in groups})}"
-                f", questions for {len(questions)}: both must be lists of one entry an image, and "
-                "groups equally large"
-            )
-        if not groups[0] or not any(len(asked) for asked in questions):
-            raise ValueError("nothing to judge: give at least one caption and one question")
-        tokens, mask = self._tokens(groups)
-        asked = self._questions(questions, np.random.default_rng(seed) if shuffle else None)
-        arrays = _put((Captions(tokens, mask), asked), self.rules)
-        judging = make(Judging, {"mode": mode, "temperature": temperature})
-        found = _score(self.rules, judging, self.model, *arrays, jax.random.key(seed))
-        return jax.tree.map(lambda a: a[: len(groups)], jax.device_get(found))
-
-    def _tokens(self, groups: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [[self.tokenizer.encode_caption(text) for text in group] for group in groups]
-        length = bucket(max(len(i) for group in ids for i in group))
-        tokens = np.stack([np.stack([pad(i, length) for i in group]) for group in ids])
-        lengths = np.asarray([[[len(i)] for i in group] for group in ids])
-        return tokens, np.arange(length) < lengths
-
-    def _questions(self, asked, rng: np.random.Generator | None) -> Questions:
-        parsed = [[records.parse_question(q) for q in own] for own in asked]
-        shown = [[questions_lib.present(q, rng) for q in own] for own in parsed]
-        most = max(map(len, shown))
-        longest = bucket(max(len(self.prompt.tail(p)) for own in shown for p in own))
-        rows = [self.prompt.arrays(own, most, longest) for own in shown]
-        return jax.tree.map(lambda *a: np.stack(a), *rows)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(rules, judging, model, captions, questions, key):
-    with axes.using(rules):
-        return judge(model, captions, questions, judging=judging, key=key)
 
 
 def load_policy(
@@ -317,47 +199,9 @@ def load_policy(
     Raises:
       ModelDirectoryError: there is no such model, or it is not supported.
     """
-    loaded = _load(path, revision, mesh, dtype, param_dtype)
+    loaded = loading.read(path, revision, mesh, dtype, param_dtype)
     modules, directory = loaded[0], loaded[-1]
     if modules.vision is None:
         raise ModelDirectoryError(f"{path} holds a model without vision: load_judge reads it")
     processor = load.image_processor(directory, modules.vision.config)
     return LoadedPolicy(*loaded[:3], processor, *loaded[3:])
-
-
-def load_judge(
-    path: str | Path,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    *,
-    revision: str = "",
-    param_dtype: Any = None,
-    prompt: str = "",
-) -> LoadedJudge:
-    """Reads a judge: Qwen2, Qwen2.5 or Qwen3. Arguments as load_policy's, and:
-
-    Args:
-      prompt: the user's turn, with {caption} and {question}. Empty takes the one that the
-        directory carries in judge_prompt.txt, as the tiny judge that ships does, and without such
-        a file the project's own.
-
-    Raises:
-      ModelDirectoryError: there is no such model, it is not supported, or its prompt lacks its
-        fields.
-      ValueError: prompt lacks its fields.
-    """
-    loaded = _load(path, revision, mesh, dtype, param_dtype)
-    if loaded[0].vision is not None:
-        raise ModelDirectoryError(
-            f"{path} holds a model with vision: a judge never sees the image. load_policy reads it"
-        )
-    template = prompt or own_prompt(loaded[-1])
-    return LoadedJudge(*loaded[:3], JudgePrompt.create(loaded[2], template), *loaded[3:])
-
-
-def _load(path, revision, mesh, dtype, param_dtype):
-    rules = mesh_lib.shard_rules(mesh_lib.make_mesh({"fsdp": -1}) if mesh is None else mesh)
-    dtype = compile_lib.default_dtype() if dtype is None else dtype
-    modules, directory, tokenizer = load.read_with_tokenizer(str(path), revision, dtype)
-    params = load.load_frozen(modules, directory, rules, param_dtype or dtype)
-    return modules, params, tokenizer, rules, directory

@@ -1,0 +1,189 @@
+"""A judge as an object: captions and questions in, verdicts out."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from caprl_jax.api import loading
+from caprl_jax.data import questions as questions_lib
+from caprl_jax.data import records
+from caprl_jax.data.questions import JudgePrompt, own_prompt
+from caprl_jax.data.tokens import Tokenizer, pad
+from caprl_jax.decode.lengths import bucket
+from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.models.vlm import Policy
+from caprl_jax.parallel import axes
+from caprl_jax.parallel import mesh as mesh_lib
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.rl.judge import Judge, Judging, Mode, judge
+from caprl_jax.rl.types import Captions, Questions, Verdicts
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.settings import make
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedJudge:
+    """A judge with its parameters on a mesh; made by load_judge.
+
+    Attributes:
+      modules: Flax modules and sizes.
+      params: their parameters.
+      tokenizer: the directory's tokenizer.
+      prompt: the text around captions and questions.
+      rules: mesh and shard rules of the parameters.
+      directory: the directory they were read from.
+    """
+
+    modules: Policy
+    params: Any
+    tokenizer: Tokenizer
+    prompt: JudgePrompt
+    rules: ShardRules
+    directory: Path
+
+    @functools.cached_property
+    def model(self) -> Judge:
+        """Returns the judge for rl.judge.judge, with its instruction read once."""
+        prompt = jax.device_put(self.prompt.instruction(), mesh_lib.replicated(self.rules))
+        decoder, params = self.modules.decoder, self.params["decoder"]
+        read = compile_lib.read_instruction(decoder, params, prompt, self.rules)
+        return Judge(decoder, params, read)
+
+    def questions(
+        self,
+        per_image: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        seed: int = 0,
+        draws: int | None = None,
+        replacement: bool = True,
+        shuffle: bool = True,
+    ) -> Questions:
+        """Prepares questions as arrays, padded to length buckets so that few programs are compiled.
+
+        Args:
+          per_image: [b] lists of {"question", "choices": ["A) ..", ..], "answer": "B"}.
+          seed: seed of draws and shuffles.
+          draws: number of questions to draw for each image; None takes all of them.
+          replacement: whether a question may be drawn twice.
+          shuffle: whether to shuffle the options; the abstain option always comes last.
+
+        Returns:
+          Questions [b, n, q], numpy; n is `draws`, or a bucket of the largest number of questions.
+
+        Raises:
+          ValueError: there is no question, or fewer than draws without replacement.
+          MalformedRecord: a question is malformed.
+        """
+        if not any(len(asked) for asked in per_image):
+            raise ValueError("nothing to judge: give at least one question")
+        rng = np.random.default_rng(seed)
+        asked = [[records.parse_question(q) for q in own] for own in per_image]
+        if draws is not None:
+            asked = [questions_lib.draw(own, draws, rng, replacement) for own in asked]
+        shown = [[questions_lib.present(q, rng if shuffle else None) for q in own] for own in asked]
+        most = draws or bucket(max(map(len, shown)))
+        longest = bucket(max(len(self.prompt.tail(p)) for own in shown for p in own))
+        rows = [self.prompt.arrays(own, most, longest) for own in shown]
+        return jax.tree.map(lambda *a: np.stack(a), *rows)
+
+    def score_texts(
+        self,
+        captions: Sequence[Sequence[str]] | Sequence[str],
+        questions: Questions | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        mode: Mode = "expected",
+        temperature: float = 0.6,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> Verdicts:
+        """Judges captions on questions, each caption on all questions of its image.
+
+        Args:
+          captions: [b][g] texts as `caption` gives them, or [b] of one each.
+          questions: what `questions` returns, or [b] lists as it takes them.
+          mode: "expected" scores p(truth), "greedy" and "sampled" 1 for a right letter.
+          temperature: temperature of the letters' softmax.
+          shuffle: whether to shuffle the options of lists; the abstain option always comes last.
+          seed: seed of shuffling and sampling.
+
+        Returns:
+          Verdicts [b, g, n], numpy; `valid` tells which of the n are questions, `reward` is the
+          mean of each caption.
+
+        Raises:
+          ValueError: not as many lists of questions as images, unequal groups, or nothing to judge.
+          MalformedRecord: a question is malformed.
+        """
+        groups = [[c] if isinstance(c, str) else list(c) for c in captions]
+        count = len(questions.truth if isinstance(questions, Questions) else questions)
+        if count != len(groups) or len({len(g) for g in groups}) != 1:
+            raise ValueError(
+                f"captions for {len(groups)} images in groups of {sorted({len(g) for g in groups})}"
+                f", questions for {count}: both must be lists of one entry an image, and "
+                "groups equally large"
+            )
+        if not groups[0]:
+            raise ValueError("nothing to judge: give at least one caption")
+        if not isinstance(questions, Questions):
+            questions = self.questions(questions, seed=seed, shuffle=shuffle)
+        arrays = loading.put((self.captions(groups), questions), self.rules)
+        judging = make(Judging, {"mode": mode, "temperature": temperature})
+        found = _score(self.rules, judging, self.model, *arrays, jax.random.key(seed))
+        return jax.tree.map(lambda a: a[: len(groups)], jax.device_get(found))
+
+    def captions(self, groups: Sequence[Sequence[str]]) -> Captions:
+        """Returns texts as arrays in the judge's ids, padded to a length bucket.
+
+        Args:
+          groups: [b][g] texts, groups equally large.
+
+        Returns:
+          Captions [b, g, t], numpy.
+        """
+        ids = [[self.tokenizer.encode_caption(text) for text in group] for group in groups]
+        length = bucket(max(len(i) for group in ids for i in group))
+        tokens = np.stack([np.stack([pad(i, length) for i in group]) for group in ids])
+        lengths = np.asarray([[[len(i)] for i in group] for group in ids])
+        return Captions(tokens, np.arange(length) < lengths)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(rules, judging, model, captions, questions, key):
+    with axes.using(rules):
+        return judge(model, captions, questions, judging=judging, key=key)
+
+
+def load_judge(
+    path: str | Path,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    *,
+    revision: str = "",
+    param_dtype: Any = None,
+    prompt: str = "",
+) -> LoadedJudge:
+    """Reads a judge: Qwen2, Qwen2.5 or Qwen3. Arguments as load_policy's, and:
+
+    Args:
+      prompt: the user's turn, with {caption} and {question}. Empty takes the one that the
+        directory carries in judge_prompt.txt, as the tiny judge that ships does, and without such
+        a file the project's own.
+
+    Raises:
+      ModelDirectoryError: there is no such model, it is not supported, or its prompt lacks its
+        fields.
+      ValueError: prompt lacks its fields.
+    """
+    loaded = loading.read(path, revision, mesh, dtype, param_dtype)
+    if loaded[0].vision is not None:
+        raise ModelDirectoryError(
+            f"{path} holds a model with vision: a judge never sees the image. load_policy reads it"
+        )
+    template = prompt or own_prompt(loaded[-1])
+    return LoadedJudge(*loaded[:3], JudgePrompt.create(loaded[2], template), *loaded[3:])
