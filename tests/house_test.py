@@ -21,6 +21,7 @@ FLOORS = (
     ("run", "config", "recipes"),
     ("commands",),
     ("train", "plan", "api"),
+    ("adapters",),
     ("bench", "main", "__main__", ""),
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -14,6 +14,7 @@ from caprl_jax.api import loading
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
 from caprl_jax.data.questions import JudgePrompt, own_prompt
+from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer, pad
 from caprl_jax.decode.lengths import bucket
 from caprl_jax.errors import ModelDirectoryError
@@ -57,9 +58,9 @@ class LoadedJudge:
 
     def questions(
         self,
-        per_image: Sequence[Sequence[Mapping[str, Any]]],
+        per_image: Sequence[Sequence[Mapping[str, Any] | Question]],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         draws: int | None = None,
         replacement: bool = True,
         shuffle: bool = True,
@@ -67,8 +68,9 @@ class LoadedJudge:
         """Prepares questions as arrays, padded to length buckets so that few programs are compiled.
 
         Args:
-          per_image: [b] lists of {"question", "choices": ["A) ..", ..], "answer": "B"}.
-          seed: seed of draws and shuffles.
+          per_image: [b] lists of {"question", "choices": ["A) ..", ..], "answer": "B"}, or of
+            records.Question.
+          seed: seed of draws and shuffles, as numpy.random.default_rng takes it.
           draws: number of questions to draw for each image; None takes all of them.
           replacement: whether a question may be drawn twice.
           shuffle: whether to shuffle the options; the abstain option always comes last.
@@ -83,7 +85,10 @@ class LoadedJudge:
         if not any(len(asked) for asked in per_image):
             raise ValueError("nothing to judge: give at least one question")
         rng = np.random.default_rng(seed)
-        asked = [[records.parse_question(q) for q in own] for own in per_image]
+        asked = [
+            [q if isinstance(q, Question) else records.parse_question(q) for q in own]
+            for own in per_image
+        ]
         if draws is not None:
             asked = [questions_lib.draw(own, draws, rng, replacement) for own in asked]
         shown = [[questions_lib.present(q, rng if shuffle else None) for q in own] for own in asked]

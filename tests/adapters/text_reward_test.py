@@ -1,0 +1,170 @@
+"""Rewards of strings equal the pure function's, in every form that trainers pass them in."""
+
+import asyncio
+import concurrent.futures
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import caprl_jax
+from caprl_jax.adapters import text_reward, verl_score
+from caprl_jax.api.judge import LoadedJudge
+from caprl_jax.data.digits import world as digits
+from caprl_jax.data.records import unparse_question
+from caprl_jax.errors import UserError
+from caprl_jax.parallel import mesh
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return caprl_jax.load_judge("asset:tiny/judge", mesh=mesh.make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """(completions, their questions) of three images, two completions each."""
+    rng, completions, asked = np.random.default_rng(0), [], []
+    for _ in range(3):
+        facts = digits.random_facts(rng, (3, 3), (2, 2))
+        own = [unparse_question(q) for q in digits.questions(facts, (3, 3), rng)][-3:]
+        completions += [digits.caption(facts, 2), digits.caption(facts[:1], None)]
+        asked += [own, own]
+    return completions, asked
+
+
+@pytest.fixture(scope="module")
+def expected(judge, rows):
+    """Rewards of all questions, by the pure function; options in the order of seed (0, 0)."""
+    completions, asked = rows
+    unique = judge.questions(asked[::2], seed=(0, 0))
+    questions = jax.tree.map(lambda a: np.repeat(a, 2, axis=0), unique)
+    captions = judge.captions([[c] for c in completions])
+    rewards, _ = caprl_jax.make_reward(judge)(captions.tokens, captions.mask, questions)
+    return np.asarray(rewards)[:, 0]
+
+
+def messages(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def parts(text):
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+@pytest.mark.parametrize("form", [str, messages, parts])
+@pytest.mark.parametrize("column", [list, lambda rows: [json.dumps(r) for r in rows], np.asarray])
+def test_every_form_gets_the_pure_functions_rewards(judge, rows, expected, form, column):
+    completions, asked = rows
+    reward = text_reward(judge, draws=None)
+    found = reward(
+        prompts=["Describe."] * 6,
+        completions=[form(c) for c in completions],
+        questions=column(asked),
+        trainer_state=None,
+    )
+    assert all(type(r) is float for r in found) and reward.__name__ == "caprl_reward"
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found[0] > found[1] + 0.2  # it states more
+
+
+def test_completions_of_a_group_are_asked_the_same_questions(judge, rows):
+    completions, asked = rows
+    reward = text_reward(judge, draws=2)
+    first, second = (reward(completions=completions[:1] * 8, questions=asked[:1] * 8) for _ in "ab")
+    assert len(set(first)) == len(set(second)) == 1
+    again = text_reward(judge, draws=2)(completions=completions[:1] * 8, questions=asked[:1] * 8)
+    assert again == first
+
+
+def test_a_call_is_cut_into_programs_of_one_shape(judge, rows, expected, monkeypatch):
+    completions, asked = rows
+    sizes = []
+    inner = LoadedJudge.score_texts
+
+    def spy(self, captions, questions, **options):
+        sizes.append((len(captions), questions.tokens.shape))
+        return inner(self, captions, questions, **options)
+
+    monkeypatch.setattr(LoadedJudge, "score_texts", spy)
+    found = text_reward(judge, draws=None, batch=4)(completions=completions, questions=asked)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert [n for n, _ in sizes] == [4, 4] and len(set(sizes)) == 1
+
+
+BAD = [
+    (None, "x", "the completion is missing"),
+    ([{"role": "assistant"}], "x", "the completion is of type list"),
+    ("text", None, "its questions are missing"),
+    ("text", [], "its questions are empty"),
+    ("text", "{not json", "its questions are no JSON text"),
+    ("text", "[" * 100_000, "its questions are no JSON text"),
+    ("text", [{"question": "Which?"}], "choices"),
+]
+
+
+@pytest.mark.parametrize(("completion", "row", "reason"), BAD)
+def test_a_row_that_can_not_be_judged_is_named_or_counted(judge, rows, completion, row, reason):
+    completions, asked = rows
+    own = asked[0] if row == "x" else row
+    call = {"completions": [completions[0], completion], "questions": [asked[0], own]}
+    with pytest.raises(UserError, match=f"row 1 can't be judged: .*{reason}"):
+        text_reward(judge, draws=None)(**call)
+    reward = text_reward(judge, draws=None, on_error="zero")
+    good, bad = reward(**call)
+    assert good > 0.5 and bad == 0.0
+    [(text, count)] = reward.faults.items()
+    assert reason in text and count == 1 and "\n" not in text and len(text) < 200
+
+
+def test_missing_columns_are_named(judge, rows):
+    completions, asked = rows
+    reward = text_reward(judge, "qa")
+    with pytest.raises(UserError, match=r"no column .qa., .* passes questions; name it"):
+        reward(completions=completions, questions=asked)
+    with pytest.raises(UserError, match="has 5 rows for 6 completions"):
+        reward(completions=completions, qa=asked[:5])
+    with pytest.raises(UserError, match="call the reward with completions"):
+        reward()
+    with pytest.raises(UserError, match="on_error='skip'"):
+        text_reward(judge, on_error="skip")
+
+
+def test_verl_gathers_calls_that_run_at_once(judge, rows, expected, monkeypatch):
+    completions, asked = rows
+    calls, inner = [], LoadedJudge.score_texts
+
+    def spy(self, captions, questions, **options):
+        calls.append(len(captions))
+        return inner(self, captions, questions, **options)
+
+    monkeypatch.setattr(LoadedJudge, "score_texts", spy)
+    score = verl_score(judge, draws=None, asynchronous=True)
+
+    async def all_of_them():
+        given = zip(completions, asked, strict=True)
+        return await asyncio.gather(*(score("caprl", c, json.dumps(q), {}) for c, q in given))
+
+    found = asyncio.run(all_of_them())
+    np.testing.assert_allclose([r["score"] for r in found], expected, atol=1e-6)
+    assert all(r["judged"] == 1 for r in found) and calls == [6]
+
+
+def test_verl_calls_from_threads_and_takes_questions_from_extra_info(judge, rows):
+    completions, asked = rows
+    score = verl_score(judge, draws=None)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [
+            pool.submit(
+                score,
+                data_source="caprl",
+                solution_str=completions[0],
+                ground_truth=None,
+                extra_info={"questions": asked[0]},
+            )
+            for _ in range(4)
+        ]
+        found = [f.result() for f in futures]
+    assert all(r["score"] > 0.5 and r["judged"] == 1 for r in found)
+    assert score("caprl", completions[0], None) == {"score": 0.0, "judged": 0.0}
