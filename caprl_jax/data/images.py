@@ -141,6 +141,9 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Size to resize an image to: multiples of factor within the pixel bounds, at the same ratio.
 
+    A small image is rounded up, which may pass max_pixels where the bounds are near each other; a
+    large one is rounded down, but for a side that would be less than factor.
+
     Args:
       height: the image's height in pixels.
       width: the image's width in pixels.
