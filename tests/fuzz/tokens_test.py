@@ -85,7 +85,7 @@ parts = st.one_of(
             "{{ messages[0].content }}", "{% for m in messages %}", "{% endfor %}", "{{ m }}",
             "{% if a %}", "{% else %}", "{% endif %}", "{{ messages }}", "{{ x.y.z }}", "{{ 1/0 }}",
             "{% for m in messages %}{{ m.content }}{% endfor %}", "<think>\n", "</think>", "{{",
-            "{% set a = messages %}", "{{ a }}", "{{ tools }}", "{# c #}", "{{ raise_exception() }}",
+            "{% set a = messages %}", "{{ a }}", "{{ tools }}", "{##}", "{{ raise_exception() }}",
             "{{ range(10**9) }}", "{{ a|tojson }}", "{{ namespace() }}", "{{ a() }}", "{% raw %}",
             "{% macro m() %}", "{% endmacro %}", "{{ m() }}", "{{ lipsum(2) }}", "{{ cycler(1) }}",
         ]
