@@ -43,6 +43,7 @@ def file_of(header, body=BODY):
     return struct.pack("<Q", len(text)) + text + body
 
 
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [len(BODY)] * 2}
 kinds = st.sampled_from(["F32", "F16", "BF16", "F64", "I8", "I64", "BOOL", "F8_E4M3", "F4", "X"])
 entries = st.one_of(
     values,
@@ -104,6 +105,9 @@ def refused(directory, error):
 @example(SAVED)
 @example(file_of(HEADER, BODY[:-4]))
 @example(file_of({**HEADER, "a\n\nb": HEADER["model.norm.weight"]}))
+@example(file_of({**HEADER, "a\n\nb": EMPTY}))
+@example(file_of({**HEADER, "model.visual.a\n\nb": EMPTY, "visual.a\n\nb": EMPTY}))
+@example(file_of({**HEADER, "a\n\nb": {**EMPTY, "shape": [-1]}}))
 @example(file_of(b'{"a":' * 50_000))
 def test_damaged_weights_are_refused_or_read_as_a_reader_of_their_bytes_would(text_model, content):
     (text_model / "model.safetensors").write_bytes(content)
