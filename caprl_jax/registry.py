@@ -77,11 +77,13 @@ class Registry:
         Raises:
           ConfigError: there is no such entry; the message names the nearest.
         """
-        if name in self._functions:
+        if isinstance(name, str) and name in self._functions:
             return self._functions[name]
-        if ":" not in name:
+        if not isinstance(name, str) or ":" not in name:
             raise ConfigError(f"{name!r} is not one of {did_you_mean(name, self._functions)}")
         module, _, attribute = name.partition(":")
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise ConfigError(f"{name!r} is no import path, package.module:function")
         try:
             found = importlib.import_module(module)
         except ImportError as e:

@@ -99,13 +99,13 @@ def load_config(value: str, entries: Mapping[str, str] | None = None) -> ml_coll
         raise ConfigError(f"--config={value}: {''.join(lines[-1:])}{_said(e)}") from e
 
 
-def _said(error: Exception, longest: int = 300) -> str:
+def _said(error: Exception) -> str:
     """Formats an error in one line, without the whole config that ml_collections adds."""
     said = " ".join(str(error).split())
     near = _NEAR.search(said)
     if near:
         return f"the config has no key {near[2]!r}: did you mean {near[1]!r}?"
-    return f"{type(error).__name__}: {said[:longest]}{'..' if len(said) > longest else ''}"
+    return f"{type(error).__name__}: {said[:_LONGEST]}{'..' if len(said) > _LONGEST else ''}"
 
 
 def _no_file(value: str, path: str) -> str:
@@ -197,7 +197,7 @@ def parse_config_flags(argv: list[str]) -> list[str]:
         try:
             config_flags.DEFINE_config_dict("config", config, "The run's config.", sys_argv=rest)
             rest = flags.FLAGS(rest)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+        except Exception as e:  # ml_collections raises errors of any kind on odd keys and values
             raise ConfigError(_unknown_override(e, config)) from e
         rest = _only_flags(rest)
     if flags.FLAGS.help_config:
@@ -205,6 +205,7 @@ def parse_config_flags(argv: list[str]) -> list[str]:
     return rest
 
 
+_LONGEST = 300  # characters of another library's message
 _NEAR = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
 _CONFIG_NAME: list[str] = []
 _CONFIG_HELP = """The run's config:
@@ -245,7 +246,8 @@ def _overrides(argv: list[str]) -> dict[str, str]:
 
 def _unknown_override(error: BaseException, config: ml_collections.ConfigDict) -> str:
     """Returns the message for a wrong override, with the nearest key."""
-    said = str(error.args[0]) if error.args else str(error)
+    said = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
+    said = said[:_LONGEST] + (".." if len(said) > _LONGEST else "")
     near = _NEAR.search(said)
     if near:
         return (

@@ -7,6 +7,7 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +17,7 @@ from caprl_jax.models.hf.files import read_json
 
 MAX_BYTES = 1 << 28  # of an image file
 _MAX_RATIO = 200
+_SCALE = 1e9  # bound of the processor's factors, far above any published one
 _WANTED = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF is young
@@ -125,6 +127,11 @@ def _eight_bits(image: Image.Image, kind: str | None) -> np.ndarray:
     return np.rint(values * np.float32(scale)).astype(np.uint8)
 
 
+def _is_scale(value: Any) -> bool:
+    """Tells whether a value is a number with which all patches are finite in float32."""
+    return type(value) in (int, float) and abs(value) <= _SCALE
+
+
 def _processor_config(directory: Path) -> tuple[Path, dict]:
     """The image processor's file and settings; like transformers, it prefers nested settings."""
     nested = directory / "processor_config.json"
@@ -140,6 +147,9 @@ def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
     """Size to resize an image to: multiples of factor within the pixel bounds, at the same ratio.
+
+    A small image is rounded up, which may pass max_pixels where the bounds are near each other; a
+    large one is rounded down, but for a side that would be less than factor.
 
     Args:
       height: the image's height in pixels.
@@ -234,15 +244,14 @@ class ImageProcessor:
 
     def _check(self, path: Path) -> None:
         """Refuses invalid settings; the error names the field."""
-        numbers = int | float
         names = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
         sizes = {name: getattr(self, name) for name in names}
         valid = {name: type(value) is int and value > 0 for name, value in sizes.items()}
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            valid[name] = len(values) == 3 and all(isinstance(v, numbers) for v in values)
-        valid["image_std"] = valid["image_std"] and all(v > 0 for v in self.image_std)
-        valid["rescale_factor"] = isinstance(self.rescale_factor, numbers)
+            valid[name] = len(values) == 3 and all(map(_is_scale, values))
+        valid["image_std"] = valid["image_std"] and all(v >= 1 / _SCALE for v in self.image_std)
+        valid["rescale_factor"] = _is_scale(self.rescale_factor)
         valid["resample"] = self.resample in list(Image.Resampling)
         for name, is_valid in valid.items():
             if not is_valid:

@@ -39,8 +39,10 @@ def guarded(
                 set_aside.add(f"{record.id}, question {number}", reason)
             return make(record, rng)
         except (MalformedRecord, UnreadableImage, ValueError) as e:
-            identity = raw.get("id", b"?")
-            set_aside.add(identity.decode() if isinstance(identity, bytes) else identity, str(e))
+            identity = raw.get("id", "?")
+            readable = isinstance(identity, bytes)
+            name = identity.decode(errors="replace") if readable else str(identity)
+            set_aside.add(name, str(e))
             return instead
 
     return convert
@@ -118,13 +120,8 @@ class CaprlExamples:
             for _ in range(max(self.draw.sets, 1))
         ]
         asked = jax.tree.map(lambda *a: np.stack(a), *sets) if self.draw.sets else sets[0]
-        extras = {name: self._extra(record, name) for name in self.extras}
+        extras = {name: records.extra_array(record, name) for name in self.extras}
         return Batch(questions=asked, valid=np.True_, extras=extras, **self.inputs(record))
-
-    def _extra(self, record: Record, name: str) -> np.ndarray:
-        if name not in record.extras:
-            raise MalformedRecord(f"the record has no extra {name!r}, which data.extras asks for")
-        return np.asarray(record.extras[name], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

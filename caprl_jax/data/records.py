@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from caprl_jax.errors import UserError
 
 LETTERS = "ABCDEFGHI"
@@ -129,16 +131,18 @@ def parse_questions(raw: Any) -> tuple[tuple[Question, ...], tuple[tuple[int, st
 
 def _without_letters(choices: Sequence[str]) -> list[str]:
     """Texts of the choices, without letters if all carry them in one spelling and in order."""
-    matches = [_LETTERED.match(c) for c in choices]
+    # Stripped first: the pattern's time grows with the square of the white space at the beginning.
+    matches = [_LETTERED.match(c.lstrip()) for c in choices]
+    choices = [c.strip() for c in choices]
     if not choices or not all(m and _closes(m) for m in matches):
-        return [c.strip() for c in choices]
+        return choices
     spellings = {(m["open"], m["close"].strip(), m["letter"].isupper()) for m in matches}
     found = [m["letter"].upper() for m in matches]
     in_order = list(LETTERS[: len(found)])
     if sorted(found) == in_order != found:
-        raise MalformedRecord(f"the options' letters are not in order: {list(choices)!r:.200}")
+        raise MalformedRecord(f"the options' letters are not in order: {choices!r:.200}")
     if len(spellings) > 1 or found != in_order:
-        return [c.strip() for c in choices]
+        return choices
     return [m["text"].strip() for m in matches]
 
 
@@ -152,13 +156,14 @@ def _letter(answer: Any) -> str | None:
     """The capital letter that an answer names, bare or in an option's spelling; None if none."""
     if not isinstance(answer, str):
         return None
+    answer = answer.strip()
     match = _LETTERED.fullmatch(answer + " ")
-    bare = match["letter"] if match and _closes(match) and not match["text"] else answer.strip()
+    bare = match["letter"] if match and _closes(match) and not match["text"] else answer
     return bare.upper() if len(bare) == 1 else None
 
 
 def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[\s.,;:!?。！？…]+$", "", text).casefold().split())
+    return " ".join(text.casefold().split()).rstrip(" .,;:!?。！？…")
 
 
 def check_text(text: str, name: str) -> None:
@@ -196,7 +201,7 @@ def parse(raw: Mapping[str, Any]) -> Record:
         return value.decode() if isinstance(value, bytes) else str(value)
 
     try:
-        identity, image = text(raw["id"]), bytes(raw["image"])
+        identity, image = text(raw["id"]), bytes(memoryview(raw["image"]))
         asked, facts = text(raw["questions"]), text(raw["facts"])
         extras = text(raw.get("extras", "{}"))
     except (KeyError, TypeError, ValueError) as e:
@@ -227,6 +232,26 @@ def parse_extras(raw: Any) -> dict[str, Any]:
         if not listed and not is_number(value):
             raise MalformedRecord(f"extra {name!r:.80} is {reprlib.repr(value)}, not numbers")
     return dict(extras)
+
+
+def extra_array(record: Record, name: str) -> np.ndarray:
+    """Returns a record's extra: float32 [] or [values].
+
+    Raises:
+      MalformedRecord: the record lacks it, or it is not finite in float32: one such number would
+        make the rewards of the whole batch unusable.
+    """
+    if name not in record.extras:
+        raise MalformedRecord(f"the record has no extra {name!r}, which data.extras asks for")
+    value = record.extras[name]
+    try:
+        with np.errstate(over="ignore"):  # infinite, and refused as such
+            found = np.asarray(value, np.float32)
+    except OverflowError:  # a whole number beyond float64
+        found = np.float32(np.inf)
+    if not np.all(np.isfinite(found)):
+        raise MalformedRecord(f"extra {name!r} is {reprlib.repr(value)}, not finite in float32")
+    return found
 
 
 def stored(records: Iterable[Record]) -> list[dict[str, Any]]:

@@ -151,7 +151,10 @@ def _plain(directory: Path, inner: Any) -> Any:
         ) from e
     kept = [t for t in content["added_tokens"] if t["content"].isspace()]
     bare = {"added_tokens": kept, "truncation": None, "padding": None, "post_processor": None}
-    return Backend.from_str(json.dumps(content | bare))
+    try:
+        return Backend.from_str(json.dumps(content | bare))
+    except Exception as e:  # of a vocabulary that contradicts itself; see from_pretrained
+        raise ModelDirectoryError(f"{directory}: the tokenizer can't be read: {e}") from e
 
 
 def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:

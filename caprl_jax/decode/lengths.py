@@ -1,7 +1,5 @@
 """Length buckets: the padded lengths that programs are compiled for."""
 
-import math
-
 
 def bucket(length: int) -> int:
     """Returns the padded length for `length` tokens: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..
@@ -9,7 +7,7 @@ def bucket(length: int) -> int:
     There are two buckets for each power of 2, so that few programs are compiled and at most a third
     of a bucket is padding.
     """
-    power = 1 << max(math.ceil(math.log2(max(length, 1))) - 1, 0)
+    power = 1 << max((length - 1).bit_length() - 1, 0)
     return next(b for b in (power, power + power // 2, 2 * power) if b >= length)
 
 

@@ -54,8 +54,8 @@ def grpo_advantages(rewards: jax.Array) -> jax.Array:
     """
     chex.assert_rank(rewards, 1)
     chex.assert_type(rewards, float)
-    centred = rewards - jnp.mean(rewards)
-    return centred / (jnp.std(rewards, ddof=1) + _EPSILON)
+    centred = _centred(rewards)
+    return centred / (jnp.std(centred, ddof=1) + _EPSILON)
 
 
 def rloo_advantages(rewards: jax.Array) -> jax.Array:
@@ -70,7 +70,17 @@ def rloo_advantages(rewards: jax.Array) -> jax.Array:
     chex.assert_rank(rewards, 1)
     chex.assert_type(rewards, float)
     g = rewards.shape[0]
-    return (rewards - jnp.mean(rewards)) * (g / (g - 1))
+    return _centred(rewards) * (g / (g - 1))
+
+
+def _centred(rewards: jax.Array) -> jax.Array:
+    """Returns rewards - mean(rewards), exactly 0 where all are equal: float32 [g] -> [g].
+
+    The rounded mean of equal rewards may differ from them; that of zeros doesn't. Divided by a
+    deviation of nearly 0, the difference would be an advantage of 0.2.
+    """
+    shifted = rewards - rewards[0]
+    return shifted - jnp.mean(shifted)
 
 
 def _per_group(function: Callable) -> Callable:

@@ -86,8 +86,9 @@ def _parse(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            entry["step"]
-        except (ValueError, KeyError, TypeError) as e:
+            if type(entry["step"]) is not int:
+                raise TypeError(f"its step is {entry['step']!r:.40}")
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             if number == len(lines):
                 return
             # Only the last line can be half written, so this one is damaged; don't hide it.

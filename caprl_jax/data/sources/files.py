@@ -196,12 +196,12 @@ def _state(path: Path) -> list:
 def _unchanged(inputs: Path, **counts: int) -> bool:
     """Tells whether all files of a list are as they were, and its last line holds these counts."""
     last = None
-    with inputs.open() as lines:
+    with inputs.open("rb") as lines:
         for line in lines:
             try:
                 last = json.loads(line)
-            except ValueError:
-                return False
-            if isinstance(last, list) and _state(Path(last[0])) != last:
+                if isinstance(last, list) and _state(Path(last[0])) != last:
+                    return False
+            except (ValueError, TypeError, IndexError, RecursionError):  # a damaged line
                 return False
     return last == counts

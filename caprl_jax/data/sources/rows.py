@@ -30,12 +30,12 @@ class Row:
 
     Attributes:
       id: the row's place, which names it unless it has an id of its own.
-      raw: its fields; if reading them failed, the reason as a string.
+      raw: its fields; if they can't be read, the error that says why.
       beside: directory that its paths are relative to.
     """
 
     id: str
-    raw: Mapping[str, Any] | str
+    raw: Mapping[str, Any] | MalformedRecord
     beside: Path
 
 
@@ -96,10 +96,12 @@ def _json_lines(file: Path) -> Iterator[Any]:
             try:
                 yield records.read_json_text(line, "the line")
             except MalformedRecord as e:
-                yield str(e)
+                yield e
 
 
 def _parquet_rows(file: Path) -> Iterator[Any]:
+    import pyarrow  # imported where used
+
     parquet = _parquet(file)
     names = parquet.schema_arrow.names
     if unknown := set(names) - set(COLUMNS):
@@ -110,9 +112,9 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
             for i in range(batch.num_rows):
                 try:
                     yield batch.slice(i, 1).to_pylist()[0]
-                except ValueError as e:  # text that isn't UTF-8
-                    yield f"the row can't be read: {e}"
-    except OSError as e:  # pyarrow's errors for damaged pages are OSErrors
+                except Exception as e:  # text that isn't UTF-8, dates that Python hasn't, ..
+                    yield MalformedRecord(f"the row can't be read: {e}")
+    except (OSError, pyarrow.ArrowException) as e:  # damaged pages
         raise ValueError(f"{file} is damaged: {e}; copy it again, or leave it out") from e
 
 
@@ -126,9 +128,15 @@ def _parquet(file: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as e:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        parquet.schema_arrow  # noqa: B018 (reads the names of columns, which may not be text)
+        known = parquet.metadata
+        held = sum(known.row_group(i).num_rows for i in range(known.num_row_groups))
+    except (OSError, ValueError, pyarrow.ArrowException) as e:
         raise ValueError(f"{file} can't be read as parquet: {e}") from e
+    if known.num_rows != held:
+        raise ValueError(f"{file} is damaged: it says {known.num_rows} rows and holds {held}")
+    return parquet
 
 
 def parse_row(
@@ -149,8 +157,8 @@ def parse_row(
     """
     from caprl_jax.data.images import decode_image  # Pillow is imported where it is used
 
-    if isinstance(row.raw, str):
-        raise MalformedRecord(row.raw)
+    if isinstance(row.raw, MalformedRecord):
+        raise row.raw
     if not isinstance(row.raw, Mapping):
         raise MalformedRecord(f"a row is a {type(row.raw).__name__}, not a JSON object")
     image = _image(row, root or row.beside, used or (lambda path: None))
@@ -163,7 +171,7 @@ def parse_row(
 def _id(row: Row) -> str:
     own = row.raw.get("id")
     if own is None or own == "":
-        return row.id
+        own = row.id
     if isinstance(own, bool) or not isinstance(own, str | int):
         raise MalformedRecord(f"the id is a {type(own).__name__}, not text or a whole number")
     records.check_text(str(own), "the id")
@@ -209,11 +217,11 @@ def _inside(given: str, beside: Path, root: Path) -> Path:
     """
     from caprl_jax.data.images import UnreadableImage
 
-    if given.startswith("file:"):
-        given = urllib.parse.unquote(urllib.parse.urlsplit(given).path)
     try:
+        if given.startswith("file:"):
+            given = urllib.parse.unquote(urllib.parse.urlsplit(given).path)
         path, allowed = (beside / given).resolve(), root.resolve()
-    except (OSError, ValueError, RuntimeError) as e:  # a zero byte; a circle of links
+    except (OSError, ValueError, RuntimeError) as e:  # a zero byte; a circle; no URL
         raise UnreadableImage(f"the image file can't be read: {e}") from e
     if not path.is_relative_to(allowed):
         raise UnreadableImage(

@@ -1,13 +1,15 @@
 """Reads config.json: checks values as it reads them, and refuses unsupported features."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from caprl_jax.errors import ModelDirectoryError
 
 # Bounds far above any published model; other sizes are bounded by 2^20.
 _MOST = {"num_hidden_layers": 1024, "depth": 1024, "vocab_size": 1 << 24}
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Fields:
@@ -42,9 +44,9 @@ class Fields:
         return value
 
     def real(self, name: str) -> float:
-        """Reads a positive number."""
+        """Reads a positive number that is finite in float32."""
         value = self._get(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= _LARGEST:
             raise self._refuse(name, "a positive number")
         return float(value)
 

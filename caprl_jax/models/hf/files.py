@@ -105,7 +105,7 @@ def _index(directory: Path) -> dict[str, tuple[Path, str]]:
             key = tensors_lib.canonical(name)
             if key in index:
                 raise ModelDirectoryError(
-                    f"{directory}: {key} is in {index[key][0].name} and in {file.name}"
+                    f"{directory}: {key!r} is in {index[key][0].name} and in {file.name}"
                 )
             index[key] = (file, name)
     return index
@@ -148,8 +148,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safetensors.safe_open(file, framework="numpy") as f:
             yield f
     except (OSError, safetensors.SafetensorError) as e:
+        said = " ".join(str(e).split())  # it quotes names, which may hold line ends
         raise ModelDirectoryError(
-            f"{file} is not a readable safetensors file, or is cut short: {e}"
+            f"{file} is not a readable safetensors file, or is cut short: {said}"
         ) from e
 
 
@@ -316,7 +317,8 @@ def _bar(shown: bool, directory: Path, total: int) -> Iterator[Callable[[int], N
 
 def _summary(directory: Path, problems: list[str], shown: int = 5) -> str:
     more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
-    return f"{directory}: config.json and tensors disagree: " + "; ".join(problems[:shown]) + more
+    listed = " ".join("; ".join(problems[:shown]).split())  # names may hold line ends
+    return f"{directory}: config.json and tensors disagree: {listed}{more}"
 
 
 def abstract_params(policy: Policy) -> dict:

@@ -135,7 +135,9 @@ def test_error_for_files_without_usable_rows_gives_a_reason(tmp_path):
 @pytest.mark.parametrize(
     ("raw", "error", "message"),
     [
-        ("the line is not valid JSON: x", MalformedRecord, "not valid JSON"),
+        (MalformedRecord("the line is not valid JSON: x"), MalformedRecord, "not valid JSON"),
+        ("the line's own text", MalformedRecord, "a row is a str, not a JSON object"),
+        ({"image": "file://[", "questions": [QUESTION]}, UnreadableImage, "can't be read"),
         ([1, 2], MalformedRecord, "a row is a list"),
         ({"questions": [QUESTION]}, MalformedRecord, "has no image"),
         ({"image": "red.png"}, MalformedRecord, "has no questions"),
