@@ -30,6 +30,7 @@ CORE = (
     "caprl_jax.models.logprobs",
     "caprl_jax.parallel.mesh",
     "caprl_jax.models.hf.files",
+    "caprl_jax.models.hf.save",
 )
 
 

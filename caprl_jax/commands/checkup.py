@@ -62,7 +62,7 @@ def main(_: list[str]) -> None:
 def measure() -> None:
     """Runs the phases and prints their table."""
     import caprl_jax
-    from caprl_jax.models.hf import files as hf
+    from caprl_jax.models.hf.save import Target, save
 
     with phase("start") as start:
         jax.devices()
@@ -77,8 +77,8 @@ def measure() -> None:
     phases = [start, load]
     if flags.FLAGS.export:
         with phase("export") as found:
-            target = hf.Target(Path(flags.FLAGS.export), ml_dtypes.bfloat16)
-            hf.save(target, policy.modules, policy.params, policy.directory)
+            target = Target(Path(flags.FLAGS.export), ml_dtypes.bfloat16)
+            save(target, policy.modules, policy.params, policy.directory)
         phases.append(found)
     noise = np.random.default_rng(0).integers(
         0, 256, (flags.FLAGS.side, flags.FLAGS.side, 3), np.uint8

@@ -22,6 +22,7 @@ from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.hf import files as hf
+from caprl_jax.models.hf.save import copy_companions
 from caprl_jax.parallel import mesh
 from caprl_jax.run import checkpoint, export, load
 
@@ -68,7 +69,7 @@ def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint.save_params(partial / checkpoint.PARAMS, params)
-    hf.copy_companions(directory, partial)
+    copy_companions(directory, partial)
     config = json.loads((directory / "config.json").read_text()) | {"dtype": dtype}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     partial.rename(out)

@@ -26,6 +26,7 @@ from caprl_jax.models import families
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf import sizes
+from caprl_jax.models.hf.save import Target, copy_companions, save
 
 
 class _Random:
@@ -62,7 +63,7 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
     lazy = {path: _Random(path, a.shape, seed, dtype) for path, a in flat.items()}
     with tempfile.TemporaryDirectory() as folder:
         companions = Path(folder)
-        hf.copy_companions(sources.fetch(f"asset:tiny/{tiny}"), companions)
+        copy_companions(sources.fetch(f"asset:tiny/{tiny}"), companions)
         # The tiny judge was trained with its own prompt; this model was not.
         (companions / PROMPT_FILE).unlink(missing_ok=True)
         ids = json.loads((companions / "config.json").read_text())
@@ -73,7 +74,7 @@ def make(out: Path, config: dict[str, Any], seed: int = 0, dtype: Any = ml_dtype
         for name, content in files.items():
             if content is not None:
                 (companions / name).write_text(json.dumps(content, indent=2) + "\n")
-        hf.save(hf.Target(out, dtype), policy, flax.traverse_util.unflatten_dict(lazy), companions)
+        save(Target(out, dtype), policy, flax.traverse_util.unflatten_dict(lazy), companions)
 
 
 def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:

@@ -21,11 +21,9 @@ class Watch:
 
     Attributes:
       settings: bounds.
-      raised: how often each alarm was raised, by metric.
     """
 
     settings: Alarms
-    raised: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     _broken: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def see(self, step: int, values: Mapping[str, float]) -> None:
@@ -36,7 +34,6 @@ class Watch:
             broken = value is not None and (value >= bound if rising else value <= bound)
             self._broken[name] = self._broken[name] + 1 if broken else 0
             if self._broken[name] == self.settings.steps:
-                self.raised[name] += 1
                 side = "least" if rising else "most"
                 logging.warning(
                     f"alarm at step {step}: {name} has been at {side} {bound:g} for "

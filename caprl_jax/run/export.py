@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from caprl_jax.errors import UserError
-from caprl_jax.models.hf import files as hf
+from caprl_jax.models.hf.save import Target, save
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import processes
 from caprl_jax.run import checkpoint, metrics
@@ -119,8 +119,8 @@ def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
         raise UserError(
             f"{directory} exists already and is no export of this run at this step: move it away"
         )
-    files = hf.Target(directory, np.dtype(dtype), card=card, replace=True)
-    hf.save(files, model.policy, model.params, model.source)
+    files = Target(directory, np.dtype(dtype), card=card, replace=True)
+    save(files, model.policy, model.params, model.source)
     logging.info("exported to %s", directory)
 
 

@@ -55,8 +55,12 @@ def decode_text(devices, tables):
 def largest_gather(text):
     """Bytes of the largest all-gather in the decode loop, which must be there."""
     program = hlo_costs.parse(text)
-    assert any(loop.op_name.endswith("decode/while") for loop in hlo_costs.loops(program))
-    inside = hlo_costs.collectives_in(program, lambda loop: loop.op_name.endswith("decode/while"))
+
+    def decodes(loop):
+        return loop.op_name.endswith("decode/while")
+
+    assert any(map(decodes, hlo_costs.loops(program)))
+    inside = [c for c in hlo_costs.collectives(program) if any(map(decodes, c.loops))]
     return max((c.bytes for c in inside if c.kind == "all-gather"), default=0)
 
 

@@ -6,6 +6,7 @@ from caprl_jax.config import default
 from caprl_jax.errors import UserError
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
+from caprl_jax.models.hf.save import copy_companions
 from caprl_jax.run import export, load
 
 POLICY = "asset:tiny/policy"
@@ -61,7 +62,7 @@ def test_links_out_of_a_model_are_not_exported(model, tmp_path):
     (source / "notes.txt").write_text("notes")
     target = tmp_path / "target"
     target.mkdir()
-    hf.copy_companions(source, target)
+    copy_companions(source, target)
     copied = {p.name for p in target.iterdir()}
     assert {"tokenizer.json", "preprocessor_config.json", "config.json", "NOTICE"} <= copied
     assert not {"judge_prompt.txt", "id_rsa", "LICENSE", "notes.txt"} & copied
@@ -74,5 +75,5 @@ def test_files_of_the_hubs_cache_are_exported(tmp_path):
         directory.mkdir(parents=True)
     (cache / "blobs" / "123").write_text("{}")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
-    hf.copy_companions(snapshot, target)
+    copy_companions(snapshot, target)
     assert (target / "tokenizer.json").read_text() == "{}" and not target.is_symlink()

@@ -19,8 +19,8 @@ from caprl_jax.plan.hlo.loops import Loop, make_loop
 from caprl_jax.plan.hlo.text import Computation, Instruction, Program, parse, replica_groups
 
 __all__ = [
-    "Collective", "Conditional", "Costs", "Loop", "Visit", "collectives", "collectives_in",
-    "costs", "hlo_text", "loops", "parse", "totals", "visits",
+    "Collective", "Conditional", "Costs", "Loop", "Visit", "collectives", "costs", "hlo_text",
+    "loops", "parse", "visits",
 ]  # fmt: skip
 
 OTHER = "other"
@@ -334,14 +334,6 @@ def collectives(
     return tuple(_collectives(found, functools.partial(_phase, tuple(phases))))
 
 
-def collectives_in(
-    program: Program, within: Callable[[Loop], bool], unknown_trips: int | None = None
-) -> tuple[Collective, ...]:
-    """Returns collectives inside loops that `within` accepts, and in the loops inside those."""
-    found = collectives(program, unknown_trips=unknown_trips)
-    return tuple(c for c in found if any(within(loop) for loop in c.loops))
-
-
 def visits(
     program: Program, phases: Sequence[str] = (), unknown_trips: int | None = None
 ) -> tuple[Visit, ...]:
@@ -352,15 +344,6 @@ def visits(
 def loops(program: Program, unknown_trips: int | None = None) -> tuple[Loop, ...]:
     """Returns all loops, outer before inner."""
     return tuple(v.note for v in visits(program, (), unknown_trips) if isinstance(v.note, Loop))
-
-
-def totals(found: Iterable[Collective]) -> dict[str, tuple[float, float]]:
-    """Sums kind -> (bytes, executions), both with trips."""
-    sums = {}
-    for c in found:
-        moved, times = sums.get(c.kind, (0, 0))
-        sums[c.kind] = moved + c.bytes * c.executions, times + c.executions
-    return sums
 
 
 def hlo_text(compiled: Any) -> str:

@@ -1,4 +1,4 @@
-"""Loading and saving Hugging Face directories: all content is checked, and saving is atomic."""
+"""Loading Hugging Face directories: all content is checked."""
 
 import json
 import shutil
@@ -7,19 +7,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf import tensors as tensors_lib
 from caprl_jax.parallel import mesh
-
-
-def theirs(model):
-    """transformers' class that loads the pair's directories."""
-    return AutoModelForImageTextToText if model.ours.vision else AutoModelForCausalLM
 
 
 @pytest.fixture
@@ -50,27 +43,6 @@ def load(directory):
 def same_trees(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def test_export_is_the_same_model_in_transformers(any_pair, tmp_path):
-    model = any_pair
-    hf.save(hf.Target(tmp_path / "out"), model.ours, model.params, model.directory)
-    again = theirs(model).from_pretrained(tmp_path / "out").state_dict()
-    before = model.theirs.state_dict()
-    assert again.keys() == before.keys()
-    assert all(torch.equal(again[k], before[k]) for k in before)
-
-
-def test_shards_hold_each_tensor_once_and_load(any_pair, tmp_path):
-    model = any_pair
-    target = hf.Target(tmp_path / "out", shard_bytes=100_000)
-    hf.save(target, model.ours, model.params, model.directory)
-    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 1
-    assert index["metadata"]["total_size"] == sum(a.nbytes for a in jax.tree.leaves(model.params))
-    same_trees(load(tmp_path / "out"), model.params)
-    loaded = theirs(model).from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(v, loaded[k]) for k, v in model.theirs.state_dict().items())
 
 
 def test_both_naming_schemes_of_vision_models_load(vision_pair, tmp_path):
@@ -125,23 +97,6 @@ def test_replicated_tensor_is_read_once(text_pair, monkeypatch):
     placed = jax.make_array_from_callback(shape, mesh.replicated(rules), read)
     np.testing.assert_array_equal(placed, text_pair.params["decoder"]["embedding"])
     assert opened == [name]
-
-
-def test_interrupted_export_never_looks_complete(text_pair, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as m, pytest.raises(OSError, match="disk full"):
-        m.setattr(hf, "_write_shards", fail)
-        hf.save(hf.Target(tmp_path / "out"), text_pair.ours, text_pair.params, text_pair.directory)
-    assert not (tmp_path / "out").exists()
-    hf.save(hf.Target(tmp_path / "out"), text_pair.ours, text_pair.params, text_pair.directory)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_existing_directory_is_not_overwritten(text_pair, tmp_path):
-    with pytest.raises(FileExistsError, match="exists already"):
-        hf.save(hf.Target(tmp_path), text_pair.ours, text_pair.params, text_pair.directory)
 
 
 def test_missing_and_left_over_tensors_are_named(edited):

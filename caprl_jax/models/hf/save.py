@@ -1,0 +1,165 @@
+"""Writes Hugging Face directories: parameters to safetensors files, tensor by tensor."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors.numpy
+
+from caprl_jax.models.families import family
+from caprl_jax.models.hf import tensors as tensors_lib
+from caprl_jax.models.hf.files import COMPANIONS, read_config
+from caprl_jax.models.hf.tensors import Tensor
+from caprl_jax.models.vlm import Policy
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A model directory to write.
+
+    Attributes:
+      directory: its path, which must not exist unless `replace`.
+      dtype: dtype of the tensors in the files.
+      shard_bytes: maximum size of a file; a larger tensor gets a file of its own.
+      card: content of README.md, the model card; None writes no card.
+      replace: whether a complete new directory replaces an existing one.
+    """
+
+    directory: Path
+    dtype: Any = np.float32
+    shard_bytes: int = SHARD_BYTES
+    card: str | None = None
+    replace: bool = False
+
+
+def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str | Path) -> None:
+    """Writes a Hugging Face directory, under a temporary name until it is complete.
+
+    The host holds the tensors of one file at a time.
+
+    Args:
+      target: the directory to write.
+      policy: the modules.
+      params: unboxed parameters, numpy or JAX arrays. If several processes share an array, save
+        gathers one tensor at a time: all processes must call it, and the first one writes.
+      source: the directory to copy config.json, tokenizer and processor files from.
+
+    Raises:
+      FileExistsError: the directory exists.
+    """
+    directory, source, dtype = Path(target.directory), Path(source), np.dtype(target.dtype)
+    flat = flax.traverse_util.flatten_dict(nn.meta.unbox(params))
+    config = read_config(source)
+    model_family = family(config, source)
+    named = (
+        (tensors_lib.saved_name(name, model_family), flat[t.path], layer, t)
+        for t in tensors_lib.tensors(policy, config)
+        for layer, name in enumerate(t.names(range(flat[t.path].shape[0])))
+    )
+    tensors = _on_host(named, dtype)
+    if jax.process_index() > 0:
+        for _ in tensors:  # all processes take part in gathering
+            pass
+        return
+    if directory.exists() and not target.replace:
+        raise FileExistsError(f"{directory} exists already: remove it, or give another name")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    copy_companions(source, partial)
+    config["dtype"] = dtype.name
+    for part in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
+        part.pop("torch_dtype", None)  # the older name of dtype, with the source's value
+        if "dtype" in part:
+            part["dtype"] = dtype.name
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if target.card is not None:
+        (partial / "README.md").write_text(target.card)
+    _write_shards(partial, tensors, target.shard_bytes)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies the files of COMPANIONS, unless a link leads out of the directory and hub cache."""
+    home = source.resolve()
+    for name in COMPANIONS:
+        file = source / name
+        if not file.is_file():
+            continue
+        real = file.resolve()
+        cached = home.parent.name == "snapshots" and real.parent == home.parents[1] / "blobs"
+        if home in real.parents or cached:
+            shutil.copy(real, target / name)
+        else:
+            logging.warning("%s links to %s, outside the model: not copied", file, real)
+
+
+def _on_host(
+    named: Iterator[tuple[str, Any, int, Tensor]], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name, tensor with the file's shape), one at a time."""
+    host = (None, None)
+    for name, value, layer, t in named:
+        if isinstance(value, jax.Array):
+            # JAX keeps an array's host copy as long as the array lives: gather a fresh array.
+            tensor = _gather(value[layer] if t.stacked else value.copy())
+        else:
+            if host[0] is not value:
+                host = (value, np.asarray(value))
+            tensor = host[1][layer] if t.stacked else host[1]
+        yield name, t.to_file(tensor.astype(dtype))
+
+
+def _gather(value: jax.Array) -> np.ndarray:
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(value, tiled=True)
+
+
+def _write_shards(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
+    """Writes one file after another, so that the host holds the tensors of one at a time."""
+    files: list[tuple[Path, list[str]]] = []
+    shard: dict[str, np.ndarray] = {}
+    total, held = 0, 0
+
+    def flush():
+        path = directory / f"{len(files)}.safetensors"
+        safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # other users may serve it
+        files.append((path, list(shard)))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > limit:
+            flush()
+            held = 0
+        shard[name] = tensor
+        held, total = held + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(files) == 1:
+        files[0][0].rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (path, names) in enumerate(files, 1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        path.rename(directory / name)
+        weight_map.update(dict.fromkeys(names, name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
