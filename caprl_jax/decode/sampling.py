@@ -7,10 +7,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from caprl_jax.errors import ConfigError
 from caprl_jax.parallel import axes
 from caprl_jax.parallel.axes import constrain
 from caprl_jax.settings import check_value, setting
 
+_COLDEST = 1e-3
 _RUN = 128  # number of neighbours in the vocabulary that are drawn together
 _DEVICES = 8  # devices that may share a vocabulary, a power of 2, without cutting such a run
 
@@ -22,7 +24,9 @@ class Sampling:
     max_tokens: int = setting(
         512, "most tokens of a caption, the stop token included; longer ones are truncated", least=1
     )
-    temperature: float = setting(1.0, "temperature of the softmax; 0 is greedy", least=0)
+    temperature: float = setting(
+        1.0, "temperature of the softmax, from 0.001; 0 is greedy", least=0
+    )
     top_k: int = setting(0, "only the k most likely tokens compete; 0 is off", least=0)
     top_p: float = setting(
         1.0,
@@ -34,6 +38,10 @@ class Sampling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
+        if 0 < self.temperature < _COLDEST:  # logits divided by it would leave float32
+            raise ConfigError(
+                f"temperature={self.temperature!r} must be at least {_COLDEST}, or 0 for greedy"
+            )
 
 
 def only_known(logits: jax.Array, known: int) -> jax.Array:
@@ -54,7 +62,8 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
         descending = -jnp.sort(-logits, axis=-1)
         p = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(p, axis=-1) - p
-        least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+        bound = max(top_p, 1e-30)  # not 0 in float32, so that the likeliest always competes
+        least = jnp.min(jnp.where(before < bound, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
 

@@ -26,4 +26,4 @@ def k3(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
     """
     chex.assert_equal_shape([logp, reference_logp])
     d = reference_logp - logp
-    return jnp.exp(d) - d - 1
+    return jnp.expm1(d) - d  # exp(d) - d - 1 is wrong by 6e-8, more than the estimate of a small d

@@ -111,6 +111,11 @@ def test_a_mean_lies_between_the_least_and_the_largest_of_its_tokens(values, mas
 
 
 @given(logps, logps)
-def test_the_estimated_divergence_is_never_negative(logp, reference):
+@example(np.full((2, 3, 5), -(2.0**-24), np.float32), np.zeros((2, 3, 5), np.float32))
+@example(np.full((2, 3, 5), -1.001, np.float32), np.full((2, 3, 5), -1, np.float32))
+def test_the_estimated_divergence_is_exact_for_near_and_for_far_policies(logp, reference):
+    """And therefore not negative, but for the last bit of d."""
+    d = (reference - logp).astype(np.float64)
     found = np.asarray(kl.k3(jnp.asarray(logp), jnp.asarray(reference)))
-    assert np.all(np.isfinite(found)) and np.all(found >= 0)
+    exact = np.expm1(d) - d
+    assert np.all(np.abs(found - exact) <= 1e-5 * exact + 3e-7 * np.abs(d))

@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 few = settings(max_examples=max(settings().max_examples // 5, 1))  # where one takes 0.1 s
+rare = settings(max_examples=max(settings().max_examples // 10, 1))  # where one takes 0.2 s
 
 CONTROL = ("<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>", "<think>", "</think>")
 # Text that can be encoded; whitespace, signs and control tokens come up often.
