@@ -15,7 +15,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.parallel import processes
 from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
-from caprl_jax.run import build, compile, export, fit, memory, metrics, summary
+from caprl_jax.run import build, compile, export, fit, host, memory, metrics, summary
 from caprl_jax.run import replay as replay_lib
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.alarms import Watch
@@ -174,7 +174,7 @@ class Loop:
     def _log(self, step: int, measured: Any, pace: dict[str, float], writer, bar) -> dict:
         values = metrics.reduce(measured) | pace
         values["recompiles"] = self.task.traces() - 1
-        values |= metrics.token_rates(measured, values["seconds_step"])
+        values |= metrics.token_rates(measured, values["seconds_step"]) | host.resources()
         writer.write(step, values)
         bar.show(step, values)
         return values

@@ -52,6 +52,9 @@ _SMALL = (
     ("logp_gap", "Rollout against update", "mean gap in log-probability: numerical noise only"),
     ("loss", "Loss", "objective that the optimizer minimises"),
     ("accuracy", "Accuracy in training", "on the training batches"),
+    ("seconds_step", "Seconds a step", "mean since the log line before"),
+    ("host_rss_bytes", "Host memory", "bytes of the first process in RAM: flat in a long run"),
+    ("open_files", "Open files", "file descriptors of the first process: flat in a long run"),
 )
 _WIDE, _NARROW = (560, 280), (360, 170)  # pixels of a chart
 _LISTED = 200  # maximum number of listed records that were set aside
