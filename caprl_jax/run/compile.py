@@ -250,7 +250,7 @@ def keep_compiled(folder: Path) -> None:
 
 
 def trim_compiled(folder: Path, most: int) -> None:
-    """Deletes the compiled programs of a folder that weren't used for longest, down to `most` bytes.
+    """Deletes a folder's compiled programs, down to `most` bytes, those unused for longest first.
 
     JAX's own bound (jax_compilation_cache_max_size) stops keeping programs, with a warning for
     each, in a folder that was once used without it.
