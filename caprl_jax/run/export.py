@@ -56,7 +56,7 @@ def figures(workdir: Path, step: int) -> dict[str, float | None]:
     None stands for a figure that was not finite.
     """
     found: dict[str, float | None] = {}
-    for line in metrics.read(workdir):
+    for line in metrics.lines(workdir):
         if line["step"] <= step:
             new = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
             found = (new and new | {"measured at step": line["step"]}) or found
