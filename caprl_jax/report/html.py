@@ -297,5 +297,9 @@ def write_report(path: Path, content: Content) -> None:
     )
     partial = path.with_suffix(".partial")
     # An untrained policy may write invalid Unicode, which must not break the report.
-    partial.write_text(html, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    try:
+        partial.write_text(html, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs its room
+        raise

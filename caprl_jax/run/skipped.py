@@ -96,7 +96,11 @@ def save(file: Path, batch: Any) -> None:
     """Writes a host batch: its leaves by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+    try:
+        np.savez(file, **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+    except OSError:
+        file.unlink(missing_ok=True)  # a full disk needs its room
+        raise
 
 
 def load(file: Path, like: Any) -> Any:
