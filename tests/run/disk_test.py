@@ -20,6 +20,7 @@ import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import train
+from caprl_jax.commands import cli
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.models.hf import files as hf
 from caprl_jax.report import html
@@ -177,8 +178,10 @@ def test_a_disk_that_turns_read_only_keeps_the_last_checkpoint(disk):
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_a_workdir_that_is_deleted_ends_the_run_with_a_message(disk, log_every):
     workdir = disk / "run"
-    with pytest.raises(WorkdirError, match="is gone: the workdir was deleted"):
+    with pytest.raises(SystemExit) as ended, cli.in_one_paragraph():
         train_in(workdir, {3: lambda: shutil.rmtree(workdir)}, log_every=log_every)
+    # Python prints a text on stderr and exits with 1.
+    assert ended.value.code.startswith("error: ") and "the workdir was deleted" in ended.value.code
     assert int(train_in(workdir).step) == 8  # the same command begins anew
 
 
