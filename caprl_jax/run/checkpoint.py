@@ -242,8 +242,8 @@ class Checkpoints:
     def restore_last(self, state: Any) -> Any:
         """Restores the last checkpoint that isn't damaged; returns `state` without checkpoints.
 
-        Damaged ones after it are moved to WORKDIR/damaged-checkpoints, with a warning; the last four
-        moved there stay.
+        Damaged ones after it are moved to WORKDIR/damaged-checkpoints, with a warning; there the
+        last four stay.
 
         Args:
           state: as restore takes it.
