@@ -11,11 +11,11 @@ import jax
 import ml_collections
 
 from caprl_jax import config as config_lib
-from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.set_aside import SetAside, write_whole
 from caprl_jax.parallel import processes
 from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
-from caprl_jax.run import build, compile, export, fit, memory, metrics, summary
+from caprl_jax.run import build, compile, export, fit, host, memory, metrics, summary
 from caprl_jax.run import replay as replay_lib
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.alarms import Watch
@@ -55,12 +55,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> dict[str, Any]:
     _settle(config, workdir)
     compile.keep_compiled(workdir.parent / "compiled")
-    set_aside = SetAside(workdir / processes.own_name("set_aside.jsonl"))
+    with workdir_lib.writing(workdir):
+        set_aside = SetAside(workdir / processes.own_name("set_aside.jsonl"))
     builder, step = OBJECTIVES[config.objective]
     task, state = builder(config, set_aside, step)
     if processes.is_first():  # now that nothing has refused the config
         with workdir_lib.writing(workdir / "config.json"):
-            (workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
+            write_whole(workdir / "config.json", config.to_json(indent=2) + "\n")
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     loop = Loop(config, workdir, task, checkpoints)
     with memory.advised(config), contextlib.closing(checkpoints):
@@ -174,7 +175,7 @@ class Loop:
     def _log(self, step: int, measured: Any, pace: dict[str, float], writer, bar) -> dict:
         values = metrics.reduce(measured) | pace
         values["recompiles"] = self.task.traces() - 1
-        values |= metrics.token_rates(measured, values["seconds_step"])
+        values |= metrics.token_rates(measured, values["seconds_step"]) | host.resources()
         writer.write(step, values)
         bar.show(step, values)
         return values

@@ -70,6 +70,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         "seconds_step",
         "tokens_per_second",
         "generated_tokens_per_second",
+        "host_rss_bytes",
+        "open_files",
     )
     for found, whole_line in zip(lines, expected, strict=True):
         # The first part ended after step 2, and so was evaluated there too.

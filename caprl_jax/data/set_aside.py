@@ -1,6 +1,7 @@
 """Listing of unusable records, with the reason for each."""
 
 import json
+import logging
 import os
 import threading
 from pathlib import Path
@@ -11,8 +12,12 @@ MAX_REASON = 200  # characters
 def write_whole(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it, so that no reader sees a part of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, "utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk needs its room
+        raise
 
 
 def short(reason: str) -> str:
@@ -28,6 +33,7 @@ class SetAside:
         """Reads path if it exists, from an earlier part of the run; add() appends to it."""
         self._lock = threading.Lock()
         self._path = path
+        self._behind = False  # whether the file lacks entries, because the system refused to write
         self.reasons: dict[str, str] = {}
         if path is not None and path.is_file() and not self.read(path):
             self.write(path)  # else the next entry would be appended to a torn line
@@ -52,19 +58,42 @@ class SetAside:
 
     def write(self, path: Path) -> None:
         """Writes the listing to a file, whole or not at all."""
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in self.listing()))
+        with self._lock:
+            self._write(path)
+
+    def _write(self, path: Path) -> None:
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in self._listing()))
 
     def add(self, identity: str, reason: str) -> None:
-        """Adds a record, unless it is already there; the reason becomes one short line."""
+        """Adds a record, unless it is already there; the reason becomes one short line.
+
+        A file that can't be written (a full disk, say) is a warning; a later call writes the entry.
+        """
         with self._lock:
             if identity in self.reasons:
                 return
             self.reasons[identity] = reason = short(reason)
             if self._path is not None:
-                with self._path.open("a") as f:
-                    f.write(json.dumps({"id": identity, "reason": reason}) + "\n")
+                self._append(self._path, {"id": identity, "reason": reason})
+
+    def _append(self, path: Path, entry: dict[str, str]) -> None:
+        try:
+            if self._behind:
+                self._write(path)
+            else:
+                with path.open("a") as f:
+                    f.write(json.dumps(entry) + "\n")
+        except OSError as e:
+            if not self._behind:
+                logging.warning("%s can't be written, and the run goes on: %s", path, e)
+            self._behind = True
+        else:
+            self._behind = False
 
     def listing(self) -> list[dict[str, str]]:
         """Entries {"id", "reason"}, sorted by id."""
         with self._lock:
-            return [{"id": i, "reason": r} for i, r in sorted(self.reasons.items())]
+            return self._listing()
+
+    def _listing(self) -> list[dict[str, str]]:
+        return [{"id": i, "reason": r} for i, r in sorted(self.reasons.items())]

@@ -52,6 +52,9 @@ _SMALL = (
     ("logp_gap", "Rollout against update", "mean gap in log-probability: numerical noise only"),
     ("loss", "Loss", "objective that the optimizer minimises"),
     ("accuracy", "Accuracy in training", "on the training batches"),
+    ("seconds_step", "Seconds a step", "mean since the log line before"),
+    ("host_rss_bytes", "Host memory", "bytes of the first process in RAM: flat in a long run"),
+    ("open_files", "Open files", "file descriptors of the first process: flat in a long run"),
 )
 _WIDE, _NARROW = (560, 280), (360, 170)  # pixels of a chart
 _LISTED = 200  # maximum number of listed records that were set aside
@@ -294,5 +297,9 @@ def write_report(path: Path, content: Content) -> None:
     )
     partial = path.with_suffix(".partial")
     # An untrained policy may write invalid Unicode, which must not break the report.
-    partial.write_text(html, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    try:
+        partial.write_text(html, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs its room
+        raise

@@ -34,6 +34,7 @@ _GONE = {
 _OF_A_CHOICE = ("data.rows", "data.columns", "data.digits", "data.train", "data.path", "sft.")
 
 _CONFIG = ("config", "metadata")  # in a checkpoint, the JSON file that Orbax writes the config to
+_DAMAGED = 4  # damaged checkpoints that are kept, the last ones moved away
 PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
 
 
@@ -241,7 +242,8 @@ class Checkpoints:
     def restore_last(self, state: Any) -> Any:
         """Restores the last checkpoint that isn't damaged; returns `state` without checkpoints.
 
-        Damaged ones after it are moved to WORKDIR/damaged-checkpoints, with a warning.
+        Damaged ones after it are moved to WORKDIR/damaged-checkpoints, with a warning; there the
+        last four stay.
 
         Args:
           state: as restore takes it.
@@ -279,6 +281,7 @@ class Checkpoints:
                 with workdir_lib.writing(target):
                     away.mkdir(exist_ok=True)
                     self._directory(step).rename(target)
+                    _collect(away)
         self._close()
         processes.wait()
 
@@ -355,6 +358,13 @@ class Checkpoints:
         """Waits until all writes are done."""
         self._settle()
         self._close()
+
+
+def _collect(away: Path) -> None:
+    """Deletes damaged checkpoints that were moved away longest ago, down to the number kept."""
+    moved = sorted(away.glob("[0-9]*-*-*"), key=lambda directory: directory.name.split("-")[1:])
+    for old in moved[:-_DAMAGED]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _untold(record: logging.LogRecord) -> bool:

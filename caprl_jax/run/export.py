@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import logging
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 import numpy as np
+import safetensors
 
 from caprl_jax.errors import UserError
 from caprl_jax.models.hf.save import Target, save
@@ -56,7 +60,7 @@ def figures(workdir: Path, step: int) -> dict[str, float | None]:
     None stands for a figure that was not finite.
     """
     found: dict[str, float | None] = {}
-    for line in metrics.read(workdir):
+    for line in metrics.lines(workdir):
         if line["step"] <= step:
             new = {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}
             found = (new and new | {"measured at step": line["step"]}) or found
@@ -114,13 +118,21 @@ def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
 
     Raises:
       UserError: something else lies there, or an export of another run.
+      OSError: it can't be written; nothing of it stays.
     """
     if processes.agreed(directory.exists() and not _same_run(directory / "README.md", card)):
         raise UserError(
             f"{directory} exists already and is no export of this run at this step: move it away"
         )
     files = Target(directory, np.dtype(dtype), card=card, replace=True)
-    save(files, model.policy, model.params, model.source)
+    try:
+        save(files, model.policy, model.params, model.source)
+    except (OSError, safetensors.SafetensorError) as e:
+        if processes.is_first():  # a full disk needs its room
+            shutil.rmtree(directory.with_name(directory.name + ".partial"), ignore_errors=True)
+        if told := re.search(r"\(os error (\d+)\)", str(e)):  # safetensors has no numbers
+            raise OSError(int(told[1]), os.strerror(int(told[1])), str(directory)) from e
+        raise
     logging.info("exported to %s", directory)
 
 

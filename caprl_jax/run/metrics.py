@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from caprl_jax.parallel import processes
 from caprl_jax.registry import Choice
-from caprl_jax.run.workdir import WorkdirError
+from caprl_jax.run.workdir import WorkdirError, writing
 
 _FILE = "metrics.jsonl"
 _SHOWN = {"reward": "reward", "caption_length": "length", "loss": "loss", "seconds_step": "s/step"}
@@ -80,32 +80,44 @@ class Pace:
         return out
 
 
-def _parse(path: Path) -> Iterator[dict[str, Any]]:
-    """Parses the lines of a file; drops a last line that an interrupted run half wrote."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if type(entry["step"]) is not int:
-                raise TypeError(f"its step is {entry['step']!r:.40}")
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            if number == len(lines):
-                return
-            # Only the last line can be half written, so this one is damaged; don't hide it.
-            raise ValueError(
-                f"{path}, line {number} of {len(lines)}, is no metrics line ({e}): delete that "
-                f"line to go on without it; it begins {line[:60]!r}"
-            ) from e
-        yield entry
+def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {sys.intern(name): value for name, value in pairs}
 
 
-def read(workdir: Path) -> list[dict[str, Any]]:
-    """Reads the lines of WORKDIR/metrics.jsonl, by step; empty without a file.
+def _parse(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yields (entry, line) of a file; drops a last line that an interrupted run half wrote."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                entry = json.loads(line, object_pairs_hook=_interned)
+                if type(entry["step"]) is not int:
+                    raise TypeError(f"its step is {entry['step']!r:.40}")
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                after = sum(1 for _ in file)
+                if not after:
+                    return
+                # Only the last line can be half written, so this one is damaged; don't hide it.
+                raise ValueError(
+                    f"{path}, line {number} of {number + after}, is no metrics line ({e}): delete "
+                    f"that line to go on without it; it begins {line[:60]!r}"
+                ) from e
+            yield entry, line
+
+
+def lines(workdir: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of WORKDIR/metrics.jsonl, by step; none without a file.
 
     Raises:
       ValueError: a line other than the last is damaged.
     """
-    return list(_parse(workdir / _FILE))
+    return (entry for entry, _ in _parse(workdir / _FILE))
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """Returns all that `lines` yields: about 2 kB of memory a line."""
+    return list(lines(workdir))
 
 
 class MetricWriter:
@@ -131,22 +143,29 @@ class MetricWriter:
 
         Raises:
           ValueError: metrics.jsonl is damaged.
+          WorkdirError: the files can't be written.
         """
-        workdir.mkdir(parents=True, exist_ok=True)
-        path, last = workdir / _FILE, -1 if resume_step is None else resume_step
-        kept = [_dump(line) for line in read(workdir) if line["step"] <= last]
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(path)
-        self._path, self._file = path, path.open("r+b", buffering=0)
-        self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        self._path = path = workdir / _FILE
+        self._line: dict[str, Any] = {}
+        self._earlier = b""  # lines of steps before the last one that aren't written yet
+        self._last = b""
+        self._start = 0  # offset of the earlier lines, then of the last
+        self._failure: str | None = None  # why the last write failed
+        offset = 0
+        for entry, line in _parse(path):
+            if resume_step is not None and entry["step"] <= resume_step:
+                self._start, self._line = offset, entry
+                self._last = line if line.endswith(b"\n") else line + b"\n"
+            offset += len(line)
         self._known = frozenset(self._line)  # of the last line: the sinks have these values
         self._known_step = self._line.get("step")
-        self._earlier = b""  # lines of steps before the last one that aren't written yet
-        self._last = kept[-1] if kept else b""
-        self._start = sum(map(len, kept[:-1]))  # offset of the earlier lines, then of the last
-        self._failure: str | None = None  # why the last write failed
-        self._sinks = [sink(workdir, resume_step) for sink in (sinks or {}).values()]
+        with writing(path):
+            workdir.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            self._file = path.open("r+b", buffering=0)
+            self._overwrite()
+        with writing(workdir):
+            self._sinks = [sink(workdir, resume_step) for sink in (sinks or {}).values()]
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
         """Writes values of a step, named prefix + key, and flushes the JSON line.

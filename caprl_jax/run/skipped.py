@@ -13,6 +13,8 @@ from caprl_jax.errors import UserError
 from caprl_jax.parallel import processes
 
 _NAME = "skipped_updates"
+_HELD = 4  # batches in memory whose step wasn't looked at yet
+_KEPT = 16  # files of batches, the last ones: a replay needs a checkpoint from before
 
 
 class NotFinite(UserError):
@@ -23,11 +25,12 @@ class NotFinite(UserError):
 class Skipped:
     """Watches a run's steps for skipped updates.
 
-    A step's metrics are looked at when the loop fetches metrics anyway, and before anything is
-    written of a state; until then its batch is held.
+    A step's metrics are looked at when the loop fetches metrics anyway, before anything is written
+    of a state, and at the latest four steps after; until then its batch is held.
 
     Attributes:
-      workdir: batches are kept in WORKDIR/skipped/STEP.npz, by each process its own part.
+      workdir: the last 16 batches are kept in WORKDIR/skipped/STEP.npz, by each process its own
+        part.
       most: steps in a row that may skip updates; one more ends the run.
       total: steps that skipped one so far.
       in_a_row: of these, the steps since the last that skipped none.
@@ -40,18 +43,23 @@ class Skipped:
     _unseen: list[tuple[int, Any, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, step: int, batch: Any, measured: Any) -> None:
-        """Remembers a step, its host batch and its metrics (sum, count) on the devices."""
+        """Remembers a step, its host batch and its metrics (sum, count) on the devices.
+
+        Raises:
+          NotFinite: as look raises it, for steps of before.
+        """
         if _NAME in measured:
             self._unseen.append((step, batch, measured[_NAME][0]))
+            self.look(_HELD)
 
-    def look(self) -> None:
-        """Looks at the steps since the last time.
+    def look(self, left: int = 0) -> None:
+        """Looks at the steps since the last time, but for the last `left` of them.
 
         Raises:
           NotFinite: more than `most` steps in a row skipped updates.
         """
-        unseen, self._unseen = self._unseen, []
-        for step, batch, skipped in unseen:
+        while len(self._unseen) > left:
+            step, batch, skipped = self._unseen.pop(0)
             if not float(jax.device_get(skipped)):
                 self.in_a_row = 0
                 continue
@@ -60,6 +68,7 @@ class Skipped:
             kept = f"its batch is kept: --replay={file} tells where it begins"
             try:
                 save(file, batch)
+                _collect(file.parent)
             except OSError as e:  # a full disk, say
                 kept = f"its batch can't be kept: {e}"
             logging.warning(
@@ -75,11 +84,23 @@ class Skipped:
                 )
 
 
+def _collect(folder: Path) -> None:
+    """Deletes this process's oldest batches, down to the number that is kept."""
+    steps = sorted(int(f.name.split("-")[0].split(".")[0]) for f in folder.glob("[0-9]*.npz"))
+    own = [folder / processes.own_name(f"{step}.npz") for step in dict.fromkeys(steps)]
+    for file in [f for f in own if f.is_file()][:-_KEPT]:
+        file.unlink()
+
+
 def save(file: Path, batch: Any) -> None:
     """Writes a host batch: its leaves by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+    try:
+        np.savez(file, **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+    except OSError:
+        file.unlink(missing_ok=True)  # a full disk needs its room
+        raise
 
 
 def load(file: Path, like: Any) -> Any:

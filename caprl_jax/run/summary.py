@@ -13,7 +13,7 @@ import ml_collections
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import Presented
 from caprl_jax.data.records import LETTERS
-from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.set_aside import SetAside, write_whole
 from caprl_jax.evaluate.heldout import Evaluation, Judged, Written
 from caprl_jax.parallel import processes
 from caprl_jax.report import html
@@ -57,10 +57,8 @@ def remembered(
     values, sets = evaluate()
     if processes.is_first():
         plain = {name: [dataclasses.asdict(j) for j in judged] for name, judged in sets.items()}
-        partial = path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps([values, plain, json.loads(config.to_json())]))
-            partial.replace(path)
+            write_whole(path, json.dumps([values, plain, json.loads(config.to_json())]))
         except OSError as e:
             logging.warning("%s can't be written: a restart evaluates again (%s)", path, e)
     return values, sets
@@ -138,9 +136,9 @@ def finish(
     steps = max((line["step"] for line in history), default=0)
     listing = set_aside.listing()
     summary = summarise(figures, steps, len(listing))
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     samples = _samples(held, figures, config.eval.shown)
-    (workdir / "samples.json").write_text(json.dumps([_plain(s) for s in samples]) + "\n")
+    write_whole(workdir / "samples.json", json.dumps([_plain(s) for s in samples]) + "\n")
     content = html.Content(
         title=f"caprl_jax: {config.objective} run in {workdir.name}",
         summary=summary,

@@ -50,6 +50,8 @@ TIMINGS = {
     "seconds_step",
     "tokens_per_second",
     "generated_tokens_per_second",
+    "host_rss_bytes",
+    "open_files",
 }
 
 

@@ -319,3 +319,24 @@ def test_empty_summary_gives_a_table_without_rows():
 )
 def test_durations_have_readable_units(seconds, shown):
     assert report._shown("wall_seconds", seconds) == shown
+
+
+def test_the_report_of_a_long_run_is_as_small_as_that_of_a_short_one(tmp_path):
+    rng, sizes = np.random.default_rng(0), []
+    for steps in (2_000, 40_000):
+        values = rng.random((steps, 3))
+        history = [
+            {"step": s, "reward": r, "loss": loss if s % 7 else None, "eval/accuracy_greedy": a}
+            for s, (r, loss, a) in enumerate(values.tolist(), start=1)
+        ]
+        set_aside = [{"id": f"record {i}", "reason": "no image"} for i in range(steps)]
+        _page(tmp_path, history=history, set_aside=set_aside)
+        sizes.append((tmp_path / "report.html").stat().st_size)
+    assert sizes[1] < 1.05 * sizes[0] < 300_000
+
+
+def test_memory_and_open_files_are_drawn(tmp_path):
+    history = [{"step": s, "host_rss_bytes": 3e9 + s, "open_files": 40.0} for s in (1, 2)]
+    text = _page(tmp_path, history=history).text
+    assert "Host memory" in text and "Open files" in text
+    assert "Host memory" not in _page(tmp_path, history=[{"step": 1, "reward": 0.5}]).text

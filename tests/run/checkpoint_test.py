@@ -185,6 +185,19 @@ def test_a_directory_that_is_no_checkpoint_is_moved_away(saved, make, caplog):
     assert checkpoint.steps(saved) == [6, 13]
 
 
+def test_damaged_checkpoints_do_not_pile_up(saved):
+    """A disk that damages one after the other doesn't fill up with them: the last four stay."""
+    away = saved / "damaged-checkpoints"
+    away.mkdir()
+    (away / "notes").write_text("somebody's own")
+    for step in (100, 20, 40, 9, 30):  # the order of their times, not of their steps
+        (away / f"{step}-20200101-0000{len(list(away.iterdir())):02d}").mkdir()
+    (saved / "checkpoints" / "14").mkdir()
+    assert restore(saved) == 13
+    kept = {f.name.split("-")[0] for f in away.iterdir()}
+    assert kept == {"notes", "40", "9", "30", "14"}
+
+
 def test_a_checkpoint_without_a_manifest_is_used_if_orbax_reads_it(saved, caplog):
     """Those of older versions, and of runs killed between a save and its manifest."""
     caplog.set_level(logging.INFO)

@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 import struct
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from caprl_jax.errors import UserError
-from caprl_jax.run import metrics
+from caprl_jax.run import export, metrics
 from caprl_jax.run.sinks import SINKS
 
 NAN, INF = float("nan"), float("inf")
@@ -133,6 +134,26 @@ def test_every_line_is_on_disk_before_the_next_step(tmp_path):
     writer.write(1, {"reward": 0.5})
     assert [line["step"] for line in metrics.read(tmp_path)] == [1]
     writer.close()
+
+
+def test_a_long_run_s_lines_are_read_one_by_one(tmp_path):
+    """Resuming, and every export's model card, read all lines; neither holds them."""
+    values = {f"a metric with a long name, number {i}": 0.123456789 for i in range(30)}
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 3001):
+            file.write(json.dumps({"step": step, "eval/accuracy": step / 3000} | values) + "\n")
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    tracemalloc.start()
+    try:
+        with metrics.MetricWriter(tmp_path, 2999) as writer:
+            writer.write(3000, {"reward": 0.5})
+        found = export.figures(tmp_path, 2999)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == {"accuracy": 2999 / 3000, "measured at step": 2999}
+    assert peak < size / 10
+    assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, 3001))
 
 
 def test_reading_a_run_that_wrote_nothing(tmp_path):

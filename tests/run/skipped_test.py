@@ -1,5 +1,7 @@
 """Skipped updates are counted, their batches kept and read again, and too many end the run."""
 
+import weakref
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,6 +31,31 @@ def test_skipped_steps_are_counted_and_kept(tmp_path, caplog):
     found = skipped.load(tmp_path / "skipped" / "3.npz", batch(0))
     np.testing.assert_array_equal(found["a"], batch(3)["a"])
     np.testing.assert_array_equal(found["b"][0], batch(3)["b"][0])
+
+
+def test_only_the_last_batches_are_kept_also_after_a_restart(tmp_path):
+    """A replay needs a checkpoint from before its step, and old ones are gone."""
+    folder = tmp_path / "skipped"
+    for start in (0, 10, 20):
+        watch = Skipped(tmp_path, most=99)
+        for step in range(start + 1, start + 11):
+            watch.add(step, batch(step), measured(1))
+        watch.look()
+        (folder / f"{start + 5}-1.npz").write_bytes(b"process 1's, which it collects itself")
+    kept = {f"{step}.npz" for step in range(15, 31)}
+    assert {f.name for f in folder.iterdir()} == kept | {"5-1.npz", "15-1.npz", "25-1.npz"}
+
+
+def test_few_batches_are_held_however_rarely_the_loop_logs(tmp_path):
+    """Without a bound, log_every=1000 would hold a thousand batches in the host's memory."""
+    watch, held = Skipped(tmp_path, most=99), []
+    for step in range(1, 101):
+        whole = batch(step)
+        held.append(weakref.ref(whole["a"]))
+        watch.add(step, whole, measured(step == 7))
+    del whole
+    assert sum(ref() is not None for ref in held) <= 4
+    assert watch.total == 1 and (tmp_path / "skipped" / "7.npz").is_file()
 
 
 def test_more_in_a_row_than_allowed_end_the_run(tmp_path):

@@ -2,6 +2,8 @@
 
 import math
 import os
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,34 +13,51 @@ from typing import Any
 class _TensorBoard:
     """Writer of an event file whose events are on disk when write returns.
 
-    tensorboardX's SummaryWriter leaves them to a queue and a thread, and a kill loses them.
+    tensorboardX's SummaryWriter leaves them to a queue and a thread, and a kill loses them; its
+    EventsWriter loses parts of them on a full disk, and with these the rest of the file.
     """
 
     def __init__(self, directory: Path, first: int):
         """Opens a new event file, and hides the steps from `first` on in older ones."""
-        from tensorboardX import event_file_writer, summary  # imported where used
+        from tensorboardX import record_writer, summary  # imported where used
         from tensorboardX.proto import event_pb2
 
-        directory.mkdir(parents=True, exist_ok=True)
         self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._checksum = record_writer.masked_crc32c
+        self._left = b""  # what isn't on disk yet
+        directory.mkdir(parents=True, exist_ok=True)
         # Two starts within a second need two names.
-        suffix = f".{os.getpid()}.{time.time_ns()}"
-        self._file = event_file_writer.EventsWriter(str(directory / "events"), suffix)
+        name = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._file = (directory / f"events.out.tfevents.{name}").open("wb", buffering=0)
+        self._add(file_version="brain.Event:2")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step=first, session_log=start)
-        self._file.flush()
+        self._flush()
 
     def _add(self, **content: Any) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), **content))
+        """Appends an event in TFRecord's framing: length, its checksum, content, its checksum."""
+        content = self._event(wall_time=time.time(), **content).SerializeToString()
+        length = struct.pack("<Q", len(content))
+        for part in (length, content):
+            self._left += part + struct.pack("<I", self._checksum(part))
+
+    def _flush(self) -> None:
+        """Writes what is left, on from where an earlier write was refused."""
+        while self._left:
+            self._left = self._left[self._file.write(self._left) :]
+        os.fsync(self._file.fileno())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if math.isfinite(value):  # TensorBoard draws no others
                 self._add(step=step, summary=self._scalar(name, value))
-        self._file.flush()
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._flush()
+        finally:
+            self._file.close()
 
 
 def tensorboard(workdir: Path, resume_step: int | None) -> _TensorBoard:
