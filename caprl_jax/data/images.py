@@ -234,19 +234,26 @@ class ImageProcessor:
 
     def _check(self, path: Path) -> None:
         """Refuses invalid settings; the error names the field."""
-        numbers = int | float
+
+        def is_number(value):
+            return type(value) in (int, float) and math.isfinite(value)
+
         names = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
         sizes = {name: getattr(self, name) for name in names}
         valid = {name: type(value) is int and value > 0 for name, value in sizes.items()}
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            valid[name] = len(values) == 3 and all(isinstance(v, numbers) for v in values)
+            valid[name] = len(values) == 3 and all(map(is_number, values))
         valid["image_std"] = valid["image_std"] and all(v > 0 for v in self.image_std)
-        valid["rescale_factor"] = isinstance(self.rescale_factor, numbers)
+        valid["rescale_factor"] = is_number(self.rescale_factor) and self.rescale_factor > 0
         valid["resample"] = self.resample in list(Image.Resampling)
         for name, is_valid in valid.items():
             if not is_valid:
-                raise ModelDirectoryError(f"{path}: {name} can't be {getattr(self, name)!r}")
+                raise ModelDirectoryError(f"{path}: {name} can't be {getattr(self, name)!r:.80}")
+        if self.min_pixels > self.max_pixels:
+            raise ModelDirectoryError(
+                f"{path}: min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}"
+            )
 
     def bounded(self, min_pixels: int, max_pixels: int) -> "ImageProcessor":
         """Processor with other bounds on an image's area; 0 keeps a bound.

@@ -8,7 +8,7 @@ import numpy as np
 
 from caprl_jax.data.records import ABSTAIN, LETTERS, Question
 from caprl_jax.data.tokens import Tokenizer, pad
-from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.rl.types import Instruction, Questions
 
 INSTRUCTION = (
@@ -94,12 +94,12 @@ def default_prompt() -> str:
 
 
 def _check_fields(template: str, where: str) -> None:
-    """Raises ValueError unless the template holds both fields, once each and in their order."""
+    """Raises UserError unless the template holds both fields, once each and in their order."""
     at = [template.find(field) for field in _FIELDS]
     if [template.count(field) for field in _FIELDS] != [1, 1] or at[0] > at[1]:
-        raise ValueError(
+        raise UserError(
             f"{where} must hold {{caption}} once and, after it, {{question}} once; it is: "
-            f"{template!r}"
+            f"{template!r:.300}"
         )
 
 
