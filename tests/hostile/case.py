@@ -103,6 +103,8 @@ def _hook(event: str, arguments: tuple) -> None:
     if _seen is None or (event != "open" and event not in _RAN):
         return
     what = arguments[0]
+    if event == "open" and str(arguments[1])[0] in "wx":
+        return  # a new file, as a case makes its input
     if event == "open" and not isinstance(what, int):
         what = Path(os.path.realpath(os.fsdecode(what)))  # now: a link may change
     _seen.append((event, what))
@@ -136,7 +138,7 @@ def guarded() -> Iterator[list[tuple[str, Any]]]:
 
 def _allowed() -> tuple[Path, ...]:
     folders = (ROOT, sys.prefix, sys.base_prefix, *site.getsitepackages(), tempfile.gettempdir())
-    system = ("/proc", "/sys", "/usr", "/etc/ssl", "/dev/null", "/dev/urandom", Path.home())
+    system = ("/proc", "/sys", "/usr", "/etc/ssl", "/dev", Path.home())
     return tuple(Path(f).resolve() for f in (*folders, *system))
 
 

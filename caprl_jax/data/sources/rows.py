@@ -94,9 +94,13 @@ def _json_lines(file: Path) -> Iterator[Any]:
     with file.open("rb") as f:
         for line in (line for line in f if line.strip()):
             try:
-                yield records.read_json_text(line, "the line")
+                found = records.read_json_text(line, "the line")
             except MalformedRecord as e:
-                yield str(e)
+                found = str(e)
+            else:
+                if isinstance(found, str):  # a text would pass for the reason of a failure
+                    found = "a row is a str, not a JSON object"
+            yield found
 
 
 def _parquet_rows(file: Path) -> Iterator[Any]:
