@@ -271,3 +271,7 @@ def in_one_paragraph() -> Iterator[None]:
         sys.exit(processes.STOPPED)
     except (UserError, FileExistsError) as e:
         sys.exit(f"error: {e}")
+    except OSError as e:
+        if e.filename is None:  # not about a file that the user named
+            raise
+        sys.exit(f"error: {e.filename}: {e.strerror or e}")

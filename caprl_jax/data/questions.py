@@ -242,7 +242,7 @@ class JudgePrompt:
             tail = self.tail(p)
             if len(tail) > q:
                 raise TooLong(
-                    f"the question {p.text[:80]!r} takes {len(tail)} tokens, more than its length "
+                    f"the question {p.text[:50]!r} takes {len(tail)} tokens, more than its length "
                     f"bucket: raise data.max_question from {q}",
                     p,
                 )

@@ -167,7 +167,7 @@ def _stop_ids(directory: Path, inner: Any, count: int) -> tuple[int, ...]:
     ids = tuple(ids) if isinstance(ids, list) else (ids,)
     if not ids or any(type(i) is not int or not 0 <= i < count for i in ids):
         raise ModelDirectoryError(
-            f"{directory}: eos_token_id {str(list(ids)):.200} of generation_config.json, config.json "
+            f"{directory}: eos_token_id {list(ids)!s:.200} of generation_config.json, config.json "
             f"or the tokenizer does not hold ids of the tokenizer's {count} tokens"
         )
     return ids

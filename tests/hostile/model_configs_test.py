@@ -3,7 +3,7 @@
 import pytest
 
 from .case import check
-from .edits import DEEP, HALF, VISION, config, file, fifo, folder, json_of, link
+from .edits import DEEP, HALF, VISION, config, fifo, file, folder, json_of, link
 from .models import cases
 
 PROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"

@@ -25,7 +25,6 @@ from .edits import (
     link,
     linked,
     poison,
-    renamed,
     strays,
     tensors,
     twice,

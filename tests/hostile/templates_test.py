@@ -27,7 +27,9 @@ def tokenizer(folder: Path, template: object) -> Tokenizer:
     skipped = shutil.ignore_patterns("*.safetensors", "chat_template.jinja")
     directory = Path(shutil.copytree(own, folder / "model", ignore=skipped))
     if isinstance(template, str | bytes):
-        content = template.encode("utf-8", "surrogatepass") if isinstance(template, str) else template
+        content = (
+            template.encode("utf-8", "surrogatepass") if isinstance(template, str) else template
+        )
         (directory / "chat_template.jinja").write_bytes(content)
     else:
         path = directory / "tokenizer_config.json"
@@ -53,7 +55,7 @@ REFUSED = {
     "of bytes": (b"\xff\xfe\x00", "tokenizer can't be read"),
     "empty": ("", "no chat template"),
     "a number": (7, "not text"),
-    "a list of numbers": ([1, 2], "chat template"),
+    "a list of numbers": ([1, 2], "tokenizer can't be read"),
     "of 2 million characters": ("x" * 2_000_000, "more than 1000000 characters"),
     "a silent loop": (LOOP.replace("BODY", ""), "doesn't end"),
     "a loop that writes": (LOOP.replace("BODY", "x" * 9999), "doesn't end"),
@@ -91,7 +93,7 @@ REFUSED = {
     "code by its classes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", SPIES),
     "code by a macro's globals": (
         "{% macro m() %}{% endmacro %}{{ m.__globals__['os'].system('touch ran') }}",
-        SPIES,
+        "can't be rendered: UndefinedError",
     ),
     "code by cycler": ("{{ cycler.__init__.__globals__.os.system('touch ran') }}", SPIES),
     "code by __import__": ("{{ __import__('os').system('touch ran') }}", "UndefinedError"),
