@@ -82,7 +82,6 @@ LINES = {
         "a topology without a size": ([TINY, "--topology=v5e"], "--topology=v5e"),
         "a topology of words": ([TINY, "--topology=cpu:many"], "--topology=cpu:many"),
         "steps of 0": ([TINY, "--topology=local", "--config.steps=0"], "config.steps=0"),
-        "--json below a file": ([TINY, "--json={}/file/plan.json"], "file/plan.json"),
     },
     "bench": {
         "a phase that is none": ([TINY, "--phases=rollout"], "--phases: rollout is none of"),
@@ -90,7 +89,6 @@ LINES = {
         "no repeats": ([TINY, "--repeats=0"], "repeats"),
         "lengths of no kind": ([TINY, "--lengths=short"], "lengths"),
         "a peer that is none": ([TINY, "--peer=vllm"], "peer"),
-        "--json below a file": ([TINY, "--json={}/file/x.json", "--phases="], "file/x.json"),
     },
     "convert": {
         "no --out": (["--model=x"], "out"),
@@ -168,13 +166,13 @@ LINES = {
         "nothing to draw": (["--out={}/out"], "nothing to draw"),
         "phases that are not there": (
             ["--out={}/out", "--phases={}/none"],
-            "is not what the bench",
+            "not what the bench",
         ),
         "phases of a text": (["--out={}/out", "--phases={}/file"], "is not what the bench writes"),
-        "phases of a list": (["--out={}/out", "--phases={}/list.json"], "is not what the bench"),
+        "phases of a list": (["--out={}/out", "--phases={}/list.json"], "not what the bench"),
         "phases of other numbers": (
             ["--out={}/out", "--phases={}/phases.json"],
-            "is not what the bench",
+            "not what the bench",
         ),
     },
 }
