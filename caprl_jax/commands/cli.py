@@ -93,6 +93,8 @@ def load_config(value: str, entries: Mapping[str, str] | None = None) -> ml_coll
         return config_lib.complete(config).lock()
     except ConfigError as e:
         raise ConfigError(f"--config={value}: {e}") from e
+    except SystemExit as e:
+        raise ConfigError(f"--config={value}: it ends the process, with code {e.code!r}") from e
     except Exception as e:  # a config file is a program, and may raise any error
         frames = traceback.extract_tb(e.__traceback__)
         lines = [f"{path}, line {frame.lineno}: " for frame in frames if frame.filename == path]

@@ -88,7 +88,9 @@ def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         *parents, last = name.split(".")
         part = config
         for parent in parents:
-            part = part.get(parent, {}) if isinstance(part, dict) else {}
+            part = part.get(parent, {})
+            if not isinstance(part, dict):
+                raise ConfigError(f"--set={setting}: {parent} is {part!r}, which has no parts")
         if last not in part and last in config.get("text_config", {}):
             part = config["text_config"]
         try:

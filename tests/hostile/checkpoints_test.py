@@ -143,7 +143,7 @@ PLACES = {
     "a file": (held(lambda f: (f / "run").write_text("")), "isn't a file"),
     "below a file": (held(lambda f: (f / "file").write_text(""), "file/run"), "below a file"),
     "a link to itself": (held(lambda f: (f / "run").symlink_to("run")), "can't write"),
-    "a name of 5000 letters": (held(lambda f: None, "x" * 5000), "can't write"),
+    "a name of 300 letters": (held(lambda f: None, "x" * 300), "can't write"),
     "one that a run uses": (twice, "another run uses"),
     "with a folder for its lock": (
         held(lambda f: (f / "run" / "lock").mkdir(parents=True)),

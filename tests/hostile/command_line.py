@@ -63,7 +63,8 @@ def command(name: str, *arguments: str) -> str:
         stack.enter_context(contextlib.chdir(ROOT))
         stack.enter_context(_own_flags())
         stack.enter_context(_own_logging())
-        stack.enter_context(mock.patch.dict(os.environ))
+        # One task: JAX has started already, and could not look for other processes any more.
+        stack.enter_context(mock.patch.dict(os.environ, SLURM_NTASKS="1"))
         stack.enter_context(mock.patch.object(sys, "argv", [name, *arguments]))
         # What absl adds to this: messages for errors of its own, which can happen once a process.
         stack.enter_context(mock.patch.object(cli, "run", _run))

@@ -54,7 +54,7 @@ FILES = {
     "with an unknown reward": (setting("c.caprl.rewards.x = {'term': 'no'}"), "'no' is not one"),
     "with a reward of no module": (
         setting("c.caprl.rewards.x = {'term': 'no.such:reward'}"),
-        "the module no.such can't be imported",
+        "the module 'no.such' can't be imported",
     ),
     "with a reward that is no reward": (
         setting("c.caprl.rewards.x = {'term': 'os:system'}"),
@@ -93,7 +93,7 @@ VALUES = [
     ("caprl.slots", -1, "config.caprl.slots=-1"),
     ("caprl.length_buckets", 0, "config.caprl.length_buckets=0"),
     ("caprl.rewards.accuracy.wight", 1, "did you mean 'weight'"),
-    ("caprl.rewards.accuracy.weight", NAN, "weight=nan must be a finite number"),
+    ("caprl.rewards.accuracy.weight", NAN, "weight=nan must be a number, and finite"),
     ("caprl.rewards.more", 1.0, "must be a dict of term, weight, options"),
     ("caprl.loss_options.clp", 1, "config.caprl.loss_options.clp is unknown"),
     ("caprl.loss_options.clip", NAN, "clip=nan must be a finite number"),

@@ -38,8 +38,8 @@ def render(found: list[Case]) -> str:
     lines = [
         "# Hostile inputs, and what comes of each",
         "",
-        "Each row is asserted by a test of its own, without a traceback, within 10 s, without a file",
-        "read outside of the input's folder and without code of the input run (config files are code).",
+        "Each row is asserted by a test of its own: without a traceback, within 10 s, and without",
+        "reading outside of the input's folder or running its code (a config file is code).",
         "`python -m tests.hostile.table` makes this file from the cases.",
         "",
         "| kind | cases |",
