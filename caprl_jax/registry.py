@@ -86,7 +86,7 @@ class Registry:
             found = importlib.import_module(module)
         except Exception as e:  # a module may raise any error
             raise ConfigError(
-                f"{name!r}: the module {module!r} can't be imported ({type(e).__name__}: {e}): "
+                f"{name!r}: the module {module} can't be imported ({type(e).__name__}: {e}): "
                 "install it, mend it, or put its folder on PYTHONPATH"
             ) from e
         function = getattr(found, attribute, None)

@@ -49,23 +49,11 @@ LINES = {
             [TINY, "--workdir={}/run", "--config.policy.path={}/none", DATA],
             "is not a model directory",
         ),
-        "a judge with eyes": (
-            [TINY, "--workdir={}/run", "--config.judge.path=asset:tiny/policy", DATA],
-            "asset:tiny/policy",
-        ),
-        "a policy without eyes": (
-            [TINY, "--workdir={}/run", "--config.policy.path=asset:tiny/judge", DATA],
-            "asset:tiny/judge",
-        ),
         "an asset that does not ship": (
             [TINY, "--workdir={}/run", "--config.policy.path=asset:../../../etc", DATA],
             "asset:",
         ),
         "data of no path": ([TINY, "--workdir={}/run", "--config.data.source=files"], "names no"),
-        "data_dir below a file": (
-            [TINY, "--workdir={}/run", "--config.data.data_dir={}/file/data"],
-            "file/data",
-        ),
     },
     "fit": {
         "devices of no kind": ([TINY, "--devices=h1000:8"], "'h1000:8' describes no devices"),

@@ -54,7 +54,7 @@ FILES = {
     "with an unknown reward": (setting("c.caprl.rewards.x = {'term': 'no'}"), "'no' is not one"),
     "with a reward of no module": (
         setting("c.caprl.rewards.x = {'term': 'no.such:reward'}"),
-        "the module 'no.such' can't be imported",
+        "the module no.such can't be imported",
     ),
     "with a reward that is no reward": (
         setting("c.caprl.rewards.x = {'term': 'os:system'}"),
