@@ -5,6 +5,7 @@ one of the dataclasses in `sections()`, which holds its default, meaning and ran
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -192,8 +193,9 @@ def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) ->
                 f"config.{where}.{name}.{key} is unknown; there is {did_you_mean(key, allowed)}"
             )
     weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise ConfigError(f"config.{where}.{name}.weight={weight!r} must be a number")
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight):
+        raise ConfigError(f"config.{where}.{name}.weight={weight!r} must be a number, and finite")
     with about(f"{where}.{name}"):
         return registry.choose(entry.get(kind, name), entry.get("options", {}))
 

@@ -86,10 +86,10 @@ class Registry:
             raise ConfigError(f"{name!r} is no import path, package.module:function")
         try:
             found = importlib.import_module(module)
-        except ImportError as e:
+        except Exception as e:  # a module may raise any error
             raise ConfigError(
-                f"{name!r}: the module {module} can't be imported ({e}): install it, or put its "
-                "folder on PYTHONPATH"
+                f"{name!r}: the module {module} can't be imported ({type(e).__name__}: {e}): "
+                "install it, mend it, or put its folder on PYTHONPATH"
             ) from e
         function = getattr(found, attribute, None)
         if not callable(function):

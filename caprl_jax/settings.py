@@ -5,6 +5,7 @@ from them.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,6 +119,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     said = f"{field.name}={value!r}"
     if not _has_type(value, default):
         raise ConfigError(f"{said} must be a {_type_name(default)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{said} must be a finite number")
     if known.least is not None and value < known.least:
         positive = known.least == 1 and isinstance(default, int)
         raise ConfigError(f"{said} must be " + ("positive" if positive else known.range()))

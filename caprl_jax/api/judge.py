@@ -17,7 +17,7 @@ from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.records import Question
 from caprl_jax.data.tokens import Tokenizer, pad
 from caprl_jax.decode.lengths import bucket
-from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import axes
 from caprl_jax.parallel import mesh as mesh_lib
@@ -79,11 +79,11 @@ class LoadedJudge:
           Questions [b, n, q], numpy; n is `draws`, or a bucket of the largest number of questions.
 
         Raises:
-          ValueError: there is no question, or fewer than draws without replacement.
+          UserError: there is no question, or fewer than draws without replacement.
           MalformedRecord: a question is malformed.
         """
         if not any(len(asked) for asked in per_image):
-            raise ValueError("nothing to judge: give at least one question")
+            raise UserError("nothing to judge: give at least one question")
         rng = np.random.default_rng(seed)
         asked = [
             [q if isinstance(q, Question) else records.parse_question(q) for q in own]
@@ -122,19 +122,19 @@ class LoadedJudge:
           mean of each caption.
 
         Raises:
-          ValueError: not as many lists of questions as images, unequal groups, or nothing to judge.
+          UserError: not as many lists of questions as images, unequal groups, or nothing to judge.
           MalformedRecord: a question is malformed.
         """
         groups = [[c] if isinstance(c, str) else list(c) for c in captions]
         count = len(questions.truth if isinstance(questions, Questions) else questions)
         if count != len(groups) or len({len(g) for g in groups}) != 1:
-            raise ValueError(
+            raise UserError(
                 f"captions for {len(groups)} images in groups of {sorted({len(g) for g in groups})}"
                 f", questions for {count}: both must be lists of one entry an image, and "
                 "groups equally large"
             )
         if not groups[0]:
-            raise ValueError("nothing to judge: give at least one caption")
+            raise UserError("nothing to judge: give at least one caption")
         if not isinstance(questions, Questions):
             questions = self.questions(questions, seed=seed, shuffle=shuffle)
         arrays = loading.put((self.captions(groups), questions), self.rules)
@@ -183,7 +183,7 @@ def load_judge(
     Raises:
       ModelDirectoryError: there is no such model, it is not supported, or its prompt lacks its
         fields.
-      ValueError: prompt lacks its fields.
+      UserError: prompt lacks its fields.
     """
     loaded = loading.read(path, revision, mesh, dtype, param_dtype)
     if loaded[0].vision is not None:

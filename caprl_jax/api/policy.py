@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from caprl_jax.data.images import ImageProcessor, decode_image, read_image, to_r
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.decode.lengths import bucket
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.models.vision import Images, batch_images, pad_to_windows, window_count
 from caprl_jax.models.vlm import Policy, Prompt
 from caprl_jax.parallel import axes
@@ -35,14 +37,21 @@ def _picture(image: Picture) -> Image.Image:
     """Returns RGB from a Pillow image, uint8 [height, width, 3], encoded bytes or a file's path."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(
+            raise UserError(
                 f"an array of {image.dtype} {list(image.shape)} is no image: uint8 "
                 "[height, width, 3] is"
             )
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    return decode_image(image if isinstance(image, bytes) else read_image(Path(image)))
+    if isinstance(image, bytes):
+        return decode_image(image)
+    if not isinstance(image, str | os.PathLike):
+        raise UserError(
+            f"{reprlib.repr(image)} is no image: give a Pillow image, a uint8 array "
+            "[height, width, 3], encoded bytes or a file's path"
+        )
+    return decode_image(read_image(Path(image)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +85,10 @@ class LoadedPolicy:
           (Images [b, m, ..], Prompt [b, p]), numpy.
 
         Raises:
-          UnreadableImage, ValueError: an image can't be used, or there is none.
+          UnreadableImage, UserError: an image can't be used, or there is none.
         """
         if not len(images):
-            raise ValueError("images is empty: give at least one image")
+            raise UserError("images is empty: give at least one image")
         vision = self.modules.vision.config
         mrope = self.modules.decoder.config.mrope_section is not None
         filler = PolicyPrompt.create(self.tokenizer, prompt, vision, mrope)
@@ -151,7 +160,7 @@ class LoadedPolicy:
            bool [b, t], False for padding). All logits at once: for looking, not for training.
         """
         if len(texts) != len(images):
-            raise ValueError(f"{len(texts)} texts for {len(images)} images: one each is needed")
+            raise UserError(f"{len(texts)} texts for {len(images)} images: one each is needed")
         inputs = self.inputs(images, prompt)
         ids = [self.tokenizer.encode_caption(text) for text in texts]
         length = bucket(max(map(len, ids)))

@@ -7,7 +7,7 @@ command writes DIR/budget.svg and DIR/scaling.svg. It needs matplotlib: pip inst
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,19 @@ def read(path: str, holds: str) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not what the bench writes: {type(e).__name__}: {e}") from e
     return found
+
+
+def drawn(draw: Callable[[Mapping[str, Any]], Figure], path: str, holds: str) -> Figure:
+    """Draws the bench's JSON.
+
+    Raises:
+      UserError: as read raises it, or the file lacks what the picture shows.
+    """
+    found = read(path, holds)
+    try:
+        return draw(found)
+    except (ValueError, AttributeError, KeyError, TypeError, LookupError) as e:
+        raise UserError(f"{path} is not what the bench writes: {type(e).__name__}: {e}") from e
 
 
 def budget(phases: Mapping[str, Any]) -> Figure:
@@ -121,9 +134,9 @@ def main(_: list[str]) -> None:
         if not (wanted.phases or wanted.scaling):
             raise UserError("nothing to draw: give --phases=FILE, --scaling=FILE or both")
         if wanted.phases:
-            save(budget(read(wanted.phases, "roofline")), out / "budget.svg")
+            save(drawn(budget, wanted.phases, "roofline"), out / "budget.svg")
         if wanted.scaling:
-            save(scaling(read(wanted.scaling, "sizes")), out / "scaling.svg")
+            save(drawn(scaling, wanted.scaling, "sizes"), out / "scaling.svg")
 
 
 if __name__ == "__main__":

@@ -106,10 +106,11 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "A policy: a directory, gs:// URL or hub id.", required=True)
     flags.DEFINE_string("revision", "", "Revision of a hub id.")
     flags.DEFINE_string("image", None, "An image file; default: a picture of noise.")
-    flags.DEFINE_integer("side", 448, "Side of the picture of noise, in pixels.")
+    flags.DEFINE_integer("side", 448, "Side of the picture of noise, in pixels.", lower_bound=1)
     flags.DEFINE_integer("max_tokens", 16, "Most tokens of the caption.")
-    flags.DEFINE_string("dtype", "", "Dtype of the computation; default as load_policy's.")
-    flags.DEFINE_string("param_dtype", "", "Dtype of the parameters; default as load_policy's.")
+    dtypes, default = ["", "float32", "bfloat16"], "default as load_policy's."
+    flags.DEFINE_enum("dtype", "", dtypes, f"Dtype of the computation; {default}")
+    flags.DEFINE_enum("param_dtype", "", dtypes, f"Dtype of the parameters; {default}")
     flags.DEFINE_string("export", None, "Also write the model there, in bfloat16.")
 
 

@@ -93,6 +93,8 @@ def load_config(value: str, entries: Mapping[str, str] | None = None) -> ml_coll
         return config_lib.complete(config).lock()
     except ConfigError as e:
         raise ConfigError(f"--config={value}: {e}") from e
+    except SystemExit as e:
+        raise ConfigError(f"--config={value}: it ends the process, with code {e.code!r}") from e
     except Exception as e:  # a config file is a program, and may raise any error
         frames = traceback.extract_tb(e.__traceback__)
         lines = [f"{path}, line {frame.lineno}: " for frame in frames if frame.filename == path]
@@ -273,3 +275,7 @@ def in_one_paragraph() -> Iterator[None]:
         sys.exit(processes.STOPPED)
     except (UserError, FileExistsError) as e:
         sys.exit(f"error: {e}")
+    except OSError as e:
+        if e.filename is None:  # not about a file that the user named
+            raise
+        sys.exit(f"error: {e.filename}: {e.strerror or e}")

@@ -40,10 +40,26 @@ def read(workdir: Path) -> tuple[list[dict], list[dict], dict[str, Any]]:
 
 
 def draw(workdir: Path, out: Path, number: int = 0) -> None:
-    """Draws the picture of a run with the sample of this number, and writes it."""
+    """Draws the picture of a run with the sample of this number, and writes it.
+
+    Raises:
+      UserError: a file of the run is missing or damaged.
+    """
+    try:
+        figure = _figure(*read(workdir), number)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(
+            f"{workdir}: samples.json, summary.json or metrics.jsonl is damaged, and can't be "
+            f"drawn ({type(e).__name__}: {e})"
+        ) from e
+    figure.savefig(out, dpi=110, metadata={"Software": None})
+
+
+def _figure(history: list[dict], samples: list[dict], summary: dict, number: int) -> Any:
     from matplotlib.figure import Figure  # imported where used
 
-    history, samples, summary = read(workdir)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     curve, image, words = figure.subplots(1, 3, width_ratios=(5, 3, 5))
     _draw_curve(curve, history, summary)
@@ -53,7 +69,7 @@ def draw(workdir: Path, out: Path, number: int = 0) -> None:
     image.axis("off")
     words.axis("off")
     _draw_words(words, sample)
-    figure.savefig(out, dpi=110, metadata={"Software": None})
+    return figure
 
 
 def _draw_curve(axes: Any, history: list[dict], summary: dict[str, Any]) -> None:

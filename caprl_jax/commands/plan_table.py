@@ -6,6 +6,7 @@ python -m caprl_jax.plan_table --scaling SMALL.json LARGE.json
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,30 @@ def main(paths: list[str]) -> None:
         print(f"{__doc__}\n{listing.describe_commands()}")
         return
     scaling = paths[0] == "--scaling"
-    plans = [json.loads(Path(p).read_text()) for p in paths[scaling:]]
-    print(efficiency(*plans) if scaling else "\n".join([*_HEAD, *map(row, plans)]))
+    if scaling and len(paths) != 3:
+        sys.exit(f"error: --scaling takes two plans, not {len(paths) - 1}")
+    files = {path: _read(path) for path in paths[scaling:]}
+    if scaling:
+        print(_told(efficiency, *files.items()))
+    else:
+        print("\n".join([*_HEAD, *(_told(row, item) for item in files.items())]))
+
+
+def _read(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        sys.exit(f"error: {path} is not what caprl_jax.plan --json writes: {e}")
+
+
+def _told(tell: Callable[..., str], *plans: tuple[str, Any]) -> str:
+    try:
+        return tell(*(plan for _, plan in plans))
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as e:
+        names = " or ".join(path for path, _ in plans)
+        sys.exit(
+            f"error: {names} is not what caprl_jax.plan --json writes: {type(e).__name__}: {e}"
+        )
 
 
 if __name__ == "__main__":

@@ -90,13 +90,15 @@ def changed(config: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         part = config
         for parent in parents:
             part = part.get(parent, {})
+            if not isinstance(part, dict):
+                raise ConfigError(f"--set={setting}: {parent} is {part!r}, which has no parts")
         if last not in part and last in config.get("text_config", {}):
             part = config["text_config"]
         try:
             if last not in part:
                 raise KeyError(name)
             part[last] = json.loads(value)
-        except (KeyError, ValueError) as e:
+        except (KeyError, ValueError, TypeError) as e:
             raise ConfigError(f"--set={setting}: {type(e).__name__}: {e}") from e
     return config
 
@@ -117,7 +119,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("out", None, "Directory to make.", required=True)
     flags.DEFINE_multi_string("set", [], "NAME=NUMBER in config.json; may be repeated.")
-    flags.DEFINE_integer("seed", 0, "Seed of the weights.")
+    flags.DEFINE_integer("seed", 0, "Seed of the weights.", lower_bound=0)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the weights.")
 
 

@@ -163,6 +163,12 @@ def make(out: Path) -> None:
             (directory / file).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def main(_: list[str]) -> None:
+    """Makes the directories, or prints the error in one paragraph."""
+    with cli.in_one_paragraph():
+        make(Path(flags.FLAGS.out))
+
+
 def define_flags() -> None:
     """Defines the flags, in the program only: other modules have flags of the same names."""
     flags.DEFINE_string("out", None, "Directory to make policy/ and judge/ in.", required=True)
@@ -170,4 +176,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(lambda _: make(Path(flags.FLAGS.out)))
+    cli.run(main)

@@ -251,11 +251,15 @@ class ImageProcessor:
             values = getattr(self, name)
             valid[name] = len(values) == 3 and all(map(_is_scale, values))
         valid["image_std"] = valid["image_std"] and all(v >= 1 / _SCALE for v in self.image_std)
-        valid["rescale_factor"] = _is_scale(self.rescale_factor)
+        valid["rescale_factor"] = _is_scale(self.rescale_factor) and self.rescale_factor > 0
         valid["resample"] = self.resample in list(Image.Resampling)
         for name, is_valid in valid.items():
             if not is_valid:
-                raise ModelDirectoryError(f"{path}: {name} can't be {getattr(self, name)!r}")
+                raise ModelDirectoryError(f"{path}: {name} can't be {getattr(self, name)!r:.80}")
+        if self.min_pixels > self.max_pixels:
+            raise ModelDirectoryError(
+                f"{path}: min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}"
+            )
 
     def bounded(self, min_pixels: int, max_pixels: int) -> "ImageProcessor":
         """Processor with other bounds on an image's area; 0 keeps a bound.

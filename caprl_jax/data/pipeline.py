@@ -34,10 +34,10 @@ def guarded(
 
     def convert(raw: Mapping[str, Any], rng: np.random.Generator) -> Any:
         try:
-            record = records.parse(raw)
+            example, record = questions.fitting(make, records.parse(raw), rng)
             for number, reason in record.dropped:
                 set_aside.add(f"{record.id}, question {number}", reason)
-            return make(record, rng)
+            return example
         except (MalformedRecord, UnreadableImage, ValueError) as e:
             identity = raw.get("id", "?")
             readable = isinstance(identity, bytes)

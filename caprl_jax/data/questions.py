@@ -1,14 +1,16 @@
 """Prepares questions on the host: draws, shuffles, letters, renders and tokenises them."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from caprl_jax.data.records import ABSTAIN, LETTERS, Question
+from caprl_jax.data.records import ABSTAIN, LETTERS, MalformedRecord, Question, Record
 from caprl_jax.data.tokens import Tokenizer, pad
-from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.rl.types import Instruction, Questions
 
 INSTRUCTION = (
@@ -26,6 +28,15 @@ _EXAMPLES = (
     Question("Which color is the sofa?", ("blue", "red", "green", "white"), 1),
     Question("How many people are there?", ("1", "2", "3", "4"), 4),
 )
+
+
+class TooLong(UserError):
+    """Error of a question that is longer than its length bucket; `shown` is the question."""
+
+    def __init__(self, message: str, shown: "Presented"):
+        """Stores the question as the judge would have seen it."""
+        super().__init__(message)
+        self.shown = shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +73,46 @@ def draw(
     """Draws n questions uniformly.
 
     Raises:
-      ValueError: there are fewer than n questions to draw without replacement.
+      UserError: there are fewer than n questions to draw without replacement.
     """
     if not replacement and n > len(questions):
-        raise ValueError(
+        raise UserError(
             f"asked to draw {n} of {len(questions)} questions without replacement: lower "
             "caprl.questions or set data.replacement=true"
         )
     return [questions[i] for i in rng.choice(len(questions), n, replace=replacement)]
+
+
+def fitting(
+    make: Callable[[Record, np.random.Generator], Any], record: Record, rng: np.random.Generator
+) -> tuple[Any, Record]:
+    """Makes an example of a record without its questions that are too long for their bucket.
+
+    Returns:
+      (make's result, the record that it was made of, whose `dropped` has the questions left out).
+
+    Raises:
+      MalformedRecord: every question is too long.
+    """
+    while True:
+        try:
+            return make(record, rng), record
+        except TooLong as e:
+            record = _without(record, e)
+
+
+def _without(record: Record, error: TooLong) -> Record:
+    shown = error.shown
+    long = [
+        q.text == shown.text and set(q.choices) == set(shown.options[:-1]) for q in record.questions
+    ]
+    if all(long):
+        raise MalformedRecord(f"the record has no usable question: {error}") from error
+    gone = {number for number, _ in record.dropped}
+    numbers = (n for n in itertools.count(1) if n not in gone)
+    dropped = [(n, str(error)) for n, out in zip(numbers, long) if out]
+    kept = tuple(q for q, out in zip(record.questions, long) if not out)
+    return dataclasses.replace(record, questions=kept, dropped=(*record.dropped, *dropped))
 
 
 def _body(presented: Presented) -> str:
@@ -94,12 +137,12 @@ def default_prompt() -> str:
 
 
 def _check_fields(template: str, where: str) -> None:
-    """Raises ValueError unless the template holds both fields, once each and in their order."""
+    """Raises UserError unless the template holds both fields, once each and in their order."""
     at = [template.find(field) for field in _FIELDS]
     if [template.count(field) for field in _FIELDS] != [1, 1] or at[0] > at[1]:
-        raise ValueError(
+        raise UserError(
             f"{where} must hold {{caption}} once and, after it, {{question}} once; it is: "
-            f"{template!r}"
+            f"{template!r:.300}"
         )
 
 
@@ -151,7 +194,7 @@ class JudgePrompt:
         """Renders the template, or default_prompt() if empty, and appends the start of the answer.
 
         Raises:
-          ValueError: the template doesn't have {caption} once and then {question} once.
+          UserError: the template doesn't have {caption} once and then {question} once.
         """
         template = template or default_prompt()
         _check_fields(template, "judge.prompt")
@@ -192,15 +235,16 @@ class JudgePrompt:
         """Arrays of one image's questions, padded to n questions of q tokens; no batch axis.
 
         Raises:
-          ValueError: a question is longer than q tokens.
+          TooLong: a question is longer than q tokens.
         """
         tokens, mask = np.zeros((n, q), np.int32), np.zeros((n, q), bool)
         for i, p in enumerate(presented):
             tail = self.tail(p)
             if len(tail) > q:
-                raise ValueError(
-                    f"the question {p.text[:80]!r} takes {len(tail)} tokens, more than its length "
-                    f"bucket: raise data.max_question from {q}"
+                raise TooLong(
+                    f"the question {p.text[:50]!r} takes {len(tail)} tokens, more than its length "
+                    f"bucket: raise data.max_question from {q}",
+                    p,
                 )
             tokens[i, : len(tail)], mask[i, : len(tail)] = tail, True
         return Questions(

@@ -21,6 +21,7 @@ _LETTERED = re.compile(
     r"(?P<close>\s*(?:\.\)|[).:\]）．：、】])|\s+[-–—](?=\s))\s*(?P<text>.*)",
     re.DOTALL,
 )
+_MOST = 3.4e38  # nearly float32's largest; comparisons with NaN are false
 _PAIRS = {"(": ")", "[": "]", "（": "）", "【": "】"}
 
 
@@ -220,7 +221,7 @@ def parse_extras(raw: Any) -> dict[str, Any]:
     """
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and -_MOST <= value <= _MOST
 
     # some tools store nested columns as JSON text
     extras = read_json_text(raw, "the extras") if isinstance(raw, str) and raw else raw or {}
@@ -230,7 +231,9 @@ def parse_extras(raw: Any) -> dict[str, Any]:
     for name, value in extras.items():
         listed = isinstance(value, list) and all(map(is_number, value))
         if not listed and not is_number(value):
-            raise MalformedRecord(f"extra {name!r:.80} is {reprlib.repr(value)}, not numbers")
+            raise MalformedRecord(
+                f"extra {name!r:.80} is {reprlib.repr(value)}, not finite numbers of 32 bits"
+            )
     return dict(extras)
 
 

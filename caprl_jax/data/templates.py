@@ -15,12 +15,39 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TEXT = "the-text-that-the-user-wrote"  # stands for it in the template, whatever it holds
 # A published template takes some 300 lines for a message of an image and a text.
 _MOST_LINES, _MOST_CHARACTERS = 50_000, 1_000_000
+_LARGEST = 1_000_000
+# Each makes a text, a list or a number of any size in one operation, which no line count bounds.
+_UNBOUNDED = {"*", "**", "lipsum", "center", "ljust", "rjust", "zfill", "expandtabs", "format"}
 _OPEN = re.compile(r"<think>\s*$")
 _CLOSED = "<think>\n\n</think>\n\n"  # as Qwen3's template renders enable_thinking=False
 
 
 class _Unbounded(Exception):
     pass
+
+
+def _refuse_unbounded(directory: Path, template: str) -> None:
+    """Refuses a template with an operation whose result can be of any size.
+
+    Jinja may run it as early as it compiles the template, and nothing interrupts it. Published
+    templates do without.
+
+    Raises:
+      ModelDirectoryError: the message names the operation.
+    """
+    import jinja2  # imported where used
+
+    before = ""
+    for line, kind, value in jinja2.Environment().lex(template):
+        if kind in ("data", "whitespace"):
+            continue
+        large = kind == "integer" and int(value.replace("_", ""), 0) > _LARGEST
+        if large or value in _UNBOUNDED or (before == "string" and value == "%"):
+            raise ModelDirectoryError(
+                f"{directory}: the chat template uses {value:.40} in line {line}, which could make "
+                "a text of any size: write it without"
+            )
+        before = kind
 
 
 def find(directory: Path, inner: Any) -> Any:
@@ -95,7 +122,10 @@ def around_text(directory: Path, inner: Any, image: bool) -> tuple[str, str]:
 
 def _render(directory: Path, inner: Any, messages: list[dict[str, Any]]) -> str:
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    template = inner.chat_template
     try:
+        for text in template.values() if isinstance(template, dict) else [template]:
+            _refuse_unbounded(directory, text)
         with _bounded():
             return inner.apply_chat_template(messages, **options)
     except _Unbounded as e:
@@ -103,6 +133,8 @@ def _render(directory: Path, inner: Any, messages: list[dict[str, Any]]) -> str:
             f"{directory}: the chat template doesn't end: it ran {_MOST_LINES} lines or made "
             f"{_MOST_CHARACTERS} characters"
         ) from e
+    except ModelDirectoryError:
+        raise
     except Exception as e:  # a template is a program, which may raise any error
         raise ModelDirectoryError(
             f"{directory}: the chat template can't be rendered: {type(e).__name__}: {e}"
@@ -114,7 +146,7 @@ def _bounded() -> Iterator[None]:
     """Raises _Unbounded in a template that runs too many lines or makes too much text.
 
     transformers' sandbox keeps a template from files and code, not from running on. Jinja compiles
-    templates to Python, whose lines a trace function sees.
+    templates to Python, whose lines a trace function sees; _refuse_unbounded bounds each line.
     """
     lines = made = 0
 

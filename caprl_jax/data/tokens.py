@@ -70,7 +70,7 @@ class Tokenizer:
                 f"{vocab} rows: the tokenizer belongs to another model"
             )
         inner.chat_template = templates.find(directory, inner)
-        stop, special = _stop_ids(directory, inner, vocab), tuple(sorted(_special_ids(inner)))
+        stop, special = _stop_ids(directory, inner, largest + 1), tuple(sorted(_special_ids(inner)))
         return cls(directory, inner, stop, special, _plain(directory, inner))
 
     @property
@@ -157,7 +157,7 @@ def _plain(directory: Path, inner: Any) -> Any:
         raise ModelDirectoryError(f"{directory}: the tokenizer can't be read: {e}") from e
 
 
-def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:
+def _stop_ids(directory: Path, inner: Any, count: int) -> tuple[int, ...]:
     """End-of-sequence ids of generation_config.json, else config.json, else the tokenizer."""
     contents = [
         read_json(directory / name) if (directory / name).is_file() else {}
@@ -168,10 +168,10 @@ def _stop_ids(directory: Path, inner: Any, vocab: int) -> tuple[int, ...]:
     given = [c["eos_token_id"] for c in contents if c.get("eos_token_id") is not None]
     ids = [*given, inner.eos_token_id][0]
     ids = tuple(ids) if isinstance(ids, list) else (ids,)
-    if not ids or any(type(i) is not int or not 0 <= i < vocab for i in ids):
+    if not ids or any(type(i) is not int or not 0 <= i < count for i in ids):
         raise ModelDirectoryError(
-            f"{directory}: eos_token_id {list(ids)} of generation_config.json, config.json or the "
-            f"tokenizer does not hold ids within the vocabulary of {vocab}"
+            f"{directory}: eos_token_id {list(ids)!s:.200} of generation_config.json, config.json "
+            f"or the tokenizer does not hold ids of the tokenizer's {count} tokens"
         )
     return ids
 

@@ -49,6 +49,7 @@ CHIPS = {
 }
 # Kinds that a description may name.
 KINDS = {chip.name.lower(): kind for kind, chip in CHIPS.items()}
+_MOST_DEVICES = 1 << 17
 TPUS = ("v4", "v5e", "v5p", "v6e")
 
 
@@ -97,8 +98,10 @@ def described(text: str) -> Sequence[Any]:
     chips, _, slices = size.partition("*")
     each = math.prod(map(int, chips.split("x")))
     count = each * int(slices or 1)
-    if not count:
-        raise ConfigError(f"{text!r} describes no devices: the number is 0")
+    if not 0 < count <= _MOST_DEVICES:
+        raise ConfigError(
+            f"{text!r} describes no devices: the number is {count}, not 1 to {_MOST_DEVICES}"
+        )
     return [StandIn(i, KINDS.get(kind, "cpu"), platform, i // each) for i in range(count)]
 
 

@@ -34,9 +34,9 @@ def main(_: list[str]) -> None:
         print(tell(name, topology, plan), flush=True)
         if plan.fits is False and flags.FLAGS.suggest:
             plan = suggest(config, topology, name, plan)
-    if flags.FLAGS.json:
-        found = as_json(name, topology, plan)
-        Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
+        if flags.FLAGS.json:
+            found = as_json(name, topology, plan)
+            Path(flags.FLAGS.json).write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(1 if plan.fits is False else 0)
 
 

@@ -97,7 +97,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise _damaged(directory, fault)
     try:
         saved = json.loads(directory.joinpath(*_CONFIG).read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise _damaged(directory, f"no config can be read ({type(e).__name__}: {e})") from e
     if not isinstance(saved, dict):
         raise _damaged(directory, "its config is no JSON object")

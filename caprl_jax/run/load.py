@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from caprl_jax.config import about
-from caprl_jax.data import pipeline, records
+from caprl_jax.data import pipeline, questions, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt, QuestionDraw
 from caprl_jax.data.questions import JudgePrompt, own_prompt
@@ -56,7 +56,11 @@ def load_frozen(policy: Policy, directory: Path, rules: ShardRules, dtype: Any) 
 
 
 def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
-    """Reads weights from safetensors, or from an Orbax checkpoint (convert.py)."""
+    """Reads weights from safetensors, or from an Orbax checkpoint (convert.py).
+
+    Raises:
+      ModelDirectoryError: they can't be read, or hold numbers that aren't finite.
+    """
     if not (directory / checkpoint.PARAMS).is_dir():
         return hf.load_params(directory, policy, dtype, shardings, progress=processes.is_first())
     target = jax.tree.map(
@@ -64,7 +68,22 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
         hf.abstract_params(policy),
         shardings,
     )
-    return checkpoint.load_params(directory / checkpoint.PARAMS, target)
+    try:
+        params = checkpoint.load_params(directory / checkpoint.PARAMS, target)
+    except jax.errors.JaxRuntimeError:
+        raise  # devices or other processes, not the files
+    except Exception as e:  # Orbax's own, of many types
+        said = " ".join(f"{type(e).__name__}: {e}".split())
+        raise ModelDirectoryError(
+            f"{directory / checkpoint.PARAMS} can't be read by Orbax: {said:.300}"
+        ) from e
+    shards = (s.data for a in jax.tree.leaves(params) for s in a.addressable_shards)
+    if bad := sum(hf.not_finite(np.asarray(data)) for data in shards):
+        raise ModelDirectoryError(
+            f"{directory}: the weights hold {bad} values that are NaN or infinite in "
+            f"{np.dtype(dtype).name}"
+        )
+    return params
 
 
 def initial_state(
@@ -183,7 +202,7 @@ def check_data(
         try:
             record = records.parse(source[i])
             _check_questions(config, record)
-            example(record, np.random.default_rng(0))
+            questions.fitting(example, record, np.random.default_rng(0))
         except ConfigError:
             raise
         except ValueError as e:  # malformed, unreadable, or longer than its bucket

@@ -50,7 +50,7 @@ def fault(directory: Path, below: str = "", share: tuple[int, int] = (0, 1)) -> 
         wanted = json.loads((directory / NAME).read_text())["crc32"]
         names = sorted(name for name in wanted if name.startswith(below))[share[0] :: share[1]]
         checks = [(directory / name, *wanted[name]) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f"{NAME} can't be read ({type(e).__name__}: {e})"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda check: _differs(*check), checks)

@@ -78,7 +78,7 @@ def _recall(path: Path, config: ml_collections.ConfigDict) -> Evaluation | None:
                 for name, judged in sets.items()
             },
         )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as e:
         logging.warning("%s can't be used (%s: %s): evaluating again", path, type(e).__name__, e)
         return None
     if changed:

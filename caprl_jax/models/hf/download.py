@@ -31,7 +31,7 @@ def fetch(path: str, revision: str = "", cache: Path = CACHE) -> Path:
       ModelDirectoryError: there is no such directory; the message names a command that fetches it.
     """
     if path.startswith("asset:"):
-        return Path(__file__).parents[2] / "assets" / path.removeprefix("asset:")
+        return _asset(path)
     if "://" in path:
         return _from_bucket(path.rstrip("/"), cache)
     if Path(path).is_dir():
@@ -43,6 +43,18 @@ def fetch(path: str, revision: str = "", cache: Path = CACHE) -> Path:
         "format, a gs:// URL of one, or a hub id; `hf download ORG/NAME --local-dir DIR` fetches "
         "one from the hub"
     )
+
+
+def _asset(path: str) -> Path:
+    assets = Path(__file__).parents[2] / "assets"
+    shipped = sorted(f.parent.relative_to(assets).as_posix() for f in assets.rglob("config.json"))
+    name = path.removeprefix("asset:")
+    if name not in shipped:
+        raise ModelDirectoryError(
+            f"{path} is not a model directory: those that ship are asset:"
+            + " and asset:".join(shipped)
+        )
+    return assets / name
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -228,13 +228,13 @@ class _Reader:
             values = self._tensor.read(f.get_slice(name), shape, part)
             with np.errstate(over="ignore"):  # counted below
                 values = values.astype(self._dtype)  # a copy, which outlives the mapping
-        if count := _not_finite(values):
+        if count := not_finite(values):
             self.bad[name] = self.bad.get(name, 0) + count
         self._advance(values.size)
         return values
 
 
-def _not_finite(values: np.ndarray) -> int:
+def not_finite(values: np.ndarray) -> int:
     """Counts NaN and infinite values of a float array."""
     if values.dtype == ml_dtypes.bfloat16:  # by their bits: ml_dtypes' isfinite is slow
         return int(np.count_nonzero((values.view(np.uint16) & 0x7F80) == 0x7F80))

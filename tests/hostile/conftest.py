@@ -1,0 +1,12 @@
+"""What every case needs first: the imports and the first load, which take longer than a case."""
+
+import pytest
+
+import caprl_jax
+
+from .models import BLACK
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm():
+    caprl_jax.load_policy("asset:tiny/policy").inputs([BLACK])
