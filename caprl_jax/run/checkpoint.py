@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _OF_A_CHOICE = ("data.rows", "data.columns", "data.digits", "data.train", "data.
 
 _CONFIG = ("config", "metadata")  # in a checkpoint, the JSON file that Orbax writes the config to
 PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
+_LONGEST = 3600  # seconds that a save may take
 
 
 class CheckpointError(UserError):
@@ -125,6 +127,7 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_untold)
         self._ocp, self._workdir, self._keep = ocp, workdir, keep
         self._opened: Any = None
+        self._barrier = processes.Barrier()
         self._sealing: threading.Thread | None = None
         self._saving = 0  # step of the save under way
         self._failed: str | None = None  # why the last save failed
@@ -135,9 +138,14 @@ class Checkpoints:
         if self._opened is None:
             # Threads that wait for a directory which can never be made would keep a process from
             # ending for minutes.
-            made_first = self._ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            self._barrier = processes.Barrier()
+            in_background = self._ocp.options.AsyncOptions(
+                create_directories_asynchronously=False,
+                barrier_sync_fn=self._barrier,
+                timeout_secs=_LONGEST,
+            )
             options = self._ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, create=True, async_options=made_first
+                max_to_keep=self._keep, create=True, async_options=in_background
             )
             directory = (self._workdir / "checkpoints").absolute()
             self._opened = self._ocp.CheckpointManager(directory, options=options)
@@ -167,19 +175,20 @@ class Checkpoints:
         """Starts writing (in the background) state and config after `step` steps.
 
         The data need no state of their own: a step takes one batch, so `step` says where to go on.
-        A save that fails in a run of one process is a warning: the older checkpoints stay, and the
-        next save tries again. The processes of a larger run would wait for each other: they end.
+        All processes must call it. A save that fails, in any of them, is a warning: the older
+        checkpoints stay, and the next save tries again.
         """
         self._settle()
+        # Orbax waits in vain for a process that can't begin: see first whether all can.
+        place = self._workdir / "checkpoints"
+        if self._failed_anywhere(step, _attempt(workdir_lib.try_out, place)):
+            return
         args = self._ocp.args
         items = args.Composite(
             state=args.StandardSave(state), config=args.JsonSave(json.loads(config.to_json()))
         )
-        try:
-            self._manager.save(step, args=items)
-        except Exception as e:
-            self._give_up(step, e)
-        else:
+        error = _attempt(lambda: self._manager.save(step, args=items))
+        if not self._failed_anywhere(step, error):
             self._saving = step
             self._sealing = threading.Thread(target=self._seal, args=(step,), daemon=True)
             self._sealing.start()
@@ -193,30 +202,46 @@ class Checkpoints:
         except Exception as e:  # a failed save is told where it is waited for
             logging.debug("checkpoint %d has no manifest: %s", step, e)
 
-    def _settle(self) -> None:
-        """Waits for the save under way and for its manifest."""
+    def _settle(self, together: bool = True) -> None:
+        """Waits for the save under way and for its manifest; `together` with other processes."""
         if self._sealing is None:
             return
         self._sealing.join()
         self._sealing = None
-        try:
-            self._manager.wait_until_finished()
+        error = _attempt(self._manager.wait_until_finished)
+        if not together and error is not None:
+            logging.warning("%s", _cant_write(self._saving, error))
+        elif together and not self._failed_anywhere(self._saving, error):
             self._failed = None
-        except Exception as e:
-            self._give_up(self._saving, e)
 
-    def _give_up(self, step: int, error: Exception) -> None:
-        """Warns of a failed save, deletes what it left, and makes ready for the next one."""
-        if jax.process_count() > 1:
-            raise error
-        self._failed = f"the checkpoint of step {step} can't be written: {_short(error)}"
+    def _failed_anywhere(self, step: int, error: Exception | None) -> bool:
+        """Tells whether a save failed in any process; if so, makes all ready for the next one.
+
+        Args:
+          step: step of the save.
+          error: of this process, or None.
+        """
+        if processes.all_say(error is None):
+            return False
+        self._failed = _cant_write(step, error)
+        # Threads of the other processes may wait for this one.
+        with contextlib.suppress(Exception):
+            if error is not None:
+                self._barrier(key="given up", timeout_ms=1000 * _LONGEST)
         with contextlib.suppress(Exception):
             self._close()
+        with contextlib.suppress(Exception):
+            if error is None:
+                self._barrier(key="given up", timeout_ms=1000 * _LONGEST)
         self._opened = None
-        self._delete_unfinished()
+        if processes.is_first():
+            self._delete_unfinished()
         there = self.steps()
         kept = f"the one of step {there[-1]} is kept" if there else "there is no earlier one"
-        logging.warning("%s; %s, and the next save tries again", self._failed, kept)
+        if error is not None or processes.is_first():
+            logging.warning("%s; %s, and the next save tries again", self._failed, kept)
+        processes.wait()
+        return True
 
     def _delete_unfinished(self) -> None:
         """Deletes what failed or killed saves left: the disk may be full of it."""
@@ -348,13 +373,24 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Waits until all writes are done."""
-        self._settle()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # After an error of this process alone, no other process would answer.
+        self._settle(together=kind is None)
         self._close()
+
+
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Exception | None:
+    """Calls work(*arguments); returns the error that it raises, or None."""
+    try:
+        work(*arguments)
+    except Exception as e:
+        return e
+    return None
+
+
+def _cant_write(step: int, error: Exception | None) -> str:
+    why = _short(error) if error else "another process says why"
+    return f"the checkpoint of step {step} can't be written: {why}"
 
 
 def _untold(record: logging.LogRecord) -> bool:

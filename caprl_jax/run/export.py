@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,25 @@ def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
     files = hf.Target(directory, np.dtype(dtype), card=card, replace=True)
     hf.save(files, model.policy, model.params, model.source)
     logging.info("exported to %s", directory)
+
+
+def repair(exports: Path) -> None:
+    """Undoes, in WORKDIR/export, the replacement of exports that a kill cut short.
+
+    An export that was moved away comes back if no new one took its place; parts are deleted. What
+    the system refuses to move or delete stays, with a warning.
+    """
+    for left in sorted(exports.glob("*.old")) + sorted(exports.glob("*.partial")):
+        whole = left.with_suffix("")
+        if not whole.name.isdigit():
+            continue  # not ours
+        try:
+            if left.suffix == ".old" and not whole.exists():
+                left.rename(whole)
+            else:
+                shutil.rmtree(left)
+        except OSError as e:
+            logging.warning("%s is left of a killed export: %s", left, e)
 
 
 def _same_run(file: Path, card: str) -> bool:
