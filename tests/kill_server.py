@@ -1,13 +1,13 @@
 """Starts runs that kill themselves: a script that imports once, and forks for each line of stdin.
 
 A line is JSON: {"arguments": of caprl_jax.main, "workdir", "log": path, "events": path, "kill":
-null or {"place", "nth", "event", "delay"}, "heartbeat": seconds or null}. Each is answered with two
-lines: the child's process id, and its exit code when it has ended, of a signal negative.
+null or {"place", "nth", "change", "delay"}, "heartbeat": seconds or null}. Each is answered with
+two lines: the child's process id, and its exit code when it has ended, of a signal negative.
 
 The child is the real command in a process of its own. Its audit hook sees every file below the
 workdir that is made, opened to be written, renamed or deleted, tells it in the file `events`, and
-kills the process at the wanted one: the `event`th of the `nth` save ("export", "report"), or
-`delay` seconds later. Place "start" counts from the process's begin.
+kills the process just before the wanted one: that matches `change`, in the `nth` save ("export",
+"report"), or `delay` seconds later. Place "start" counts seconds from the process's begin.
 """
 
 import json
@@ -22,11 +22,15 @@ from pathlib import Path
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-# A place begins at the first event and ends after the second.
+# A place begins with a change like the first, of another step than before, and ends after one like
+# the second.
 PLACES = {
-    "save": (r"os.mkdir checkpoints/\d+\.orbax-checkpoint-tmp$", r"os.rename .*/manifest\.json"),
-    "export": (r"os.mkdir export/\d+\.partial$", r"os.rename export/\d+\.partial"),
-    "report": (r"open summary\.json", r"$^"),
+    "save": (
+        r"(?:open|os.mkdir) checkpoints/(\d+)\.orbax-checkpoint-tmp",
+        r"os.rename .*/manifest\.json",
+    ),
+    "export": (r"(?:open|os.mkdir) export/(\d+)\.partial", r"os.rename export/\d+\.partial$"),
+    "report": (r"open (summary\.json)", r"$^"),
 }
 
 
@@ -39,7 +43,7 @@ class Watch:
         self._out = os.open(events, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._kill = kill or {"place": None, "nth": 0}
         self._lock, self._began = threading.RLock(), time.monotonic()
-        self._begun, self._inside, self._count = dict.fromkeys(PLACES, 0), set(), 0
+        self._begun, self._steps, self._inside = dict.fromkeys(PLACES, 0), {}, set()
         if self._kill["place"] == "start":
             self._die_after(self._kill["delay"])
 
@@ -56,15 +60,16 @@ class Watch:
 
     def _see(self, change: str) -> None:
         for place, (first, _) in PLACES.items():
-            if re.match(first, change):
+            found = re.match(first, change)
+            if found and found[1] != self._steps.get(place):
+                self._steps[place] = found[1]
                 self._begun[place] += 1
                 self._inside.add(place)
         self._tell(change)
         place = self._kill["place"]
-        if place in self._inside and self._begun[place] == self._kill["nth"]:
-            self._count += 1
-            if self._count == self._kill["event"]:
-                self._die_after(self._kill["delay"])
+        there = place in self._inside and self._begun[place] == self._kill["nth"]
+        if there and re.match(self._kill["change"], change):
+            self._die_after(self._kill["delay"])
         for place, (_, last) in PLACES.items():
             if re.match(last, change):
                 self._inside.discard(place)

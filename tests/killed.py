@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,14 +50,14 @@ class Kill:
 
     Attributes:
       place: "start", "save", "export" or "report".
-      nth: the how manieth save or export of the process, from 1.
-      event: the how manieth change of a file since it began, from 1.
+      nth: number of the save or export in the process, from 1.
+      change: regular expression of the change of a file there before which it happens.
       delay: seconds after that; after the process's start for the place "start".
     """
 
     place: str
     nth: int = 1
-    event: int = 1
+    change: str = ""
     delay: float = 0.0
 
 
@@ -73,7 +74,7 @@ class Server:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        self._folder, self._ended = folder, True
+        self._folder = folder
         self._process = subprocess.Popen(
             [sys.executable, str(SERVER)],
             stdin=subprocess.PIPE,
@@ -121,10 +122,25 @@ class Server:
         assert last[2] == "killed", self.log.read_text()
         return last[1], before[2], float(last[0])
 
-    def close(self) -> None:
-        """Ends the server; a run that goes on is killed with it."""
-        self._process.kill()
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.stdin.close()
         self._process.wait()
+
+
+def kinds_of_changes(events: Path) -> dict[str, list[str]]:
+    """Returns regular expressions of the changes that a run has made in each place."""
+    of = {"save": "checkpoints/", "export": "export/", "report": ""}
+    kinds = {place: {} for place in of}  # dicts keep the order
+    for line in events.read_text().splitlines():
+        _, inside, change = line.split(" ", 2)
+        for place in set(inside.split("+")) & of.keys():
+            if change.split(" ")[1].startswith(of[place]):
+                kind = re.sub(r"(checkpoints|export)/\d+", r"\1/\\d+", re.escape(change))
+                kinds[place][kind + "$"] = None
+    return {place: list(found) for place, found in kinds.items()}
 
 
 def saved_state(workdir: Path, step: int):
