@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .killed import Kill, Server, everything_equals, kinds_of_changes, newest_equals
+from .killed import CAPRL, Kill, Server, everything_equals, kinds_of_changes, newest_equals
 
 pytestmark = pytest.mark.slow
-COMMON = {"steps": 12, "eval.every": 6}
+SETTINGS = CAPRL | {"steps": 12, "eval.every": 6, "checkpoint.every": 1}
 # The last change of an export before it takes its place. A process's first export is slow: by
 # then the checkpoint of the step is whole, and a restart begins behind the export.
 WRITTEN = r"os.rename export/\d+\.partial/"
@@ -36,21 +36,22 @@ def chain(folder, name: str, kills: list[Kill]) -> list[str]:
     whole, parts, rows = folder / "whole", folder / name, []
     with Server(folder) as server:
         for kill in kills:
-            code = server.run(name, kill, **COMMON)
+            code = server.run(name, kill, SETTINGS)
             assert code == -9, (kill, code, server.log.read_text())
             inside, change, seconds = server.killed_inside()
             step = newest_equals(parts, whole)
             rows.append(f"{name} | {inside} | {change} | {seconds:.1f} s | step {step}: equal")
             print(rows[-1], flush=True)
-        assert server.run(name, **COMMON) == 0, server.log.read_text()
+        assert server.run(name, None, SETTINGS) == 0, server.log.read_text()
     everything_equals(parts, whole)
+    assert not (parts / "damaged-checkpoints").exists()
     return rows
 
 
 def test_a_run_killed_at_20_points_equals_an_uninterrupted_one(tmp_path):
     """8 kills in saves, 4 in exports, 2 in reports and 6 at any time, in two workdirs."""
     with Server(tmp_path) as server:
-        code = server.run("whole", **COMMON, **{"checkpoint.keep": 99})
+        code = server.run("whole", None, SETTINGS | {"checkpoint.keep": 99})
         assert code == 0, server.log.read_text()
         changes = kinds_of_changes(server.events)
     chains = draw(random.Random(18), changes)
