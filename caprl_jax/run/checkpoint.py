@@ -1,6 +1,6 @@
 """Orbax checkpoints: a run's state and config together, or a model alone."""
 
-import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -136,10 +136,10 @@ class Checkpoints:
     def _manager(self) -> Any:
         """Orbax's manager, opened when it is first needed: opening reads all checkpoints."""
         if self._opened is None:
-            # Threads that wait for a directory which can never be made would keep a process from
-            # ending for minutes.
             self._barrier = processes.Barrier()
             in_background = self._ocp.options.AsyncOptions(
+                # Threads that wait for a directory which can never be made would keep a process
+                # from ending for minutes.
                 create_directories_asynchronously=False,
                 barrier_sync_fn=self._barrier,
                 timeout_secs=_LONGEST,
@@ -224,24 +224,22 @@ class Checkpoints:
         if processes.all_say(error is None):
             return False
         self._failed = _cant_write(step, error)
-        # Threads of the other processes may wait for this one.
-        with contextlib.suppress(Exception):
-            if error is not None:
-                self._barrier(key="given up", timeout_ms=1000 * _LONGEST)
-        with contextlib.suppress(Exception):
-            self._close()
-        with contextlib.suppress(Exception):
-            if error is None:
-                self._barrier(key="given up", timeout_ms=1000 * _LONGEST)
-        self._opened = None
+        self._part(failed=error is not None)
         if processes.is_first():
             self._delete_unfinished()
+        processes.wait()
         there = self.steps()
         kept = f"the one of step {there[-1]} is kept" if there else "there is no earlier one"
-        if error is not None or processes.is_first():
+        if error or processes.is_first():
             logging.warning("%s; %s, and the next save tries again", self._failed, kept)
-        processes.wait()
         return True
+
+    def _part(self, failed: bool) -> None:
+        """Closes Orbax's manager in all processes, whose threads may wait for one that failed."""
+        leave = functools.partial(self._barrier, key="given up", timeout_ms=1000 * _LONGEST)
+        for work in (leave, self._close) if failed else (self._close, leave):
+            _attempt(work)  # whatever fails here, the next save opens a manager anew
+        self._opened = None
 
     def _delete_unfinished(self) -> None:
         """Deletes what failed or killed saves left: the disk may be full of it."""
@@ -394,9 +392,10 @@ def _cant_write(step: int, error: Exception | None) -> str:
 
 
 def _untold(record: logging.LogRecord) -> bool:
-    """Drops tracebacks of Orbax's threads and tasks: their error is raised too, and told once."""
+    """Drops what Orbax's threads and tasks say of an error: it is raised too, and told once."""
     told = "orbax" in Path(record.pathname).parts or "never retrieved" in str(record.msg)
-    return not (record.exc_info and told)
+    given_up = "Task was destroyed" in record.getMessage()
+    return not ((record.exc_info and told) or given_up)
 
 
 def _short(error: Exception, longest: int = 300) -> str:

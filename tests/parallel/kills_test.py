@@ -1,4 +1,4 @@
-"""kill -9 of one of two processes at 5 points: the other ends for a restart, and nothing is lost."""
+"""kill -9 of one of two processes at 5 points: the other ends for a restart; nothing is lost."""
 
 import contextlib
 import os
