@@ -373,7 +373,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         # After an error of this process alone, no other process would answer.
-        self._settle(together=kind is None)
+        self._settle(together=kind is None or issubclass(kind, processes.Stopped))
         self._close()
 
 
