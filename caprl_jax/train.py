@@ -64,7 +64,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> di
             write_whole(workdir / "config.json", config.to_json(indent=2) + "\n")
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     loop = Loop(config, workdir, task, checkpoints)
-    with memory.advised(config), contextlib.closing(checkpoints):
+    with memory.advised(config), checkpoints:
         before = summary.remembered(
             workdir / "before.json", config, lambda: task.evaluate(state.params)
         )
@@ -124,6 +124,7 @@ class Loop:
         config, state = self.config, self.checkpoints.restore_last(state)
         if int(state.step):
             logging.info("resumed after step %d", int(state.step))
+            self._finish_killed(state)
         sinks, done = config_lib.sinks(config), int(state.step) or None
         with metrics.writer(self.workdir, done, sinks) as writer:
             state = self.steps(state, writer)
@@ -191,21 +192,33 @@ class Loop:
         if step % config.checkpoint.every == 0 and whole:
             self.checkpoints.save(step, state, config)
             # The last export waits for its held-out figures.
-            if config.export.when == "checkpoints" and not last:
-                try:
-                    self.export(state)
-                except OSError as e:  # a full disk, say
-                    if jax.process_count() > 1:
-                        raise  # the others wait for this process
-                    logging.warning("no export after step %d, and the run goes on: %s", step, e)
+            if not last:
+                self._export_on_the_way(state)
 
     def _end(self, state: Any, stopped: bool) -> Any:
         last = int(state.step)
-        if last > (self.checkpoints.latest() or 0):
+        if processes.agreed(last > (self.checkpoints.latest() or 0)):
             self.checkpoints.save(last, state, self.config)
         if stopped and last < self.config.steps:
             raise processes.Stopped(f"stopped after step {last} of {self.config.steps}")
         return state
+
+    def _finish_killed(self, state: Any) -> None:
+        """Writes the export of a checkpoint that an earlier start didn't finish before a kill."""
+        step, exports = int(state.step), self.workdir / "export"
+        if processes.is_first():
+            export.repair(exports)
+        regular = step % self.config.checkpoint.every == 0 and step < self.config.steps
+        if processes.agreed(regular and not (exports / str(step)).exists()):
+            self._export_on_the_way(state)
+
+    def _export_on_the_way(self, state: Any) -> None:
+        if self.config.export.when == "checkpoints":
+            try:
+                self.export(state)
+            except OSError as e:  # a full disk, say
+                step = int(state.step)
+                logging.warning("no export after step %d, and the run goes on: %s", step, e)
 
     def export(self, state: Any) -> None:
         """Writes the current model to WORKDIR/export/STEP."""

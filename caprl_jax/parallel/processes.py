@@ -191,6 +191,45 @@ def wait() -> None:
     barrier(key=f"caprl-{next(_BARRIERS)}", timeout_ms=1000 * WAITING)
 
 
+class Barrier:
+    """A barrier for background threads that ends for all once they come to different points.
+
+    With an ordinary one, the others would wait in vain for a process whose part has failed.
+    """
+
+    def __init__(self):
+        """Makes it, in all processes in the same order."""
+        self._name, self._points, self._parted = f"caprl-{next(_BARRIERS)}", 0, False
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Waits until all processes have called it, one thread in each.
+
+        Args:
+          key: name of the point, which is the same in all processes unless one has failed.
+          timeout_ms: maximum time to wait.
+
+        Raises:
+          RuntimeError: processes came to different points, now or earlier; or a time-out.
+        """
+        if jax.process_count() == 1:
+            return
+        from jax._src import distributed  # JAX has no public name for its client
+
+        if self._parted:
+            raise RuntimeError("another process has failed")
+        client, own, point = distributed.global_state.client, jax.process_index(), self._points
+        here, before = f"{self._name}/{point}", f"{self._name}/{point - 1}"
+        self._points += 1
+        client.key_value_set(f"{here}/{own}", key)
+        client.wait_at_barrier(here, timeout_ms)
+        keys = {reached for _, reached in client.key_value_dir_get(f"{here}/")}
+        if point:  # all have read the keys of the point before
+            client.key_value_delete(f"{before}/{own}")
+        if len(keys) > 1:
+            self._parted = True
+            raise RuntimeError("another process has failed")
+
+
 def _hosts() -> list[str]:
     """Returns the names of the processes' hosts."""
     from jax.experimental import multihost_utils

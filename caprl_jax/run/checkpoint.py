@@ -1,11 +1,12 @@
 """Orbax checkpoints: a run's state and config together, or a model alone."""
 
-import contextlib
+import functools
 import json
 import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _OF_A_CHOICE = ("data.rows", "data.columns", "data.digits", "data.train", "data.
 _CONFIG = ("config", "metadata")  # in a checkpoint, the JSON file that Orbax writes the config to
 _DAMAGED = 4  # damaged checkpoints that are kept, the last ones moved away
 PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
+_LONGEST = 3600  # seconds that a save may take
 
 
 class CheckpointError(UserError):
@@ -126,6 +128,7 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_untold)
         self._ocp, self._workdir, self._keep = ocp, workdir, keep
         self._opened: Any = None
+        self._barrier = processes.Barrier()
         self._sealing: threading.Thread | None = None
         self._saving = 0  # step of the save under way
         self._failed: str | None = None  # why the last save failed
@@ -134,11 +137,16 @@ class Checkpoints:
     def _manager(self) -> Any:
         """Orbax's manager, opened when it is first needed: opening reads all checkpoints."""
         if self._opened is None:
-            # Threads that wait for a directory which can never be made would keep a process from
-            # ending for minutes.
-            made_first = self._ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            self._barrier = processes.Barrier()
+            in_background = self._ocp.options.AsyncOptions(
+                # Threads that wait for a directory which can never be made would keep a process
+                # from ending for minutes.
+                create_directories_asynchronously=False,
+                barrier_sync_fn=self._barrier,
+                timeout_secs=_LONGEST,
+            )
             options = self._ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, create=True, async_options=made_first
+                max_to_keep=self._keep, create=True, async_options=in_background
             )
             directory = (self._workdir / "checkpoints").absolute()
             self._opened = self._ocp.CheckpointManager(directory, options=options)
@@ -168,19 +176,20 @@ class Checkpoints:
         """Starts writing (in the background) state and config after `step` steps.
 
         The data need no state of their own: a step takes one batch, so `step` says where to go on.
-        A save that fails in a run of one process is a warning: the older checkpoints stay, and the
-        next save tries again. The processes of a larger run would wait for each other: they end.
+        All processes must call it. A save that fails, in any of them, is a warning: the older
+        checkpoints stay, and the next save tries again.
         """
         self._settle()
+        # Orbax waits in vain for a process that can't begin: see first whether all can.
+        place = self._workdir / "checkpoints"
+        if self._failed_anywhere(step, _attempt(workdir_lib.try_out, place)):
+            return
         args = self._ocp.args
         items = args.Composite(
             state=args.StandardSave(state), config=args.JsonSave(json.loads(config.to_json()))
         )
-        try:
-            self._manager.save(step, args=items)
-        except Exception as e:
-            self._give_up(step, e)
-        else:
+        error = _attempt(lambda: self._manager.save(step, args=items))
+        if not self._failed_anywhere(step, error):
             self._saving = step
             self._sealing = threading.Thread(target=self._seal, args=(step,), daemon=True)
             self._sealing.start()
@@ -194,30 +203,44 @@ class Checkpoints:
         except Exception as e:  # a failed save is told where it is waited for
             logging.debug("checkpoint %d has no manifest: %s", step, e)
 
-    def _settle(self) -> None:
-        """Waits for the save under way and for its manifest."""
+    def _settle(self, together: bool = True) -> None:
+        """Waits for the save under way and for its manifest; `together` with other processes."""
         if self._sealing is None:
             return
         self._sealing.join()
         self._sealing = None
-        try:
-            self._manager.wait_until_finished()
+        error = _attempt(self._manager.wait_until_finished)
+        if not together and error is not None:
+            logging.warning("%s", _cant_write(self._saving, error))
+        elif together and not self._failed_anywhere(self._saving, error):
             self._failed = None
-        except Exception as e:
-            self._give_up(self._saving, e)
 
-    def _give_up(self, step: int, error: Exception) -> None:
-        """Warns of a failed save, deletes what it left, and makes ready for the next one."""
-        if jax.process_count() > 1:
-            raise error
-        self._failed = f"the checkpoint of step {step} can't be written: {_short(error)}"
-        with contextlib.suppress(Exception):
-            self._close()
-        self._opened = None
-        self._delete_unfinished()
+    def _failed_anywhere(self, step: int, error: Exception | None) -> bool:
+        """Tells whether a save failed in any process; if so, makes all ready for the next one.
+
+        Args:
+          step: step of the save.
+          error: of this process, or None.
+        """
+        if processes.all_say(error is None):
+            return False
+        self._failed = _cant_write(step, error)
+        self._part(failed=error is not None)
+        if processes.is_first():
+            self._delete_unfinished()
+        processes.wait()
         there = self.steps()
         kept = f"the one of step {there[-1]} is kept" if there else "there is no earlier one"
-        logging.warning("%s; %s, and the next save tries again", self._failed, kept)
+        if error or processes.is_first():
+            logging.warning("%s; %s, and the next save tries again", self._failed, kept)
+        return True
+
+    def _part(self, failed: bool) -> None:
+        """Closes Orbax's manager in all processes, whose threads may wait for one that failed."""
+        leave = functools.partial(self._barrier, key="given up", timeout_ms=1000 * _LONGEST)
+        for work in (leave, self._close) if failed else (self._close, leave):
+            _attempt(work)  # whatever fails here, the next save opens a manager anew
+        self._opened = None
 
     def _delete_unfinished(self) -> None:
         """Deletes what failed or killed saves left: the disk may be full of it."""
@@ -351,12 +374,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Waits until all writes are done."""
-        self._settle()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # After an error of this process alone, no other process would answer.
+        self._settle(together=kind is None or issubclass(kind, processes.Stopped))
         self._close()
 
 
@@ -367,10 +387,25 @@ def _collect(away: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Exception | None:
+    """Calls work(*arguments); returns the error that it raises, or None."""
+    try:
+        work(*arguments)
+    except Exception as e:
+        return e
+    return None
+
+
+def _cant_write(step: int, error: Exception | None) -> str:
+    why = _short(error) if error else "another process says why"
+    return f"the checkpoint of step {step} can't be written: {why}"
+
+
 def _untold(record: logging.LogRecord) -> bool:
-    """Drops tracebacks of Orbax's threads and tasks: their error is raised too, and told once."""
+    """Drops what Orbax's threads and tasks say of an error: it is raised too, and told once."""
     told = "orbax" in Path(record.pathname).parts or "never retrieved" in str(record.msg)
-    return not (record.exc_info and told)
+    given_up = "Task was destroyed" in record.getMessage()
+    return not ((record.exc_info and told) or given_up)
 
 
 def _short(error: Exception, longest: int = 300) -> str:

@@ -136,6 +136,25 @@ def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
     logging.info("exported to %s", directory)
 
 
+def repair(exports: Path) -> None:
+    """Undoes, in WORKDIR/export, the replacement of exports that a kill cut short.
+
+    An export that was moved away comes back if no new one took its place; parts are deleted. What
+    the system refuses to move or delete stays, with a warning.
+    """
+    for left in sorted(exports.glob("*.old")) + sorted(exports.glob("*.partial")):
+        whole = left.with_suffix("")
+        if not whole.name.isdigit():
+            continue  # not ours
+        try:
+            if left.suffix == ".old" and not whole.exists():
+                left.rename(whole)
+            else:
+                shutil.rmtree(left)
+        except OSError as e:
+            logging.warning("%s is left of a killed export: %s", left, e)
+
+
 def _same_run(file: Path, card: str) -> bool:
     """Tells whether a directory's card is of the run and step of another card."""
     try:

@@ -36,7 +36,7 @@ def held(workdir: Path) -> Iterator[None]:
     if processes.is_first():
         try:
             with writing(workdir):
-                _try_out(workdir)
+                try_out(workdir)
                 lock = _take_lock(workdir)
         except WorkdirError as e:
             failure = e
@@ -71,10 +71,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from e
 
 
-def _try_out(workdir: Path) -> None:
-    """Makes the directory, and writes and deletes a file in it."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".probe-{os.getpid()}"
+def try_out(directory: Path) -> None:
+    """Makes a directory, and writes and deletes a file in it.
+
+    Raises:
+      OSError: the system refuses.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / processes.own_name(f".probe-{os.getpid()}.bin")
     try:
         with probe.open("wb") as file:
             file.write(bytes(_ROOM))

@@ -77,3 +77,34 @@ def test_files_of_the_hubs_cache_are_exported(tmp_path):
     (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
     copy_companions(snapshot, target)
     assert (target / "tokenizer.json").read_text() == "{}" and not target.is_symlink()
+
+
+def test_a_replacement_that_a_kill_cut_short_is_undone_or_finished(tmp_path):
+    """Killed between the renames, an export comes back; killed after them, the old one goes."""
+    for name in ("2.old", "2.partial", "3", "3.old", "4.partial", "notes.old", "5"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    export.repair(tmp_path)
+    left = {d.name: (d / "content").read_text() for d in tmp_path.iterdir()}
+    assert left == {"2": "2.old", "3": "3", "5": "5", "notes.old": "notes.old"}
+    export.repair(tmp_path / "never exported")
+
+
+def test_an_export_that_can_not_be_written_leaves_no_process_waiting(model, tmp_path, monkeypatch):
+    """The others gather every tensor with the first process, also those it has no room for."""
+    gathered = []
+    whole = hf._on_host
+
+    def counted(*arguments):
+        for name, tensor in whole(*arguments):
+            gathered.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(hf, "_on_host", counted)
+    export.export(tmp_path / "1", model, "float32", _card(step=1))
+    names, gathered[:] = list(gathered), []
+    (tmp_path / "2.partial").write_text("in the way")  # a file is not deleted
+    monkeypatch.setattr(hf.jax, "process_count", lambda: 2)
+    with pytest.raises(FileExistsError):
+        hf.save(hf.Target(tmp_path / "2"), model.policy, model.params, model.source)
+    assert gathered == names and len(names) > 10

@@ -57,7 +57,7 @@ def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str 
     Raises:
       FileExistsError: the directory exists.
     """
-    directory, source, dtype = Path(target.directory), Path(source), np.dtype(target.dtype)
+    source, dtype = Path(source), np.dtype(target.dtype)
     flat = flax.traverse_util.flatten_dict(nn.meta.unbox(params))
     config = read_config(source)
     model_family = family(config, source)
@@ -67,10 +67,21 @@ def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str 
         for layer, name in enumerate(t.names(range(flat[t.path].shape[0])))
     )
     tensors = _on_host(named, dtype)
-    if jax.process_index() > 0:
-        for _ in tensors:  # all processes take part in gathering
-            pass
-        return
+    try:
+        if jax.process_index() == 0:
+            _write(target, tensors, config, source)
+    finally:
+        # All processes take part in gathering, even if the first can't write.
+        if jax.process_count() > 1:
+            for _ in tensors:
+                pass
+
+
+def _write(
+    target: Target, tensors: Iterator[tuple[str, np.ndarray]], config: dict, source: Path
+) -> None:
+    """Writes what `save` promises."""
+    directory, dtype = Path(target.directory), np.dtype(target.dtype)
     if directory.exists() and not target.replace:
         raise FileExistsError(f"{directory} exists already: remove it, or give another name")
     partial = directory.with_name(directory.name + ".partial")
