@@ -20,7 +20,8 @@ from caprl_jax.run import replay as replay_lib
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.alarms import Watch
 from caprl_jax.run.build import Task
-from caprl_jax.run.checkpoint import Checkpoints, require_same, saved_config
+from caprl_jax.run.checkpoint import Checkpoints, saved_config
+from caprl_jax.run.same_run import require_same
 from caprl_jax.run.settings import Alarms
 from caprl_jax.run.skipped import Skipped
 from caprl_jax.settings import make

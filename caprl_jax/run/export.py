@@ -17,7 +17,7 @@ from caprl_jax.errors import UserError
 from caprl_jax.models.hf.save import Target, save
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import processes
-from caprl_jax.run import checkpoint, metrics
+from caprl_jax.run import metrics, same_run
 
 _CARD = """---
 library_name: transformers
@@ -159,7 +159,7 @@ def _same_run(file: Path, card: str) -> bool:
     """Tells whether a directory's card is of the run and step of another card."""
     try:
         (old_step, old), (step, new) = _run_of(file.read_text(encoding="utf-8")), _run_of(card)
-        return step == old_step and not checkpoint.differences(old, ml_collections.ConfigDict(new))
+        return step == old_step and not same_run.differences(old, ml_collections.ConfigDict(new))
     except (OSError, ValueError, IndexError, RecursionError):  # no card that model_card made
         return False
 

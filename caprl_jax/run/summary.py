@@ -17,7 +17,7 @@ from caprl_jax.data.set_aside import SetAside, write_whole
 from caprl_jax.evaluate.heldout import Evaluation, Judged, Written
 from caprl_jax.parallel import processes
 from caprl_jax.report import html
-from caprl_jax.run import checkpoint, metrics
+from caprl_jax.run import metrics, same_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _recall(path: Path, config: ml_collections.ConfigDict) -> Evaluation | None:
         return None
     try:
         values, sets, saved = json.loads(path.read_text())
-        changed = checkpoint.differences(saved, config)
+        changed = same_run.differences(saved, config)
         evaluation = (
             dict(values),
             {

@@ -10,7 +10,7 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax.errors import ConfigError
 from caprl_jax.parallel import hardware, mesh
-from caprl_jax.run import checkpoint, fit, reckon
+from caprl_jax.run import checkpoint, fit, reckon, same_run
 from caprl_jax.run import compile as compile_lib
 
 from .. import shipped
@@ -276,8 +276,8 @@ def test_a_resumed_run_keeps_its_rollout_slices():
     fit.keep_rollout(goes_on, saved(began))
     for c in (goes_on, another):
         fit.settle(c, hardware.described("v5e:4x4"))
-    assert checkpoint.differences(saved(began), goes_on) == []
-    assert checkpoint.differences(saved(began), another) == ["caprl.rollout_batches was 2, is 1"]
+    assert same_run.differences(saved(began), goes_on) == []
+    assert same_run.differences(saved(began), another) == ["caprl.rollout_batches was 2, is 1"]
     given = read("3b", **{"caprl.rollout_batches": 4})
     fit.keep_rollout(given, saved(began))
     assert given.caprl.rollout_batches == 4
