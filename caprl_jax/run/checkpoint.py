@@ -374,9 +374,10 @@ def _untold(record: logging.LogRecord) -> bool:
 
 
 def _short(error: Exception, longest: int = 300) -> str:
-    """Formats an error in one line."""
+    """Formats an error in one line, without its middle: Orbax names the reason at the end."""
     said = " ".join(f"{type(error).__name__}: {error}".split())
-    return said[:longest] + (".." if len(said) > longest else "")
+    half = longest // 2
+    return said if len(said) <= longest else f"{said[:half]} .. {said[-half:]}"
 
 
 def require_same(saved: dict[str, Any] | None, config: ml_collections.ConfigDict) -> None:
