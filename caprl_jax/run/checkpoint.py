@@ -170,8 +170,12 @@ class Checkpoints:
         The data need no state of their own: a step takes one batch, so `step` says where to go on.
         A save that fails in a run of one process is a warning: the older checkpoints stay, and the
         next save tries again. The processes of a larger run would wait for each other: they end.
+
+        Raises:
+          WorkdirError: the workdir was deleted; no new one is made with this checkpoint alone.
         """
         self._settle()
+        self._require_workdir()
         args = self._ocp.args
         items = args.Composite(
             state=args.StandardSave(state), config=args.JsonSave(json.loads(config.to_json()))
@@ -184,6 +188,13 @@ class Checkpoints:
             self._saving = step
             self._sealing = threading.Thread(target=self._seal, args=(step,), daemon=True)
             self._sealing.start()
+
+    def _require_workdir(self) -> None:
+        with contextlib.suppress(OSError):  # a disk that can't be reached is a failed save
+            if self._opened is not None and not self._workdir.exists():
+                raise workdir_lib.WorkdirError(
+                    f"{self._workdir} is gone: it was deleted or moved while the run went on"
+                )
 
     def _seal(self, step: int) -> None:
         """Writes the manifest of a checkpoint as soon as all processes have written it."""
