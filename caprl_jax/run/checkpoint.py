@@ -193,7 +193,8 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # a disk that can't be reached is a failed save
             if self._opened is not None and not self._workdir.exists():
                 raise workdir_lib.WorkdirError(
-                    f"{self._workdir} is gone: it was deleted or moved while the run went on"
+                    f"{self._workdir} is gone: the workdir was deleted or moved while the run "
+                    "went on"
                 )
 
     def _seal(self, step: int) -> None:
