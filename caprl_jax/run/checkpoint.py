@@ -162,8 +162,12 @@ class Checkpoints:
         The data need no state of their own: a step takes one batch, so `step` says where to go on.
         All processes must call it. A save that fails, in any of them, is a warning: the older
         checkpoints stay, and the next save tries again.
+
+        Raises:
+          WorkdirError: the workdir was deleted; no new one is made with this checkpoint alone.
         """
         self._settle()
+        self._require_workdir()
         # Orbax waits in vain for a process that can't begin: see first whether all can.
         place = self._workdir / "checkpoints"
         if self._failed_anywhere(step, _attempt(workdir_lib.try_out, place)):
@@ -177,6 +181,14 @@ class Checkpoints:
             self._saving = step
             self._sealing = threading.Thread(target=self._seal, args=(step,), daemon=True)
             self._sealing.start()
+
+    def _require_workdir(self) -> None:
+        with contextlib.suppress(OSError):  # a disk that can't be reached is a failed save
+            if self._opened is not None and not self._workdir.exists():
+                raise workdir_lib.WorkdirError(
+                    f"{self._workdir} is gone: the workdir was deleted or moved while the run "
+                    "went on"
+                )
 
     def _seal(self, step: int) -> None:
         """Writes the manifest of a checkpoint as soon as all processes have written it."""
@@ -393,6 +405,7 @@ def _untold(record: logging.LogRecord) -> bool:
 
 
 def _short(error: Exception, longest: int = 300) -> str:
-    """Formats an error in one line."""
+    """Formats an error in one line, without its middle: Orbax names the reason at the end."""
     said = " ".join(f"{type(error).__name__}: {error}".split())
-    return said[:longest] + (".." if len(said) > longest else "")
+    half = longest // 2
+    return said if len(said) <= longest else f"{said[:half]} .. {said[-half:]}"

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -25,7 +24,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.models.hf import files as hf
 from caprl_jax.report import html
 from caprl_jax.rl.types import State
-from caprl_jax.run import checkpoint, export, load, manifest, metrics, skipped, summary
+from caprl_jax.run import checkpoint, export, load, metrics, skipped, summary
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.build import Task
 from caprl_jax.run.workdir import WorkdirError
@@ -67,9 +66,10 @@ def config(**changes):
     return config_lib.complete(c)
 
 
-def state(value=0):
-    """A state of 2 MiB whose every number is the number of its steps."""
-    return State(jnp.int32(value), {"w": jnp.full(MIB // 2, value, jnp.float32)}, ())
+def state(steps=0):
+    """A state of 2 MiB whose numbers grow by 1 a step; no file of it takes less than 1 MiB."""
+    start = np.random.default_rng(0).integers(0, 1 << 22, MIB // 2)
+    return State(jnp.int32(steps), {"w": jnp.asarray(start + steps, jnp.float32)}, ())
 
 
 @jax.jit
@@ -82,13 +82,13 @@ def count(state, batch, key):
 def train_in(workdir, events=None, **changes):
     """Runs train.Loop in a workdir; events maps a step to what happens before it.
 
-    Step 2's checkpoint is whole before the first event.
+    No checkpoint is being written when it happens.
     """
 
     def data(done):
         for step in range(done + 1, 100):
             if step in (events or {}):
-                saved(workdir, 2)
+                checkpoints.latest()
                 events[step]()
             yield np.zeros(1, np.float32)
 
@@ -111,17 +111,11 @@ def train_in(workdir, events=None, **changes):
     return last
 
 
-def saved(workdir, step):
-    """Waits until a checkpoint, which is written in the background, is whole."""
-    while not manifest.exists(workdir / "checkpoints" / str(step)):
-        time.sleep(0.01)
-
-
 def restored(workdir):
     """The last checkpoint's step, after a look at its numbers."""
     with checkpoint.Checkpoints(workdir, None) as checkpoints:
         found = checkpoints.restore_last(state())
-    np.testing.assert_array_equal(found.params["w"], float(found.step))
+    np.testing.assert_array_equal(found.params["w"], state(int(found.step)).params["w"])
     return int(found.step)
 
 
@@ -143,6 +137,7 @@ def test_a_full_disk_costs_the_checkpoints_that_find_no_room(disk, caplog, left)
     last = train_in(workdir, events)
     assert int(last.step) == 8 and there == [2]
     assert "the checkpoint of step 4 can't be written" in caplog.text
+    assert "No space left on device" in caplog.text
     assert "the one of step 2 is kept, and the next save tries again" in caplog.text
     assert checkpoint.steps(workdir) == [6, 8] and restored(workdir) == 8
     assert not list((workdir / "checkpoints").glob("*tmp*"))
@@ -182,7 +177,8 @@ def test_a_workdir_that_is_deleted_ends_the_run_with_a_message(disk, log_every):
         train_in(workdir, {3: lambda: shutil.rmtree(workdir)}, log_every=log_every)
     # Python prints a text on stderr and exits with 1.
     assert ended.value.code.startswith("error: ") and "the workdir was deleted" in ended.value.code
-    assert int(train_in(workdir).step) == 8  # the same command begins anew
+    assert not workdir.exists()  # else a later run would begin with a stray checkpoint
+    assert int(train_in(workdir).step) == 8
 
 
 def test_a_full_disk_is_told_before_a_run_starts(disk):

@@ -6,7 +6,7 @@ from caprl_jax.config import default
 from caprl_jax.errors import UserError
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
-from caprl_jax.models.hf.save import copy_companions
+from caprl_jax.models.hf import save as saving
 from caprl_jax.run import export, load
 
 POLICY = "asset:tiny/policy"
@@ -62,7 +62,7 @@ def test_links_out_of_a_model_are_not_exported(model, tmp_path):
     (source / "notes.txt").write_text("notes")
     target = tmp_path / "target"
     target.mkdir()
-    copy_companions(source, target)
+    saving.copy_companions(source, target)
     copied = {p.name for p in target.iterdir()}
     assert {"tokenizer.json", "preprocessor_config.json", "config.json", "NOTICE"} <= copied
     assert not {"judge_prompt.txt", "id_rsa", "LICENSE", "notes.txt"} & copied
@@ -75,7 +75,7 @@ def test_files_of_the_hubs_cache_are_exported(tmp_path):
         directory.mkdir(parents=True)
     (cache / "blobs" / "123").write_text("{}")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
-    copy_companions(snapshot, target)
+    saving.copy_companions(snapshot, target)
     assert (target / "tokenizer.json").read_text() == "{}" and not target.is_symlink()
 
 
@@ -93,18 +93,18 @@ def test_a_replacement_that_a_kill_cut_short_is_undone_or_finished(tmp_path):
 def test_an_export_that_can_not_be_written_leaves_no_process_waiting(model, tmp_path, monkeypatch):
     """The others gather every tensor with the first process, also those it has no room for."""
     gathered = []
-    whole = hf._on_host
+    whole = saving._on_host
 
     def counted(*arguments):
         for name, tensor in whole(*arguments):
             gathered.append(name)
             yield name, tensor
 
-    monkeypatch.setattr(hf, "_on_host", counted)
+    monkeypatch.setattr(saving, "_on_host", counted)
     export.export(tmp_path / "1", model, "float32", _card(step=1))
     names, gathered[:] = list(gathered), []
     (tmp_path / "2.partial").write_text("in the way")  # a file is not deleted
-    monkeypatch.setattr(hf.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(saving.jax, "process_count", lambda: 2)
     with pytest.raises(FileExistsError):
-        hf.save(hf.Target(tmp_path / "2"), model.policy, model.params, model.source)
+        saving.save(saving.Target(tmp_path / "2"), model.policy, model.params, model.source)
     assert gathered == names and len(names) > 10
