@@ -1,5 +1,6 @@
 """Orbax checkpoints: a run's state and config together, or a model alone."""
 
+import contextlib
 import functools
 import json
 import logging

@@ -26,8 +26,13 @@ LINES = {
         "a key without a value": ([TINY, "--config.steps"], "steps"),
         "a section for a key": ([TINY, "--config.caprl=4"], "caprl"),
         "code for a list": (
-            [TINY, "--config.data.extras=__import__('os').system('touch {}/ran')"],
-            "extras",
+            [
+                TINY,
+                "--workdir={}/run",
+                "--config.data.extras=__import__('os').system('touch {}/ran')",
+                "--config.steps=-1",
+            ],
+            "config.steps=-1",
         ),
         "code for a dict": (
             [TINY, "--config.caprl.rewards.accuracy.weight=__import__('os')"],
