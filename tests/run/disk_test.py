@@ -3,7 +3,6 @@
 The disks are real ones (tmpfs); the loop is the run's own, around a step that only counts.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -104,7 +103,7 @@ def train_in(workdir, events=None, **changes):
     )
     with (
         workdir_lib.held(workdir),
-        contextlib.closing(checkpoint.Checkpoints(workdir, c.checkpoint.keep)) as checkpoints,
+        checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints,
     ):
         last, _ = train.Loop(c, workdir, task, checkpoints).train(state())
         checkpoints.require_saved()

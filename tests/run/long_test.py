@@ -1,6 +1,5 @@
 """A long run holds no more at its end than after its start: files, threads, arrays."""
 
-import contextlib
 import gc
 import sys
 import threading
@@ -67,7 +66,7 @@ def test_a_long_run_holds_no_more_at_its_end_than_after_its_first_steps(tmp_path
         evaluate=lambda params: ({"accuracy_greedy": float(params["w"][0, 0])}, {}),
     )
     state = State(jnp.int32(0), {"w": jnp.zeros((64, 64))}, ())
-    with contextlib.closing(checkpoints):
+    with checkpoints:
         train.Loop(config_lib.complete(c), tmp_path, task, checkpoints).train(state)
     warm = seen[WARM]
     assert seen[LATE] == warm
