@@ -1,6 +1,8 @@
 """TRL's GRPOTrainer with the judge's reward, on pictures of handwritten digits.
 
-Command: pip install -e '.[peer]' datasets && python launch/examples/trl_grpo.py
+Command:  pip install trl torchvision; python launch/examples/trl_grpo.py
+Measured: 2 CPU cores, shared with other work, TRL 1.16, 9 minutes: mean reward of the first five
+          steps 0.554, of the last five 0.688.
 
 The policy is the tiny one that ships, as transformers reads it, and PyTorch trains it. The judge
 runs in JAX and reads captions alone.

@@ -37,3 +37,14 @@ def test_the_adapters_readme_prints_what_it_says(capsys):
     ).groups()
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_trl_learns_from_the_reward(capsys):
+    pytest.importorskip("trl", reason="trl and torchvision have an environment of their own")
+    pytest.importorskip("torchvision", reason="transformers' image processors need torchvision")
+    module(ROOT / "launch/examples/trl_grpo.py").main()
+    first, last = re.search(
+        r"first 5: ([\d.]+)  last 5: ([\d.]+)", capsys.readouterr().out
+    ).groups()
+    assert float(last) > float(first) + 0.03
