@@ -71,7 +71,9 @@ class Server:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "HF_HUB_OFFLINE": "1",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            # With several threads XLA adds some products' terms in the order in which threads end:
+            # on a busy machine two runs that nobody kills differ in the last bit.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

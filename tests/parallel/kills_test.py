@@ -63,7 +63,7 @@ def wait_for_steps(workdir, count: int) -> None:
     """Returns as soon as the metrics have `count` more steps than now."""
     path = workdir / "metrics.jsonl"
     began = path.read_text().count("\n")
-    for _ in range(10000):
+    for _ in range(50000):
         # A restart drops the lines after its checkpoint.
         now = path.read_text().count("\n")
         if now >= (began := min(began, now)) + count:
