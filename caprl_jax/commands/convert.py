@@ -25,6 +25,7 @@ from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf.save import copy_companions
 from caprl_jax.parallel import mesh
 from caprl_jax.run import checkpoint, export, load
+from caprl_jax.run import workdir as workdir_lib
 
 
 def find_step(path: Path) -> tuple[Path, int]:
@@ -75,6 +76,17 @@ def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
     partial.rename(out)
 
 
+def _require_writable(out: Path) -> None:
+    """Refuses a directory that can't be made, before a model is read.
+
+    Where Orbax can't make one, its threads keep the process from ending for five minutes.
+    """
+    try:
+        workdir_lib.try_out(out.parent)
+    except OSError as e:
+        raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+
+
 def main(_: list[str]) -> None:
     """Converts the model that the flags name, or prints the error in one paragraph."""
     set_up_logging()
@@ -84,6 +96,7 @@ def main(_: list[str]) -> None:
     if out.exists():
         sys.exit(f"error: {out} exists already: remove it, or give another --out")
     with in_one_paragraph():
+        _require_writable(out)
         if flags.FLAGS.checkpoint is not None:
             checkpoint_path = Path(flags.FLAGS.checkpoint)
             to_hugging_face(checkpoint_path, out, flags.FLAGS.dtype, flags.FLAGS.source)
