@@ -114,7 +114,8 @@ def varied_as(constant: jax.Array, x: jax.Array) -> jax.Array:
 
     A scan's carry must vary over the same axes at its start as after each turn.
     """
-    if current() is not None:  # then arrays are those of the whole mesh, not a shard_map's parts
+    manual = jax.sharding.AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    if not manual:
         return constant
     zero = jnp.where(False, x.ravel()[0], 0)  # a constant to XLA
     return constant + zero.astype(constant.dtype)

@@ -134,7 +134,8 @@ def shard_rules(
             f"{', '.join(AXES)}, as caprl_jax.parallel.mesh.make_mesh makes it"
         )
     # jax.make_mesh makes axes of type Explicit, to which no activation can be pinned.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
+    if isinstance(mesh, Mesh):
+        mesh = Mesh(mesh.devices, mesh.axis_names)
     return ShardRules(mesh, _table(RULES, table or {}), _table(DECODE_RULES, decode_table or {}))
 
 

@@ -55,7 +55,7 @@ def grpo_advantages(rewards: jax.Array) -> jax.Array:
     chex.assert_rank(rewards, 1)
     chex.assert_type(rewards, float)
     centred = _centred(rewards)
-    return centred / (jnp.std(centred, ddof=1) + _EPSILON)
+    return centred / (jnp.std(rewards, ddof=1) + _EPSILON)
 
 
 def rloo_advantages(rewards: jax.Array) -> jax.Array:
@@ -76,11 +76,11 @@ def rloo_advantages(rewards: jax.Array) -> jax.Array:
 def _centred(rewards: jax.Array) -> jax.Array:
     """Returns rewards - mean(rewards), exactly 0 where all are equal: float32 [g] -> [g].
 
-    The rounded mean of equal rewards may differ from them; that of zeros doesn't. Divided by a
-    deviation of nearly 0, the difference would be an advantage of 0.2.
+    The rounded mean of equal rewards may differ from them. Divided by a deviation of nearly 0, the
+    difference would be an advantage of 0.2.
     """
-    shifted = rewards - rewards[0]
-    return shifted - jnp.mean(shifted)
+    equal = jnp.max(rewards) == jnp.min(rewards)
+    return jnp.where(equal, 0, rewards - jnp.mean(rewards))
 
 
 def _per_group(function: Callable) -> Callable:
