@@ -7,7 +7,7 @@ import pytest
 
 from .killed import CAPRL, Kill, Server, everything_equals, kinds_of_changes, newest_equals
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.kills]
 SETTINGS = CAPRL | {"steps": 12, "eval.every": 6, "checkpoint.every": 1}
 # The last change of an export before it takes its place. A process's first export is slow: by
 # then the checkpoint of the step is whole, and a restart begins behind the export.

@@ -14,7 +14,7 @@ from caprl_jax.run import workdir as workdir_lib
 
 from ..killed import SFT, Kill, Server, everything_equals, newest_equals
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.kills]
 SETTINGS = SFT | {
     "steps": 40,
     "eval.every": 20,

@@ -53,8 +53,12 @@ CUTS, STOP = {"update": 4, "score": 8}, tuple(range(45))  # of 60 tokens: most c
 
 
 def args(eight, tokens=SAMPLING.max_tokens):
-    """The arguments of a step, with a reference policy too."""
-    run = make_run(eight, stop=STOP, sampling=Sampling(tokens))
+    """The arguments of a step, with a reference policy too.
+
+    Rewards are counts of right letters: GRPO would divide the rounding of probabilities by the
+    small deviation of a group's rewards.
+    """
+    run = make_run(eight, stop=STOP, sampling=Sampling(tokens), mode="greedy")
     return run, start(eight), eight.batch, jax.random.key(2)
 
 
