@@ -11,7 +11,8 @@ import jax
 import ml_collections
 
 from caprl_jax import config as config_lib
-from caprl_jax.data.set_aside import SetAside, write_whole
+from caprl_jax.data.set_aside import SetAside
+from caprl_jax.files import write_whole
 from caprl_jax.parallel import processes
 from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step

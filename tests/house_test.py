@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "caprl_jax"
 # Rooms from the ground up: each imports only itself and rooms of lower floors.
 FLOORS = (
-    ("errors",),
+    ("errors", "files"),
     ("settings",),
     ("registry",),
     ("parallel",),

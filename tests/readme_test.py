@@ -125,10 +125,11 @@ def python(code, cwd):
     return done.stdout
 
 
-def test_python_example_prints_what_it_says(tmp_path):
+@pytest.mark.parametrize("path", ["README.md", "caprl_jax/adapters/README.md"])
+def test_python_example_prints_what_it_says(path, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (84, 84, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "scene.png")
-    shown = [(b, after) for b, after in blocks(ROOT / "README.md", "python") if after]
+    shown = [(b, after) for b, after in blocks(ROOT / path, "python") if after]
     assert len(shown) == 1
     for code, after in shown:
         assert python(code, tmp_path) == after[1]

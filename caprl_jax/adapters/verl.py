@@ -1,6 +1,7 @@
 """The judge's reward as verl's compute_score, which verl calls for one completion at a time."""
 
 import asyncio
+import functools
 import queue
 import threading
 import time
@@ -42,34 +43,27 @@ def verl_score(
     """
     gathered = _Gathered(judge, draws, seed, batch)
 
-    def compute_score(
+    def ask(
         data_source: Any = None,
         solution_str: Any = None,
         ground_truth: Any = None,
         extra_info: Mapping[str, Any] | None = None,
         **_: Any,
-    ) -> dict[str, float]:
+    ) -> Future:
         del data_source
-        return gathered.submit(solution_str, _questions(ground_truth, extra_info)).result()
+        if ground_truth is None and extra_info:
+            ground_truth = extra_info.get("questions")
+        return gathered.submit(solution_str, ground_truth)
 
-    async def compute_score_async(
-        data_source: Any = None,
-        solution_str: Any = None,
-        ground_truth: Any = None,
-        extra_info: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> dict[str, float]:
-        del data_source
-        future = gathered.submit(solution_str, _questions(ground_truth, extra_info))
-        return await asyncio.wrap_future(future)
+    @functools.wraps(ask)  # verl's names of the arguments
+    def compute_score(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return ask(*args, **kwargs).result()
+
+    @functools.wraps(ask)
+    async def compute_score_async(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return await asyncio.wrap_future(ask(*args, **kwargs))
 
     return compute_score_async if asynchronous else compute_score
-
-
-def _questions(ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Any:
-    if ground_truth is None and extra_info:
-        return extra_info.get("questions")
-    return ground_truth
 
 
 class _Gathered:

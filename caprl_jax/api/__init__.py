@@ -7,7 +7,7 @@
 
 An object holds modules, parameters and tokenizer; its methods turn images and text into arrays and
 call functions that are pure and jitted. If you already have arrays, call these functions directly:
-caprl_jax.rl.rollout, caprl_jax.judge, caprl_jax.rl.step.
+what make_reward returns, rl.rollout.rollout, rl.judge.judge, rl.step.caprl_step.
 """
 
 from caprl_jax.api.judge import LoadedJudge, load_judge

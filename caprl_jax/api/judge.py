@@ -11,42 +11,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from caprl_jax.api import loading
+from caprl_jax.api.loading import Loaded
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
 from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.records import Question
-from caprl_jax.data.tokens import Tokenizer, pad
+from caprl_jax.data.tokens import pad
 from caprl_jax.decode.lengths import bucket
 from caprl_jax.errors import ModelDirectoryError, UserError
-from caprl_jax.models.vlm import Policy
-from caprl_jax.parallel import axes
 from caprl_jax.parallel import mesh as mesh_lib
-from caprl_jax.parallel.axes import ShardRules
-from caprl_jax.rl.judge import Judge, Judging, Mode, judge
+from caprl_jax.rl import embed
+from caprl_jax.rl.judge import Judge, Judging, Mode
 from caprl_jax.rl.types import Captions, Questions, Verdicts
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.settings import make
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedJudge:
+class LoadedJudge(Loaded):
     """A judge with its parameters on a mesh; made by load_judge.
 
     Attributes:
-      modules: Flax modules and sizes.
-      params: their parameters.
-      tokenizer: the directory's tokenizer.
-      prompt: the text around captions and questions.
-      rules: mesh and shard rules of the parameters.
-      directory: the directory they were read from.
+      prompt: the text around captions and questions; for the others see Loaded.
     """
 
-    modules: Policy
-    params: Any
-    tokenizer: Tokenizer
     prompt: JudgePrompt
-    rules: ShardRules
-    directory: Path
 
     @functools.cached_property
     def model(self) -> Judge:
@@ -139,7 +128,7 @@ class LoadedJudge:
             questions = self.questions(questions, seed=seed, shuffle=shuffle)
         arrays = loading.put((self.captions(groups), questions), self.rules)
         judging = make(Judging, {"mode": mode, "temperature": temperature})
-        found = _score(self.rules, judging, self.model, *arrays, jax.random.key(seed))
+        found = embed.score(self.rules, judging, self.model, *arrays, jax.random.key(seed))
         return jax.tree.map(lambda a: a[: len(groups)], jax.device_get(found))
 
     def captions(self, groups: Sequence[Sequence[str]]) -> Captions:
@@ -156,12 +145,6 @@ class LoadedJudge:
         tokens = np.stack([np.stack([pad(i, length) for i in group]) for group in ids])
         lengths = np.asarray([[[len(i)] for i in group] for group in ids])
         return Captions(tokens, np.arange(length) < lengths)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(rules, judging, model, captions, questions, key):
-    with axes.using(rules):
-        return judge(model, captions, questions, judging=judging, key=key)
 
 
 def load_judge(
@@ -186,9 +169,9 @@ def load_judge(
       UserError: prompt lacks its fields.
     """
     loaded = loading.read(path, revision, mesh, dtype, param_dtype)
-    if loaded[0].vision is not None:
+    if loaded.modules.vision is not None:
         raise ModelDirectoryError(
             f"{path} holds a model with vision: a judge never sees the image. load_policy reads it"
         )
-    template = prompt or own_prompt(loaded[-1])
-    return LoadedJudge(*loaded[:3], JudgePrompt.create(loaded[2], template), *loaded[3:])
+    template = prompt or own_prompt(loaded.directory)
+    return LoadedJudge(**vars(loaded), prompt=JudgePrompt.create(loaded.tokenizer, template))

@@ -15,15 +15,15 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from caprl_jax.api import loading
+from caprl_jax.api.loading import Loaded
 from caprl_jax.data.images import ImageProcessor, decode_image, read_image, to_rgb
-from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
+from caprl_jax.data.tokens import PolicyPrompt, pad
 from caprl_jax.decode.lengths import bucket
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.models.vision import Images, batch_images, pad_to_windows, window_count
-from caprl_jax.models.vlm import Policy, Prompt
+from caprl_jax.models.vlm import Prompt
 from caprl_jax.parallel import axes
-from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Batch, Decoding, Rollout
 from caprl_jax.run import load
@@ -55,24 +55,14 @@ def _picture(image: Picture) -> Image.Image:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedPolicy:
+class LoadedPolicy(Loaded):
     """A policy with its parameters on a mesh; made by load_policy.
 
     Attributes:
-      modules: Flax modules and sizes.
-      params: their parameters.
-      tokenizer: the directory's tokenizer.
-      processor: the directory's image processor.
-      rules: mesh and shard rules of the parameters.
-      directory: the directory they were read from.
+      processor: the directory's image processor; for the others see Loaded.
     """
 
-    modules: Policy
-    params: Any
-    tokenizer: Tokenizer
     processor: ImageProcessor
-    rules: ShardRules
-    directory: Path
 
     def inputs(self, images: Sequence[Picture], prompt: str = PROMPT) -> tuple[Images, Prompt]:
         """Returns images and prompts as arrays, padded to a bucket that holds the largest.
@@ -209,8 +199,7 @@ def load_policy(
       ModelDirectoryError: there is no such model, or it is not supported.
     """
     loaded = loading.read(path, revision, mesh, dtype, param_dtype)
-    modules, directory = loaded[0], loaded[-1]
-    if modules.vision is None:
+    if loaded.modules.vision is None:
         raise ModelDirectoryError(f"{path} holds a model without vision: load_judge reads it")
-    processor = load.image_processor(directory, modules.vision.config)
-    return LoadedPolicy(*loaded[:3], processor, *loaded[3:])
+    processor = load.image_processor(loaded.directory, loaded.modules.vision.config)
+    return LoadedPolicy(**vars(loaded), processor=processor)

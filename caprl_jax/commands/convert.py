@@ -25,6 +25,7 @@ from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf.save import copy_companions
 from caprl_jax.parallel import mesh
 from caprl_jax.run import checkpoint, export, load
+from caprl_jax.run import params as params_lib
 from caprl_jax.run import workdir as workdir_lib
 
 
@@ -69,7 +70,7 @@ def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:
     params = load.load_frozen(policy, directory, rules, np.dtype(dtype))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.save_params(partial / checkpoint.PARAMS, params)
+    params_lib.save(partial / params_lib.FOLDER, params)
     copy_companions(directory, partial)
     config = json.loads((directory / "config.json").read_text()) | {"dtype": dtype}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

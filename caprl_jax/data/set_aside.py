@@ -2,22 +2,12 @@
 
 import json
 import logging
-import os
 import threading
 from pathlib import Path
 
+from caprl_jax.files import write_whole
+
 MAX_REASON = 200  # characters
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it, so that no reader sees a part of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, "utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk needs its room
-        raise
 
 
 def short(reason: str) -> str:

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from caprl_jax.files import write_whole
 from caprl_jax.report import charts as curves
 from caprl_jax.report.charts import Chart, Series
 
@@ -295,11 +296,5 @@ def write_report(path: Path, content: Content) -> None:
         rows=[(_label(row[0]), *row) for row in rows],
         config_text=content.config_text,
     )
-    partial = path.with_suffix(".partial")
     # An untrained policy may write invalid Unicode, which must not break the report.
-    try:
-        partial.write_text(html, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a full disk needs its room
-        raise
+    write_whole(path, html, errors="replace")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.parallel import axes
+from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.judge import Judge, Judging, Mode, judge
 from caprl_jax.rl.types import Captions, Questions, Verdicts
 from caprl_jax.settings import make
@@ -70,7 +71,8 @@ class Reward:
         _check(tokens, mask, questions)
         if self.judging.mode == "sampled" and key is None:
             raise ValueError('mode "sampled" draws letters: give a key')
-        verdicts = _judge(self.judging, params, tokens, mask, questions, key)
+        # No rules: arrays lie where the caller has put them.
+        verdicts = score(None, self.judging, params, Captions(tokens, mask), questions, key)
         return verdicts.reward, verdicts
 
 
@@ -89,11 +91,18 @@ def make_reward(judge: Any, mode: Mode = "expected", temperature: float = 0.6) -
     return Reward(params, make(Judging, {"mode": mode, "temperature": temperature}))
 
 
-# Outside of a caller's jit this compiles once for each shape, and takes parameters as arguments.
-@functools.partial(jax.jit, static_argnums=0)
-def _judge(judging, params, tokens, mask, questions, key):
-    with axes.using(None):  # arrays lie where the caller has put them
-        return judge(params, Captions(tokens, mask), questions, judging=judging, key=key)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def score(
+    rules: ShardRules | None,
+    judging: Judging,
+    model: Judge,
+    captions: Captions,
+    questions: Questions,
+    key: jax.Array | None,
+) -> Verdicts:
+    """Returns judge's verdicts [b, g, n], compiled once for each shape, under the shard rules."""
+    with axes.using(rules):
+        return judge(model, captions, questions, judging=judging, key=key)
 
 
 def _check(tokens: jax.Array, mask: jax.Array, questions: Questions) -> None:

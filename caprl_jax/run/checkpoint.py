@@ -1,4 +1,4 @@
-"""Orbax checkpoints: a run's state and config together, or a model alone."""
+"""Orbax checkpoints of a run: its state and config together."""
 
 import contextlib
 import functools
@@ -21,7 +21,6 @@ from caprl_jax.run import workdir as workdir_lib
 
 _CONFIG = ("config", "metadata")  # in a checkpoint, the JSON file that Orbax writes the config to
 _DAMAGED = 4  # damaged checkpoints that are kept, the last ones moved away
-PARAMS = "orbax"  # in a model directory, the folder with weights written by Orbax
 _LONGEST = 3600  # seconds that a save may take
 
 
@@ -34,27 +33,6 @@ def steps(workdir: Path) -> list[int]:
     directory = workdir / "checkpoints"
     found = [d.name for d in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in found if name.isdigit())
-
-
-def save_params(directory: Path, params: Any) -> None:
-    """Writes a model's parameters; directory must not exist."""
-    import orbax.checkpoint as ocp  # imported where used
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), params)
-
-
-def load_params(directory: Path, target: Any) -> Any:
-    """Reads the parameters that save_params wrote.
-
-    Args:
-      directory: the directory of the parameters.
-      target: tree of jax.ShapeDtypeStruct with shardings; parameters are cast to its dtypes.
-    """
-    import orbax.checkpoint as ocp  # imported where used
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(directory.absolute(), target)
 
 
 def saved_config(workdir: Path) -> dict[str, Any] | None:

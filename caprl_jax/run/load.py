@@ -29,7 +29,7 @@ from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.types import State
-from caprl_jax.run import checkpoint
+from caprl_jax.run import params as params_lib
 from caprl_jax.settings import make
 
 
@@ -61,7 +61,7 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
     Raises:
       ModelDirectoryError: they can't be read, or hold numbers that aren't finite.
     """
-    if not (directory / checkpoint.PARAMS).is_dir():
+    if not (directory / params_lib.FOLDER).is_dir():
         return hf.load_params(directory, policy, dtype, shardings, progress=processes.is_first())
     target = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
@@ -69,13 +69,13 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
         shardings,
     )
     try:
-        params = checkpoint.load_params(directory / checkpoint.PARAMS, target)
+        params = params_lib.load(directory / params_lib.FOLDER, target)
     except jax.errors.JaxRuntimeError:
         raise  # devices or other processes, not the files
     except Exception as e:  # Orbax's own, of many types
         said = " ".join(f"{type(e).__name__}: {e}".split())
         raise ModelDirectoryError(
-            f"{directory / checkpoint.PARAMS} can't be read by Orbax: {said:.300}"
+            f"{directory / params_lib.FOLDER} can't be read by Orbax: {said:.300}"
         ) from e
     shards = (s.data for a in jax.tree.leaves(params) for s in a.addressable_shards)
     if bad := sum(hf.not_finite(np.asarray(data)) for data in shards):

@@ -13,8 +13,9 @@ import ml_collections
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import Presented
 from caprl_jax.data.records import LETTERS
-from caprl_jax.data.set_aside import SetAside, write_whole
+from caprl_jax.data.set_aside import SetAside
 from caprl_jax.evaluate.heldout import Evaluation, Judged, Written
+from caprl_jax.files import write_whole
 from caprl_jax.parallel import processes
 from caprl_jax.report import html
 from caprl_jax.run import metrics, same_run

@@ -85,36 +85,10 @@ def test_a_thought_that_has_begun_is_refused(tmp_path):
         tokenizer.chat("Look.")
 
 
-LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}BODY{% endfor %}{% endfor %}"
-HOSTILE = {
-    "a silent loop": (LOOP.replace("BODY", ""), "doesn't end"),
-    "a loop that writes": (LOOP.replace("BODY", "x" * 9999), "doesn't end"),
-    "a loop in a macro": (
-        "{% macro m() %}" + LOOP.replace("BODY", "{% set c = b %}") + "{% endmacro %}{{ m() }}",
-        "doesn't end",
-    ),
-    "a text that doubles": (
-        "{% set n = namespace(x='x') %}{% for a in range(60) %}"
-        "{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "doesn't end",
-    ),
-    "a recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
-    "a huge file": ("x" * 2_000_000, "more than 1000000 characters"),
-    "no text": ("{{ messages[0].role }}", "renders the message's text 0 times"),
-    "the text twice": (TEXT + TEXT, "renders the message's text 2 times"),
-    "an error": ("{{ raise_exception('no') }}", "can't be rendered: TemplateError: no"),
-}
-
-
-@pytest.mark.parametrize(("template", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_template_is_refused_by_name(tmp_path, template, message):
-    with pytest.raises(ModelDirectoryError, match=message) as e:
-        read(tmp_path, {"chat_template.jinja": template}).chat("Look.")
-    assert str(tmp_path) in str(e.value)
-
-
 def test_the_bound_leaves_other_threads_and_a_debugger_alone(tmp_path):
-    tokenizer, seen = read(tmp_path, {"chat_template.jinja": HOSTILE["a silent loop"][0]}), []
+    """tests/hostile has the templates that are refused."""
+    loop = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    tokenizer, seen = read(tmp_path, {"chat_template.jinja": loop}), []
 
     def debugger(frame, event, argument):
         return None

@@ -30,15 +30,6 @@ def test_reinforce_in_a_scan_learns_what_the_judge_wants(capsys):
     assert printed.endswith("the policy says: digits: north red three\n")
 
 
-def test_the_adapters_readme_prints_what_it_says(capsys):
-    text = (ROOT / "caprl_jax/adapters/README.md").read_text()
-    code, printed = re.search(
-        r"```python\n(.*?)```\n+prints\n+```text\n(.*?)```", text, re.S
-    ).groups()
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == printed
-
-
 @pytest.mark.slow
 def test_trl_learns_from_the_reward(capsys):
     pytest.importorskip("trl", reason="trl and torchvision have an environment of their own")

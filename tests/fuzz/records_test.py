@@ -42,7 +42,7 @@ raw_questions = st.one_of(
 
 
 def distinct(choices):
-    """Whether options are told apart, and from the abstain option, without their white space."""
+    """Tells whether options differ, from the abstain option too, by more than white space."""
     plain = [c.strip() for c in choices]
     return len(set(plain)) == len(plain) and all(records._plain(c) != ABSTAIN for c in plain)
 

@@ -16,6 +16,7 @@ from caprl_jax.commands import convert
 from caprl_jax.data.set_aside import SetAside as Listing
 from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.run import checkpoint, manifest, skipped, summary
+from caprl_jax.run import params as params_lib
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.checkpoint import CheckpointError
 from caprl_jax.run.workdir import WorkdirError
@@ -251,7 +252,7 @@ ORBAX = []
 def orbax(edit):
     def run(folder):
         directory = shutil.copytree(ORBAX[-1], folder / "judge")
-        edit(directory / checkpoint.PARAMS)
+        edit(directory / params_lib.FOLDER)
         return caprl_jax.load_judge(directory)
 
     return run
@@ -263,7 +264,7 @@ def poison(directory):
     first = next(iter(flat))
     flat[first] = np.full_like(flat[first], np.nan)
     shutil.rmtree(directory)
-    checkpoint.save_params(directory, flax.traverse_util.unflatten_dict(flat))
+    params_lib.save(directory, flax.traverse_util.unflatten_dict(flat))
 
 
 def emptied(directory):

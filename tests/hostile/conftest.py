@@ -1,4 +1,4 @@
-"""What every case needs first: the imports and the first load, which take longer than a case."""
+"""Warms up: the imports and the first load take longer than a case."""
 
 import pytest
 

@@ -33,7 +33,7 @@ def policy():
 
 
 def plain(text):
-    """Whether a caption's ids hold no control token, and read back as the text."""
+    """Tells whether a caption's ids hold no control token, and read back as the text."""
 
     def run(_):
         tokenizer = judge().tokenizer

@@ -45,7 +45,7 @@ def cases(made: digits_sft.JudgeTask, stated: bool) -> list[Case]:
 
 
 def right(judge, found: list[Case], stated: bool) -> np.ndarray:
-    """Whether the greedy letter is the truth's, or for what is not stated the abstain option's."""
+    """Tells of each case if the greedy letter is the truth's, or abstains if nothing is stated."""
     asked = [[records.unparse_question(q)] for _, q, _ in found]
     letters = judge.score_texts(
         [c for c, _, _ in found], asked, mode="greedy", shuffle=False

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and how many."""
+"""Compiled programs are kept in one place, and only so many."""
 
 import os
 

@@ -28,7 +28,7 @@ def count(state, batch, key):
 
 
 def held():
-    """What this process holds, by kind."""
+    """Counts what this process holds, by kind."""
     gc.collect()
     live = jax.live_arrays()
     return {

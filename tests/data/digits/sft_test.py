@@ -179,7 +179,7 @@ def test_a_policys_example_has_the_tasks_branches_and_cells(shipped, record):
 
 
 def test_features_that_are_no_cells_teach_nothing(shipped):
-    """Where an image has 9 features and the grid 4 cells, no image token has a weight."""
+    """No image token has a weight if an image has 9 features and the grid 4 cells."""
     tokenizer, inputs, _ = shipped
     scene = next(iter(digits.scenes("train", 1, (2, 2), (2, 2))))
     shown = dataclasses.replace(scene, image=next(digits.scenes("train", 1, GRID, (2, 2))).image)
