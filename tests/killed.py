@@ -150,6 +150,7 @@ def kinds_of_changes(events: Path) -> dict[str, list[str]]:
         for place in set(inside.split("+")) & of.keys():
             if change.split(" ")[1].startswith(of[place]):
                 kind = re.sub(r"(checkpoints|export)/\d+", r"\1/\\d+", re.escape(change))
+                kind = re.sub(r"\.\d+\\\.part", r".\\d+\\.part", kind)  # a process's number
                 kinds[place][kind + "$"] = None
     return {place: list(found) for place, found in kinds.items()}
 
