@@ -13,15 +13,9 @@ import numpy as np
 
 from caprl_jax.run import checkpoint, metrics
 
+from .clock import CLOCK
+
 SERVER = Path(__file__).with_name("kill_server.py")
-TIMES = {
-    "time",
-    "seconds_data",
-    "seconds_step",
-    "tokens_per_second",
-    "generated_tokens_per_second",
-    "wall_seconds",
-}
 # The smallest runs with all parts: evaluations, checkpoints, exports, report.
 SETTINGS = {
     "sampling.max_tokens": 4,
@@ -184,7 +178,7 @@ def without_times(tree):
     if isinstance(tree, list):
         return [without_times(x) for x in tree]
     if isinstance(tree, dict):
-        return {k: without_times(v) for k, v in tree.items() if k not in TIMES}
+        return {k: without_times(v) for k, v in tree.items() if k not in CLOCK}
     return tree
 
 

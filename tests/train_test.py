@@ -16,6 +16,8 @@ from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
 
+from .clock import CLOCK
+
 pytestmark = pytest.mark.slow  # each run compiles several programs
 
 
@@ -64,19 +66,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     lines = [json.loads(x) for x in (parts / "metrics.jsonl").read_text().splitlines()]
     expected = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [1, 2, 3, 4]
-    clock = (
-        "time",
-        "seconds_data",
-        "seconds_step",
-        "tokens_per_second",
-        "generated_tokens_per_second",
-        "host_rss_bytes",
-        "open_files",
-    )
     for found, whole_line in zip(lines, expected, strict=True):
         # The first part ended after step 2, and so was evaluated there too.
         assert found.keys() - whole_line.keys() <= {k for k in found if k.startswith("eval/")}
-        assert all(found[k] == v for k, v in whole_line.items() if k not in clock)
+        assert all(found[k] == v for k, v in whole_line.items() if k not in CLOCK)
     assert all(x["recompiles"] == 0 for x in lines)
     assert {"report.html", "summary.json", "tensorboard"} <= {p.name for p in parts.iterdir()}
     with pytest.raises(ConfigError, match=r"caprl.group was 2, is 4"):
