@@ -18,8 +18,13 @@ from caprl_jax import train
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags, set_up_logging
 from caprl_jax.parallel import processes
+from caprl_jax.run import bucket
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: new under runs/.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Where the run lives: a directory, or its gs:// or s3:// URL; default: new under runs/.",
+)
 _REPLAY = flags.DEFINE_string(
     "replay", None, "A batch that --workdir's run kept: prints which of its numbers aren't finite."
 )
@@ -28,11 +33,11 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 
-def _fresh_workdir(config_file: str) -> Path:
+def _fresh_workdir(config_file: str) -> str:
     if jax.process_count() > 1:
         sys.exit("error: --workdir is missing: several processes need the same one")
     name = Path(config_file.split(":")[0]).stem
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def main(_: list[str]) -> None:
@@ -43,15 +48,16 @@ def main(_: list[str]) -> None:
     if _REPLAY.value and not _WORKDIR.value:
         sys.exit("error: --replay needs the run's --workdir")
     with processes.together(), in_one_paragraph():
-        workdir = Path(_WORKDIR.value or _fresh_workdir(cli.config_name()))
+        place = _WORKDIR.value or _fresh_workdir(cli.config_name())
         if processes.is_first():
             kind, count = jax.devices()[0], jax.device_count()
             print(f"JAX {jax.__version__}: {count} x {kind.device_kind} ({kind.platform})")
-            print(f"workdir: {workdir}", flush=True)
-        if _REPLAY.value:
-            train.replay(flags.FLAGS.config, workdir, Path(_REPLAY.value))
-        else:
-            train.run(flags.FLAGS.config, workdir)
+            print(f"workdir: {place}", flush=True)
+        with bucket.opened(place) as workdir:
+            if _REPLAY.value:
+                train.replay(flags.FLAGS.config, workdir, Path(_REPLAY.value))
+            else:
+                train.run(flags.FLAGS.config, workdir)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def load_config(value: str, entries: Mapping[str, str] | None = None) -> ml_coll
     """Returns the completed config of --config=FILE[:ARGUMENT].
 
     Args:
-      value: FILE[:ARGUMENT].
+      value: FILE[:ARGUMENT], or NAME[:ARGUMENT] of a file in configs/, which ships.
       entries: values by dotted key; those that name a registry's entry (caprl.loss, data.source,
         sinks.NAME.sink, ..) are set before the entries' own options are filled in.
 
@@ -85,7 +85,7 @@ def load_config(value: str, entries: Mapping[str, str] | None = None) -> ml_coll
     """
     path, _, argument = value.partition(":")
     if not Path(path).is_file():
-        raise ConfigError(_no_file(value, path))
+        path = _shipped(value, path)
     try:
         config = _make_config(path, argument)
         for key, name in (entries or {}).items():
@@ -110,11 +110,19 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {said[:_LONGEST]}{'..' if len(said) > _LONGEST else ''}"
 
 
-def _no_file(value: str, path: str) -> str:
-    there = sorted(map(str, Path("configs").glob("*.py")))
-    if not there:
-        return f"--config={value} is no file; there is no directory configs/ here with others"
-    return f"--config={value} is no file; in configs/ there are {did_you_mean(path, there)}"
+def _shipped(value: str, name: str) -> str:
+    """Returns the path of a shipped config.
+
+    Raises:
+      ConfigError: none has this name.
+    """
+    there = listing.shipped_configs()
+    if name in there:
+        return str(there[name])
+    known = f"those that ship are {did_you_mean(name, there)}"
+    if "/" in name and (beside := sorted(map(str, Path("configs").glob("*.py")))):
+        known = f"in configs/ there are {did_you_mean(name, beside)}"
+    raise ConfigError(f"--config={value} is no file; {known}")
 
 
 def _make_config(path: str, argument: str) -> ml_collections.ConfigDict:
@@ -178,7 +186,7 @@ def _answer_help(argv: list[str], more: str = "") -> None:
 def _show(text: str) -> NoReturn:
     """Prints a text and ends the process, quietly if a pager or `head` reads only a part."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(text)
+    print(listing.as_called(text))
     sys.exit(0)
 
 
@@ -193,7 +201,7 @@ def parse_config_flags(argv: list[str]) -> list[str]:
     name, rest = _take_config(argv)
     with in_one_paragraph():
         if name is None:
-            raise ConfigError("--config is missing: give a file, e.g. --config=configs/tiny.py")
+            raise ConfigError("--config is missing: give a file, or a shipped one: --config=tiny")
         config = load_config(name, _overrides(rest))
         _CONFIG_NAME.append(name)
         try:
@@ -211,7 +219,7 @@ _LONGEST = 300  # characters of another library's message
 _NEAR = re.compile(r'Did you mean "(\w+)" instead of "(\w+)"')
 _CONFIG_NAME: list[str] = []
 _CONFIG_HELP = """The run's config:
-  --config=FILE[:ARGUMENT]: a file of configs/, and what its get_config takes.
+  --config=FILE[:ARGUMENT]: a file, or the name of one in configs/, and what its get_config takes.
   --config.KEY=VALUE: another value of a key; may be repeated.
   --help_config: prints all keys of the config with their values and meanings."""
 

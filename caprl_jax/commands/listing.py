@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 _PACKAGE = Path(__file__).parents[1]
 _LONGEST_VALUE = 24
+_SHIPPED = _PACKAGE / "assets" / "configs"  # in a checkout a link to configs/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,25 @@ def _command(name: str, source: str) -> Command:
     return Command(
         name, next(iter(lines), ""), " ".join(optional.sub("", next(examples, "")).split())
     )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Returns the files of configs/ by name, wherever the package is installed."""
+    return {file.stem: file.resolve() for file in sorted(_SHIPPED.glob("*.py"))}
+
+
+def console_name(command: str) -> str:
+    """Returns a command's name in the console script `caprl`: main is `caprl train`."""
+    return "train" if command == "main" else command
+
+
+def as_called(text: str) -> str:
+    """Returns a text with its commands as the user calls them: `caprl plan --config=3b`."""
+    if Path(*sys.orig_argv[1:2]).name != "caprl":
+        return text
+    text = re.sub(r"--config=configs/(\w+)\.py", r"--config=\1", text)
+    command = r"python -m caprl_jax\.(\w+)"
+    return re.sub(command, lambda found: f"caprl {console_name(found[1])}", text)
 
 
 def describe_commands() -> str:

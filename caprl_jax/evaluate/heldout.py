@@ -4,7 +4,7 @@ If a source knows the true facts, it also measures the precision and recall of t
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from caprl_jax.parallel.jit import jit
 from caprl_jax.parallel.slices import Slices
 from caprl_jax.rl.judge import Judge, Judging, judge
 from caprl_jax.rl.rollout import rollout
-from caprl_jax.rl.types import Captions, Decoding
+from caprl_jax.rl.types import Batch, Captions, Decoding
 
 GREEDY = Judging(mode="greedy")
 
@@ -154,16 +154,8 @@ class Reader:
     def read(self, model: Judge, captions: Sequence[Written]) -> list[Judged]:
         """Judges captions, which are sorted by image, with the same number for each image."""
         group, out = len(captions) // len(self._data.records), []
-        ids = [self._ids(c) for c in captions]
-        length = bucket(max(map(len, ids)))
-        for batch in self._data.batches:
-            size = int(np.sum(batch.valid)) * group
-            batch_captions = captions[len(out) : len(out) + size]
-            tokens = np.zeros((len(batch.valid) * group, length), np.int32)
-            mask = np.zeros(tokens.shape, bool)
-            for i, row in enumerate(ids[len(out) : len(out) + size]):
-                tokens[i, : len(row)], mask[i, : len(row)] = row, True
-            arrays = Captions(*(a.reshape(-1, group, length) for a in (tokens, mask)))
+        for batch, arrays in in_batches(self._data, [self._ids(c) for c in captions]):
+            batch_captions = captions[len(out) : len(out) + int(np.sum(batch.valid)) * group]
             placed = mesh.put_whole((arrays, batch.questions), self._rules)
             verdicts = jax.device_get(self._read(model, *placed))
             _require_finite(np.all(np.isfinite(verdicts.p_truth)), "judge")
@@ -184,6 +176,24 @@ class Reader:
             Written(i, text, self._tokenizer.encode_caption(text)) for i, text in enumerate(texts)
         ]
         return self.read(model, captions)
+
+
+def in_batches(data: HeldOut, ids: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, Captions]]:
+    """Yields each batch of held-out images with its captions [b, g, t].
+
+    Args:
+      data: held-out images.
+      ids: tokens of each caption, sorted by image, the same number of captions for each.
+    """
+    group, length, start = len(ids) // len(data.records), bucket(max(map(len, ids))), 0
+    for batch in data.batches:
+        size = int(np.sum(batch.valid)) * group
+        tokens = np.zeros((len(batch.valid) * group, length), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for i, row in enumerate(ids[start : start + size]):
+            tokens[i, : len(row)], mask[i, : len(row)] = row, True
+        start += size
+        yield batch, Captions(*(a.reshape(-1, group, length) for a in (tokens, mask)))
 
 
 def _require_finite(finite: bool, whose: str) -> None:

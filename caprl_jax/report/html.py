@@ -28,6 +28,7 @@ _LABELS = {
     "fact_precision": "stated facts that are true",
     "fact_recall": "true facts that are stated",
     "judge_lookup_disagreement": "judge misreads the caption",
+    "sighted_gain": "sighted gain, nats a caption",
     "splice_ids_differ": "prompts whose whole text has other tokens",
     "splice_letters_differ": "answers that differ with those tokens",
     "injections_moved": "answers moved by text that addresses the judge",

@@ -12,7 +12,10 @@ _MEANINGS = {
     "truncation_rate": "captions don't end within sampling.max_tokens: they grow without bound, or "
     "the limit is too low",
     "grad_norm": "gradients have vanished: nothing is learned",
+    "logp_gap": "rollout and update disagree about the probabilities of the same tokens: dtype, or "
+    "a way to compute that only one of them takes",
 }
+_UPPER = ("truncation_rate", "logp_gap")  # bounds that a metric should stay below
 
 
 @dataclasses.dataclass
@@ -30,7 +33,7 @@ class Watch:
         """Looks at the metrics of a step; those that aren't there break no bound."""
         for name, meaning in _MEANINGS.items():
             bound, value = getattr(self.settings, name), values.get(name)
-            rising = name == "truncation_rate"
+            rising = name in _UPPER
             broken = value is not None and (value >= bound if rising else value <= bound)
             self._broken[name] = self._broken[name] + 1 if broken else 0
             if self._broken[name] == self.settings.steps:

@@ -21,6 +21,7 @@ from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.decode.loop import Decoding
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout, injections
+from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
@@ -214,6 +215,7 @@ class _Evaluation:
         options = rules, cuts, reader.through_text
         self._reader = heldout.Reader(held, reader.tokenizer, *options)
         self._splicing = Splicing(held, reader.prompt, *options)
+        self._sight = Sight(model.policy, held, rules, cuts)
 
     def __call__(self, params: Any) -> heldout.Evaluation:
         metrics, sets = heldout.evaluate(
@@ -225,6 +227,8 @@ class _Evaluation:
             seed=self._seed,
         )
         greedy = sets["greedy"]
+        metrics |= self._sight.measure(params, [j.caption for j in sets["sampled"]])
+        warn_if_blind(metrics)
         metrics |= self._splicing.measure(self._judge, greedy)
         metrics |= injections.measure(
             self._held, self._reader, self._tokenizer, self._judge, greedy
@@ -299,6 +303,7 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
     decoding = Decoding(config.eval.group, model.tokenizer.stop, sampling)
     cuts = compile_lib.eval_slices(config, model.rules)
     writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, model.rules, cuts)
+    sight = Sight(model.policy, held, model.rules, cuts)
 
     def evaluate(params):
         metrics: dict[str, float] = {}
@@ -306,6 +311,8 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
             written = writer.write(params, name == "greedy", config.seed)
             logging.info("a %s caption: %s", name, written[0].text)
             metrics |= heldout.written_metrics(held, written, f"_{name}")
+        metrics |= sight.measure(params, written)
+        warn_if_blind(metrics)
         return metrics, {}
 
     return example, evaluate

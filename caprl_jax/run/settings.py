@@ -113,6 +113,13 @@ class Alarms:
         least=-1,
         resume=True,
     )
+    logp_gap: float = setting(
+        0.1,
+        "rollout and update apart: log-probabilities of the same tokens differ by this many nats "
+        "or more on average; a large number is off",
+        least=0,
+        resume=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

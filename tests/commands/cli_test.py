@@ -74,9 +74,9 @@ def test_a_config_that_is_not_there(value, message, monkeypatch):
     assert re.search(message, refused(value))
 
 
-def test_a_config_file_beside_no_others(tmp_path, monkeypatch):
+def test_a_config_file_that_no_name_ships(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "there is no directory configs/ here" in refused("tiny.py")
+    assert re.search("is no file; those that ship are .*did you mean .tiny", refused("tiny.py"))
 
 
 def run(*arguments):

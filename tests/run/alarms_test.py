@@ -5,11 +5,12 @@ import pytest
 from caprl_jax.run.alarms import Watch
 from caprl_jax.run.settings import Alarms
 
-FINE = {"reward_std": 0.2, "truncation_rate": 0.1, "grad_norm": 1.0}
+FINE = {"reward_std": 0.2, "truncation_rate": 0.1, "grad_norm": 1.0, "logp_gap": 0.01}
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("reward_std", 0.0), ("truncation_rate", 1.0), ("grad_norm", 0.0)]
+    ("name", "value"),
+    [("reward_std", 0.0), ("truncation_rate", 1.0), ("grad_norm", 0.0), ("logp_gap", 0.5)],
 )
 def test_a_bound_that_stays_broken_is_told_once(name, value, caplog):
     watch = Watch(Alarms(steps=3))
@@ -24,7 +25,7 @@ def test_a_bound_that_stays_broken_is_told_once(name, value, caplog):
 
 
 def test_bounds_can_be_switched_off_and_missing_metrics_break_none(caplog):
-    watch = Watch(Alarms(steps=1, reward_std=-1.0, truncation_rate=2.0, grad_norm=-1.0))
-    watch.see(1, {"reward_std": 0.0, "truncation_rate": 1.0, "grad_norm": 0.0})
+    watch = Watch(Alarms(1, reward_std=-1.0, truncation_rate=2.0, grad_norm=-1.0, logp_gap=1e9))
+    watch.see(1, {"reward_std": 0.0, "truncation_rate": 1.0, "grad_norm": 0.0, "logp_gap": 5.0})
     Watch(Alarms(steps=1)).see(1, {"loss": 0.0})
     assert not caplog.text
