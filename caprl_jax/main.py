@@ -21,9 +21,7 @@ from caprl_jax.parallel import processes
 from caprl_jax.run import bucket
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Where the run lives: a directory, or its gs:// or s3:// URL; default: new under runs/.",
+    "workdir", None, "Where the run lives: a directory, a gs:// or s3:// URL; default: in runs/."
 )
 _REPLAY = flags.DEFINE_string(
     "replay", None, "A batch that --workdir's run kept: prints which of its numbers aren't finite."

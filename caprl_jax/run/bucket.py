@@ -73,9 +73,7 @@ class Bucket:
         import fsspec  # imported where used
 
         self.local, self._url = local, url
-        self._sent: dict[
-            str, tuple[int, int]
-        ] = {}  # (size, time of change) of files that are there
+        self._sent: dict[str, tuple[int, int]] = {}  # (size, time of change)
         self._failure: str | None = None
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
