@@ -64,18 +64,23 @@ def console_name(command: str) -> str:
 
 def as_called(text: str) -> str:
     """Returns a text with its commands as the user calls them: `caprl plan --config=3b`."""
-    if Path(*sys.orig_argv[1:2]).name != "caprl":
+    if not _by_console():
         return text
     text = re.sub(r"--config=configs/(\w+)\.py", r"--config=\1", text)
     command = r"python -m caprl_jax\.(\w+)"
     return re.sub(command, lambda found: f"caprl {console_name(found[1])}", text)
 
 
+def _by_console() -> bool:
+    return Path(*sys.orig_argv[1:2]).name == "caprl"
+
+
 def describe_commands() -> str:
     """Returns the list of commands with a summary and an example each."""
     lines = ["Commands of caprl_jax (--help after one of them lists its flags):"]
     for command in commands():
-        lines += ["", f"  {command.name:<13} {command.summary}", f"{'':<16}{command.example}"]
+        name = console_name(command.name) if _by_console() else command.name
+        lines += ["", f"  {name:<13} {command.summary}", f"{'':<16}{command.example}"]
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ _PAUSE = 30  # seconds between two looks at what has changed
 _CHECKPOINTS = "checkpoints"
 # Half-written files, and those that only mean something on this machine.
 _PASSING = ("*.part", "*.partial", "lock", ".probe-*", "*.orbax-checkpoint-tmp*")
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
 
 @contextlib.contextmanager
@@ -78,7 +78,8 @@ class Bucket:
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except ImportError as e:
-            package = _PACKAGES.get(url.split("://")[0], "its fsspec package")
+            extra = _EXTRAS.get(url.split("://")[0])
+            package = f"'caprl_jax[{extra}]'" if extra else "its fsspec package"
             raise WorkdirError(f"--workdir={url} needs `pip install {package}`") from e
         except Exception as e:  # each filesystem raises its own errors
             raise self._refusal("opened", e) from e

@@ -21,7 +21,7 @@ def caprl(*arguments, site, cwd):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(site)},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(site)},
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -217,7 +217,9 @@ def train(environment, tmp_path, *, wait=True):
             *(f"--{name}={value}" for name, value in options.items()),
         ],
         cwd=ROOT,
-        env=os.environ | environment | {"TMPDIR": str(directory), "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | environment
+        | {"TMPDIR": str(directory), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,0 +1,45 @@
+"""The notebook runs from top to bottom, and lies in git without outputs."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FILE = Path(__file__).parents[2] / "launch" / "colab.ipynb"
+
+
+def outputs(notebook, kind: str) -> list[str]:
+    """The outputs of a MIME type, in order."""
+    found = (output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ()))
+    return [data[kind] for data in found if kind in data]
+
+
+def printed(notebook, stream: str) -> str:
+    found = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return "".join(o["text"] for o in found if o.output_type == "stream" and o["name"] == stream)
+
+
+def test_no_outputs_lie_in_git():
+    notebook = nbformat.read(FILE, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and all(not c.outputs and c.execution_count is None for c in code)
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # the kernel has one device, as a user's
+    notebook = nbformat.read(FILE, as_version=4)
+    (trained,) = [cell for cell in notebook.cells if "STEPS = 60" in cell.source]
+    trained.source = trained.source.replace("STEPS = 60", "STEPS = 5")  # minutes less
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=1200, resources=resources).execute()
+    # Two curves that grew, the run's picture, one's own image, and the comparison of two runs.
+    assert len(outputs(notebook, "image/png")) == 5
+    summary = json.loads((tmp_path / "runs" / "short" / "summary.json").read_text())
+    assert summary["steps"] == 5
+    assert (tmp_path / "runs" / "captioner" / "model.safetensors").is_file()
+    assert "model.safetensors" in printed(notebook, "stdout")
+    assert "Traceback" not in printed(notebook, "stderr")
