@@ -14,6 +14,7 @@ import numpy as np
 from caprl_jax.run import checkpoint, metrics
 
 from .clock import CLOCK
+from .xla_flags import ONE_DEVICE
 
 SERVER = Path(__file__).with_name("kill_server.py")
 # The smallest runs with all parts: evaluations, checkpoints, exports, report.
@@ -67,7 +68,7 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             # With several threads XLA adds some products' terms in the order in which threads end:
             # on a busy machine two runs that nobody kills differ in the last bit.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false",
+            "XLA_FLAGS": f"{ONE_DEVICE} --xla_cpu_multi_thread_eigen=false",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

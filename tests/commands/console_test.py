@@ -11,6 +11,8 @@ import pytest
 
 from caprl_jax.commands import cli, listing
 
+from ..xla_flags import ONE_DEVICE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,7 +23,7 @@ def caprl(*arguments, site, cwd):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(site)},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(site)},
     )
     return done.returncode, done.stdout, done.stderr
 

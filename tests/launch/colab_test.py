@@ -7,12 +7,16 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from ..xla_flags import ONE_DEVICE
+
 FILE = Path(__file__).parents[2] / "launch" / "colab.ipynb"
 
 
 def outputs(notebook, kind: str) -> list[str]:
     """The outputs of a MIME type, in order."""
-    found = (output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ()))
+    found = (
+        output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())
+    )
     return [data[kind] for data in found if kind in data]
 
 
@@ -30,7 +34,7 @@ def test_no_outputs_lie_in_git():
 
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")  # the kernel has one device, as a user's
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     notebook = nbformat.read(FILE, as_version=4)
     (trained,) = [cell for cell in notebook.cells if "STEPS = 60" in cell.source]
     trained.source = trained.source.replace("STEPS = 60", "STEPS = 5")  # minutes less

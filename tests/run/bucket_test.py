@@ -16,6 +16,8 @@ from caprl_jax.run import bucket, manifest
 from caprl_jax.run.bucket import Bucket
 from caprl_jax.run.workdir import WorkdirError
 
+from ..xla_flags import ONE_DEVICE
+
 ROOT = Path(__file__).parents[2]
 URL = "memory://runs/one"
 STEPS = 40
@@ -219,7 +221,7 @@ def train(environment, tmp_path, *, wait=True):
         cwd=ROOT,
         env=os.environ
         | environment
-        | {"TMPDIR": str(directory), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        | {"TMPDIR": str(directory), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ONE_DEVICE},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
