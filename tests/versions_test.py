@@ -34,7 +34,15 @@ def pairs(file, *extras):
         yield bound, pins.get(canonicalize_name(bound.name))
 
 
-@pytest.mark.parametrize(("file", "extra"), [("constraints.txt", "test"), ("lowest.txt", "plot")])
+@pytest.mark.parametrize(
+    ("file", "extra"),
+    [
+        ("constraints.txt", "test"),
+        ("gpu.txt", "cuda12"),
+        ("tpu.txt", "tpu"),
+        ("lowest.txt", "plot"),
+    ],
+)
 def test_each_requirement_is_pinned_to_a_version_that_its_bound_allows(file, extra):
     wrong = {
         str(bound): version

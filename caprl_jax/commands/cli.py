@@ -275,12 +275,18 @@ def _unknown_override(error: BaseException, config: ml_collections.ConfigDict) -
 
 @contextlib.contextmanager
 def in_one_paragraph() -> Iterator[None]:
-    """Ends the process with "error: .." on a user's error, and with STOPPED when told to."""
+    """Ends the process with "error: .." on a user's error, and with STOPPED when told to.
+
+    The exit code is 1, or LOST if process 0 can't be reached, since a later start may reach it.
+    """
     try:
         yield
     except processes.Stopped as e:
         print(f"{e}; the same command goes on from there", file=sys.stderr)
         sys.exit(processes.STOPPED)
+    except processes.Unreached as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(processes.LOST)
     except (UserError, FileExistsError) as e:
         sys.exit(f"error: {e}")
     except OSError as e:

@@ -24,7 +24,7 @@ HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as lo
 MEETING = 300  # seconds within which all processes must start
 WAITING = 24 * 3600  # maximum seconds to wait for other processes (that convert data, say)
 STOPPED = 75  # exit code after SIGTERM and a checkpoint: start the run again (EX_TEMPFAIL)
-LOST = 76  # exit code if another process is lost and JAX hasn't ended this one with 134
+LOST = 76  # exit code if another process is lost or late and JAX hasn't ended this one with 134
 
 # Words of errors from collectives, and from the service that the processes meet at.
 _COMMUNICATION = re.compile(
@@ -36,6 +36,10 @@ _BARRIERS = itertools.count()  # every barrier needs a new name, the same in all
 
 class Stopped(Exception):
     """Exception of a run that stopped on SIGTERM, after writing a checkpoint."""
+
+
+class Unreached(ConfigError):
+    """Error of a process that process 0 did not answer: its machine may come later."""
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -51,6 +55,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
 
     Raises:
       ConfigError: some but not all arguments are given, or the processes can't meet.
+      Unreached: process 0 didn't answer within MEETING.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -132,7 +137,7 @@ def _meet(coordinator: str, processes: int, process: int) -> None:
             _reach(address)
     except OSError as e:
         failure = "can't serve the port of" if process == 0 else "can't reach process 0 at"
-        raise ConfigError(
+        raise (ConfigError if process == 0 else Unreached)(
             f"process {process} {failure} --coordinator={coordinator}: {e}. Give a free port of "
             f"process 0's host that all hosts reach, and start all processes within {MEETING} s"
         ) from e

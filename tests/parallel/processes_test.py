@@ -17,6 +17,7 @@ import optax
 import pytest
 
 from caprl_jax import config as config_lib
+from caprl_jax.commands import cli
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.hf import download as sources
@@ -215,6 +216,16 @@ def test_error_names_a_taken_or_unreachable_port(monkeypatch):
     monkeypatch.setattr(distributed, "MEETING", 0)
     with pytest.raises(ConfigError, match=f"process 1 can't reach process 0 .*localhost:{port}"):
         distributed.start(f"localhost:{port}", 2, 1)
+
+
+def test_launchers_start_again_if_process_0_is_late(monkeypatch):
+    """A machine that comes late isn't an error of the run, which ends with code 1."""
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setattr(distributed, "MEETING", 0)
+    with pytest.raises(SystemExit) as late, cli.in_one_paragraph():
+        distributed.start(f"localhost:{port}", 2, 1)
+    assert late.value.code == distributed.LOST
 
 
 @pytest.mark.parametrize(
