@@ -12,16 +12,30 @@ import ml_collections
 
 from caprl_jax import config as config_lib
 from caprl_jax.data.set_aside import SetAside
+from caprl_jax.evaluate.heldout import Evaluation
 from caprl_jax.files import write_whole
 from caprl_jax.parallel import processes
 from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
-from caprl_jax.run import build, compile, export, fit, host, memory, metrics, summary
+from caprl_jax.run import (
+    build,
+    captions,
+    compile,
+    environment,
+    export,
+    fit,
+    host,
+    memory,
+    metrics,
+    sinks,
+    summary,
+)
 from caprl_jax.run import replay as replay_lib
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.alarms import Watch
 from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints, saved_config
+from caprl_jax.run.profile import Profile
 from caprl_jax.run.same_run import require_same
 from caprl_jax.run.settings import Alarms
 from caprl_jax.run.skipped import Skipped
@@ -55,6 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> dict[str, Any]:
+    sinks.require_packages(config_lib.sinks(config))
     _settle(config, workdir)
     compile.keep_compiled(workdir.parent / "compiled")
     with workdir_lib.writing(workdir):
@@ -64,13 +79,14 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> di
     if processes.is_first():  # now that nothing has refused the config
         with workdir_lib.writing(workdir / "config.json"):
             write_whole(workdir / "config.json", config.to_json(indent=2) + "\n")
+            environment.record(workdir, compile.shard_rules(config).mesh.shape)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     loop = Loop(config, workdir, task, checkpoints)
     with memory.advised(config), checkpoints:
         before = summary.remembered(
             workdir / "before.json", config, lambda: task.evaluate(state.params)
         )
-        state, after = loop.train(state)
+        state, after = loop.train(state, before)
         ceiling = task.ceiling()
     if config.export.when != "never":
         with workdir_lib.writing(workdir / "export"):
@@ -121,19 +137,38 @@ class Loop:
     task: Task
     checkpoints: Checkpoints
 
-    def train(self, state: Any) -> tuple[Any, Any]:
-        """Resumes if there is a checkpoint, and trains to the end: (state, last evaluation)."""
+    def train(self, state: Any, before: Evaluation = ({}, {})) -> tuple[Any, Evaluation]:
+        """Resumes if there is a checkpoint, and trains to the end.
+
+        Args:
+          state: the initial state on the mesh.
+          before: the evaluation before the first step, whose captions are the first table.
+
+        Returns:
+          (the last state, its evaluation).
+        """
         config, state = self.config, self.checkpoints.restore_last(state)
         if int(state.step):
             logging.info("resumed after step %d", int(state.step))
             self._finish_killed(state)
-        sinks, done = config_lib.sinks(config), int(state.step) or None
-        with metrics.writer(self.workdir, done, sinks) as writer:
+        chosen, done = config_lib.sinks(config), int(state.step) or None
+        with metrics.writer(self.workdir, done, chosen) as writer:
+            if done is None:
+                self._show(0, before, writer)
             state = self.steps(state, writer)
             logging.info("evaluating after training")
-            after = self.task.evaluate(state.params)
-            writer.write(int(state.step), after[0], prefix="eval/")
+            after = self._evaluate(int(state.step), state, writer)
         return state, after
+
+    def _evaluate(self, step: int, state: Any, writer: metrics.MetricWriter) -> Evaluation:
+        evaluation = self.task.evaluate(state.params)
+        writer.write(step, evaluation[0], prefix="eval/")
+        self._show(step, evaluation, writer)
+        return evaluation
+
+    def _show(self, step: int, evaluation: Evaluation, writer: metrics.MetricWriter) -> None:
+        shown = self.config.eval.shown
+        writer.table(step, captions.rows(self.task.heldout, evaluation[1], shown))
 
     def steps(self, state: Any, writer: metrics.MetricWriter) -> Any:
         """Runs steps from state.step to config.steps or the end of the data; returns the state."""
@@ -148,8 +183,10 @@ class Loop:
             contextlib.closing(task.data(done)) as data,
             processes.Notice() as notice,
             metrics.progress(config.steps, done) as bar,
+            Profile(config.profile, self.workdir / "profile") as profile,
         ):
             for step in range(done + 1, config.steps + 1):
+                profile.before(step, state)
                 with pace.waiting():
                     batch = next(data, None)
                     placed = None if batch is None else task.place(batch)
@@ -161,6 +198,7 @@ class Loop:
                 # The loop moves arrays explicitly; an implicit transfer is a mistake.
                 with jax.transfer_guard("disallow"):
                     state, measured = task.step(state, placed, key)
+                profile.after(step, measured)
                 watch.add(step, batch, measured)
                 if step % config.log_every == 0 or step == config.steps:
                     values = self._log(step, jax.device_get(measured), pace.lap(), writer, bar)
@@ -190,7 +228,7 @@ class Loop:
         """
         config, last = self.config, step >= self.config.steps
         if config.eval.every and step % config.eval.every == 0 and not last:
-            writer.write(step, self.task.evaluate(state.params)[0], prefix="eval/")
+            self._evaluate(step, state, writer)
         if step % config.checkpoint.every == 0 and whole:
             self.checkpoints.save(step, state, config)
             # The last export waits for its held-out figures.

@@ -44,7 +44,7 @@ def changed(**changes):
         ),
         ({"caprl.rewards.more": 1.0}, "rewards.more=1.0 must be a dict of term, weight, options"),
         ({"sinks.csv": "csv"}, "config.sinks.csv='csv' must be a dict of sink, options"),
-        ({"sinks.tensorboard.sink": "wandb"}, "config.sinks.tensorboard: 'wandb' is not one of"),
+        ({"sinks.tensorboard.sink": "aim"}, "config.sinks.tensorboard: 'aim' is not one of"),
         ({"data.source": "parquet"}, "config.data.*'parquet' is not one of 'digits', 'files'"),
     ],
 )

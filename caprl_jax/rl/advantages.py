@@ -17,6 +17,7 @@ ADVANTAGES = Registry("advantage", ("rewards", "valid"))
 _EPSILON = 1e-6
 
 
+@jax.named_scope("advantage")
 def advantage(choice: Choice, rewards: jax.Array, valid: jax.Array) -> jax.Array:
     """Returns the advantages of all captions of a batch.
 

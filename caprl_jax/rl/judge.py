@@ -55,6 +55,7 @@ class Judge:
     instruction: Instruction
 
 
+@jax.named_scope("judge")
 def judge(
     model: Judge,
     captions: Captions | Rollout,

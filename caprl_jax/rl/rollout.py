@@ -11,6 +11,7 @@ from caprl_jax.parallel import slices
 from caprl_jax.rl.types import Batch
 
 
+@jax.named_scope("rollout")
 def rollout(
     policy: Policy, params: Params, batch: Batch, *, decoding: Decoding, key: jax.Array
 ) -> Rollout:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from caprl_jax.parallel import processes
 from caprl_jax.registry import Choice
+from caprl_jax.run.captions import CaptionsFile, Row
 from caprl_jax.run.workdir import WorkdirError, writing
 
 _FILE = "metrics.jsonl"
@@ -151,6 +152,7 @@ class MetricWriter:
         self._last = b""
         self._start = 0  # offset of the earlier lines, then of the last
         self._failure: str | None = None  # why the last write failed
+        self._unwritten: str | None = None  # why the last write to metrics.jsonl did
         offset = 0
         for entry, line in _parse(path):
             if resume_step is not None and entry["step"] <= resume_step:
@@ -165,6 +167,7 @@ class MetricWriter:
             self._file = path.open("r+b", buffering=0)
             self._overwrite()
         with writing(workdir):
+            self._captions = CaptionsFile(workdir, resume_step)
             self._sinks = [sink(workdir, resume_step) for sink in (sinks or {}).values()]
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
@@ -185,11 +188,24 @@ class MetricWriter:
         values = {prefix + name: float(value) for name, value in values.items()}
         self._line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._last = _dump(self._line)
-        failure = self._attempt(self._overwrite)
+        failure = self._unwritten = self._attempt(self._overwrite)
         if step == self._known_step:  # a resumed run evaluates its last step again
             values = {k: v for k, v in values.items() if k not in self._known}
         for sink in self._sinks:
             failure = self._attempt(sink.write, step, values) or failure
+        self._tell(failure)
+
+    def table(self, step: int, rows: Sequence[Row]) -> None:
+        """Writes a table of captions to captions.jsonl, and to the sinks that take tables."""
+        again = self._captions.has(step)  # a resumed run evaluates its last step again
+        failure = self._attempt(self._captions.table, step, rows) if rows else None
+        for sink in self._sinks if rows and not again else ():
+            if hasattr(sink, "table"):
+                failure = self._attempt(sink.table, step, rows) or failure
+        self._tell(failure)
+
+    def _tell(self, failure: str | None) -> None:
+        """Warns of a failure, if the last write didn't fail too."""
         if failure and not self._failure:
             logging.warning("metrics can't be written, and the run goes on: %s", failure)
         elif self._failure and not failure:
@@ -197,7 +213,7 @@ class MetricWriter:
         self._failure = failure
 
     def _begin_line(self, step: int) -> None:
-        if self._failure:
+        if self._unwritten:
             self._earlier += self._last
         else:
             self._start, self._earlier = self._start + len(self._earlier + self._last), b""
@@ -240,6 +256,9 @@ class _Unwritten:
     """MetricWriter of processes other than the first; it writes nothing."""
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Does nothing."""
+
+    def table(self, step: int, rows: Sequence[Row]) -> None:
         """Does nothing."""
 
 

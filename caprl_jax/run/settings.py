@@ -4,6 +4,7 @@ import dataclasses
 
 from caprl_jax.models.layers import REMAT
 from caprl_jax.rl.judge import Judging
+from caprl_jax.run.profile import steps_of
 from caprl_jax.settings import setting
 
 _PATH = "a directory in Hugging Face format, its gs:// URL, a hub id, or asset:NAME (shipped)"
@@ -34,6 +35,15 @@ class General:
         "where metrics go beside metrics.jsonl: name to {sink, options}; sink defaults to the name",
         resume=True,
     )
+    profile: str = setting(
+        "",
+        "START:END captures a jax.profiler trace of these steps in WORKDIR/profile; empty: none",
+        resume=True,
+    )
+
+    def __post_init__(self):
+        """Checks `profile`."""
+        steps_of(self.profile)
 
 
 @dataclasses.dataclass(frozen=True)

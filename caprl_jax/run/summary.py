@@ -11,14 +11,12 @@ from typing import Any
 import ml_collections
 
 from caprl_jax.data.pipeline import HeldOut
-from caprl_jax.data.questions import Presented
-from caprl_jax.data.records import LETTERS
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.evaluate.heldout import Evaluation, Judged, Written
 from caprl_jax.files import write_whole
 from caprl_jax.parallel import processes
 from caprl_jax.report import html
-from caprl_jax.run import metrics, same_run
+from caprl_jax.run import captions, metrics, same_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,27 +100,6 @@ def summarise(figures: Figures, steps: int, set_aside: int) -> dict[str, Any]:
     return out
 
 
-def _answer(presented: Presented, letter: int, p_truth: float) -> html.Answer:
-    return html.Answer(
-        question=presented.text,
-        options=presented.lettered(),
-        letter=LETTERS[letter],
-        truth=LETTERS[presented.truth],
-        abstained=letter == len(presented.options) - 1,
-        p_truth=p_truth,
-    )
-
-
-def _caption(data: HeldOut, judged: Judged) -> html.Caption:
-    shown = data.presented[judged.caption.record]
-    answers = [
-        _answer(p, letter, p_truth)
-        for p, letter, p_truth in zip(shown, judged.letters, judged.p_truth, strict=True)
-    ]
-    text, length = judged.caption.text, len(judged.caption.ids)
-    return html.Caption(text, length, judged.accuracy(shown), answers)
-
-
 def finish(
     config: ml_collections.ConfigDict,
     workdir: Path,
@@ -168,7 +145,9 @@ def _samples(held: HeldOut | None, figures: Figures, count: int) -> list[html.Sa
     pairs = list(zip(*(judged["greedy"] for judged in sets), strict=True))[:count]
     return [
         html.Sample(
-            held.records[old.caption.record].image, _caption(held, old), _caption(held, new)
+            held.records[old.caption.record].image,
+            captions.described(held, old),
+            captions.described(held, new),
         )
         for old, new in pairs
     ]

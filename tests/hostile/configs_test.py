@@ -98,7 +98,7 @@ VALUES = [
     ("caprl.loss_options.clp", 1, "config.caprl.loss_options.clp is unknown"),
     ("caprl.loss_options.clip", NAN, "clip=nan must be a finite number"),
     ("sinks.csv", "csv", "config.sinks.csv='csv' must be a dict"),
-    ("sinks.tensorboard.sink", "wandb", "'wandb' is not one of"),
+    ("sinks.tensorboard.sink", "aim", "'aim' is not one of"),
     ("optimizer.learning_rate", NAN, "config.optimizer.learning_rate=nan"),
     ("optimizer.learning_rate", INFINITE, "config.optimizer.learning_rate=inf"),
     ("data.source", "parquet", "'parquet' is not one of 'digits', 'files'"),

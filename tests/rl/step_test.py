@@ -1,6 +1,7 @@
 """The step is one program: traced once, nothing called on the host, the same on any mesh."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +133,11 @@ def test_metrics_are_the_same_in_one_slice_and_in_more(world):
         for a, b in zip(one[name], two[name], strict=True):
             assert a.dtype == b.dtype == np.float32
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_each_verb_is_a_scope_of_the_program(eight):
+    """Profiles and plans find the operations of a verb by its name."""
+    args = make_run(eight), start(eight), eight.batch, jax.random.key(2)
+    text = jax.jit(step()).lower(*args).as_text(debug_info=True)
+    for verb in ("rollout", "judge", "reward", "advantage", "update"):
+        assert re.search(rf'"jit\([^"]*\)/{verb}/', text), verb

@@ -160,19 +160,24 @@ def test_reading_a_run_that_wrote_nothing(tmp_path):
     assert metrics.read(tmp_path) == []
 
 
-def board(workdir):
-    """The values by tag, [(step, value), ..], that TensorBoard shows of all event files."""
-    shown = {}
+def events(workdir):
+    """The events of all of TensorBoard's files."""
     for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
         content = path.read_bytes()
         while content:
             (length,) = struct.unpack_from("<Q", content)
-            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            yield event_pb2.Event.FromString(content[12 : 12 + length])
             content = content[16 + length :]
-            if event.session_log.status == event_pb2.SessionLog.START:  # as TensorBoard does
-                shown = {t: [v for v in vs if v[0] < event.step] for t, vs in shown.items()}
-            for value in event.summary.value:
-                shown.setdefault(value.tag, []).append((event.step, value.simple_value))
+
+
+def board(workdir):
+    """The values by tag, [(step, value), ..], that TensorBoard shows of all event files."""
+    shown = {}
+    for event in events(workdir):
+        if event.session_log.status == event_pb2.SessionLog.START:  # as TensorBoard does
+            shown = {t: [v for v in vs if v[0] < event.step] for t, vs in shown.items()}
+        for value in event.summary.value:
+            shown.setdefault(value.tag, []).append((event.step, value.simple_value))
     return shown
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import chex
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 from caprl_jax.registry import Choice, Registry
@@ -60,6 +61,7 @@ def needed_models(terms: Iterable[Term]) -> set[str]:
     return {name for term in terms for name in getattr(term.choice.function, "needs", ())}
 
 
+@jax.named_scope("reward")
 def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
     """Returns rewards of captions: the weighted sum of the terms, and each term by name.
 

@@ -5,9 +5,11 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 class _TensorBoard:
@@ -22,7 +24,7 @@ class _TensorBoard:
         from tensorboardX import record_writer, summary  # imported where used
         from tensorboardX.proto import event_pb2
 
-        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._event, self._summary = event_pb2.Event, summary
         self._checksum = record_writer.masked_crc32c
         self._left = b""  # what isn't on disk yet
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,20 @@ class _TensorBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if math.isfinite(value):  # TensorBoard draws no others
-                self._add(step=step, summary=self._scalar(name, value))
+                self._add(step=step, summary=self._summary.scalar(name, value))
+        self._flush()
+
+    def table(self, step: int, rows: Sequence[Any]) -> None:
+        """Shows each row as an image, and as text with its caption and verdicts."""
+        for i, row in enumerate(rows):
+            image, name = row.thumbnail(), f"captions/{i}"
+            if image is not None:
+                pixels = self._summary.image(f"{name}/image", np.asarray(image), dataformats="HWC")
+                self._add(step=step, summary=pixels)
+            reward = f"reward {row.caption.accuracy:.3f}, {row.caption.length} tokens"
+            parts = (row.name, row.caption.text, reward, row.verdicts())
+            text = "\n".join(parts).replace("\n", "\n\n")  # Markdown's line breaks
+            self._add(step=step, summary=self._summary.text(name, text))
         self._flush()
 
     def close(self) -> None:
