@@ -23,6 +23,7 @@ _PAUSE = 30  # seconds between two looks at what has changed
 _CHECKPOINTS = "checkpoints"
 # Half-written files, and those that only mean something on this machine.
 _PASSING = ("*.part", "*.partial", "lock", ".probe-*", "*.orbax-checkpoint-tmp*")
+_UNREAD = ("export", "damaged-checkpoints")  # by a run that goes on
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
 
@@ -92,7 +93,7 @@ class Bucket:
         return f"{self._root}/{name}"
 
     def fetch(self) -> None:
-        """Makes the local copy: all files but exports, and only whole checkpoints.
+        """Makes the local copy: all that a run which goes on may read; of checkpoints whole ones.
 
         Raises:
           WorkdirError: the bucket can't be read, or not be written to.
@@ -207,7 +208,7 @@ def _wanted(name: str, found: set[str]) -> bool:
     first, *rest = name.split("/")
     if first == _CHECKPOINTS:
         return len(rest) > 1 and f"{_CHECKPOINTS}/{rest[0]}/{manifest.NAME}" in found
-    return not rest
+    return first not in _UNREAD
 
 
 def _stamp(path: Path) -> tuple[int, int]:

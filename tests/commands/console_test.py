@@ -11,6 +11,7 @@ import pytest
 
 from caprl_jax.commands import cli, listing
 
+from ..killed import CAPRL, SETTINGS
 from ..xla_flags import ONE_DEVICE
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +62,11 @@ def test_the_wheel_holds_every_config_and_model(wheel):
 
 
 def test_an_installed_wheel_trains_outside_a_checkout(site, tmp_path):
-    options = ("--config=tiny", "--workdir=run", "--config.steps=1", "--config.eval.images=4")
-    sizes = ("--config.eval.batch=4", "--config.data.batch=2", "--config.caprl.group=2")
-    data = ("--config.data.train=16", "--config.export.when=never")
-    code, out, told = caprl("train", *options, *sizes, *data, site=site, cwd=tmp_path)
+    config = {**SETTINGS, **CAPRL, "steps": 1, "export.when": "never"}
+    options = (f"--config.{name}={value}" for name, value in config.items())
+    code, out, told = caprl(
+        "train", "--config=tiny", "--workdir=run", *options, site=site, cwd=tmp_path
+    )
     assert code == 0, told
     assert "held-out accuracy" in out
     assert (tmp_path / "run" / "report.html").is_file()

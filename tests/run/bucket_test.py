@@ -16,6 +16,7 @@ from caprl_jax.run import bucket, manifest
 from caprl_jax.run.bucket import Bucket
 from caprl_jax.run.workdir import WorkdirError
 
+from ..killed import CAPRL, SETTINGS
 from ..xla_flags import ONE_DEVICE
 
 ROOT = Path(__file__).parents[2]
@@ -201,22 +202,13 @@ def train(environment, tmp_path, *, wait=True):
     """Starts a short run whose workdir is in the bucket, on a machine that knows nothing."""
     directory = tmp_path / str(time.time_ns())
     directory.mkdir()
-    options = {
-        "workdir": "s3://runs/tiny",
-        "config.steps": STEPS,
-        "config.checkpoint.every": 2,
-        "config.data.batch": 2,
-        "config.data.train": 16,
-        "config.data.data_dir": tmp_path,
-        "config.caprl.group": 2,
-        "config.sampling.max_tokens": 8,
-        "config.eval.images": 4,
-        "config.eval.batch": 4,
-    }
+    config = {**SETTINGS, **CAPRL, "steps": STEPS, "export.when": "end", "checkpoint.every": 2}
+    config |= {"eval.every": 0, "data.data_dir": tmp_path}
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "tests.run.bucket_run", "--config=configs/tiny.py"),
-            *(f"--{name}={value}" for name, value in options.items()),
+            "--workdir=s3://runs/tiny",
+            *(f"--config.{name}={value}" for name, value in config.items()),
         ],
         cwd=ROOT,
         env=os.environ
