@@ -61,6 +61,7 @@ def test_the_wheel_holds_every_config_and_model(wheel):
     assert not [name for name in inside if name.startswith("tests") or "__pycache__" in name]
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_trains_outside_a_checkout(site, tmp_path):
     config = {**SETTINGS, **CAPRL, "steps": 1, "export.when": "never"}
     options = (f"--config.{name}={value}" for name, value in config.items())
