@@ -22,6 +22,9 @@ SlurmctldPort=$controller_port
 SlurmdPort=$node_port
 SlurmUser=$user
 SlurmdUser=$user
+# JAX chooses the port at which processes meet by the number of the job, modulo 4096; two clusters
+# on one machine must not have the same numbers.
+FirstJobId=$((RANDOM % 4000 + 1))
 AuthType=auth/munge
 # A requeued job waits for as long as its old credentials are good: 120 s by default.
 AuthInfo=socket=$folder/munge.socket,cred_expire=15
