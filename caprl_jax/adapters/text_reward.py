@@ -32,8 +32,9 @@ def text_reward(
     """Returns a reward function `f(prompts, completions, **columns) -> list[float]`.
 
     Tunix takes it in GRPOLearner's reward_fns, TRL in GRPOTrainer's reward_funcs, MaxText from the
-    module that reward_functions_path names; other arguments of these are ignored. A row's questions are drawn anew in each call,
-    and completions with equal questions, such as those of one group, are asked the same ones.
+    module that reward_functions_path names; their other arguments are ignored. A row's questions
+    are drawn anew in each call, and completions with equal questions, such as those of one group,
+    are asked the same ones.
 
     Args:
       judge: what caprl_jax.load_judge returns.
