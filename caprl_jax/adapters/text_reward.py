@@ -31,9 +31,10 @@ def text_reward(
 ) -> Callable[..., list[float]]:
     """Returns a reward function `f(prompts, completions, **columns) -> list[float]`.
 
-    Tunix takes it in GRPOLearner's reward_fns, TRL in GRPOTrainer's reward_funcs, MaxText as a
-    reward function; what else these pass is ignored. A row's questions are drawn anew in each call,
-    and completions with equal questions, such as those of one group, are asked the same ones.
+    Tunix takes it in GRPOLearner's reward_fns, TRL in GRPOTrainer's reward_funcs, MaxText from the
+    module that reward_functions_path names; their other arguments are ignored. A row's questions
+    are drawn anew in each call, and completions with equal questions, such as those of one group,
+    are asked the same ones.
 
     Args:
       judge: what caprl_jax.load_judge returns.
@@ -59,9 +60,11 @@ def text_reward(
     def caprl_reward(
         prompts: Sequence[Any] | None = None,
         completions: Sequence[Any] | None = None,
+        tmvp_config: Any = None,
         **columns: Any,
     ) -> list[float]:
-        del prompts  # the judge reads captions alone
+        # The judge reads captions alone; tmvp_config is MaxText's name of its own config.
+        del prompts, tmvp_config
         rows = _column(questions, completions, columns)
         rewards = texts.score(completions, rows, strict=on_error == "raise")
         return [0.0 if reward is None else reward for reward in rewards]

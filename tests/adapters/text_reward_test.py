@@ -2,7 +2,10 @@
 
 import asyncio
 import concurrent.futures
+import functools
+import inspect
 import json
+import types
 
 import jax
 import numpy as np
@@ -93,6 +96,50 @@ def test_a_call_is_cut_into_programs_of_one_shape(judge, rows, expected, monkeyp
     assert [n for n, _ in sizes] == [4, 4] and len(set(sizes)) == 1
 
 
+@pytest.mark.parametrize("by", ["position", "keyword"])
+def test_maxtext_passes_its_config_too(judge, rows, expected, by):
+    """As MaxText calls its own reward functions, and a custom one of reward_functions_path.
+
+    src/maxtext/trainers/post_train/rl: trainer_setup.build_reward_fns binds tmvp_config by keyword,
+    and Tunix adds the columns; utils_rl.match_format_exactly(prompts, completions, tmvp_config,
+    **kargs) has it as the third argument. The rows of utils_rl.process_data have the columns
+    prompts, question and answer: the questions come as JSON text in answer.
+    """
+    completions, asked = rows
+    config = types.SimpleNamespace(reward_exact_format_match=3.0, debug=False)
+    columns = {
+        "question": np.asarray(["Describe."] * 6),
+        "answer": np.asarray([json.dumps(own) for own in asked]),
+        "trajectory_ids": [f"{i // 2}_{i % 2}" for i in range(6)],
+        "mode": "train",
+    }
+    reward = text_reward(judge, "answer", draws=None)
+    prompts = ["Describe."] * 6
+    if by == "position":
+        found = reward(prompts, completions, config, **columns)
+    else:
+        bound = functools.partial(reward, tmvp_config=config)
+        found = bound(prompts=prompts, completions=completions, **columns)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_tunix_looks_for_settings_of_its_own_among_the_parameters(judge, rows, expected):
+    """As tunix/rl/reward_manager.py (0.1.7) calls it: a name of a setting would get its value."""
+    completions, asked = rows
+    settings = {"num_generations": 2, "temperature": 1.0, "mode": "train", "questions": None}
+    reward = text_reward(judge, draws=None)
+    names = set(inspect.signature(reward).parameters) - {"prompts", "completions"}
+    assert not names & set(settings)
+    found = reward(
+        prompts=["Describe."] * 6,
+        completions=completions,
+        questions=np.asarray([json.dumps(own) for own in asked]),
+        trajectory_ids=["0_0"] * 6,
+        mode="train",
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 BAD = [
     (None, "x", "the completion is missing"),
     ([{"role": "assistant"}], "x", "the completion is of type list"),
@@ -168,3 +215,52 @@ def test_verl_calls_from_threads_and_takes_questions_from_extra_info(judge, rows
         found = [f.result() for f in futures]
     assert all(r["score"] > 0.5 and r["judged"] == 1 for r in found)
     assert score("caprl", completions[0], None) == {"score": 0.0, "judged": 0.0}
+
+
+# verl's managers give every argument by keyword, and more than documented: verl/experimental/
+# reward_loop and its predecessor verl/experimental/reward/reward_loop/naive.py add those below.
+EXTRAS = [
+    {},
+    {"reward_model": None, "reward_model_tokenizer": None},
+    {"reward_router_address": "localhost:80", "reward_model_tokenizer": None},
+]
+
+
+def call_with_kwargs(function, extra, *args, **kwargs):
+    """Merges custom_reward_function.reward_kwargs, as verl/trainer/ppo/reward.py does."""
+    return function(*args, **(kwargs | extra))
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_verl_calls_with_its_documented_arguments(judge, rows, expected, asynchronous, extra):
+    """docs/preparation/reward_function.rst: (data_source, solution_str, ground_truth, extra_info).
+
+    verl finds out with inspect.iscoroutinefunction whether to await the function; if it need not,
+    it calls it in a thread of its event loop's executor.
+    """
+    completions, asked = rows
+    score = verl_score(judge, draws=None, asynchronous=asynchronous)
+    assert inspect.iscoroutinefunction(score) == asynchronous
+    names = list(inspect.signature(score).parameters)
+    assert names[:4] == ["data_source", "solution_str", "ground_truth", "extra_info"]
+    bound = functools.partial(call_with_kwargs, score, {"version": 1})
+
+    async def run_single(completion, own):
+        call = {
+            "data_source": "caprl",
+            "solution_str": completion,
+            "ground_truth": json.dumps(own),
+            "extra_info": {"index": 0, "num_turns": 2},
+        }
+        if asynchronous:
+            return await bound(**call, **extra)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, lambda: bound(**call, **extra))
+
+    async def all_of_them():
+        return await asyncio.gather(*map(run_single, completions, asked))
+
+    found = asyncio.run(all_of_them())
+    assert all(type(r["score"]) is float and r["judged"] == 1 for r in found)
+    np.testing.assert_allclose([r["score"] for r in found], expected, atol=1e-6)

@@ -28,14 +28,3 @@ def test_reinforce_in_a_scan_learns_what_the_judge_wants(capsys):
     means = [float(m) for m in re.findall(r"mean reward ([\d.]+)", printed)]
     assert len(means) == 6 and means[-1] > means[0] + 0.15 and means[-1] > 0.9
     assert printed.endswith("the policy says: digits: north red three\n")
-
-
-@pytest.mark.slow
-def test_trl_learns_from_the_reward(capsys):
-    pytest.importorskip("trl", reason="trl and torchvision have an environment of their own")
-    pytest.importorskip("torchvision", reason="transformers' image processors need torchvision")
-    module(ROOT / "launch/examples/trl_grpo.py").main()
-    first, last = re.search(
-        r"first 5: ([\d.]+)  last 5: ([\d.]+)", capsys.readouterr().out
-    ).groups()
-    assert float(last) > float(first) + 0.03
