@@ -72,6 +72,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert all(found[k] == v for k, v in whole_line.items() if k not in CLOCK)
     assert all(x["recompiles"] == 0 for x in lines)
     assert {"report.html", "summary.json", "tensorboard"} <= {p.name for p in parts.iterdir()}
+    tables = [json.loads(x)["step"] for x in (parts / "captions.jsonl").read_text().splitlines()]
+    assert tables == [0] * 8 + [2] * 8 + [4] * 8
+    assert len(json.loads((parts / "environment.json").read_text())) == 2
     with pytest.raises(ConfigError, match=r"caprl.group was 2, is 4"):
         train.run(tiny(tmp_path, **constant, **{"caprl.group": 4}), parts)
     assert json.loads((parts / "config.json").read_text())["caprl"]["group"] == 2

@@ -17,10 +17,10 @@ from .metrics_test import events
 from .sinks.shown import rows
 
 
-def evaluated():
+def evaluated(image=b"no image"):
     """(held-out data of three images, sets of judged captions)."""
     question = Question("Which color?", ("red", "blue"), 1)
-    records = [Record(f"image {i}", b"no image", (question,)) for i in range(3)]
+    records = [Record(f"image {i}", image, (question,)) for i in range(3)]
     presented = [[Presented("Which color?", ("red", "blue", "cannot tell"), 1)]] * 3
     data = types.SimpleNamespace(records=records, presented=presented)
     judged = [Judged(Written(i, f"caption {i}", [7] * i), [i], [0.1 * i]) for i in range(3)]

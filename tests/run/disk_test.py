@@ -78,10 +78,11 @@ def count(state, batch, key):
     return jax.tree.map(lambda a: a + 1, state), {"reward": (state.step / 2, jnp.float32(1))}
 
 
-def train_in(workdir, events=None, **changes):
+def train_in(workdir, events=None, held=(None, {}), **changes):
     """Runs train.Loop in a workdir; events maps a step to what happens before it.
 
-    No checkpoint is being written when it happens.
+    No checkpoint is being written when it happens. `held` has the held-out data, and the captions
+    of every evaluation.
     """
 
     def data(done):
@@ -99,13 +100,14 @@ def train_in(workdir, events=None, **changes):
         traces=lambda: 1,
         data=data,
         place=lambda batch: batch,
-        evaluate=lambda params: ({"accuracy_greedy": 0.5}, {}),
+        evaluate=lambda params: ({"accuracy_greedy": 0.5}, held[1]),
+        heldout=held[0],
     )
     with (
         workdir_lib.held(workdir),
         checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints,
     ):
-        last, _ = train.Loop(c, workdir, task, checkpoints).train(state())
+        last, _ = train.Loop(c, workdir, task, checkpoints).train(state(), ({}, held[1]))
         checkpoints.require_saved()
     return last
 
