@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from absl import flags
 from flax import linen as nn
+from jax.experimental.compilation_cache import compilation_cache
 
 from caprl_jax.data.tokens import PolicyPrompt
 from caprl_jax.models.decoder import Decoder, DecoderConfig
@@ -99,6 +100,19 @@ def make_world(images: int = 4, seed: int = 0) -> World:
 def world() -> World:
     """make_world() of 4 images."""
     return make_world()
+
+
+@pytest.fixture(scope="module")
+def programs_kept(tmp_path_factory):
+    """Programs that several tests of a file compile are compiled once. For one device only.
+
+    On 8 CPU devices a run with kept programs hung (JAX 0.10).
+    """
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

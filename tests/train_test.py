@@ -18,7 +18,10 @@ from caprl_jax.models.hf import files as hf
 
 from .clock import CLOCK
 
-pytestmark = pytest.mark.slow  # each run compiles several programs
+pytestmark = [  # each run compiles several programs
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_device", "programs_kept"),
+]
 
 
 def tiny(tmp_path, **changes) -> ml_collections.ConfigDict:
