@@ -14,7 +14,7 @@ TASK = yaml.safe_load(FILE.read_text())
 
 def test_skypilot_reads_the_task():
     sky = pytest.importorskip(
-        "sky", reason="needs SkyPilot: see `pip install skypilot` in launch/README.md"
+        "sky", reason="needs SkyPilot: launch/README.md says how"
     )
     task = sky.Task.from_yaml(str(FILE))
     (resources,) = task.resources
