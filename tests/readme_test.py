@@ -32,7 +32,7 @@ NOT_RUN = {
     "python -m caprl_jax.plan": f"{LONG}; plan/plan_test.py compiles smaller steps",
     "python -m caprl_jax.bench": f"{LONG}; tests/bench runs each kind at a smaller size",
     "python -m caprl_jax.random_model": "writes 7.5 GB; commands/convert_test.py makes a small one",
-    "sbatch": "needs a cluster; launch_test.py runs the script with stand-ins",
+    "sbatch": "needs a cluster; launch/slurm_test.py starts one for the script",
     "ZONE=": "needs a cloud; launch_test.py runs the script with stand-ins",
 }
 RUN = (

@@ -13,9 +13,7 @@ TASK = yaml.safe_load(FILE.read_text())
 
 
 def test_skypilot_reads_the_task():
-    sky = pytest.importorskip(
-        "sky", reason="needs SkyPilot: see `pip install skypilot` in launch/README.md"
-    )
+    sky = pytest.importorskip("sky", reason="needs SkyPilot: launch/README.md says how")
     task = sky.Task.from_yaml(str(FILE))
     (resources,) = task.resources
     assert task.num_nodes == TASK["num_nodes"] and resources.accelerators == {"H100": 8}

@@ -2,7 +2,7 @@
 # Runs a command in a Slurm cluster of its own: one node with two tasks, on this machine.
 # Usage: slurm_cluster.sh FOLDER COMMAND..     FOLDER takes the cluster's files and logs.
 # The partition `high` preempts jobs of `low`, the default, which are told 120 s before and requeued.
-# Needs slurmctld, slurmd and munged, no privileges and no service manager.
+# Needs slurmctld, slurmd and munged, and no service manager.
 set -euo pipefail
 mkdir -p "$1/state" "$1/spool"
 folder="$(cd "$1" && pwd)"
