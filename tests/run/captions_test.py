@@ -79,8 +79,8 @@ def test_a_finished_run_s_last_table_is_written_once(tmp_path):
 
 
 def test_tables_are_kept_up_to_the_checkpoint(tmp_path):
-    expected = {None: (0, 2, 4), 3: (0, 2, 4, 6), 6: (0, 2, 4, 6)}
-    for resume_step, steps in ((None, (0, 2, 4)), (3, (4, 6)), (6, (6,))):
+    expected = {None: (0, 2, 4), 3: (0, 2, 6), 6: (0, 2, 6)}
+    for resume_step, steps in ((None, (0, 2, 4)), (3, (6,)), (6, (6,))):
         file = captions.CaptionsFile(tmp_path, resume_step)
         for number in steps:
             file.table(number, rows(1))
