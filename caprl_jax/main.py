@@ -2,9 +2,8 @@
 
 python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
 
-For several processes, one on each host, give the same command in each, with the same --workdir on a
-shared disk, and --coordinator=HOST:PORT --processes=N --process=I if JAX does not find these by
-itself (it does under Slurm and on TPU pods).
+For several processes give the same command on each host, with --workdir on a shared disk, and with
+--coordinator=HOST:PORT --processes=N --process=I unless under Slurm or on a TPU pod, as JAX knows.
 """
 
 import sys
@@ -20,9 +19,7 @@ from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags, set_up_
 from caprl_jax.parallel import processes
 from caprl_jax.run import bucket
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives: a directory, a gs:// or s3:// URL; default: in runs/."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory or URL; default: in runs/.")
 _REPLAY = flags.DEFINE_string(
     "replay", None, "A batch that --workdir's run kept: prints which of its numbers aren't finite."
 )
@@ -52,8 +49,8 @@ def main(_: list[str]) -> None:
             print(f"JAX {jax.__version__}: {count} x {kind.device_kind} ({kind.platform})")
             print(f"workdir: {place}", flush=True)
         with bucket.opened(place) as workdir:
-            if _REPLAY.value:
-                train.replay(flags.FLAGS.config, workdir, Path(_REPLAY.value))
+            if file := _REPLAY.value:
+                train.replay(flags.FLAGS.config, workdir, Path(file))
             else:
                 train.run(flags.FLAGS.config, workdir)
 

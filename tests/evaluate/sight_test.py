@@ -50,21 +50,27 @@ def blind(params):
     return params | {"vision": params["vision"] | {"merger": merger}}
 
 
-def logp(task, params, image, caption):
-    """log p(caption | image) of the first batch, alone and without padding."""
-    batch = jax.tree.map(lambda a: jnp.asarray(a)[image : image + 1], task.heldout.batches[0])
-    tokens = jnp.asarray(caption.ids)[None, None]
-    captions = heldout.Captions(tokens, jnp.ones_like(tokens, bool))
-    return float(caption_logps(task.policy, params, batch, captions)[0].sum())
+def logps(task, params, captions):
+    """log p(caption | image) of the first batch: a function of (image, caption), one at a time."""
+    batches, longest = task.heldout.batches, max(len(c.ids) for c in captions)
+
+    @jax.jit
+    def compute(batch, captions):
+        return jnp.sum(caption_logps(task.policy, params, batch, captions)[0])
+
+    def logp(image, caption):
+        ids = np.pad(caption.ids, (0, longest - len(caption.ids)))[None, None]
+        written = heldout.Captions(ids, (np.arange(longest) < len(caption.ids))[None, None])
+        return float(compute(jax.tree.map(lambda a: a[image : image + 1], batches[0]), written))
+
+    return logp
 
 
 def test_the_gain_is_the_mean_over_captions_of_a_difference_between_two_images(shipped):
     task, params, captions = shipped
+    logp = logps(task, params, captions)
     gains = [
-        [
-            logp(task, params, i, c) - logp(task, params, (i - 1) % BATCH, c)
-            for c in captions[2 * i : 2 * i + 2]
-        ]
+        [logp(i, c) - logp((i - 1) % BATCH, c) for c in captions[2 * i : 2 * i + 2]]
         for i in range(BATCH)
     ]
     of_image = np.mean(gains, axis=1)
