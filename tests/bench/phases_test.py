@@ -57,6 +57,7 @@ def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch,
     assert f"{shared.wasted:.0%} of its slots waited" in phases.tell({"decode": shared})
 
 
+@pytest.mark.slow
 def test_the_phases_sum_up_to_the_step(monkeypatch, one_device):
     """But for what XLA finds twice in the whole step and does once, which slices keep apart."""
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])

@@ -21,6 +21,7 @@ def small():
     return config
 
 
+@pytest.mark.slow
 def test_captions_are_read_once_however_many_questions_there_are(small, one_device):
     seen = []
     found = scaling.measure(

@@ -103,6 +103,7 @@ def test_a_bucket_costs_what_captions_of_its_length_do(eight, cuts):
     assert found[0] < found[1] < found[2]
 
 
+@pytest.mark.slow
 def test_captions_are_planned_as_long_as_they_may_be(eight):
     """The choice among lengths is not guessed by the roofline."""
     run, *rest = args(eight)
