@@ -3,7 +3,7 @@
 python -m caprl_jax.main --config=configs/tiny.py [--workdir=DIR] [--config.key=value ...]
 
 For several processes give the same command on each host, with --workdir on a shared disk, and with
---coordinator=HOST:PORT --processes=N --process=I unless under Slurm or on a TPU pod, as JAX knows.
+--coordinator=HOST:PORT --processes=N --process=I. JAX finds these under Slurm and on TPU pods.
 """
 
 import sys

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import jax
@@ -75,7 +76,6 @@ class Bucket:
 
         self.local, self._url = local, url
         self._sent: dict[str, tuple[int, int]] = {}  # (size, time of change)
-        self._failure: str | None = None
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except ImportError as e:
@@ -128,15 +128,16 @@ class Bucket:
         stop = threading.Event()
 
         def keep_sending():
+            before = None
             while not stop.wait(_PAUSE):
                 try:
                     self.send()
                     failure = None
                 except Exception as e:  # each filesystem raises its own errors
                     failure = str(self._refusal("written", e))
-                if failure and not self._failure:
+                if failure and not before:
                     logging.warning("%s; the run goes on, and sends it later", failure)
-                self._failure = failure
+                before = failure
 
         thread = threading.Thread(target=keep_sending, name="send to bucket", daemon=True)
         thread.start()
@@ -178,7 +179,7 @@ class Bucket:
 
     def _send_file(self, path: Path) -> None:
         name = path.relative_to(self.local).as_posix()
-        if any(part.match(wild) for part in _parts(name) for wild in _PASSING):
+        if any(fnmatch(part, wild) for part in name.split("/") for wild in _PASSING):
             return
         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
             stamp = _stamp(path)
@@ -191,16 +192,12 @@ class Bucket:
         old = [
             name
             for name in self._sent
-            if _parts(name)[0].name == _CHECKPOINTS and _parts(name)[1].name not in kept
+            if name.startswith(f"{_CHECKPOINTS}/") and name.split("/")[1] not in kept
         ]
-        for name in sorted(old, key=lambda name: _parts(name)[-1].name != manifest.NAME):
+        for name in sorted(old, key=lambda name: not name.endswith(f"/{manifest.NAME}")):
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._there(name))
             del self._sent[name]
-
-
-def _parts(name: str) -> list[PurePosixPath]:
-    return [PurePosixPath(part) for part in name.split("/")]
 
 
 def _wanted(name: str, found: set[str]) -> bool:

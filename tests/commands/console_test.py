@@ -110,7 +110,7 @@ def test_a_name_and_its_file_are_one_config(monkeypatch):
 
 
 def complete(words, site):
-    """What bash offers after the last of the words."""
+    """The words that bash offers for the last one."""
     program = f"""
 source <({sys.executable} {site}/bin/caprl completion)
 COMP_WORDS=({" ".join(repr(w) for w in words)}); COMP_CWORD={len(words) - 1}
