@@ -99,6 +99,7 @@ class TextJudge:
       draws: questions to ask of each completion; None asks all.
       seed: seed of draws and shuffles.
       batch: largest number of completions in one program.
+      anew: whether each call draws and shuffles anew; else a row's questions are always the same.
       faults: how many rows couldn't be judged, by reason.
     """
 
@@ -106,6 +107,7 @@ class TextJudge:
     draws: int | None
     seed: int
     batch: int
+    anew: bool = True
     faults: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     _calls: Iterator[int] = dataclasses.field(default_factory=itertools.count, repr=False)
     _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
@@ -130,7 +132,7 @@ class TextJudge:
             except (MalformedRecord, ValueError) as e:
                 self._fault(i, e, strict)
         with self._lock:
-            number = next(self._calls)
+            number = next(self._calls) if self.anew else 0
         usable = sorted(asked)
         rewards: list[float | None] = [None] * len(completions)
         if not usable:

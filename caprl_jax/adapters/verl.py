@@ -26,7 +26,9 @@ def verl_score(
     """Returns verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`.
 
     Calls that run at once, from threads or from an event loop, are gathered for 5 milliseconds and
-    judged together. A module that verl names in custom_reward_function.path holds
+    judged together. verl may spread a group over several such gatherings, and its members must be
+    asked the same: so an image gets the same draws and shuffles in every call; draws=None asks all
+    of its questions. A module that verl names in custom_reward_function.path holds
     `compute_score = verl_score(load_judge(..))`.
 
     Args:
@@ -70,7 +72,7 @@ class _Gathered:
     """Judges concurrent calls together, in one thread."""
 
     def __init__(self, judge: LoadedJudge, draws: int | None, seed: int, batch: int):
-        self._judge = TextJudge(judge, draws, seed, batch)
+        self._judge = TextJudge(judge, draws, seed, batch, anew=False)
         self._waiting: queue.SimpleQueue = queue.SimpleQueue()
         self._batch, self._lock = batch, threading.Lock()
         self._thread: threading.Thread | None = None

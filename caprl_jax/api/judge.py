@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class LoadedJudge(Loaded):
         Args:
           per_image: [b] lists of {"question", "choices": ["A) ..", ..], "answer": "B"}, or of
             records.Question.
-          seed: seed of draws and shuffles, as numpy.random.default_rng takes it.
+          seed: seed of draws and shuffles, as numpy.random.default_rng takes it. An image's depend
+            on the seed and on its own questions, not on the other images.
           draws: number of questions to draw for each image; None takes all of them.
           replacement: whether a question may be drawn twice.
           shuffle: whether to shuffle the options; the abstain option always comes last.
@@ -73,14 +75,21 @@ class LoadedJudge(Loaded):
         """
         if not any(len(asked) for asked in per_image):
             raise UserError("nothing to judge: give at least one question")
-        rng = np.random.default_rng(seed)
         asked = [
             [q if isinstance(q, Question) else records.parse_question(q) for q in own]
             for own in per_image
         ]
+        seeds = np.atleast_1d(seed).tolist()
+        rngs = [np.random.default_rng([*seeds, zlib.crc32(repr(own).encode())]) for own in asked]
         if draws is not None:
-            asked = [questions_lib.draw(own, draws, rng, replacement) for own in asked]
-        shown = [[questions_lib.present(q, rng if shuffle else None) for q in own] for own in asked]
+            asked = [
+                questions_lib.draw(own, draws, rng, replacement)
+                for own, rng in zip(asked, rngs, strict=True)
+            ]
+        shown = [
+            [questions_lib.present(q, rng if shuffle else None) for q in own]
+            for own, rng in zip(asked, rngs, strict=True)
+        ]
         most = draws or bucket(max(map(len, shown)))
         longest = bucket(max(len(self.prompt.tail(p)) for own in shown for p in own))
         rows = [self.prompt.arrays(own, most, longest) for own in shown]

@@ -217,6 +217,20 @@ def test_verl_calls_from_threads_and_takes_questions_from_extra_info(judge, rows
     assert score("caprl", completions[0], None) == {"score": 0.0, "judged": 0.0}
 
 
+def test_a_score_of_verl_depends_on_its_own_arguments_alone(judge, rows):
+    """verl's calls are gathered as they happen to come: a group may be cut anywhere."""
+    completions, asked = rows
+    pairs = zip(completions, asked, strict=True)
+    calls = [{"solution_str": c, "ground_truth": q} for c, q in pairs]
+    one_by_one, backwards = (verl_score(judge, draws=2) for _ in range(2))
+    found = [one_by_one(**call)["score"] for call in calls]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        again = list(pool.map(lambda call: backwards(**call)["score"], calls[::-1]))[::-1]
+    np.testing.assert_allclose(found, again, atol=1e-6)
+    alike = [one_by_one(completions[0], completions[0], asked[0])["score"] for _ in range(8)]
+    assert len(set(alike)) == 1
+
+
 # verl's managers give every argument by keyword, and more than documented: verl/experimental/
 # reward_loop and its predecessor verl/experimental/reward/reward_loop/naive.py add those below.
 EXTRAS = [
