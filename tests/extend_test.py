@@ -67,6 +67,7 @@ def extended(tmp_path):
 
 
 @pytest.mark.slow  # it compiles a step and an evaluation
+@pytest.mark.usefixtures("one_device")
 def test_all_five_train_two_steps_and_are_logged(tmp_path):
     summary = train.run(extended(tmp_path), tmp_path / "run")
     assert summary["steps"] == 2 and summary["records_set_aside"] == 0

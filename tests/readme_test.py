@@ -18,6 +18,8 @@ from caprl_jax.data.records import Question, Record, stored
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.rl.types import Rollout, Scored
 
+from .xla_flags import ONE_DEVICE
+
 ROOT = Path(__file__).parent.parent
 READMES = sorted(
     p for p in ROOT.rglob("README.md") if not p.relative_to(ROOT).as_posix().startswith(".")
@@ -170,7 +172,8 @@ def test_commands_on_a_finished_run(tmp_path):
         "--config.data.train=64",
         f"--config.data.data_dir={tmp_path}/data",
     ]
-    subprocess.run(run, check=True, cwd=ROOT, capture_output=True)
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    subprocess.run(run, check=True, cwd=ROOT, capture_output=True, env=environment)
     values = {
         "WORKDIR[/STEP]": f"{tmp_path}/run",
         "WORKDIR": f"{tmp_path}/run",
@@ -188,7 +191,11 @@ def test_commands_on_a_finished_run(tmp_path):
         for name, value in values.items():
             command = command.replace(name, value)
         done = subprocess.run(
-            [sys.executable, *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, *command.split()[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "p.png").stat().st_size > 10_000

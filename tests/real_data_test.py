@@ -20,6 +20,8 @@ from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf import sizes
 
+from .xla_flags import ONE_DEVICE
+
 ROOT = Path(__file__).parent.parent
 TEXT = pyarrow.string()
 QUESTION = pyarrow.struct({"question": TEXT, "choices": pyarrow.list_(TEXT), "answer": TEXT})
@@ -147,7 +149,7 @@ def test_3b_config_trains_although_a_tenth_of_the_rows_is_damaged(tmp_path):
     }
     command = [sys.executable, "-m", "caprl_jax.main", f"--config={ROOT / 'configs/3b.py'}:h200_8"]
     command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in options.items())]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     listing = [json.loads(x) for x in (workdir / "set_aside.jsonl").read_text().splitlines()]

@@ -104,6 +104,7 @@ def test_two_programs_equal_one(tmp_path, renumbered, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device", "programs_kept")
 def test_splicing_is_measured_and_catches_a_boundary_that_moves(tmp_path):
     """The shipped prompt splices cleanly; one with a space before the caption does not."""
     c = tiny(tmp_path)
