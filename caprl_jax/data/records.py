@@ -69,11 +69,12 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
     """Parses a question {"question", "choices": ["A) ..", ..], "answer": "B"}.
 
     Letters are letters only where all choices carry them, in one spelling, from A on in order;
-    otherwise the choices stay whole. The answer is a letter, bare or in one of these spellings.
+    otherwise the choices stay whole. The answer is a letter, bare or in one of these spellings, or
+    an option's whole text.
 
     Raises:
       MalformedRecord: a field is missing, an option repeats or abstains, or the answer isn't among
-        the options.
+        the options, or is the letter of one and the text of another.
     """
     try:
         text, choices, answer = raw["question"], raw["choices"], raw["answer"]
@@ -95,12 +96,26 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
         raise MalformedRecord(
             f"{name} has the option {ABSTAIN!r}, which every question gets as its last"
         )
-    letters = list(LETTERS[: len(texts)])
-    if _letter(answer) not in letters:
+    return Question(text, tuple(texts), _truth(answer, choices, texts, name))
+
+
+def _truth(answer: Any, choices: Sequence[str], texts: Sequence[str], name: str) -> int:
+    """Index of the option that an answer names by letter or by its text, which may be lettered."""
+    letters, letter = list(LETTERS[: len(texts)]), _letter(answer)
+    by_letter = letters.index(letter) if letter in letters else None
+    spelt = [(c.strip(), t) for c, t in zip(choices, texts, strict=True)]
+    given = answer.strip() if isinstance(answer, str) else None
+    by_text = next((i for i, own in enumerate(spelt) if given in own), None)
+    if by_letter is None and by_text is None:
         raise MalformedRecord(
             f"the answer {reprlib.repr(answer)} of {name} isn't among its options {letters}"
         )
-    return Question(text, tuple(texts), letters.index(_letter(answer)))
+    lettered = any(choice != text for choice, text in spelt)
+    if by_letter is None or by_text is None or lettered or by_letter == by_text:
+        return by_text if by_letter is None else by_letter
+    raise MalformedRecord(
+        f"the answer {given!r} of {name} is the letter of one option and the text of another"
+    )
 
 
 def parse_questions(raw: Any) -> tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]:

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from caprl_jax.data.set_aside import MAX_REASON, SetAside
-from caprl_jax.data.sources.files import _unchanged
+from caprl_jax.data.sources.conversion import _unchanged
 from caprl_jax.run import metrics
 
 from .strategies import any_texts, json_texts, values

@@ -159,7 +159,7 @@ QUESTIONS = {
     ),
     "one whose letters are out of order": (asked(choices=["B) x", "A) y"]), "not in order"),
     "one with the abstain option": (asked(choices=["red", "Cannot tell."]), "'cannot tell'"),
-    "one whose answer is no letter": (asked(answer="red"), "isn't among its options"),
+    "one whose answer is no option": (asked(answer="green"), "isn't among its options"),
     "one whose answer is beyond the choices": (asked(answer="C"), "isn't among its options"),
     "one whose answer is a megabyte": (asked(answer="x" * 10**6), "isn't among its options"),
     "one whose answer is null": (row(questions=[QUESTION | {"answer": None}]), "isn't among"),
@@ -222,11 +222,11 @@ def not_text(directory):
 
 
 FILES = {
-    "no path": (files(lambda d: None, ""), "names no .parquet or .jsonl file"),
-    "a path that is not there": (files(lambda d: None, "none"), "names no .parquet or .jsonl"),
-    "a folder without data": (files(lambda d: None), "names no .parquet or .jsonl"),
+    "no path": (files(lambda d: None, ""), "names no .parquet, .jsonl, .arrow, .tar file"),
+    "a path that is not there": (files(lambda d: None, "none"), "names no .parquet, .jsonl"),
+    "a folder without data": (files(lambda d: None), "names no .parquet, .jsonl"),
     "a pattern that matches nothing": (files(lambda d: None, "qa/*.jsonl"), "names no .parquet"),
-    "a csv file": (files(lines(5, "x.csv"), "qa/x.csv"), "is neither .parquet nor .jsonl"),
+    "a csv file": (files(lines(5, "x.csv"), "qa/x.csv"), "is none of .parquet, .jsonl"),
     "a pipe": (files(lambda d: os.mkfifo(d / "x.jsonl"), "qa/x.jsonl"), "names no .parquet"),
     "a folder named like a file": (
         files(lambda d: (d / "x.parquet").mkdir(), "qa/x.parquet"),

@@ -9,8 +9,10 @@ in a config by its import path.
 
 from caprl_jax.data.sources.digits import digits
 from caprl_jax.data.sources.files import files
+from caprl_jax.data.sources.prepared import prepared
 from caprl_jax.registry import Registry
 
 SOURCES = Registry("data source", ("settings", "set_aside"))
 SOURCES.register("digits")(digits)
 SOURCES.register("files")(files)
+SOURCES.register("prepared")(prepared)

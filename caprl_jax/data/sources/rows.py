@@ -1,4 +1,4 @@
-"""Rows of users' files: parquet, or JSON lines; their images and questions in all usual forms.
+"""Rows of users' files, of any kind in formats.py; their images and questions in all usual forms.
 
 A row is {"image", "questions"} with an optional "id" and "extras" (numbers, or lists of numbers, by
 name, for reward terms to read). An image is bytes, {"bytes", "path"}, a path, a file: or data: URL,
@@ -10,7 +10,6 @@ base64 text, or a list of one of these; its column may be called images. Questio
 import base64
 import binascii
 import dataclasses
-import logging
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,9 +17,8 @@ from typing import Any
 
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Record
+from caprl_jax.data.sources.formats import COLUMNS, FORMATS, tell_unknown
 
-COLUMNS = ("image", "images", "questions", "reward_model", "extras", "id")
-SUFFIXES = (".parquet", ".jsonl")
 _LONGEST_PATH = 1024  # characters; a longer text in the place of a path is base64
 
 
@@ -49,19 +47,20 @@ def find(path: str) -> list[Path]:
     if not path:
         matches = []
     elif given.is_dir():
-        matches = sorted(f for f in given.rglob("*") if f.suffix in SUFFIXES)
+        matches = sorted(f for f in given.rglob("*") if f.suffix in FORMATS)
     elif given.exists():
         matches = [given]
     else:
         pattern = given.relative_to(given.anchor) if given.is_absolute() else given
         matches = sorted(Path(given.anchor or ".").glob(str(pattern)))
-    wrong = [f for f in matches if f.suffix not in SUFFIXES]
+    wrong = [f for f in matches if f.suffix not in FORMATS]
     if wrong:
-        raise ValueError(f"{wrong[0]} is neither .parquet nor .jsonl")
+        raise ValueError(f"{wrong[0]} is none of {', '.join(FORMATS)}")
     matches = [f for f in matches if f.is_file()]  # a pipe or a device would be read for ever
     if not matches:
         raise ValueError(
-            f"path={path!r} names no .parquet or .jsonl file: give a file, a pattern or a directory"
+            f"path={path!r} names no {', '.join(FORMATS)} file: give a file, a pattern or a "
+            "directory"
         )
     return matches
 
@@ -70,73 +69,19 @@ def count(file: Path) -> int:
     """Number of rows in a file, damaged ones included.
 
     Raises:
-      ValueError: the file is neither JSON lines nor parquet.
+      ValueError: the file isn't what its name says.
     """
-    if file.suffix == ".jsonl":
-        with file.open("rb") as f:
-            return sum(1 for line in f if line.strip())
-    return _parquet(file).metadata.num_rows
+    return FORMATS[file.suffix].count(file)
 
 
 def rows(file: Path) -> Iterator[Row]:
     """Yields a file's rows in order; memory holds a few at a time."""
-    raws = _json_lines(file) if file.suffix == ".jsonl" else _parquet_rows(file)
     unknown: set[str] = set()
-    for i, raw in enumerate(raws):
+    for i, raw in enumerate(FORMATS[file.suffix].rows(file)):
         if isinstance(raw, Mapping):
             unknown.update(map(str, raw.keys() - set(COLUMNS)))
         yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
-    if unknown:
-        _tell_unknown(file, unknown)
-
-
-def _json_lines(file: Path) -> Iterator[Any]:
-    with file.open("rb") as f:
-        for line in (line for line in f if line.strip()):
-            try:
-                yield records.read_json_text(line, "the line")
-            except MalformedRecord as e:
-                yield e
-
-
-def _parquet_rows(file: Path) -> Iterator[Any]:
-    import pyarrow  # imported where used
-
-    parquet = _parquet(file)
-    names = parquet.schema_arrow.names
-    if unknown := set(names) - set(COLUMNS):
-        _tell_unknown(file, unknown)
-    batches = parquet.iter_batches(32, columns=[c for c in COLUMNS if c in names])
-    try:
-        for batch in batches:
-            for i in range(batch.num_rows):
-                try:
-                    yield batch.slice(i, 1).to_pylist()[0]
-                except Exception as e:  # text that isn't UTF-8, dates that Python hasn't, ..
-                    yield MalformedRecord(f"the row can't be read: {e}")
-    except (OSError, pyarrow.ArrowException) as e:  # damaged pages
-        raise ValueError(f"{file} is damaged: {e}; copy it again, or leave it out") from e
-
-
-def _tell_unknown(file: Path, unknown: set[str]) -> None:
-    named = ", ".join(sorted(unknown)[:9])
-    logging.info("%s: not read: %s; read are %s", file.name, named, ", ".join(COLUMNS))
-
-
-def _parquet(file: Path) -> Any:
-    import pyarrow  # imported where used
-    import pyarrow.parquet
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        parquet.schema_arrow  # noqa: B018 (reads the names of columns, which may not be text)
-        known = parquet.metadata
-        held = sum(known.row_group(i).num_rows for i in range(known.num_row_groups))
-    except (OSError, ValueError, pyarrow.ArrowException) as e:
-        raise ValueError(f"{file} can't be read as parquet: {e}") from e
-    if known.num_rows != held:
-        raise ValueError(f"{file} is damaged: it says {known.num_rows} rows and holds {held}")
-    return parquet
+    tell_unknown(file, unknown)
 
 
 def parse_row(

@@ -18,6 +18,7 @@ from caprl_jax.data.settings import Data
 from caprl_jax.data.sources import rows
 
 # The package's attribute `files` is the source, a function of the module with the same name.
+conversion = importlib.import_module("caprl_jax.data.sources.conversion")
 files = importlib.import_module("caprl_jax.data.sources.files")
 QUESTION = {"question": "Which color?", "choices": ["A) red", "B) blue"], "answer": "A"}
 
@@ -70,7 +71,7 @@ def test_second_run_reads_the_converted_dataset(tmp_path, monkeypatch):
     first = prepare(config, SetAside())
     aside = SetAside()
     with monkeypatch.context() as m:
-        m.setattr(files, "parse_row", lambda row: pytest.fail("converted again"))
+        m.setattr(conversion, "parse_row", lambda row: pytest.fail("converted again"))
         again = prepare(config, aside)
     assert ids(again, "train") == ids(first, "train") and list(aside.reasons) == ["rows-000002"]
 
@@ -106,7 +107,7 @@ def test_files_are_found_by_name_pattern_and_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none", "names no .parquet or .jsonl file"), ("", "names no"), ("x.csv", "is neither")],
+    [("none", "names no .parquet, .jsonl, .arrow, "), ("", "names no"), ("x.csv", "is none of")],
 )
 def test_path_without_data_is_refused(tmp_path, name, message):
     (tmp_path / "x.csv").write_text("image")
@@ -255,7 +256,7 @@ def test_a_bad_question_does_not_cost_its_image(tmp_path, monkeypatch):
     prepared = prepare(config, aside)
     assert len(ids(prepared, "train")) + len(ids(prepared, "heldout")) == 2 + len(MORE)
     assert sorted(aside.reasons) == ["rows-000001, question 2", "rows-000002"]
-    monkeypatch.setattr(files, "parse_row", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(conversion, "parse_row", lambda *_: pytest.fail("converted again"))
     again = SetAside()
     prepare(config, again)
     assert again.reasons == aside.reasons

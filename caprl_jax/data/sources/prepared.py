@@ -1,0 +1,67 @@
+"""Source of a prepared dataset of records, as caprl_jax.import_data writes it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caprl_jax.data import records
+from caprl_jax.data.set_aside import SetAside
+from caprl_jax.settings import setting
+
+SPLITS = ("train", "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Options of the source prepared."""
+
+    path: str = setting("", "folder that import_data wrote")
+
+
+def prepared(
+    settings: Any, set_aside: SetAside, options: Prepared
+) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """Stored elements, {"train", "heldout"}, of a dataset on disk; settings.heldout has no part.
+
+    Args:
+      settings: the config's section `data`.
+      set_aside: gets what was set aside when the dataset was written.
+      options: where it lies.
+
+    Raises:
+      ValueError: there is no such dataset, or it holds something else.
+    """
+    import tensorflow_datasets as tfds  # imported where used
+
+    del settings
+    directory = find(options.path)
+    made = tfds.builder_from_directory(str(directory))
+    lacking = {"id", "image", "questions", "facts"} - set(made.info.features or ())
+    lacking |= set(SPLITS) - set(made.info.splits)
+    if lacking:
+        raise ValueError(
+            f"{directory} has no {', '.join(sorted(lacking))}: it is no dataset of import_data"
+        )
+    listing, aside = directory.with_name("set_aside.jsonl"), SetAside()
+    if listing.is_file():
+        aside.read(listing)
+    for line in aside.listing():
+        set_aside.add(line["id"], line["reason"])
+    return {split: records.source(made, split) for split in SPLITS}
+
+
+def find(path: str) -> Path:
+    """Returns the folder of the one dataset that lies in a folder, or is it.
+
+    Raises:
+      ValueError: there is none, or several.
+    """
+    found = sorted(info.parent for info in Path(path).rglob("dataset_info.json")) if path else []
+    found = [folder for folder in found if ".incomplete" not in folder.name]
+    if len(found) != 1:
+        names = ", ".join(str(folder) for folder in found[:4]) or "none"
+        raise ValueError(
+            f"path={path!r} must hold one dataset that import_data wrote, and holds: {names}"
+        )
+    return found[0]
