@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import tarfile
 import tracemalloc
 
@@ -22,6 +23,7 @@ from caprl_jax.commands.import_data import import_data
 from caprl_jax.data import records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.sources import conversion
 from caprl_jax.errors import ConfigError
 from caprl_jax.run import load
 
@@ -274,6 +276,21 @@ def test_a_second_import_changes_nothing_and_other_files_are_refused(imported, t
         import_data(str(tmp_path / "none"), tmp_path / "to", 16, "")
     with pytest.raises(ConfigError, match="can't write"):
         import_data(str(folder / "qa"), folder / "qa/lines.jsonl/to", 16, "")
+
+
+def test_an_interrupted_import_begins_anew(imported, tmp_path):
+    """Killed before the notes of what was read, with a part of the dataset; and before the card."""
+    folder, _, _, summary = imported
+    shutil.copytree(folder / "to", tmp_path / "to")
+    made = tmp_path / "to" / command.NAME
+    (made / "inputs.jsonl").unlink()
+    half = made / f"{conversion.VERSION}.incomplete12AB"
+    half.mkdir()
+    assert import_data(str(folder / "qa"), tmp_path / "to", 16, "") == summary
+    assert not half.exists() and len(opened(tmp_path / "to")) == summary["records"]
+    (made / "card.json").unlink()
+    assert import_data(str(folder / "qa"), tmp_path / "to", 16, "") == summary
+    assert json.loads((made / "card.json").read_text()) == summary
 
 
 def test_most_images_that_are_alike_are_told(tmp_path):
