@@ -8,9 +8,11 @@ those after the metrics before it, so that the bucket is always as a killed run 
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -24,7 +26,8 @@ _PAUSE = 30  # seconds between two looks at what has changed
 _CHECKPOINTS = "checkpoints"
 # Half-written files, and those that only mean something on this machine.
 _PASSING = ("*.part", "*.partial", "lock", ".probe-*", "*.orbax-checkpoint-tmp*")
-_UNREAD = ("export", "damaged-checkpoints")  # by a run that goes on
+_UNREAD = ("export", "damaged-checkpoints")  # at least, a run that goes on can do without
+_CONFIG = "config.json"  # every run's directory holds it, from before the first step
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
 
@@ -32,7 +35,8 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 def opened(workdir: str) -> Iterator[Path]:
     """Yields a work directory's path; of a URL that of a local copy, and sends what is written.
 
-    At the end, however it comes about, the rest is sent; then the local copy is deleted.
+    At the end, however it comes about, the rest is sent; then the local copy is deleted. From a
+    copy that could not be sent, or whose run was killed, the next start on this machine goes on.
 
     Args:
       workdir: a path, or a URL, where nothing need be yet.
@@ -51,7 +55,7 @@ def opened(workdir: str) -> Iterator[Path]:
             "the bucket (gcsfuse, mount-s3; launch/tpu_pod.sh does)"
         )
     name = f"{PurePosixPath(url).name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    parent = Path(tempfile.gettempdir()) / "caprl_jax" / name
+    parent = Path(tempfile.gettempdir()) / f"caprl_jax-{os.getuid()}" / name
     with held(parent):  # a second run of this URL, on this machine
         bucket = Bucket(url, parent / "run")
         bucket.fetch()
@@ -75,6 +79,9 @@ class Bucket:
         import fsspec  # imported where used
 
         self.local, self._url = local, url
+        self._unsent = local.with_name(
+            "unsent"
+        )  # is there while the copy holds more than the bucket
         self._sent: dict[str, tuple[int, int]] = {}  # (size, time of change)
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -96,35 +103,63 @@ class Bucket:
         """Makes the local copy: all that a run which goes on may read; of checkpoints whole ones.
 
         Raises:
-          WorkdirError: the bucket can't be read, or not be written to.
+          WorkdirError: the bucket can't be read, or not be written to, or holds something else.
         """
-        shutil.rmtree(self.local, ignore_errors=True)
-        self.local.mkdir(parents=True)
         try:
-            self._files.pipe_file(self._there(".probe"), b"written by caprl_jax")
-            self._files.rm_file(self._there(".probe"))
-            found = {
-                PurePosixPath(path).relative_to(PurePosixPath(self._root)).as_posix()
-                for path in self._files.find(self._root)
-            }
+            found = self._found()
+            if found and _CONFIG not in found:
+                raise WorkdirError(
+                    f"{self._url} holds no run, but {min(found):.100}: give the URL of a run, or "
+                    "an empty place"
+                )
+            if self._goes_on_here(found):
+                return
+            self.local.mkdir(parents=True)
             for name in sorted(found):
                 if _wanted(name, found):
                     target = self.local / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     self._files.get_file(self._there(name), str(target))
                     self._sent[name] = _stamp(target)
-                elif name.startswith(f"{_CHECKPOINTS}/"):  # of a run killed while it sent them
+                elif _step(name) is not None:  # of a run killed while it sent them
                     self._files.rm_file(self._there(name))
+        except WorkdirError:
+            raise
         except Exception as e:  # each filesystem raises its own errors
             raise self._refusal("read and written", e) from e
+
+    def _found(self) -> set[str]:
+        """Names of the files that are there, after a try to write one."""
+        self._files.pipe_file(self._there(".probe"), b"written by caprl_jax")
+        self._files.rm_file(self._there(".probe"))
+        return {
+            PurePosixPath(path).relative_to(PurePosixPath(self._root)).as_posix()
+            for path in self._files.find(self._root)
+        }
+
+    def _goes_on_here(self, found: set[str]) -> bool:
+        """Keeps a copy of which not all was sent, unless the run went on elsewhere since."""
+        if not self._unsent.exists():
+            shutil.rmtree(self.local, ignore_errors=True)
+            return False
+        here = {p.relative_to(self.local).as_posix() for p in self.local.rglob("*")}
+        if _newest(here) >= _newest(found):
+            logging.info("going on from %s, of which not all was sent", self.local)
+            self._sent = dict.fromkeys(found, (0, 0))  # what is here is sent again
+            return True
+        aside = self.local.with_name(f"left-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.local.rename(aside)
+        logging.warning("%s went on elsewhere; what was not sent is in %s", self._url, aside)
+        return False
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
         """Sends changes while its block goes on, and the last at its end; then deletes the copy.
 
         Raises:
-          WorkdirError: the last of them can't be sent.
+          WorkdirError: the last of them can't be sent; of a block that raised this is logged.
         """
+        self._unsent.touch()
         stop = threading.Event()
 
         def keep_sending():
@@ -143,23 +178,41 @@ class Bucket:
         thread.start()
         try:
             yield
-        finally:
+        except BaseException:
             stop.set()
             thread.join()
             try:
-                self.send()
-            except Exception as e:
-                refusal = self._refusal("written", e)
-                raise WorkdirError(f"{refusal}. All of the run is in {self.local}: keep it") from e
-            logging.info("the workdir is in %s", self._url)
-            shutil.rmtree(self.local)
+                self._send_the_rest()
+            except WorkdirError as e:
+                logging.error("%s", e)
+            raise
+        stop.set()
+        thread.join()
+        self._send_the_rest()
+
+    def _send_the_rest(self) -> None:
+        try:
+            self.send()
+        except Exception as e:  # each filesystem raises its own errors
+            raise WorkdirError(
+                f"{self._refusal('written', e)}. All of the run is in {self.local}: the same "
+                "command goes on from there"
+            ) from e
+        logging.info("the workdir is in %s", self._url)
+        shutil.rmtree(self.local)
+        self._unsent.unlink()
 
     def send(self) -> None:
         """Sends the files that have changed, and deletes the checkpoints that were deleted here.
 
+        Nothing is sent before the run has written its config, which comes first.
+
         Raises:
           Exception: what the filesystem raises; the next call goes on from there.
         """
+        if not (self.local / _CONFIG).is_file():
+            return
+        self._send_file(self.local / _CONFIG)
         # The metrics of a checkpoint's step are written before it, so they are sent before it.
         whole = [d for d in self.local.glob(f"{_CHECKPOINTS}/*") if manifest.exists(d)]
         for path in self._others():
@@ -192,12 +245,24 @@ class Bucket:
         old = [
             name
             for name in self._sent
-            if name.startswith(f"{_CHECKPOINTS}/") and name.split("/")[1] not in kept
+            if _step(name) is not None and name.split("/")[1] not in kept
         ]
         for name in sorted(old, key=lambda name: not name.endswith(f"/{manifest.NAME}")):
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._there(name))
             del self._sent[name]
+
+
+def _step(name: str) -> int | None:
+    """The step of the checkpoint that a file belongs to; None of another file."""
+    first, step, *rest = (*name.split("/"), "")[:3]
+    return int(step) if first == _CHECKPOINTS and step.isdecimal() and any(rest) else None
+
+
+def _newest(names: set[str]) -> int:
+    """The step of the newest whole checkpoint among files; -1 without any."""
+    whole = (n for n in names if n.endswith(f"/{manifest.NAME}") and n.count("/") == 2)
+    return max((step for n in whole if (step := _step(n)) is not None), default=-1)
 
 
 def _wanted(name: str, found: set[str]) -> bool:

@@ -22,6 +22,7 @@ from ..xla_flags import ONE_DEVICE
 ROOT = Path(__file__).parents[2]
 URL = "memory://runs/one"
 STEPS = 40
+CONFIG = {"config.json": "{}"}  # what makes a directory a run's
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_path_is_itself(tmp_path):
 
 def test_a_run_goes_on_from_the_bucket_alone(files):
     with bucket.opened(URL) as first:
-        write(first, {"metrics.jsonl": "1\n", "export/1/model": "big", "lock": "here"})
+        write(first, CONFIG | {"metrics.jsonl": "1\n", "export/1/model": "big", "lock": "here"})
         checkpoint(first, 1)
     assert not first.exists()
     assert "lock" not in held_by(files)
@@ -82,27 +83,49 @@ def test_a_run_goes_on_from_the_bucket_alone(files):
 def test_a_manifest_is_sent_last_and_the_metrics_first(files, tmp_path, monkeypatch):
     there, sent = Bucket(URL, tmp_path / "run"), []
     there.fetch()
-    write(
-        there.local, {"metrics.jsonl": "1\n", "checkpoints/5.orbax-checkpoint-tmp/state/a": "half"}
-    )
+    half = {"checkpoints/5.orbax-checkpoint-tmp/state/a": "half"}
+    write(there.local, CONFIG | {"captions.jsonl": "", "metrics.jsonl": "1\n"} | half)
     checkpoint(there.local, 3)
     put = type(files).put_file
     monkeypatch.setattr(
         type(files), "put_file", lambda self, a, b: (sent.append(b), put(self, a, b))
     )
     there.send()
-    assert sent[0].endswith("metrics.jsonl") and sent[-1].endswith("checkpoints/3/manifest.json")
-    assert len(sent) == 4
+    first, _, metrics, *others = (name.removeprefix("/runs/one/") for name in sent)
+    assert first == "config.json" and metrics == "metrics.jsonl"
+    assert len(others) == 3 and others[-1] == "checkpoints/3/manifest.json"
     sent.clear()
     there.send()
     assert not sent  # nothing has changed
 
 
 def test_a_half_sent_checkpoint_is_not_fetched_and_goes(files, tmp_path):
+    files.pipe_file("/runs/one/config.json", b"{}")
     files.pipe_file("/runs/one/checkpoints/7/state/a", b"half")
     there = Bucket(URL, tmp_path / "run")
     there.fetch()
-    assert not (there.local / "checkpoints").exists() and not held_by(files)
+    assert not (there.local / "checkpoints").exists() and list(held_by(files)) == ["config.json"]
+
+
+def test_what_is_no_runs_is_neither_fetched_nor_deleted(files, tmp_path):
+    """Somebody's models under checkpoints/; and a bucket that holds other things."""
+    model = "/runs/one/checkpoints/llama/model.safetensors"
+    files.pipe_file(model, b"theirs")
+    with pytest.raises(WorkdirError, match=r"holds no run, but checkpoints/llama/model"):
+        Bucket(URL, tmp_path / "run").fetch()
+    with pytest.raises(WorkdirError, match="holds no run"):
+        Bucket("memory://runs", tmp_path / "run").fetch()
+    files.pipe_file("/runs/one/config.json", b"{}")
+    with bucket.opened(URL) as workdir:
+        assert not (workdir / "checkpoints").exists()
+        write(workdir, CONFIG)
+    assert files.cat(model) == b"theirs"
+
+
+def test_a_run_that_was_refused_leaves_nothing_in_the_bucket(files):
+    with bucket.opened(URL) as workdir:
+        write(workdir, {"environment.json": "{}"})
+    assert not held_by(files) and not workdir.exists()
 
 
 def test_a_failure_in_between_is_a_warning_and_the_next_look_sends(files, monkeypatch, caplog):
@@ -117,24 +140,59 @@ def test_a_failure_in_between_is_a_warning_and_the_next_look_sends(files, monkey
 
     monkeypatch.setattr(type(files), "put_file", refuse_twice)
     with bucket.opened(URL) as workdir:
-        write(workdir, {"metrics.jsonl": "1\n"})
+        write(workdir, CONFIG)
         until = time.time() + 20
         while not held_by(files) and time.time() < until:
             time.sleep(0.01)
-        assert held_by(files) == {"metrics.jsonl": "1\n"}
+        assert held_by(files) == CONFIG
     assert len([m for m in caplog.messages if "no network" in m]) == 1
 
 
-def test_what_can_not_be_sent_at_the_end_stays_on_the_disk(files, monkeypatch):
-    def refuse(self, a, b):
-        raise OSError("no network")
+def refuse(self, a, b):
+    raise OSError("no network")
 
-    kept = pytest.raises(WorkdirError, match=r"no network.* is in .*run: keep it")
-    with kept as refused, bucket.opened(URL) as workdir:
-        monkeypatch.setattr(type(files), "put_file", refuse)
+
+def test_what_can_not_be_sent_at_the_end_is_where_the_next_start_goes_on(files, monkeypatch):
+    with bucket.opened(URL) as workdir:
+        write(workdir, CONFIG)
+        checkpoint(workdir, 1)
+    kept = pytest.raises(WorkdirError, match=r"no network.* is in .*run: the same command goes on")
+    with monkeypatch.context() as m, kept as refused, bucket.opened(URL) as workdir:
+        m.setattr(type(files), "put_file", refuse)
         write(workdir, {"metrics.jsonl": "1\n"})
+        bucket.shutil.rmtree(workdir / "checkpoints" / "1")
+        checkpoint(workdir, 2)
     assert str(workdir) in str(refused.value)
-    assert (workdir / "metrics.jsonl").read_text() == "1\n"
+    with bucket.opened(URL) as again:
+        assert again == workdir and (again / "metrics.jsonl").read_text() == "1\n"
+        assert manifest.fault(again / "checkpoints" / "2") is None
+    found = held_by(files)
+    assert found["metrics.jsonl"] == "1\n" and "checkpoints/2/manifest.json" in found
+    assert not [name for name in found if name.startswith("checkpoints/1/")]
+
+
+def test_a_copy_that_another_machine_has_overtaken_is_put_aside(files, monkeypatch, caplog):
+    with pytest.raises(WorkdirError), monkeypatch.context() as m, bucket.opened(URL) as workdir:
+        m.setattr(type(files), "put_file", refuse)
+        write(workdir, CONFIG | {"metrics.jsonl": "unsent"})
+        checkpoint(workdir, 2)
+    elsewhere = Bucket(URL, workdir.parents[1] / "elsewhere" / "run")
+    elsewhere.fetch()
+    write(elsewhere.local, CONFIG | {"metrics.jsonl": "3"})
+    checkpoint(elsewhere.local, 3)
+    elsewhere.send()
+    with bucket.opened(URL) as again:
+        assert (again / "metrics.jsonl").read_text() == "3"
+    [aside] = again.parent.glob("left-*")
+    assert (aside / "metrics.jsonl").read_text() == "unsent" and str(aside) in caplog.text
+
+
+def test_a_runs_own_error_is_told_before_the_buckets(files, monkeypatch, caplog):
+    with pytest.raises(KeyError, match="own"), bucket.opened(URL) as workdir:
+        write(workdir, CONFIG)
+        monkeypatch.setattr(type(files), "put_file", refuse)
+        raise KeyError("own")
+    assert "no network" in caplog.text and str(workdir) in caplog.text
 
 
 @pytest.mark.parametrize(
