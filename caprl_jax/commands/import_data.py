@@ -30,7 +30,7 @@ NAME = "caprl_qa"
 
 
 def import_data(path: str, to: Path, heldout: int, root: str) -> dict[str, Any]:
-    """Writes the dataset and its card, unless they are there already.
+    """Writes the dataset and its card, unless they are there as they should be.
 
     Args:
       path: of the files: one, a pattern, or a folder.
@@ -46,6 +46,8 @@ def import_data(path: str, to: Path, heldout: int, root: str) -> dict[str, Any]:
     """
     from tqdm import tqdm  # imported where used
 
+    if to.resolve().is_relative_to(Path(path).resolve()):
+        raise ConfigError(f"--to={to} lies in --from, whose files are read: give another --to")
     try:
         workdir_lib.try_out(to)
     except OSError as e:
@@ -58,6 +60,9 @@ def import_data(path: str, to: Path, heldout: int, root: str) -> dict[str, Any]:
             made = job.made(str(to))
     except ValueError as e:
         raise ConfigError(str(e)) from e
+    card = Path(made.data_dir).with_name("card.json")
+    if not job.converted and card.is_file():
+        return json.loads(card.read_text())
     seconds = time.monotonic() - began
     logging.info("%d rows in %.1f s: %.0f rows/s", job.total, seconds, job.total / seconds)
     return _write_card(made, job)
@@ -69,7 +74,8 @@ def _write_card(made: Any, job: conversion.Conversion) -> dict[str, Any]:
     for split in made.info.splits:
         for element in records.source(made, split):
             card.add(records.parse(element))
-    summary = card.summary(job.total, job.aside.listing())
+    splits = {name: split.num_examples for name, split in made.info.splits.items()}
+    summary = {"splits": splits} | card.summary(job.total, job.aside.listing())
     folder = Path(made.data_dir).parent
     write_whole(folder / "README.md", card_lib.markdown(NAME, summary))
     write_whole(folder / "card.json", json.dumps(summary, indent=2) + "\n")

@@ -79,19 +79,23 @@ class Card:
           rows: number of rows that the records come from, unusable ones included.
           listing: entries {"id", "reason"} of the rows and questions set aside.
         """
-        kinds = collections.Counter(kind(line["reason"]) for line in listing)
+        rows_lost, questions_lost = collections.Counter(), collections.Counter()
+        for line in listing:
+            of_question = re.search(r", question \d+$", line["id"])
+            (questions_lost if of_question else rows_lost)[kind(line["reason"])] += 1
         groups = self.alike()
         truths = {letter: self.answers[letter] for letter in sorted(self.answers)}
         return {
             "rows": rows,
             "records": self.records,
             "rows_set_aside": rows - self.records,
-            "set_aside": dict(kinds.most_common(_MOST_KINDS)),
+            "rows_by_reason": _most(rows_lost),
+            "questions_by_reason": _most(questions_lost),
             "questions": sum(self.answers.values()),
             "questions_a_record": _by_size(self.questions),
             "options_a_question": _by_size(self.options),
             "truth_letters": truths,
-            "languages": dict(self.languages.most_common(_MOST_KINDS)),
+            "languages": _most(self.languages),
             "image_formats": dict(self.formats.most_common()),
             "image_longer_side_up_to": _by_size(self.longer),
             "image_pixels": self.pixels if self.records else [],
@@ -119,7 +123,8 @@ def difference_hash(image: Any) -> int:
 
 def kind(reason: str) -> str:
     """Returns what a reason has in common with others: without its quotations and numbers."""
-    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\[.*\]|<[^>]*>|b'.*", "..", reason)
+    reason = re.sub(r"\[.*|\{.*|<[^>]*>", "..", reason)
+    reason = re.sub(r"(?<!\w)'.*?'(?!\w)|(?<!\w)\".*?\"(?!\w)", "..", reason)
     return re.sub(r"\d[\d.,]*", "N", reason)[:90]
 
 
@@ -134,6 +139,13 @@ def markdown(name: str, summary: Mapping[str, Any]) -> str:
         cell = (f"{value:,}" if isinstance(value, int) else str(value)).replace("|", "\\|")
         lines.append(f"| {key.replace('_', ' ')} | {cell} |")
     return "\n".join(lines) + "\n"
+
+
+def _most(counts: collections.Counter) -> dict[str, int]:
+    """The most frequent ones, and the sum of the others."""
+    most = dict(counts.most_common(_MOST_KINDS))
+    others = counts.total() - sum(most.values())
+    return most | ({"others": others} if others else {})
 
 
 def _by_size(counts: Mapping[int, int]) -> dict[str, int]:

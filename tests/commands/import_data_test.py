@@ -20,7 +20,7 @@ from PIL import Image
 from caprl_jax import config as config_lib
 from caprl_jax.commands import import_data as command
 from caprl_jax.commands.import_data import import_data
-from caprl_jax.data import records
+from caprl_jax.data import card, records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.sources import conversion
@@ -157,7 +157,7 @@ VARIANTS = {
     "lines": json_lines,
     "shard": tar,
 }
-OWN_ID = {"list-of-one": "own-{}", "shard": "shard/part/{:05d}"}
+ROW, RECORD = {"shard": "shard/part/{:05d}"}, {"list-of-one": "own-{}"}
 # Not of the embedded world: more lines than one, and other languages.
 MORE = [
     {
@@ -199,8 +199,9 @@ def write(folder, count):
         whole = name in OF_THE_ROW or (i // 10 // len(DAMAGE)) % 2 == 0
         for question in row["questions"] if whole else row["questions"][:1]:
             damage(row, question)
-        own = OWN_ID.get(variant, f"{variant}-{{:06d}}").format(number)
-        expected[f"{variant}-{number:06d}" if whole else f"{own}, question 1"] = reason
+        row_id = ROW.get(variant, f"{variant}-{{:06d}}").format(number)
+        record_id = RECORD.get(variant, row_id).format(number)
+        expected[row_id if whole else f"{record_id}, question 1"] = reason
     for name, rows in parts.items():
         VARIANTS[name](folder, name, rows)
     return expected
@@ -216,7 +217,9 @@ def check(summary, expected, count, to):
     assert [i for i, reason in expected.items() if not re.search(reason, reasons[i])] == []
     assert summary["rows"] == count and summary["records"] == count - len(lost)
     assert summary["rows_set_aside"] == len(lost)
-    assert sum(summary["set_aside"].values()) == len(expected)
+    assert sum(summary["rows_by_reason"].values()) == len(lost)
+    assert sum(summary["questions_by_reason"].values()) == len(expected) - len(lost)
+    assert sum(summary["splits"].values()) == summary["records"]
     for total in ("questions_a_record", "image_formats", "image_longer_side_up_to", "languages"):
         assert sum(summary[total].values()) == summary["records"]
     for total in ("options_a_question", "truth_letters"):
@@ -237,7 +240,7 @@ def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("import")
     count = 10 * len(DAMAGE) * 2
     expected = write(folder / "qa", count)
-    return folder, count, expected, import_data(str(folder / "qa"), folder / "to", 16, "")
+    return folder, count, expected, import_data(str(folder / "qa" / "*.*"), folder / "to", 16, "")
 
 
 def test_every_row_arrives_or_has_its_reason(imported):
@@ -268,14 +271,20 @@ def test_a_run_takes_the_dataset(imported):
 def test_a_second_import_changes_nothing_and_other_files_are_refused(imported, tmp_path):
     folder, _, _, summary = imported
     written = {p: p.stat().st_mtime_ns for p in (folder / "to").rglob("*.array_record*")}
-    assert import_data(str(folder / "qa"), folder / "to", 16, "") == summary
+    assert import_data(str(folder / "qa" / "*.*"), folder / "to", 16, "") == summary
     assert written == {p: p.stat().st_mtime_ns for p in written}
     with pytest.raises(ConfigError, match="holds a dataset of other files"):
         import_data(str(folder / "qa/lines.jsonl"), folder / "to", 16, "")
     with pytest.raises(ConfigError, match=r"names no \.parquet, "):
         import_data(str(tmp_path / "none"), tmp_path / "to", 16, "")
+    with pytest.raises(
+        ConfigError, match=r"holds \.arrow and \.jsonl and \.parquet and \.tar files"
+    ):
+        import_data(str(folder / "qa"), tmp_path / "to", 16, "")
+    with pytest.raises(ConfigError, match="lies in --from"):
+        import_data(str(folder / "qa"), folder / "qa" / "to", 16, "")
     with pytest.raises(ConfigError, match="can't write"):
-        import_data(str(folder / "qa"), folder / "qa/lines.jsonl/to", 16, "")
+        import_data(str(folder / "qa" / "*.*"), folder / "qa/lines.jsonl/to", 16, "")
 
 
 def test_an_interrupted_import_begins_anew(imported, tmp_path):
@@ -286,11 +295,36 @@ def test_an_interrupted_import_begins_anew(imported, tmp_path):
     (made / "inputs.jsonl").unlink()
     half = made / f"{conversion.VERSION}.incomplete12AB"
     half.mkdir()
-    assert import_data(str(folder / "qa"), tmp_path / "to", 16, "") == summary
+    assert import_data(str(folder / "qa" / "*.*"), tmp_path / "to", 16, "") == summary
     assert not half.exists() and len(opened(tmp_path / "to")) == summary["records"]
     (made / "card.json").unlink()
-    assert import_data(str(folder / "qa"), tmp_path / "to", 16, "") == summary
+    assert import_data(str(folder / "qa" / "*.*"), tmp_path / "to", 16, "") == summary
     assert json.loads((made / "card.json").read_text()) == summary
+
+
+REASONS = {
+    "the answer 'H' of 'Who's \"it\"?' isn't among its options ['A', 'B']": (
+        "the answer .. of .. isn't among its options .."
+    ),
+    "question and choices aren't text and a list of texts: {'question': 'Wh...": (
+        "question and choices aren't text and a list of texts: .."
+    ),
+    "the image can't be decoded: cannot identify image file <_io.BytesIO object at 0x7f>": (
+        "the image can't be decoded: cannot identify image file .."
+    ),
+    "an image of 4000 x 12 pixels": "an image of N x N pixels",
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons_of_one_kind_are_counted_together(reason):
+    assert card.kind(reason) == REASONS[reason]
+
+
+def test_counts_of_many_kinds_add_up():
+    many = [{"id": f"r-{i}", "reason": chr(97 + i % 26) * (1 + i // 26)} for i in range(100)]
+    summary = card.Card().summary(100, many)
+    assert sum(summary["rows_by_reason"].values()) == 100 and "others" in summary["rows_by_reason"]
 
 
 def test_most_images_that_are_alike_are_told(tmp_path):
@@ -316,7 +350,7 @@ def test_memory_is_flat_over_20000_rows(tmp_path):
         expected = write(tmp_path / str(count), count)
         to = tmp_path / f"to-{count}"
         tracemalloc.start()
-        summary = import_data(str(tmp_path / str(count)), to, 128, "")
+        summary = import_data(str(tmp_path / str(count) / "*.*"), to, 128, "")
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         check(summary, expected, count, to)

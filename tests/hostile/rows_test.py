@@ -234,9 +234,17 @@ FILES = {
     ),
     "an empty file": (files(lines(0)), "holds 0 rows, no more than heldout=2"),
     "fewer rows than heldout": (files(lines(2)), "holds 2 rows, no more than heldout=2"),
-    "two files of one name": (
-        files(lambda d: [lines(5)(d), (d / "more").mkdir(), lines(5)(d / "more")]),
-        "two files are called rows",
+    "two kinds of files": (
+        files(lambda d: [lines(5)(d), (d / "images.tar").write_bytes(b"")]),
+        "holds .jsonl and .tar files: name those",
+    ),
+    "a shard cut short": (
+        files(lambda d: (d / "x.tar").write_bytes(b"x" * 700), "qa/x.tar"),
+        "can't be read as tar",
+    ),
+    "Arrow of garbage": (
+        files(lambda d: (d / "x.arrow").write_bytes(b"x" * 700), "qa/x.arrow"),
+        "can't be read as Arrow",
     ),
     "no usable row": (files(lines(5, entry={})), "no row is left to train on"),
     "parquet of garbage": (

@@ -10,8 +10,9 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,16 @@ def begin(path: str, heldout: int, root: str, name: str = "") -> "Conversion":
     total = sum(count(f) for f in sources)
     if heldout >= total:
         raise ValueError(f"{path} holds {total} rows, no more than heldout={heldout}")
-    stems = [f.stem for f in sources]
-    if len(set(stems)) < len(stems):
-        repeated = next(s for s in stems if stems.count(s) > 1)
-        raise ValueError(
-            f"{path}: two files are called {repeated}, so their rows would share names"
-        )
     return Conversion(sources, total, heldout, root, name)
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """What the files' rows are named by: the stems, or where these repeat, the paths below."""
+    stems = [f.stem for f in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    common = os.path.commonpath([f.parent for f in files])
+    return [str(f.relative_to(common)) for f in files]
 
 
 @dataclasses.dataclass
@@ -62,6 +66,7 @@ class Conversion:
       name: of the dataset; "" gives one that depends on the files.
       aside: unusable rows and questions.
       watch: called after each row.
+      converted: whether `made` has converted the rows; else they were found as they should be.
     """
 
     sources: list[Path]
@@ -71,6 +76,7 @@ class Conversion:
     name: str = ""
     aside: SetAside = dataclasses.field(default_factory=SetAside)
     watch: Callable[[], Any] = lambda: None
+    converted: bool = False
 
     def made(self, data_dir: str | None) -> Any:
         """Returns the dataset's builder; converts the rows unless that was done and still holds.
@@ -97,9 +103,10 @@ class Conversion:
             if self.name and Path(made.data_dir).with_name("inputs.jsonl").is_file():
                 raise ValueError(
                     f"{Path(made.data_dir).parent} holds a dataset of other files, or of these as "
-                    "they were: remove it, or choose another place"
+                    "they were, or with another heldout or root: remove it, or choose another place"
                 )
             self._convert(made, inputs)
+            self.converted = True
         return made
 
     def _split(self, chosen: np.ndarray, inputs: "_Inputs", seen: set[str]) -> Iterator[Record]:
@@ -107,7 +114,8 @@ class Conversion:
         from caprl_jax.data.images import UnreadableImage
 
         root = Path(self.root) if self.root else None
-        every = (row for file in self.sources for row in rows(file))
+        named = zip(self.sources, _names(self.sources), strict=True)
+        every = (row for file, name in named for row in rows(file, name))
         for row, wanted in zip(every, chosen, strict=True):
             if not wanted:
                 continue

@@ -18,6 +18,8 @@ from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord
 
 COLUMNS = ("image", "images", "questions", "reward_model", "extras", "id")
+KEY = "__key__"  # the name of a row within its file, where it has one
+_MOST_PADDING = 20 * tarfile.BLOCKSIZE  # after the end of an archive, as tar writes it
 _PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -27,8 +29,8 @@ class Format:
 
     Attributes:
       count: number of rows in a file, damaged ones included.
-      rows: yields a file's rows in order; for one that can't be read, the error that says why.
-        Memory holds a few at a time.
+      rows: yields a file's rows in order, with their KEY if they have one; for one that can't be
+        read, the error that says why. Memory holds a few at a time.
     """
 
     count: Callable[[Path], int]
@@ -145,6 +147,11 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]
 
     for name, own in itertools.groupby(members(), key):
         yield name, list(own)
+    # tarfile takes damage for the end of the archive, which really is zeros up to the file's.
+    tar.fileobj.seek(tar.offset)
+    rest = tar.fileobj.read(_MOST_PADDING + 1)
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        raise tarfile.ReadError(f"it is damaged, or cut short, at byte {tar.offset}")
 
 
 def _count_samples(file: Path) -> int:
@@ -156,7 +163,7 @@ def _tar_rows(file: Path) -> Iterator[Any]:
     with _tar(file) as tar:
         for name, members in _samples(tar):
             try:
-                yield {"id": f"{file.stem}/{name}"} | _sample(tar, members)
+                yield {KEY: name} | _sample(tar, members)
             except MalformedRecord as e:
                 yield e
 

@@ -36,7 +36,12 @@ def prepared(
 
     del settings
     directory = find(options.path)
-    made = tfds.builder_from_directory(str(directory))
+    if not directory.with_name("inputs.jsonl").is_file():
+        raise ValueError(f"{directory} is no dataset of import_data, or its import was interrupted")
+    try:
+        made = tfds.builder_from_directory(str(directory))
+    except Exception as e:  # it raises those of its parsers
+        raise ValueError(f"{directory} can't be read: {e}; import the files again") from e
     lacking = {"id", "image", "questions", "facts"} - set(made.info.features or ())
     lacking |= set(SPLITS) - set(made.info.splits)
     if lacking:

@@ -17,7 +17,7 @@ from typing import Any
 
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Record
-from caprl_jax.data.sources.formats import COLUMNS, FORMATS, tell_unknown
+from caprl_jax.data.sources.formats import COLUMNS, FORMATS, KEY, tell_unknown
 
 _LONGEST_PATH = 1024  # characters; a longer text in the place of a path is base64
 
@@ -40,14 +40,22 @@ class Row:
 def find(path: str) -> list[Path]:
     """Lists the files that a path names: a file, a pattern's matches, or a directory's files.
 
+    Of a Hugging Face dataset's directory, what its `map` left in files cache-*.arrow isn't listed.
+
     Raises:
-      ValueError: the path names no file, or one of another kind.
+      ValueError: the path names no file, or one of another kind, or a directory with several kinds.
     """
     given = Path(path)
     if not path:
         matches = []
     elif given.is_dir():
         matches = sorted(f for f in given.rglob("*") if f.suffix in FORMATS)
+        matches = [f for f in matches if f.is_file() and not f.match("cache-*.arrow")]
+        if len(kinds := sorted({f.suffix for f in matches})) > 1:
+            raise ValueError(
+                f"{path} holds {' and '.join(kinds)} files: name those that hold the rows, for "
+                f"example {given / ('*' + kinds[0])}"
+            )
     elif given.exists():
         matches = [given]
     else:
@@ -74,13 +82,21 @@ def count(file: Path) -> int:
     return FORMATS[file.suffix].count(file)
 
 
-def rows(file: Path) -> Iterator[Row]:
-    """Yields a file's rows in order; memory holds a few at a time."""
+def rows(file: Path, name: str = "") -> Iterator[Row]:
+    """Yields a file's rows in order; memory holds a few at a time.
+
+    Args:
+      file: of any kind in formats.py.
+      name: which the rows' places begin with; "" is the file's own, without its suffix.
+    """
     unknown: set[str] = set()
     for i, raw in enumerate(FORMATS[file.suffix].rows(file)):
+        place = f"{name or file.stem}-{i:06d}"
         if isinstance(raw, Mapping):
-            unknown.update(map(str, raw.keys() - set(COLUMNS)))
-        yield Row(f"{file.stem}-{i:06d}", raw, file.parent)
+            if KEY in raw:
+                place = f"{name or file.stem}/{raw[KEY]}"
+            unknown.update(map(str, raw.keys() - {*COLUMNS, KEY}))
+        yield Row(place, raw, file.parent)
     tell_unknown(file, unknown)
 
 

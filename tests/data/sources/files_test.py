@@ -115,13 +115,10 @@ def test_path_without_data_is_refused(tmp_path, name, message):
         prepare(section(tmp_path, tmp_path / name if name else ""), SetAside())
 
 
-def test_too_few_rows_and_unreadable_or_like_named_files_are_refused(tmp_path):
+def test_too_few_rows_and_unreadable_files_are_refused(tmp_path):
     path = write(tmp_path / "qa")
     with pytest.raises(ValueError, match="holds 6 rows, no more than heldout=6"):
         prepare(section(tmp_path, path, heldout=6), SetAside())
-    write(tmp_path / "qa" / "more")
-    with pytest.raises(ValueError, match="two files are called rows"):
-        prepare(section(tmp_path, tmp_path / "qa"), SetAside())
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"bad\.parquet can't be read as parquet"):
         prepare(section(tmp_path, tmp_path / "bad.parquet"), SetAside())
@@ -294,6 +291,28 @@ def test_columns_that_are_not_read_are_named(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     prepare(section(tmp_path, lines(tmp_path / "qa", {"colour": 1}, {"qs": 2}, {})), SetAside())
     assert "rows.jsonl: not read: colour, qs; read are image" in caplog.text
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    write(tmp_path / "qa", damaged=())
+    write(tmp_path / "qa" / "more")
+    aside = SetAside()
+    prepared = prepare(section(tmp_path, tmp_path / "qa"), aside)
+    assert {*ids(prepared, "train"), *ids(prepared, "heldout")} == {
+        *(f"rows.jsonl-{i:06d}" for i in range(6)),
+        *(f"more/rows.jsonl-{i:06d}" for i in (0, 1, 3, 4, 5)),
+    }
+    assert list(aside.reasons) == ["more/rows.jsonl-000002"]
+
+
+def test_a_folder_with_several_kinds_of_files_is_refused_and_a_pattern_is_not(tmp_path):
+    """Images packed into a tar beside the rows would be rows without questions."""
+    write(tmp_path / "qa", damaged=())
+    (tmp_path / "qa" / "images.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds .jsonl and .tar files: name those .*\*\.jsonl"):
+        rows.find(str(tmp_path / "qa"))
+    assert [f.name for f in rows.find(str(tmp_path / "qa" / "*.jsonl"))] == ["rows.jsonl"]
+    assert len(rows.find(str(tmp_path / "qa" / "*[lr]"))) == 2
 
 
 def test_pipes_and_folders_are_no_files(tmp_path):

@@ -9,8 +9,9 @@ import pyarrow.ipc
 import pytest
 from PIL import Image
 
-from caprl_jax.data import images
+from caprl_jax.data import images, records
 from caprl_jax.data.records import MalformedRecord
+from caprl_jax.data.sources import conversion
 from caprl_jax.data.sources.formats import FORMATS
 from caprl_jax.data.sources.rows import count, parse_row, rows
 
@@ -33,7 +34,9 @@ def tar(path, members):
 
 
 def arrow(path, batches=3, file=False):
-    table = pyarrow.table({"image": [picture()] * 5, "questions": [json.dumps(QUESTIONS)] * 5})
+    table = pyarrow.table(
+        {"image": [picture()] * 5, "questions": [json.dumps(QUESTIONS["questions"])] * 5}
+    )
     new = pyarrow.ipc.new_file if file else pyarrow.ipc.new_stream
     with new(str(path), table.schema) as out:
         for _ in range(batches):
@@ -65,6 +68,7 @@ def test_members_with_one_name_are_a_row(tmp_path):
     assert first.id == "s/a/1" and second.id == "own"  # a picture comes before a path
     assert first.image == second.image == picture() and first.questions[0].answer == 1
     assert read(path)[0]["caption.txt"] is None
+    assert [row.id for row in rows(path)] == ["s/a/1", "s/b/1"]
 
 
 def test_a_bad_row_of_a_shard_is_one_row(tmp_path, monkeypatch):
@@ -83,6 +87,41 @@ def test_a_bad_row_of_a_shard_is_one_row(tmp_path, monkeypatch):
     with pytest.raises(MalformedRecord, match="has 2 images, not one"):
         parse_row(next(rows(tar(tmp_path / "t.tar", two))))
     assert found[3]["image"] == [picture()] and len(found) == 4
+
+
+def test_a_shard_that_is_damaged_between_rows_is_named(tmp_path):
+    """tarfile takes a bad header for the end; rows would be lost in silence."""
+    members = [(f"{i}.png", picture()) for i in range(3)]
+    path = tar(tmp_path / "s.tar", members)
+    whole = path.read_bytes()
+    second = whole.index(b"1.png")
+    damaged = {
+        "a bad header": whole[:second] + b"x" * 512 + whole[second + 512 :],
+        "cut at a header": whole[:second],
+        "cut in a header": whole[: second + 100],
+        "two archives": whole + whole,
+    }
+    for name, content in damaged.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="can't be read as tar"):
+            pytest.fail(f"{name}: {count(path)}")
+        with pytest.raises(ValueError, match="can't be read as tar"):
+            list(rows(path))
+
+
+def test_splits_and_left_over_files_of_a_dataset_directory(tmp_path):
+    """As DatasetDict.save_to_disk writes them: files of one name in each split."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        arrow(tmp_path / split / "data-00000-of-00001.arrow", batches=1)
+        arrow(tmp_path / split / "cache-0123.arrow")
+    job = conversion.begin(str(tmp_path), 2, "")
+    assert job.total == 10
+    train = job.made(str(tmp_path / "to"))
+    elements = [e for split in ("train", "heldout") for e in records.source(train, split)]
+    names = {e["id"].decode() for e in elements}
+    place = "{}/data-00000-of-00001.arrow-00000{}"
+    assert names == {place.format(s, i) for s in ("train", "test") for i in range(5)}
 
 
 @pytest.mark.parametrize("file", [False, True])
