@@ -50,7 +50,7 @@ def main(_: list[str]) -> None:
             print(f"workdir: {place}", flush=True)
         with bucket.opened(place) as workdir:
             if file := _REPLAY.value:
-                train.replay(flags.FLAGS.config, workdir, Path(file))
+                train.replay(flags.FLAGS.config, workdir, bucket.locate(file, place, workdir))
             else:
                 train.run(flags.FLAGS.config, workdir)
 

@@ -60,8 +60,8 @@ class LoadedJudge(Loaded):
         Args:
           per_image: [b] lists of {"question", "choices": ["A) ..", ..], "answer": "B"}, or of
             records.Question.
-          seed: seed of draws and shuffles, as numpy.random.default_rng takes it. An image's depend
-            on the seed and on its own questions, not on the other images.
+          seed: seed of draws and shuffles, a whole number from 0 or a list of them. An image's
+            depend on the seed and on its own questions, not on the other images.
           draws: number of questions to draw for each image; None takes all of them.
           replacement: whether a question may be drawn twice.
           shuffle: whether to shuffle the options; the abstain option always comes last.
@@ -70,7 +70,7 @@ class LoadedJudge(Loaded):
           Questions [b, n, q], numpy; n is `draws`, or a bucket of the largest number of questions.
 
         Raises:
-          UserError: there is no question, or fewer than draws without replacement.
+          UserError: there is no question, or fewer than draws without replacement; or a bad seed.
           MalformedRecord: a question is malformed.
         """
         if not any(len(asked) for asked in per_image):
@@ -80,6 +80,8 @@ class LoadedJudge(Loaded):
             for own in per_image
         ]
         seeds = np.atleast_1d(seed).tolist()
+        if not all(isinstance(s, int) and s >= 0 for s in seeds):
+            raise UserError(f"seed={seed!r} is neither a whole number from 0 nor a list of them")
         rngs = [np.random.default_rng([*seeds, zlib.crc32(repr(own).encode())]) for own in asked]
         if draws is not None:
             asked = [

@@ -39,7 +39,7 @@ class Stopped(Exception):
 
 
 class Unreached(ConfigError):
-    """Error of a process that process 0 did not answer: its machine may come later."""
+    """Error of a process whose others did not come: their machines may come later."""
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -55,7 +55,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
 
     Raises:
       ConfigError: some but not all arguments are given, or the processes can't meet.
-      Unreached: process 0 didn't answer within MEETING.
+      Unreached: the others didn't come within MEETING.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -110,7 +110,9 @@ def _initialize(*address) -> None:
             *address, initialization_timeout=MEETING, heartbeat_timeout_seconds=HEARTBEAT
         )
     except RuntimeError as e:
-        raise ConfigError(f"the processes of this run can't meet: {e}") from e
+        late = "DEADLINE_EXCEEDED" in str(e)
+        said = f"the processes of this run can't meet: {e}"
+        raise (Unreached if late else ConfigError)(said) from e
 
 
 def _check(coordinator: str, processes: int, process: int) -> None:

@@ -63,6 +63,12 @@ def opened(workdir: str) -> Iterator[Path]:
             yield bucket.local
 
 
+def locate(name: str, workdir: str, local: Path) -> Path:
+    """Returns the path of a file; one named below a workdir's URL lies in its local copy."""
+    inside = name.removeprefix(f"{workdir.rstrip('/')}/")
+    return local / inside if inside != name else Path(name)
+
+
 class Bucket:
     """A directory in a bucket, and its local copy."""
 

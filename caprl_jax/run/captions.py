@@ -137,5 +137,6 @@ def _read(path: Path, last: int) -> list[tuple[int, str]]:
             if step <= last:
                 kept.append((step, line))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        logging.warning("%s is damaged, and goes on from step %s: %s", path, kept[-1:], e)
+        last = kept[-1][0] if kept else 0
+        logging.warning("%s is damaged, and goes on from step %d: %s", path, last, e)
     return kept

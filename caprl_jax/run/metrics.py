@@ -151,7 +151,7 @@ class MetricWriter:
         self._earlier = b""  # lines of steps before the last one that aren't written yet
         self._last = b""
         self._start = 0  # offset of the earlier lines, then of the last
-        self._failure: str | None = None  # why the last write failed
+        self._failed: set[str] = set()  # of what the last write failed
         self._unwritten: str | None = None  # why the last write to metrics.jsonl did
         offset = 0
         for entry, line in _parse(path):
@@ -193,7 +193,7 @@ class MetricWriter:
             values = {k: v for k, v in values.items() if k not in self._known}
         for sink in self._sinks:
             failure = self._attempt(sink.write, step, values) or failure
-        self._tell(failure)
+        self._tell("metrics", failure)
 
     def table(self, step: int, rows: Sequence[Row]) -> None:
         """Writes a table of captions to captions.jsonl, and to the sinks that take tables."""
@@ -202,15 +202,16 @@ class MetricWriter:
         for sink in self._sinks if rows and not again else ():
             if hasattr(sink, "table"):
                 failure = self._attempt(sink.table, step, rows) or failure
-        self._tell(failure)
+        self._tell("tables of captions", failure)
 
-    def _tell(self, failure: str | None) -> None:
-        """Warns of a failure, if the last write didn't fail too."""
-        if failure and not self._failure:
-            logging.warning("metrics can't be written, and the run goes on: %s", failure)
-        elif self._failure and not failure:
-            logging.warning("metrics are written again")
-        self._failure = failure
+    def _tell(self, what: str, failure: str | None) -> None:
+        """Warns of a failure, if the last write of the same didn't fail too."""
+        if failure and what not in self._failed:
+            logging.warning("%s can't be written, and the run goes on: %s", what, failure)
+            self._failed.add(what)
+        elif not failure and what in self._failed:
+            logging.warning("%s are written again", what)
+            self._failed.remove(what)
 
     def _begin_line(self, step: int) -> None:
         if self._unwritten:

@@ -33,8 +33,8 @@ def steps_of(text: str) -> range:
 class Profile:
     """A trace of some steps, written to a directory by the first process.
 
-    A trace that can't be started or written is a warning. Leaving the context ends the trace, so
-    one of a run that stops or fails within these steps is kept.
+    A trace that can't be started or written, or whose steps don't come, is a warning. Leaving the
+    context ends the trace, so one of a run that stops or fails within these steps is kept.
     """
 
     def __init__(self, text: str, directory: Path):
@@ -46,12 +46,14 @@ class Profile:
         """
         self._steps = steps_of(text) if processes.is_first() else range(0)
         self._directory, self._running, self._span = directory, False, None
+        self._waits = bool(self._steps)  # for the first of these steps
 
     def before(self, step: int, state: Any) -> None:
         """Starts the trace if this is its first step; waits until earlier steps are done."""
         if step not in self._steps:
             return
         if not self._running:
+            self._waits = False
             jax.block_until_ready(state)
             logging.info("profile: steps %d to %d", step, self._steps[-1])
             self._running = self._attempt(self._start)
@@ -96,5 +98,9 @@ class Profile:
 
     def __exit__(self, *_: object) -> None:
         self._end_span()
+        if self._waits:
+            logging.warning(
+                "no profile: none of the steps %d to %d was run", self._steps[0], self._steps[-1]
+            )
         if self._running:
             self._stop()

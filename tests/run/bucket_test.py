@@ -63,6 +63,12 @@ def test_a_path_is_itself(tmp_path):
         assert workdir == tmp_path / "run"
 
 
+def test_a_file_below_the_url_lies_in_the_copy(tmp_path):
+    kept = tmp_path / "skipped" / "2.npz"
+    assert bucket.locate(f"{URL}/skipped/2.npz", f"{URL}/", tmp_path) == kept
+    assert bucket.locate(str(kept), URL, tmp_path) == kept
+
+
 def test_a_run_goes_on_from_the_bucket_alone(files):
     with bucket.opened(URL) as first:
         write(first, CONFIG | {"metrics.jsonl": "1\n", "export/1/model": "big", "lock": "here"})

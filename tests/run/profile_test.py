@@ -28,7 +28,7 @@ def test_a_run_is_traced_from_start_to_end(tmp_path):
     assert traced(tmp_path / "run" / "profile") == [3, 4, 5]
 
 
-def test_a_run_that_ends_or_fails_early_keeps_its_trace(tmp_path):
+def test_a_run_that_ends_or_fails_early_keeps_its_trace(tmp_path, caplog):
     def fail():
         raise RuntimeError("no more data")
 
@@ -37,7 +37,9 @@ def test_a_run_that_ends_or_fails_early_keeps_its_trace(tmp_path):
     assert traced(tmp_path / "failed" / "profile") == [3, 4]
     train_in(tmp_path / "short", profile="7:99")
     assert traced(tmp_path / "short" / "profile") == [7, 8]
+    caplog.clear()
     train_in(tmp_path / "short", profile="1:3", steps=10)  # a resumed run begins at step 9
+    assert "no profile: none of the steps 1 to 3 was run" in caplog.text
     assert len(list((tmp_path / "short").rglob("*.trace.json.gz"))) == 1
 
 

@@ -46,7 +46,7 @@ def begin(path: str, heldout: int, root: str, name: str = "") -> "Conversion":
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """What the files' rows are named by: the stems, or where these repeat, the paths below."""
+    """Names of the files for their rows: the stems, or where these repeat, the paths below."""
     stems = [f.stem for f in files]
     if len(set(stems)) == len(stems):
         return stems

@@ -62,8 +62,9 @@ class _Mlflow(Dashboard):
         tags = flat(known["environment"])
         if known["environment"].get("git"):
             tags["mlflow.source.git.commit"] = known["environment"]["git"]["revision"]
-        for name, value in tags.items():
-            self._client.set_tag(run, _name(name), _short(value))
+        named = [entities.RunTag(_name(name), _short(value)) for name, value in tags.items()]
+        for i in range(0, len(named), _BATCH):
+            self._client.log_batch(run, tags=named[i : i + _BATCH])
         for name, content in known.items():  # whole, beside the parameters and tags
             self._client.log_dict(run, content, f"{name}.json")
         return run
@@ -101,7 +102,8 @@ class _Mlflow(Dashboard):
             if image is not None:
                 self._client.log_image(self.run, image, artifact_file=path)
             self._images.add(path)
-        # One table of all steps, as MLflow's own log_table writes it; that needs pandas.
+        # One table of all steps, sent whole each time, as MLflow's own log_table does, which needs
+        # pandas.
         lines = (self.workdir / "captions.jsonl").read_text().splitlines()
         data = [_row(json.loads(line)) for line in lines]
         self._client.log_dict(self.run, {"columns": list(_COLUMNS), "data": data}, _TABLE)
