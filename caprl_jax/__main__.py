@@ -1,6 +1,6 @@
 """Prints the list of commands: python -m caprl_jax."""
 
-from caprl_jax.commands.listing import describe_commands
+from caprl_jax.commands.listing import describe_commands, show
 
 if __name__ == "__main__":
-    print(describe_commands())
+    show(describe_commands())

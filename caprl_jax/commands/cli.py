@@ -7,7 +7,6 @@ import inspect
 import io
 import logging
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -185,8 +184,7 @@ def _answer_help(argv: list[str], more: str = "") -> None:
 
 def _show(text: str) -> NoReturn:
     """Prints a text and ends the process, quietly if a pager or `head` reads only a part."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(listing.as_called(text))
+    listing.show(listing.as_called(text))
     sys.exit(0)
 
 

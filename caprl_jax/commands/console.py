@@ -29,7 +29,7 @@ def main() -> None:
     name, *rest = sys.argv[1:] or ["--help"]
     modules = {listing.console_name(c.name): c.name for c in listing.commands()}
     if name in ("-h", "--help", "help"):
-        print(listing.as_called(listing.describe_commands()), _MORE, sep="\n\n")
+        listing.show(f"{listing.as_called(listing.describe_commands())}\n\n{_MORE}")
     elif name == "completion":
         configs = " ".join(listing.shipped_configs())
         print(_COMPLETION.format(commands=" ".join([*modules, "completion"]), configs=configs))

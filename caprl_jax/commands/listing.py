@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -73,6 +74,12 @@ def as_called(text: str) -> str:
 
 def _by_console() -> bool:
     return Path(*sys.orig_argv[1:2]).name == "caprl"
+
+
+def show(text: str) -> None:
+    """Prints a text at a program's end; that `head` reads no further is no error."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text)
 
 
 def describe_commands() -> str:

@@ -75,6 +75,16 @@ def test_an_installed_wheel_trains_outside_a_checkout(site, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_help_may_be_read_in_part(site, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(site)}
+    for arguments in ([site / "bin" / "caprl", "--help"], ["-m", "caprl_jax"]):
+        with subprocess.Popen(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+        ) as process:
+            process.stdout.close()
+            assert process.stderr.read() == b""
+
+
 def test_help_names_the_commands_as_they_are_called(site, tmp_path):
     code, out, told = caprl("--help", site=site, cwd=tmp_path)
     assert code == 0 and not told
