@@ -62,6 +62,7 @@ def test_captions_and_their_log_probabilities_equal_the_trees(world):
     assert relative(tree.reshape(plain.shape), plain) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_naive_step_equals_the_trees(world):
     """Parameters and metrics, the sampled verdicts among them; the naive one in slices, too."""
     state, metrics = stepped(world, Verbs())

@@ -15,6 +15,7 @@ def tiny(changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
@@ -38,6 +39,7 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
     assert all(name in phases.tell(found[2]) for name in found[2])
 
 
+@pytest.mark.slow
 def test_captions_that_share_slots_have_the_same_work_and_wait_less(monkeypatch, one_device):
     """The work is of full captions; of natural ones it is told how many waited."""
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])

@@ -22,6 +22,7 @@ def test_an_example_is_short(file):
     assert len(file.read_text().splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_reinforce_in_a_scan_learns_what_the_judge_wants(capsys):
     module(ROOT / "launch/examples/reinforce.py").main()
     printed = capsys.readouterr().out

@@ -62,6 +62,7 @@ def args(eight, tokens=SAMPLING.max_tokens):
     return run, start(eight), eight.batch, jax.random.key(2)
 
 
+@pytest.mark.slow
 def test_a_step_of_captions_in_length_buckets_is_the_same_step(eight):
     (whole, expected), (cut, metrics) = (
         jax.device_get(jax.jit(step(**CUTS, lengths=count))(*args(eight))) for count in (1, 3)
@@ -90,7 +91,10 @@ def only(which):
     return weights
 
 
-@pytest.mark.parametrize("cuts", [{}, CUTS], ids=["whole", "in slices"])
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param({}, id="whole"), pytest.param(CUTS, id="in slices", marks=pytest.mark.slow)],
+)
 def test_a_bucket_costs_what_captions_of_its_length_do(eight, cuts):
     """Judge, reference and update, that is: no token is drawn here."""
 

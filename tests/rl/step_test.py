@@ -77,6 +77,7 @@ def test_images_that_fill_up_a_batch_change_nothing(eight, single):
         assert_close(moved(eight, results[0][0]), moved(eight, single[0]))
 
 
+@pytest.mark.slow
 def test_one_trace_per_bucket(eight):
     function, traces = counted(step())
     run, program = make_run(eight), jax.jit(function, donate_argnums=1)

@@ -185,6 +185,7 @@ def compared(tiny):
     return naive.compare(tiny)
 
 
+@pytest.mark.slow
 def test_flops_and_bytes_are_as_recorded(compared):
     for pinned, unit, name in ((PINNED_TFLOP, 1e12, "flops"), (PINNED_GB, 1e9, "hbm_bytes")):
         for phase, expected in pinned.items():
@@ -199,6 +200,7 @@ def test_the_trees_figures_are_the_plans(tiny, compared, monkeypatch):
     assert plan.make(naive.smallest(tiny), "local").rooflines == compared.tree.phases
 
 
+@pytest.mark.slow
 def test_what_is_repeated_is_counted(tiny, compared):
     """By hand: a prompt for each caption, and a whole sequence for each question.
 
