@@ -21,7 +21,7 @@ FLOORS = (
     ("run", "config", "recipes"),
     ("commands",),
     ("train", "plan", "api"),
-    ("adapters",),
+    ("adapters", "caption"),
     ("bench", "main", "__main__", ""),
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -79,9 +79,7 @@ class LoadedPolicy(Loaded):
         """
         if not len(images):
             raise UserError("images is empty: give at least one image")
-        vision = self.modules.vision.config
-        mrope = self.modules.decoder.config.mrope_section is not None
-        filler = PolicyPrompt.create(self.tokenizer, prompt, vision, mrope)
+        vision, filler = self.modules.vision.config, self._filler(prompt)
         found = [self.processor(_picture(image)) for image in images]
         windows = bucket(max(window_count(grid, vision) for _, grid in found))
         features = max(rows * columns for _, (rows, columns) in found) // vision.merge**2
@@ -89,6 +87,22 @@ class LoadedPolicy(Loaded):
         laid = batch_images([pad_to_windows(p, grid, vision, windows) for p, grid in found])
         prompts = [filler.fill(grid, length) for _, grid in found]
         return laid, jax.tree.map(lambda *a: np.stack(a), *prompts)
+
+    def padded_size(self, image: Picture, prompt: str = PROMPT) -> tuple[int, int]:
+        """Returns the (windows, prompt tokens) to which `inputs` pads an image alone.
+
+        Raises:
+          UnreadableImage, UserError: the image can't be used.
+        """
+        vision = self.modules.vision.config
+        picture = _picture(image)
+        rows, columns = grid = self.processor.grid(picture.height, picture.width)
+        length = self._filler(prompt).length(rows * columns // vision.merge**2)
+        return bucket(window_count(grid, vision)), bucket(length)
+
+    def _filler(self, prompt: str) -> PolicyPrompt:
+        mrope = self.modules.decoder.config.mrope_section is not None
+        return PolicyPrompt.create(self.tokenizer, prompt, self.modules.vision.config, mrope)
 
     def caption(
         self,
@@ -130,9 +144,14 @@ class LoadedPolicy(Loaded):
         sampling: Sampling,
         key: jax.Array,
     ) -> Rollout:
-        """Runs rl.rollout on arrays from `inputs`: Rollout [b, group, t], first b rows."""
+        """Runs rl.rollout on arrays from `inputs`: Rollout [b, group, t], first b rows.
+
+        `key` is one for all, or [b], one for each image, whose captions depend on no other's.
+        """
         count = prompt.tokens.shape[0]
         images, prompt = loading.put((images, prompt), self.rules)
+        if key.ndim:
+            key = key[np.resize(np.arange(count), prompt.tokens.shape[0])]
         decoding = Decoding(group, self.tokenizer.stop, sampling)
         found = _sample(self.rules, self.modules, decoding, self.params, images, prompt, key)
         return jax.tree.map(lambda a: a[:count], found)

@@ -81,7 +81,7 @@ def decode(
       decoding: group size, stop tokens, sampling and slots.
       valid: bool [b], False for rows that only fill up the batch. Their captions are empty, and no
         other caption waits for them.
-      key: iteration i of the loop draws with fold_in(key, i).
+      key: iteration i of the loop draws with fold_in(key, i); or keys [b], one for each image.
 
     Returns:
       Rollout [b, g, t], where t is decoding.sampling.max_tokens.
@@ -111,6 +111,9 @@ def decode_with(
     return _draw_together(loop, valid)
 
 
+_fold_each = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Loop:
     """Everything that stays the same in every iteration of a decode loop."""
@@ -128,7 +131,8 @@ class _Loop:
         logits = constrain(self.variant.logits(self.weights, hidden), *axes.BATCH[:2], "vocab")
         logits = only_known(logits, self.policy.decoder.config.known)
         sampling, stop = self.decoding.sampling, self.decoding.stop
-        token, logp, drawn = draw(jax.random.fold_in(self.key, i), logits, sampling)
+        fold = jax.random.fold_in if self.key.ndim == 0 else _fold_each
+        token, logp, drawn = draw(fold(self.key, i), logits, sampling)
         ends = jnp.isin(token, jnp.asarray(stop, jnp.int32))
         return Rollout(token, None, logp, drawn, None, None), ends
 

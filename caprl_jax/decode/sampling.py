@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import chex
 import jax
@@ -74,7 +75,7 @@ def draw(
     """Draws one token for each row of logits.
 
     Args:
-      key: key of the draw.
+      key: key of the draw, or keys [b], one for each image, whose draws depend on no other's.
       logits: float32 [*batch, vocab]; the batch axes are the tree's.
       sampling: temperature and filters.
 
@@ -98,16 +99,16 @@ def draw(
 def by_noise(key: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws by the Gumbel-max trick (arXiv 1411.0030), as jax.random.categorical does.
 
-    Logits float32 [*batch, vocab] -> int32 [*batch].
+    A key or keys [b], and logits float32 [*batch, vocab] -> int32 [*batch].
     """
-    return _largest(logits + jax.random.gumbel(key, logits.shape, logits.dtype))
+    return _largest(logits + _random(jax.random.gumbel, key, logits.shape))
 
 
 def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws by inverse transform sampling (Devroye 1986, chapter 3) in two steps.
 
-    Logits float32 [*batch, vocab] -> int32 [*batch]; the batch axes are the tree's.
-    The vocabulary is divided into runs of neighbours: one uniform number picks a run by its
+    A key or keys [b], and logits float32 [*batch, vocab] -> int32 [*batch]; the batch axes are the
+    tree's. The vocabulary is divided into runs of neighbours: one uniform number picks a run by its
     probability, and another picks a token in it. This takes two random numbers for each row, while
     noise takes one for each logit.
     """
@@ -116,11 +117,19 @@ def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
     # Replicated over the vocabulary's devices, which would otherwise pass on a running sum.
     batch = axes.BATCH[: logits.ndim - 1]
     sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
-    which, within = jax.random.uniform(key, (2, *sums.shape[:-1]))
+    which, within = _random(jax.random.uniform, key, sums.shape[:-1], 2)
     run = pick(which, sums)
     chosen = jnp.take_along_axis(runs, run[..., None, None], axis=-2)[..., 0, :]
     at = (run % count) * _RUN + pick(within, constrain(chosen, *batch, None))
     return run // count * part + at
+
+
+def _random(draws: Callable, key: jax.Array, shape: tuple[int, ...], *times: int) -> jax.Array:
+    """Random numbers [*times, *shape]; with keys [b] for shape [b, ..], each row's from its own."""
+    if key.ndim == 0:
+        return draws(key, (*times, *shape))
+    rows = jax.vmap(lambda one: draws(one, (*times, *shape[1:])))(key)
+    return jnp.moveaxis(rows, 0, len(times))
 
 
 def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:

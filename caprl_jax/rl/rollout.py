@@ -25,7 +25,8 @@ def rollout(
       params: the policy's parameters.
       batch: Batch [b, ..]; questions are not used.
       decoding: group size g, stop tokens, sampling and slots.
-      key: key of the draws. With several slices of the rollout each draws with a key of its own.
+      key: key of the draws, with several slices of the rollout one for each is made of it; or
+        keys [b], one for each image, whose captions then depend on no other's.
 
     Returns:
       Rollout [b, g, t].

@@ -10,9 +10,8 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.data.sources.rows import count, find, parse_row, rows
+from caprl_jax.data.sources.rows import count, find, names, parse_row, rows
 
 VERSION = "1.2.0"
 
@@ -43,15 +42,6 @@ def begin(path: str, heldout: int, root: str, name: str = "") -> "Conversion":
     if heldout >= total:
         raise ValueError(f"{path} holds {total} rows, no more than heldout={heldout}")
     return Conversion(sources, total, heldout, root, name)
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """Names of the files for their rows: the stems, or where these repeat, the paths below."""
-    stems = [f.stem for f in files]
-    if len(set(stems)) == len(stems):
-        return stems
-    common = os.path.commonpath([f.parent for f in files])
-    return [str(f.relative_to(common)) for f in files]
 
 
 @dataclasses.dataclass
@@ -114,7 +104,7 @@ class Conversion:
         from caprl_jax.data.images import UnreadableImage
 
         root = Path(self.root) if self.root else None
-        named = zip(self.sources, _names(self.sources), strict=True)
+        named = zip(self.sources, names(self.sources), strict=True)
         every = (row for file, name in named for row in rows(file, name))
         for row, wanted in zip(every, chosen, strict=True):
             if not wanted:

@@ -10,8 +10,9 @@ base64 text, or a list of one of these; its column may be called images. Questio
 import base64
 import binascii
 import dataclasses
+import os
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def find(path: str) -> list[Path]:
     return matches
 
 
+def names(files: Sequence[Path]) -> list[str]:
+    """Names of files for their rows: the stems, or where these repeat, the paths below."""
+    stems = [f.stem for f in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    common = os.path.commonpath([f.parent for f in files])
+    return [str(f.relative_to(common)) for f in files]
+
+
 def count(file: Path) -> int:
     """Number of rows in a file, damaged ones included.
 
@@ -118,19 +128,20 @@ def parse_row(
     """
     from caprl_jax.data.images import decode_image  # Pillow is imported where it is used
 
-    if isinstance(row.raw, MalformedRecord):
-        raise row.raw
-    if not isinstance(row.raw, Mapping):
-        raise MalformedRecord(f"a row is a {type(row.raw).__name__}, not a JSON object")
-    image = _image(row, root or row.beside, used or (lambda path: None))
+    image = image_bytes(row, root, used)
     decode_image(image)
     questions, dropped = records.parse_questions(_questions(row.raw))
     extras = records.parse_extras(row.raw.get("extras"))
-    return Record(_id(row), image, questions, extras=extras, dropped=dropped)
+    return Record(identity(row), image, questions, extras=extras, dropped=dropped)
 
 
-def _id(row: Row) -> str:
-    own = row.raw.get("id")
+def identity(row: Row) -> str:
+    """Returns a row's own id, or its place if it has none.
+
+    Raises:
+      MalformedRecord: the id is no text and no whole number.
+    """
+    own = row.raw.get("id") if isinstance(row.raw, Mapping) else None
     if own is None or own == "":
         own = row.id
     if isinstance(own, bool) or not isinstance(own, str | int):
@@ -139,10 +150,16 @@ def _id(row: Row) -> str:
     return str(own)
 
 
-def _image(row: Row, root: Path, used: Callable[[Path], None]) -> bytes:
-    """Returns the encoded bytes of a row's image."""
+def image_bytes(
+    row: Row, root: Path | None = None, used: Callable[[Path], None] | None = None
+) -> bytes:
+    """Returns the encoded bytes of a row's image; arguments and errors as parse_row's."""
     from caprl_jax.data.images import read_image
 
+    if isinstance(row.raw, MalformedRecord):
+        raise row.raw
+    if not isinstance(row.raw, Mapping):
+        raise MalformedRecord(f"a row is a {type(row.raw).__name__}, not a JSON object")
     given = row.raw.get("image")
     given = row.raw.get("images") if given is None else given
     if isinstance(given, list):
@@ -157,8 +174,9 @@ def _image(row: Row, root: Path, used: Callable[[Path], None]) -> bytes:
         raise MalformedRecord("the row has no image: neither bytes nor a path")
     if given.startswith("data:") or len(given) > _LONGEST_PATH:
         return _from_base64(given)
-    path = _inside(given, row.beside, root)
-    used(path)
+    path = _inside(given, row.beside, root or row.beside)
+    if used is not None:
+        used(path)
     return read_image(path)
 
 

@@ -1,0 +1,92 @@
+"""The images to caption: files of pictures, or rows of any form that the source `files` reads."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from caprl_jax.data.records import MalformedRecord
+from caprl_jax.data.sources import rows
+from caprl_jax.errors import ConfigError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image that has not been read.
+
+    Attributes:
+      id: its path below the folder, or its row's id.
+      read: returns its encoded bytes; raises UnreadableImage or MalformedRecord.
+    """
+
+    id: str
+    read: Callable[[], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Images in a fixed order.
+
+    Attributes:
+      count: number of them, unreadable ones included.
+      each: yields them.
+    """
+
+    count: int
+    each: Callable[[], Iterator[Picture]]
+
+
+def find(path: str) -> Pictures:
+    """Finds the images that a path names: a file, a pattern, or a folder.
+
+    Raises:
+      ConfigError: there are none, or both pictures and files of rows.
+    """
+    given = Path(path)
+    if given.is_dir():
+        files = sorted(f for f in given.rglob("*") if f.suffix.lower() in SUFFIXES)
+    elif given.is_file():
+        files = [given] if given.suffix.lower() in SUFFIXES else []
+    else:
+        pattern = given.relative_to(given.anchor) if given.is_absolute() else given
+        found = sorted(Path(given.anchor or ".").glob(str(pattern))) if path else []
+        files = [f for f in found if f.suffix.lower() in SUFFIXES]
+    try:
+        of_rows = rows.find(path)
+    except ValueError as e:
+        if not files:
+            raise ConfigError(f"--images names no picture ({', '.join(SUFFIXES)}); {e}") from e
+        of_rows = []
+    if files and of_rows:
+        raise ConfigError(
+            f"--images={path} holds pictures and files of rows: name one kind, for example "
+            f"{of_rows[0]} or {given / ('*' + files[0].suffix)}"
+        )
+    return _of_files(given, files) if files else _of_rows(of_rows)
+
+
+def _of_files(given: Path, files: list[Path]) -> Pictures:
+    from caprl_jax.data.images import read_image  # Pillow is imported where it is used
+
+    def name(file: Path) -> str:
+        return file.relative_to(given).as_posix() if given.is_dir() else str(file)
+
+    def each() -> Iterator[Picture]:
+        for file in files:
+            yield Picture(name(file), lambda file=file: read_image(file))
+
+    return Pictures(len(files), each)
+
+
+def _of_rows(files: list[Path]) -> Pictures:
+    def each() -> Iterator[Picture]:
+        for file, name in zip(files, rows.names(files), strict=True):
+            for row in rows.rows(file, name):
+                try:
+                    own = rows.identity(row)
+                except MalformedRecord:
+                    own = row.id
+                yield Picture(own, lambda row=row: rows.image_bytes(row))
+
+    return Pictures(sum(map(rows.count, files)), each)
