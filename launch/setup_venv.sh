@@ -17,6 +17,7 @@ PY
 wanted="$(cat setup.cfg pyproject.toml | cksum) $1"
 if [ "$(cat "$VENV/.caprl_installed" 2>/dev/null)" != "$wanted" ]; then
   "$VENV/bin/python" -m pip install --quiet --upgrade pip
-  "$VENV/bin/python" -m pip install --quiet --editable ".$1"
+  # Without setuptools' advice to those who write packages.
+  PYTHONWARNINGS=ignore "$VENV/bin/python" -m pip install --quiet --editable ".$1"
   echo "$wanted" > "$VENV/.caprl_installed"
 fi

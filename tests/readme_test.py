@@ -35,6 +35,8 @@ NOT_RUN = {
     "python -m caprl_jax.bench": f"{LONG}; tests/bench runs each kind at a smaller size",
     "python -m caprl_jax.random_model": "writes 7.5 GB; commands/convert_test.py makes a small one",
     "python -m caprl_jax.import_data": "needs rows; commands/import_data_test.py makes some",
+    "python -m caprl_jax.caption": "needs pictures; caption/caption_test.py makes some",
+    "python -m caprl_jax.evaluate": "needs rows; evaluate/mcq_test.py makes some",
     "sbatch": "needs a cluster; launch/slurm_test.py starts one for the script",
     "ZONE=": "needs a cloud; launch_test.py runs the script with stand-ins",
 }

@@ -6,7 +6,8 @@ Images are a folder or a pattern of pictures, or files of rows as import_data ta
 without questions. Images that can't be read are listed in OUT.errors. An interrupted job goes on
 with the same command. Several processes, each with its own devices and with --processes=N
 --process=I, share the work on a shared disk; the last to end writes the file. An image's captions
-depend on the model, the settings and the image's id, not on the other images.
+depend on the model, the settings and the image's id, not on the other images. With --judge=DIR, a
+row's questions are answered from each of its captions, and the line says which is best.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from caprl_jax.api import load_policy
+from caprl_jax.api import load_judge, load_policy
 from caprl_jax.api.policy import PROMPT
 from caprl_jax.caption import pictures
 from caprl_jax.caption.job import Settings, caption
@@ -45,7 +46,8 @@ def main(_: list[str]) -> None:
         settings = Settings(sampling, given.prompt, given.group, given.seed, given.batch)
         found = pictures.find(given.images)
         policy = load_policy(given.model, revision=given.revision)
-        done = caption(policy, found, settings, place)
+        judge = load_judge(given.judge) if given.judge else None
+        done = caption(policy, found, settings, place, judge)
     print(f"made {place.out}" if done else "done; other processes go on")
 
 
@@ -54,6 +56,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "A directory, gs:// URL or hub id.", required=True)
     flags.DEFINE_string("revision", "", "Revision of a hub id.")
     flags.DEFINE_string("images", None, "A file, a pattern, or a folder.", required=True)
+    flags.DEFINE_string("judge", "", "A judge's directory, gs:// URL or hub id; empty: none.")
     flags.DEFINE_string("out", None, "File of captions to make.", required=True)
     flags.DEFINE_string("prompt", PROMPT, "The user's text after the image.")
     flags.DEFINE_integer("group", 1, "Captions of each image.", lower_bound=1)

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from caprl_jax.api import LoadedPolicy
+from caprl_jax.api import LoadedJudge, LoadedPolicy
 from caprl_jax.api.policy import PROMPT
 from caprl_jax.caption import parts
 from caprl_jax.caption.parts import Part, Place
 from caprl_jax.caption.pictures import Picture, Pictures
 from caprl_jax.data.images import UnreadableImage, decode_image
-from caprl_jax.data.records import MalformedRecord
+from caprl_jax.data.records import MalformedRecord, Question
 from caprl_jax.decode.sampling import Sampling
 
 
@@ -48,9 +48,16 @@ class _Waiting:
     index: int
     id: str
     image: Any
+    questions: tuple[Question, ...]
 
 
-def caption(policy: LoadedPolicy, pictures: Pictures, settings: Settings, place: Place) -> bool:
+def caption(
+    policy: LoadedPolicy,
+    pictures: Pictures,
+    settings: Settings,
+    place: Place,
+    judge: LoadedJudge | None = None,
+) -> bool:
     """Captions the images of this process that are not done, and puts the parts together.
 
     An image's captions depend on the policy, the settings and its id: its draws have a key of
@@ -61,6 +68,8 @@ def caption(policy: LoadedPolicy, pictures: Pictures, settings: Settings, place:
       pictures: all images of the job; process i takes every `processes`th from i on.
       settings: how captions are drawn.
       place: where they go.
+      judge: answers the images' questions from each caption, where there are some: a line then
+        has the `rewards` of its captions, and which is `best`.
 
     Returns:
       Whether the job is done: False while other processes have more to do.
@@ -72,7 +81,7 @@ def caption(policy: LoadedPolicy, pictures: Pictures, settings: Settings, place:
     from tqdm import tqdm  # imported where used
 
     about = {"model": str(policy.directory), "images": pictures.count}
-    about |= dataclasses.asdict(settings)
+    about |= dataclasses.asdict(settings) | {"judge": str(judge.directory) if judge else None}
     if parts.complete(place, about):
         return True
     policy.padded_size(np.zeros((56, 56, 3), np.uint8), settings.prompt)  # refuses a bad prompt
@@ -83,7 +92,7 @@ def caption(policy: LoadedPolicy, pictures: Pictures, settings: Settings, place:
             total=len(share), initial=before, unit=" images", disable=not sys.stderr.isatty()
         )
         with bar:
-            job = _Job(policy, settings, part, bar.update)
+            job = _Job(policy, judge, settings, part, bar.update)
             for index, picture in enumerate(pictures.each()):
                 if index in share and index not in part.done:
                     job.take(index, picture)
@@ -97,8 +106,16 @@ def caption(policy: LoadedPolicy, pictures: Pictures, settings: Settings, place:
 class _Job:
     """Sorts images by their padded size, and captions each full batch."""
 
-    def __init__(self, policy: LoadedPolicy, settings: Settings, part: Part, told: Any):
-        self._policy, self._settings, self._part, self._told = policy, settings, part, told
+    def __init__(
+        self,
+        policy: LoadedPolicy,
+        judge: LoadedJudge | None,
+        settings: Settings,
+        part: Part,
+        told: Any,
+    ):
+        self._policy, self._judge, self._settings = policy, judge, settings
+        self._part, self._told = part, told
         self._waiting: dict[Any, list[_Waiting]] = collections.defaultdict(list)
 
     def take(self, index: int, picture: Picture) -> None:
@@ -111,7 +128,8 @@ class _Job:
             self._part.add([{"index": index, "id": picture.id, "error": reason}])
             self._told(1)
             return
-        self._waiting[size].append(_Waiting(index, picture.id, image))
+        asked = picture.questions() if self._judge else ()
+        self._waiting[size].append(_Waiting(index, picture.id, image, asked))
         if len(self._waiting[size]) == self._settings.batch:
             self._caption(self._waiting.pop(size))
 
@@ -133,20 +151,29 @@ class _Job:
         lines = []
         for i, one in enumerate(waiting):
             ids = zip(found.tokens[i], found.mask[i], strict=True)
+            captions = [decode(tokens[real]) for tokens, real in ids]
             lines.append(
                 {
                     "index": one.index,
                     "id": one.id,
-                    "captions": [decode(tokens[real]) for tokens, real in ids],
+                    "captions": captions,
                     "tokens": found.length[i].tolist(),
                     "truncated": found.truncated[i].tolist(),
                     "logp": [round(float(x), 4) for x in found.logp[i].sum(axis=-1)],
                     "model": Path(self._policy.directory).name,
                     "settings": settings,
                 }
+                | self._judged(captions, one.questions)
             )
         self._part.add(lines)
         self._told(len(waiting))
+
+    def _judged(self, captions: list[str], questions: tuple[Question, ...]) -> dict[str, Any]:
+        """The rewards of an image's captions, judged alone: padding is that of its own texts."""
+        if not questions:
+            return {}
+        rewards = self._judge.score_texts([captions], [questions]).reward[0]
+        return {"rewards": [round(float(r), 4) for r in rewards], "best": int(np.argmax(rewards))}
 
 
 def _words(identity: str) -> np.ndarray:

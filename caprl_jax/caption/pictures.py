@@ -1,11 +1,13 @@
-"""The images to caption: files of pictures, or rows of any form that the source `files` reads."""
+"""The images to caption: pictures, files of rows, or a dataset that import_data wrote."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from caprl_jax.data.records import MalformedRecord
-from caprl_jax.data.sources import rows
+from caprl_jax.data import records
+from caprl_jax.data.records import MalformedRecord, Question
+from caprl_jax.data.sources import prepared, rows
 from caprl_jax.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
@@ -18,10 +20,12 @@ class Picture:
     Attributes:
       id: its path below the folder, or its row's id.
       read: returns its encoded bytes; raises UnreadableImage or MalformedRecord.
+      questions: returns its row's usable questions, if it has any.
     """
 
     id: str
     read: Callable[[], bytes]
+    questions: Callable[[], tuple[Question, ...]] = tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,11 @@ def find(path: str) -> Pictures:
       ConfigError: there are none, or both pictures and files of rows.
     """
     given = Path(path)
+    if given.is_dir() and any(given.rglob("dataset_info.json")):
+        try:
+            return _of_dataset(prepared.opened(path))
+        except ValueError as e:
+            raise ConfigError(f"--images: {e}") from e
     if given.is_dir():
         files = sorted(f for f in given.rglob("*") if f.suffix.lower() in SUFFIXES)
     elif given.is_file():
@@ -87,6 +96,33 @@ def _of_rows(files: list[Path]) -> Pictures:
                     own = rows.identity(row)
                 except MalformedRecord:
                     own = row.id
-                yield Picture(own, lambda row=row: rows.image_bytes(row))
+                yield Picture(
+                    own,
+                    lambda row=row: rows.image_bytes(row),
+                    lambda row=row: _questions(row),
+                )
 
     return Pictures(sum(map(rows.count, files)), each)
+
+
+def _of_dataset(made: Any) -> Pictures:
+    sources = [records.source(made, split) for split in prepared.SPLITS]
+
+    def each() -> Iterator[Picture]:
+        for source in sources:
+            for i in range(len(source)):
+                element = source[i]
+                yield Picture(
+                    element["id"].decode(errors="replace"),
+                    lambda element=element: records.parse(element).image,
+                    lambda element=element: records.parse(element).questions,
+                )
+
+    return Pictures(sum(map(len, sources)), each)
+
+
+def _questions(row: rows.Row) -> tuple[Question, ...]:
+    try:
+        return rows.questions(row)[0]
+    except MalformedRecord:  # it has none that can be asked
+        return ()

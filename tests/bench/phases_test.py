@@ -84,6 +84,7 @@ def test_the_phases_sum_up_to_the_step(monkeypatch, one_device):
     assert useful == pytest.approx({name: found[name] for name in useful}, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("natural", [True, False])
 def test_natural_captions_end_about_halfway(natural, one_device):
     config = tiny({"data.batch": 2, "sampling.max_tokens": 32})

@@ -1,5 +1,6 @@
 """Captions of a corpus depend on the image alone, and no interruption loses or doubles any."""
 
+import base64
 import json
 import shutil
 
@@ -12,6 +13,7 @@ import caprl_jax
 from caprl_jax.caption import job, parts, pictures
 from caprl_jax.caption.job import Settings
 from caprl_jax.caption.parts import Place
+from caprl_jax.commands.import_data import import_data
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.images import decode_image
 from caprl_jax.data.records import unparse_question
@@ -159,6 +161,49 @@ def test_rows_are_captioned_as_pictures_are(policy, folder, whole, tmp_path):
     assert first == lines(whole)[0] and second["id"] == "rows-000001"
     reasons = {line["id"]: line["error"] for line in lines(Place(out).errors)}
     assert "none.png" in reasons["rows-000002"] and "no image" in reasons["rows-000003"]
+
+
+def test_a_dataset_of_import_data_is_captioned(tmp_path, policy):
+    """As its rows are: the same ids, and so the same captions."""
+    scenes = list(digits.scenes("train", 5, (3, 3), (2, 5)))
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for scene in scenes:
+            image = base64.b64encode(scene.image).decode()
+            asked = [unparse_question(q) for q in scene.questions]
+            row = {"id": scene.id, "image": f"data:;base64,{image}", "questions": asked}
+            file.write(json.dumps(row) + "\n")
+    import_data(str(tmp_path / "rows.jsonl"), tmp_path / "to", 2, "")
+    found = pictures.find(str(tmp_path / "to"))
+    assert found.count == 5 and all(picture.questions() for picture in found.each())
+    for name in ("to", "rows.jsonl"):
+        assert run(policy, tmp_path / name, tmp_path / f"{name}.captions")
+    one, other = (lines(tmp_path / f"{name}.captions") for name in ("to", "rows.jsonl"))
+    assert sorted(one, key=lambda line: line["id"]) == sorted(other, key=lambda line: line["id"])
+    with pytest.raises(ConfigError, match="must hold one dataset"):
+        import_data(str(tmp_path / "rows.jsonl"), tmp_path / "two" / "a", 2, "")
+        import_data(str(tmp_path / "rows.jsonl"), tmp_path / "two" / "b", 2, "")
+        pictures.find(str(tmp_path / "two"))
+
+
+def test_a_judge_says_which_caption_is_best_where_there_are_questions(policy, tmp_path):
+    judge = caprl_jax.load_judge("asset:tiny/judge", mesh=mesh.make_mesh({}, jax.devices()[:1]))
+    scenes = list(digits.scenes("train", 3, (3, 3), (2, 5)))
+    asked = [[unparse_question(q) for q in scene.questions] for scene in scenes]
+    asked[1] = [{"question": "?"}]
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for scene, own in zip(scenes, asked, strict=True):
+            image = base64.b64encode(scene.image).decode()
+            file.write(json.dumps({"image": f"data:image/png;base64,{image}", "questions": own}))
+            file.write("\n")
+    found = pictures.find(str(tmp_path / "rows.jsonl"))
+    place = Place(tmp_path / "captions.jsonl")
+    assert job.caption(policy, found, Settings(Sampling(24), group=4, batch=2), place, judge)
+    first, without, last = lines(place.out)
+    assert "rewards" not in without and len(without["captions"]) == 4
+    for line, own in ((first, asked[0]), (last, asked[2])):
+        expected = judge.score_texts([line["captions"]], [own]).reward[0]
+        np.testing.assert_allclose(line["rewards"], expected, atol=1e-4)
+        assert line["best"] == np.argmax(expected) and max(expected) > min(expected)
 
 
 def test_what_is_there_of_another_job_is_refused(policy, folder, whole, tmp_path):

@@ -311,6 +311,7 @@ REASONS = {
         "the image can't be decoded: cannot identify image file .."
     ),
     "an image of 4000 x 12 pixels": "an image of N x N pixels",
+    "it isn't among 'a' or 'b'": "it isn't among .. or ..",
 }
 
 

@@ -102,7 +102,13 @@ def single(eight):
     return go(start(eight), None)
 
 
-@pytest.mark.parametrize("name", MESHES)
+QUICK = ("fsdp=4, tensor=2", "decoding over tensor, as on a TPU")  # the others run in CI
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MESHES],
+)
 def test_five_steps_on_any_mesh_are_those_on_one_device(eight, single, name, monkeypatch):
     rules, shape = rules_of(name, monkeypatch), MESHES[name][0]
     args = start(eight, rules)

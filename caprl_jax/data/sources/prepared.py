@@ -32,10 +32,25 @@ def prepared(
     Raises:
       ValueError: there is no such dataset, or it holds something else.
     """
+    del settings
+    made = opened(options.path)
+    listing, aside = Path(made.data_dir).with_name("set_aside.jsonl"), SetAside()
+    if listing.is_file():
+        aside.read(listing)
+    for line in aside.listing():
+        set_aside.add(line["id"], line["reason"])
+    return {split: records.source(made, split) for split in SPLITS}
+
+
+def opened(path: str) -> Any:
+    """Returns the builder of the dataset of records that lies in a folder, or is it.
+
+    Raises:
+      ValueError: there is no such dataset, or it holds something else.
+    """
     import tensorflow_datasets as tfds  # imported where used
 
-    del settings
-    directory = find(options.path)
+    directory = find(path)
     if not directory.with_name("inputs.jsonl").is_file():
         raise ValueError(f"{directory} is no dataset of import_data, or its import was interrupted")
     try:
@@ -48,12 +63,7 @@ def prepared(
         raise ValueError(
             f"{directory} has no {', '.join(sorted(lacking))}: it is no dataset of import_data"
         )
-    listing, aside = directory.with_name("set_aside.jsonl"), SetAside()
-    if listing.is_file():
-        aside.read(listing)
-    for line in aside.listing():
-        set_aside.add(line["id"], line["reason"])
-    return {split: records.source(made, split) for split in SPLITS}
+    return made
 
 
 def find(path: str) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from caprl_jax.data import records
-from caprl_jax.data.records import MalformedRecord, Record
+from caprl_jax.data.records import MalformedRecord, Question, Record
 from caprl_jax.data.sources.formats import COLUMNS, FORMATS, KEY, tell_unknown
 
 _LONGEST_PATH = 1024  # characters; a longer text in the place of a path is base64
@@ -130,9 +130,14 @@ def parse_row(
 
     image = image_bytes(row, root, used)
     decode_image(image)
-    questions, dropped = records.parse_questions(_questions(row.raw))
+    asked, dropped = questions(row)
     extras = records.parse_extras(row.raw.get("extras"))
-    return Record(identity(row), image, questions, extras=extras, dropped=dropped)
+    return Record(identity(row), image, asked, extras=extras, dropped=dropped)
+
+
+def questions(row: Row) -> tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]:
+    """Parses a row's questions, as records.parse_questions does."""
+    return records.parse_questions(_questions(row.raw))
 
 
 def identity(row: Row) -> str:

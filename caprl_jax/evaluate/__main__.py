@@ -1,0 +1,182 @@
+"""Measures captions by a judge's answers to multiple-choice questions, with intervals and checks.
+
+    python -m caprl_jax.evaluate --judge=DIR --data=ROWS --captions=captions.jsonl --out=DIR2
+    python -m caprl_jax.evaluate --judge=DIR --data=ROWS --model=DIR --out=DIR2
+
+The first takes what caprl_jax.caption made of the same rows; of several captions of an image the
+best if a judge chose one, else the first. The second has a model write a greedy caption for each
+image. DIR2/results.json holds means over the images, their 95% intervals, and each image's values;
+with --against=OTHER/results.json also the differences, image by image.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from caprl_jax.api import LoadedJudge, load_judge, load_policy
+from caprl_jax.caption import job, pictures
+from caprl_jax.caption.parts import Place
+from caprl_jax.commands import cli
+from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
+from caprl_jax.data.records import Question
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.errors import ConfigError
+from caprl_jax.evaluate import mcq
+from caprl_jax.files import write_whole
+
+_TOLD = ("accuracy", "expected", "abstained", "consistent", "blind", "elsewhere", "chance")
+_SIGNS = ("letters", "quoted", "praise")
+
+
+def asker(judge: LoadedJudge, batch: int) -> mcq.Ask:
+    """Returns the judge as mcq.measure asks it, `batch` captions at a time."""
+
+    def ask(
+        texts: Sequence[str], questions: Sequence[Sequence[Question]], order: int
+    ) -> list[mcq.Answers]:
+        found = []
+        for start in range(0, len(texts), batch):
+            part = slice(start, start + batch)
+            own = questions[part]
+            verdicts = judge.score_texts(list(texts[part]), own, mode="greedy", seed=order)
+            for i, asked in enumerate(own):
+                at = i, 0, slice(len(asked))
+                right, abstained = verdicts.score[at] > 0.5, verdicts.abstained[at]
+                found.append(mcq.Answers(right, verdicts.p_truth[at], abstained))
+        return found
+
+    return ask
+
+
+def read(captions: Path, data: str) -> tuple[list[mcq.Captioned], dict[str, int]]:
+    """Joins captions with the questions of their images.
+
+    Returns:
+      (images with both, counts of images without questions and without a caption, and of captions
+      without an image).
+
+    Raises:
+      ConfigError: the file holds no captions, or none of these images.
+    """
+    texts = {}
+    try:
+        with captions.open() as file:
+            for line in map(json.loads, file):
+                texts[line["id"]] = line["captions"][line.get("best", 0)]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        raise ConfigError(f"{captions} can't be read as captions: {type(e).__name__}: {e}") from e
+    found, counts = [], {"without_questions": 0, "without_caption": 0, "without_image": 0}
+    images = pictures.find(data)
+    for picture in images.each():
+        questions = picture.questions()
+        if not questions:
+            counts["without_questions"] += 1
+        elif picture.id not in texts:
+            counts["without_caption"] += 1
+        else:
+            found.append(mcq.Captioned(picture.id, texts[picture.id], tuple(questions)))
+    counts["without_image"] = len(texts.keys() - {picture.id for picture in images.each()})
+    if not found:
+        raise ConfigError(f"no image of {data} has both questions and a caption: {counts}")
+    return found, counts
+
+
+def write(out: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, and prints its table."""
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    print(f"{results['images']} images: {results['without']}")
+    for name in (*_TOLD, *_SIGNS):
+        one = results["summary"][name]
+        line = f"{name:<12}{one['mean']:8.1%}  {one['low']:7.1%} to {one['high']:.1%}"
+        if "against" in results:
+            other = results["against"]["summary"][name]
+            line += f"   {other['mean']:+8.1%}  {other['low']:+7.1%} to {other['high']:+.1%}"
+        print(line)
+    print(f"results: {out / 'results.json'}")
+
+
+def _captions(given: Any, out: Path) -> Path:
+    """The file of captions: that which is given, or one that the model writes."""
+    if given.captions:
+        return Path(given.captions)
+    sampling = Sampling(given.max_tokens, temperature=0.0)
+    settings = dataclasses.replace(job.Settings(sampling), batch=given.batch)
+    policy = load_policy(given.model)
+    job.caption(policy, pictures.find(given.data), settings, Place(out / "captions.jsonl"))
+    return out / "captions.jsonl"
+
+
+def _others(path: str) -> list[dict[str, Any]]:
+    try:
+        return json.loads(Path(path).read_text())["each"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"--against={path} is no results.json: {e}") from e
+
+
+def evaluate(given: Any) -> None:
+    """Does what the flags ask for.
+
+    Raises:
+      ConfigError: flags contradict each other, or a file can't be read or written.
+    """
+    if bool(given.captions) == bool(given.model):
+        raise ConfigError("give either --captions=FILE or --model=DIR")
+    out = Path(given.out)
+    others = _others(given.against) if given.against else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    rows, without = read(_captions(given, out), given.data)
+    judge = load_judge(given.judge)
+    logging.info("asking about %d images", len(rows))
+    found = mcq.measure(rows, asker(judge, given.batch), given.orders)
+    results = {
+        "images": len(rows),
+        "without": without,
+        "judge": str(given.judge),
+        "data": given.data,
+        "captions": given.captions or given.model,
+        "orders": given.orders,
+        "summary": mcq.summary(found),
+        "by_length": mcq.by_length(found),
+        "each": found,
+    }
+    if others is not None:
+        try:
+            differences = mcq.paired(found, others)
+        except ValueError as e:
+            raise ConfigError(f"--against={given.against}: {e}") from e
+        results["against"] = {"file": given.against, "summary": differences}
+    write(out, results)
+
+
+def main(_: list[str]) -> None:
+    """Evaluates what the flags name, or prints the error in one paragraph."""
+    set_up_logging()
+    with in_one_paragraph():
+        evaluate(flags.FLAGS)
+
+
+def define_flags() -> None:
+    """Defines the flags, in the program only: other modules have flags of the same names."""
+    flags.DEFINE_string("judge", None, "A judge's directory, gs:// URL or hub id.", required=True)
+    flags.DEFINE_string("data", None, "Rows with questions, or what import_data made of them.")
+    flags.mark_flag_as_required("data")
+    flags.DEFINE_string("captions", "", "File that caprl_jax.caption made of these rows.")
+    flags.DEFINE_string("model", "", "A policy's directory, gs:// URL or hub id, to caption them.")
+    flags.DEFINE_string("out", None, "Folder of results.json.", required=True)
+    flags.DEFINE_string("against", "", "results.json of another evaluation, to compare with.")
+    flags.DEFINE_integer("orders", 4, "Orders of the options that are asked.", lower_bound=1)
+    flags.DEFINE_integer("max_tokens", 512, "Most tokens of the model's captions.", lower_bound=1)
+    flags.DEFINE_integer("batch", 16, "Images in a batch.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
