@@ -7,7 +7,8 @@ from typing import Any
 
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Question
-from caprl_jax.data.sources import prepared, rows
+from caprl_jax.data.sources import rows
+from caprl_jax.data.sources.prepared import SPLITS, opened
 from caprl_jax.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
@@ -50,7 +51,7 @@ def find(path: str) -> Pictures:
     given = Path(path)
     if given.is_dir() and any(given.rglob("dataset_info.json")):
         try:
-            return _of_dataset(prepared.opened(path))
+            return _of_dataset(opened(path))
         except ValueError as e:
             raise ConfigError(f"--images: {e}") from e
     if given.is_dir():
@@ -106,7 +107,7 @@ def _of_rows(files: list[Path]) -> Pictures:
 
 
 def _of_dataset(made: Any) -> Pictures:
-    sources = [records.source(made, split) for split in prepared.SPLITS]
+    sources = [records.source(made, split) for split in SPLITS]
 
     def each() -> Iterator[Picture]:
         for source in sources:
