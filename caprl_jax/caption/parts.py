@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from caprl_jax.errors import ConfigError
+from caprl_jax.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +145,7 @@ def put_together(place: Place, settings: Mapping[str, Any]) -> bool:
                 if not _index(files[-1], process, where):
                     return False
             counts = _write_in_order(place, files, where)
-        about = place.about.with_suffix(".tmp")
-        about.write_text(json.dumps({"settings": settings} | counts, indent=2) + "\n")
-        about.replace(place.about)
+        write_whole(place.about, json.dumps({"settings": settings} | counts, indent=2) + "\n")
         place.out.with_name(f"{place.out.name}.tmp").replace(place.out)
         for process in range(place.processes):
             place.part(process).unlink()
@@ -170,7 +169,10 @@ def _write_in_order(place: Place, files: list, where: dict[int, tuple[int, int]]
     """Writes all lines in the images' order; {"captioned", "errors"}."""
     counts = {"captioned": 0, "errors": 0}
     out = place.out.with_name(f"{place.out.name}.tmp")
-    with out.open("w") as captions, place.errors.open("w") as errors:
+    with (
+        out.open("w", encoding="utf-8") as captions,
+        place.errors.open("w", encoding="utf-8") as errors,
+    ):
         for index in sorted(where):
             process, offset = where[index]
             files[process].seek(offset)

@@ -9,7 +9,6 @@ image. DIR2/results.json holds means over the images, their 95% intervals, and e
 with --against=OTHER/results.json also the differences, image by image.
 """
 
-import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -71,8 +70,9 @@ def read(captions: Path, data: str) -> tuple[list[mcq.Captioned], dict[str, int]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
         raise ConfigError(f"{captions} can't be read as captions: {type(e).__name__}: {e}") from e
     found, counts = [], {"without_questions": 0, "without_caption": 0, "without_image": 0}
-    images = pictures.find(data)
-    for picture in images.each():
+    unseen = set(texts)
+    for picture in pictures.find(data).each():
+        unseen.discard(picture.id)
         questions = picture.questions()
         if not questions:
             counts["without_questions"] += 1
@@ -80,7 +80,7 @@ def read(captions: Path, data: str) -> tuple[list[mcq.Captioned], dict[str, int]
             counts["without_caption"] += 1
         else:
             found.append(mcq.Captioned(picture.id, texts[picture.id], tuple(questions)))
-    counts["without_image"] = len(texts.keys() - {picture.id for picture in images.each()})
+    counts["without_image"] = len(unseen)
     if not found:
         raise ConfigError(f"no image of {data} has both questions and a caption: {counts}")
     return found, counts
@@ -105,7 +105,7 @@ def _captions(given: Any, out: Path) -> Path:
     if given.captions:
         return Path(given.captions)
     sampling = Sampling(given.max_tokens, temperature=0.0)
-    settings = dataclasses.replace(job.Settings(sampling), batch=given.batch)
+    settings = job.Settings(sampling, batch=given.batch)
     policy = load_policy(given.model)
     job.caption(policy, pictures.find(given.data), settings, Place(out / "captions.jsonl"))
     return out / "captions.jsonl"

@@ -79,7 +79,7 @@ def test_a_line_for_each_image_in_order_and_the_others_with_their_reason(whole, 
 
 
 def test_log_probabilities_are_the_policys_own(policy, whole, folder):
-    """Of the first caption of three images, recomputed from its text."""
+    """Recomputed from the text of the first caption of three images."""
     for line in lines(whole)[:3]:
         logits, tokens, mask = policy.logits([folder / line["id"]], [line["captions"][0]])
         logp = np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(tokens.shape[1]), tokens[0]]
