@@ -1,4 +1,4 @@
-"""Measures captions by a judge's answers to multiple-choice questions, with intervals and checks.
+"""Measures captions by a judge's answers to multiple-choice questions, with intervals.
 
     python -m caprl_jax.evaluate --judge=DIR --data=ROWS --captions=captions.jsonl --out=DIR2
     python -m caprl_jax.evaluate --judge=DIR --data=ROWS --model=DIR --out=DIR2
