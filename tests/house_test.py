@@ -10,7 +10,7 @@ PACKAGE = ROOT / "caprl_jax"
 # Rooms from the ground up: each imports only itself and rooms of lower floors.
 FLOORS = (
     ("errors", "files"),
-    ("settings",),
+    ("settings", "endpoint"),
     ("registry",),
     ("parallel",),
     ("models",),
