@@ -39,7 +39,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """How an answer is drawn.
+    """Settings of an answer.
 
     Attributes:
       max_tokens: most tokens of an answer.
