@@ -176,7 +176,8 @@ class Reader:
             batch_captions = captions[len(out) : len(out) + int(np.sum(batch.valid)) * group]
             placed = mesh.put_whole((arrays, batch.questions), self._rules)
             verdicts = jax.device_get(self._read(model, *placed))
-            _require_finite(np.all(np.isfinite(verdicts.p_truth)), "judge")
+            # Rows that fill the last batch have no options, and so no probabilities.
+            _require_finite(np.all(np.isfinite(verdicts.p_truth[batch.valid])), "judge")
             for i, caption in enumerate(batch_captions):
                 asked = np.flatnonzero(batch.questions.valid[i // group])
                 answers = (

@@ -22,10 +22,10 @@ LABELS = {
     "heldout_praise": "captions that praise themselves",
 }
 _MEANINGS = {
-    "heldout_blind": "What the judge gets right without any caption rewards no caption.",
-    "heldout_chance": "A guess among the options, “cannot tell” included, is right so often.",
-    "heldout_elsewhere": "Each image has the next one’s caption. What the judge still gets right, "
-    "the image’s own caption need not say.",
+    "heldout_blind": "An answer that is right without any caption rewards no caption.",
+    "heldout_chance": "A guess takes any of the options, “cannot tell” among them.",
+    "heldout_elsewhere": "Each image has the next one’s caption. An answer that is still right "
+    "owes little to the image’s own.",
     "heldout_consistent": "These are answered right in two opposite orders of the options, or in "
     "neither. The order decides the others.",
     "heldout_abstained": "The judge says that the caption leaves the question open.",
