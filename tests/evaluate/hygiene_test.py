@@ -133,15 +133,32 @@ def test_abstentions_are_told_by_kind_of_question(data, judge):
     [
         ("letters", ". The answer is B."),
         ("praise", ". This is a detailed description."),
-        ("quoted", ". How many digits are there?"),
+        ("quoted", ". {question}"),
     ],
 )
 def test_captions_that_speak_to_the_judge_light_up(data, judge, sign, more):
-    texts = heldout.true_captions(data)
-    texts[:3] = [text + more for text in texts[:3]]
+    """A caption quotes the last question of its own image, which the first image lacks."""
+    texts, first = heldout.true_captions(data), {p.text for p in data.presented[0]}
+    own = [i for i, shown in enumerate(data.presented) if shown[-1].text not in first][:3]
+    for i in own:
+        texts[i] += more.format(question=data.presented[i][-1].text)
     found = measured(data, judge, reads, texts)
     signs = {name: found[name] for name in ("letters", "quoted", "praise")}
     assert signs == {"letters": 0, "quoted": 0, "praise": 0} | {sign: pytest.approx(3 / IMAGES)}
+
+
+def test_what_depends_on_the_judge_alone_is_read_once(data, judge):
+    read = []
+
+    class Counting(Scripted):
+        def read(self, model, captions, length=0):
+            read.append([c.text for c in captions])
+            return super().read(model, captions, length)
+
+    hygiene = Hygiene(data, Counting(data, reads), judge.prompt)
+    judged = Scripted(data, reads).read(None, written(heldout.true_captions(data)))
+    assert hygiene.measure(None, judged) == hygiene.measure(None, judged)
+    assert len(read) == 6 and read.count([""] * IMAGES) == 2
 
 
 def test_long_captions_that_win_are_told_from_short_ones(data, judge):
