@@ -23,6 +23,7 @@ from caprl_jax.decode.loop import Decoding
 from caprl_jax.endpoint import Endpoint, Limits, is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout, injections
+from caprl_jax.evaluate.hygiene import Hygiene
 from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.models.vlm import Policy
@@ -250,6 +251,7 @@ class _Evaluation:
             self._reader = heldout.Reader(held, reader.tokenizer, *options)
             self._splicing = Splicing(held, reader.prompt, *options)
         self._sight = Sight(model.policy, held, rules, cuts)
+        self._hygiene = Hygiene(held, self._reader, reader.prompt)
 
     def __call__(self, params: Any) -> heldout.Evaluation:
         metrics, sets = heldout.evaluate(
@@ -268,6 +270,7 @@ class _Evaluation:
         metrics |= injections.measure(
             self._held, self._reader, self._tokenizer, self._judge, greedy
         )
+        metrics |= self._hygiene.measure(self._judge, greedy)
         return metrics, sets
 
     def ceiling(self) -> float | None:

@@ -184,9 +184,24 @@ class EndpointReader:
         """
         self._judge, self._data, self._temperature = judge, data, temperature
 
-    def read(self, model: Any, captions: Sequence[Written]) -> list[Judged]:
-        """Judges captions, each on all questions of its image, greedily; `model` isn't used."""
-        del model
+    def asking(self, data: HeldOut) -> "EndpointReader":
+        """Returns a reader of the same images with other questions."""
+        return EndpointReader(self._judge, data, self._temperature)
+
+    def longest(self, captions: Sequence[Written]) -> int:
+        """Returns 0: texts aren't padded."""
+        del captions
+        return 0
+
+    def read(self, model: Any, captions: Sequence[Written], length: int = 0) -> list[Judged]:
+        """Judges captions, each on all questions of its image, greedily.
+
+        Args:
+          model: not used.
+          captions: the captions.
+          length: not used.
+        """
+        del model, length
         shown = [self._data.presented[c.record] for c in captions]
         texts = [
             self._judge.text(c.text, self._judge.prompt.tail_text(p))
