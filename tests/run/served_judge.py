@@ -1,6 +1,12 @@
-"""The shipped judge as an endpoint would serve it: by its chat template, in text."""
+"""The shipped judge as an endpoint would serve it: by its chat template, in text.
+
+    python -m tests.run.served_judge    # serves it, with every fault once in a while
+
+prints the command that trains with it.
+"""
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +20,8 @@ from caprl_jax.parallel import mesh as mesh_lib
 from caprl_jax.rl.judge import Judge, letter_logits
 from caprl_jax.rl.types import Captions, Questions
 from caprl_jax.run import load
+
+from ..endpoint_server import FAULTS, serving
 
 JUDGE = sources.fetch("asset:tiny/judge")
 TEMPLATE = own_prompt(JUDGE)
@@ -55,3 +63,22 @@ def answer(request: dict) -> tuple[str, dict[str, float]]:
     assert turn["role"] == "user" and request["max_tokens"] < 10
     found = logits(turn["content"])
     return max(found, key=found.get).strip(), found
+
+
+def main() -> None:
+    """Serves the judge until it is interrupted; a tenth of first tries meet a fault."""
+    logits(TEMPLATE.format(caption="digits: none", question="Any?"))  # compiled before it is asked
+    faults = ("",) * 9 * len(FAULTS) + FAULTS
+    with serving(answer, faults, slow=8) as server:
+        print("python -m caprl_jax.main --config=configs/tiny.py --workdir=DIR \\")
+        print(f"  --config.judge.path={server.url} --config.judge.timeout=5 \\")
+        print(f"  --config.judge.prompt=${TEMPLATE!r}", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print(f"{len(server.asked)} questions, {sum(server.asked.values())} requests, ", end="")
+            print({name or "none": count for name, count in server.faults.items()})
+
+
+if __name__ == "__main__":
+    main()
