@@ -19,8 +19,10 @@ from caprl_jax.api import load_policy
 from caprl_jax.caption import pictures
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
+from caprl_jax.curate import filter as filter_lib
 from caprl_jax.curate import folder
 from caprl_jax.curate import generate as generate_lib
+from caprl_jax.curate.trials import PRESETS, Settings
 from caprl_jax.endpoint import Endpoint, Limits
 from caprl_jax.errors import ConfigError, did_you_mean
 from caprl_jax.settings import make
@@ -55,6 +57,27 @@ def _generate_flags() -> None:
     _model_flags()
 
 
+def filter_rows(given: flags.FlagValues) -> None:
+    """Filters questions, as the flags say."""
+    place = folder.open_folder(given.out, filter_lib.KEPT, given.process, given.processes)
+    found = pictures.find(given.rows, given.root)
+    preset = dict(PRESETS[given.preset])
+    own = {n: given[n].value for n in preset if given[n].value is not None}
+    settings = _settings(Settings, given, preset | own)
+    done = filter_lib.filter_questions(_model(given), found, settings, place)
+    print(f"made {place.out}" if done else "done; other processes go on")
+
+
+def _filter_flags() -> None:
+    flags.DEFINE_string("rows", None, "Rows with questions: generate's, or others.", required=True)
+    flags.DEFINE_enum("preset", "paper", list(PRESETS), "Trials and bounds, unless they are given.")
+    flags.DEFINE_integer("trials", None, "Orders of the options that are asked.", lower_bound=1)
+    flags.DEFINE_float("visual", None, "Accuracy with the image must be above; 1: all right.")
+    flags.DEFINE_float("text_only", None, "Accuracy without must be below; 0: none right.")
+    flags.DEFINE_bool("logprobs", True, "Whether an endpoint is asked for log-probabilities.")
+    _model_flags()
+
+
 def _model_flags() -> None:
     flags.DEFINE_string("model", None, "A directory, gs:// URL, hub id, or URL.", required=True)
     flags.DEFINE_string("revision", "", "Revision of a hub id.")
@@ -70,7 +93,7 @@ def _model_flags() -> None:
     flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
 
 
-JOBS = {"generate": (generate, _generate_flags)}
+JOBS = {"generate": (generate, _generate_flags), "filter": (filter_rows, _filter_flags)}
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -63,12 +63,13 @@ def row(picture: Picture, image: bytes, questions: Sequence[Question] = ()) -> d
     return found | ({"extras": extras} if extras else {})
 
 
-def failed_row(picture: Picture, why: str) -> dict[str, Any]:
+def failed_row(picture: Picture, why: str, questions: Sequence[Question] = ()) -> dict[str, Any]:
     """Returns a line of failed.jsonl, with the image if it can be read: it can be tried again."""
     try:
-        found = row(picture, picture.read())
+        found = row(picture, picture.read(), questions)
     except (MalformedRecord, UnreadableImage, ValueError):
         found = {"id": picture.id}
+        found |= {"questions": [unparse_question(q) for q in questions]} if questions else {}
     return found | {"reason": why}
 
 

@@ -1,7 +1,8 @@
 """Parses the questions that a model wrote, strictly: whatever is refused has a named reason.
 
 The form is that of generate.prompt: a line "Question: ..", four lines "A) .." to "D) ..", and a
-line "Answer: B". Numbers of questions, other marks after a letter and Markdown's stars are overlooked.
+line "Answer: B". Numbers of questions, other marks after a letter and Markdown's stars are read
+over.
 """
 
 import dataclasses
