@@ -99,10 +99,9 @@ def _items(left: Iterator[tuple[int, Picture]], settings: Settings, add: Add) ->
         gone = {number for number, _ in bad}
         numbers = (n for n in range(1, len(asked) + len(bad) + 1) if n not in gone)
         questions = dict(zip(numbers, asked, strict=True))
-        made = [
-            t for n, q in questions.items() for t in trials_lib.trials(picture.id, n, q, settings)
-        ]
-        yield Item(index, picture, questions, bad, Row(image, made))
+        draw = trials_lib.trials
+        made = [t for n, q in questions.items() for t in draw(picture.id, n, q, settings)]
+        yield Item(index, stored, list(questions), bad, Row(image, made))
 
 
 def _by_policy(model: LoadedPolicy, items: Iterator[Item], settings: Settings, add: Add) -> None:
