@@ -12,6 +12,8 @@ interrupted job goes on with the same command; several processes, with --process
 share the work on a shared disk.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from caprl_jax import endpoint
@@ -22,6 +24,7 @@ from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.curate import filter as filter_lib
 from caprl_jax.curate import folder
 from caprl_jax.curate import generate as generate_lib
+from caprl_jax.curate import report as report_lib
 from caprl_jax.curate.trials import PRESETS, Settings
 from caprl_jax.endpoint import Endpoint, Limits
 from caprl_jax.errors import ConfigError, did_you_mean
@@ -93,7 +96,20 @@ def _model_flags() -> None:
     flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
 
 
-JOBS = {"generate": (generate, _generate_flags), "filter": (filter_rows, _filter_flags)}
+def report(given: flags.FlagValues) -> None:
+    """Writes the page of a folder, as the flags say."""
+    print(f"made {report_lib.write(Path(given.dir))}")
+
+
+def _report_flags() -> None:
+    flags.DEFINE_string("dir", None, "Folder that generate or filter has made.", required=True)
+
+
+JOBS = {
+    "generate": (generate, _generate_flags),
+    "filter": (filter_rows, _filter_flags),
+    "report": (report, _report_flags),
+}
 
 
 def parse_flags(argv: list[str]) -> list[str]:

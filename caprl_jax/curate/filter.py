@@ -51,10 +51,10 @@ class Item:
 def filter_questions(model: Model, pictures: Pictures, settings: Settings, place: Folder) -> bool:
     """Asks about this process's rows that are not done, and puts the parts together.
 
-    The folder then holds kept.jsonl: rows with the questions that are kept; dropped.jsonl: the
-    others, with both accuracies and the reason; trials.jsonl: every answer; failed.jsonl: rows that
-    can't be used, and rows with the questions that an endpoint did not answer in all its tries; and
-    about.json: settings and counts.
+    The folder then holds kept.jsonl: rows with the questions that are kept; dropped.jsonl: rows
+    with the others; both say each question's accuracies, and the second why it is dropped;
+    trials.jsonl: every answer; failed.jsonl: rows that can't be used, and rows with the questions
+    that an endpoint did not answer in all its tries; and about.json: settings and counts.
 
     Args:
       model: a policy, or a model behind an endpoint that sees images.
@@ -181,10 +181,11 @@ class Verdicts:
         self.counts: dict[str, Any] = dict.fromkeys(
             ("rows", "with_kept", "without_kept", "failed", "questions", "kept", "dropped"), 0
         )
-        self.counts |= {"failed_questions": 0, "dropped_by_reason": {}}
+        self.counts |= {"failed_questions": 0, "dropped_by_reason": {}, "options": {}}
         for kind in ("image", "text_only"):
             self.counts[kind] = dict.fromkeys(("answers", "right", "no_letter", "failed"), 0)
-        # table[i][j]: questions right in i trials with the image, and in j without it.
+        # options: questions by their number of options; table[i][j]: questions right in i trials
+        # with the image, and in j without it.
         self.counts["table"] = [[0] * size for _ in range(size)]
 
     def lines(self, entry: dict[str, Any]) -> Iterable[tuple[Path, Mapping[str, Any]]]:
@@ -197,39 +198,48 @@ class Verdicts:
             counts["failed_questions"] += entry["questions"]
             yield self._where[FAILED], entry["failed"]
             return
-        row, identity = entry["row"], {"id": entry["row"]["id"]}
+        row = entry["row"]
         for trial in entry["trials"]:
             self._count_trial(trial)
-            yield self._where[TRIALS], identity | trial
-        for number, why in entry["bad"]:
-            self._drop(MALFORMED)
-            yield self._where[DROPPED], identity | {"question": number, "why": f"malformed: {why}"}
-        kept, failed = [], []
-        for number, question in zip(entry["numbers"], row["questions"], strict=True):
-            own = [t for t in entry["trials"] if t["question"] == number]
-            if any("failed" in t for t in own):
-                failed.append((question, next(t["failed"] for t in own if "failed" in t)))
-                continue
-            rights = [[t["right"] for t in own if t["image"] == image] for image in (True, False)]
-            counts["table"][sum(rights[0])][sum(rights[1])] += 1
-            visual, text_only = map(trials_lib.accuracy, rights)
-            why = why_dropped(visual, text_only, self._settings)
-            if why is None:
-                kept.append(question)
-                continue
-            self._drop(why)
-            known = {"question": number, "visual": round(visual, 4)}
-            known |= {"text_only": round(text_only, 4), "why": why}
-            yield self._where[DROPPED], identity | known | {"text": question["question"]}
+            yield self._where[TRIALS], {"id": row["id"]} | trial
+        kept, dropped, failed = self._sorted(entry)
+        malformed = [{"question": n, "why": why} for n, why in entry["bad"]]
+        counts["questions"] += len(kept) + len(dropped) + len(failed) + len(malformed)
         counts["kept"] += len(kept)
-        counts["questions"] += len(kept) + len(failed)
         counts["failed_questions"] += len(failed)
         counts["with_kept" if kept else "without_kept"] += 1
+        for why in [v["why"] for _, v in dropped] + [MALFORMED] * len(malformed):
+            counts["dropped"] += 1
+            counts["dropped_by_reason"].setdefault(why, 0)
+            counts["dropped_by_reason"][why] += 1
         if kept:
-            yield self._where[KEPT], row | {"questions": kept}
+            yield self._where[KEPT], row | _with_verdicts(kept)
+        if dropped or malformed:
+            more = {"malformed": malformed} if malformed else {}
+            yield self._where[DROPPED], row | _with_verdicts(dropped) | more
         if failed:
             again = {"questions": [q for q, _ in failed], "reason": failed[0][1]}
             yield self._where[FAILED], row | again
+
+    def _sorted(self, entry: dict[str, Any]) -> tuple[list, list, list]:
+        """(kept, dropped, failed) questions of a row, each with its verdict or its reason."""
+        kept, dropped, failed = [], [], []
+        for number, question in zip(entry["numbers"], entry["row"]["questions"], strict=True):
+            own = [t for t in entry["trials"] if t["question"] == number]
+            if faults := [t["failed"] for t in own if "failed" in t]:
+                failed.append((question, faults[0]))
+                continue
+            rights = [[t["right"] for t in own if t["image"] == image] for image in (True, False)]
+            self.counts["table"][sum(rights[0])][sum(rights[1])] += 1
+            size = str(len(question["choices"]))
+            self.counts["options"].setdefault(size, 0)
+            self.counts["options"][size] += 1
+            visual, text_only = map(trials_lib.accuracy, rights)
+            why = why_dropped(visual, text_only, self._settings)
+            verdict = {"question": number, "visual": visual, "text_only": text_only}
+            verdict = {k: round(v, 4) for k, v in verdict.items()} | ({"why": why} if why else {})
+            (dropped if why else kept).append((question, verdict))
+        return kept, dropped, failed
 
     def _count_trial(self, trial: Mapping[str, Any]) -> None:
         counts = self.counts["image" if trial["image"] else "text_only"]
@@ -240,9 +250,6 @@ class Verdicts:
         counts["right"] += trial["right"]
         counts["no_letter"] += trial["letter"] is None
 
-    def _drop(self, why: str) -> None:
-        counts = self.counts
-        counts["questions"] += 1
-        counts["dropped"] += 1
-        by_reason = counts["dropped_by_reason"]
-        by_reason[why] = by_reason.get(why, 0) + 1
+
+def _with_verdicts(questions: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    return {"questions": [q for q, _ in questions], "verdicts": [v for _, v in questions]}
