@@ -41,7 +41,7 @@ _CAPTION = re.compile(
     r"\b(?:the|this|your) (?:\w+ )?(?:caption|description|passage)\b|\btext above\b", re.IGNORECASE
 )
 _SHUFFLED = re.compile(
-    r"\b(?i:options?|choices?|answers?) \(?[A-D]\b"
+    r"\b(?i:options?|choices?|answers?) \(?[A-D](?![\w-])"
     r"|\b(?i:all|none|both|any|which) (?i:of the) (?i:above|below|options|choices|answers)\b"
     r"|\b(?i:following|above|below|given) (?i:options|choices|answers)\b"
     r"|\b(?i:both|either|neither) [A-D] (?i:and|or|nor) [A-D]\b"

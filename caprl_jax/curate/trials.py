@@ -16,9 +16,9 @@ from caprl_jax.data.records import LETTERS, Question
 from caprl_jax.settings import setting
 
 INSTRUCTION = "Answer the question with the letter of the right option.\n"
-WRONG = "wrong with the image"
-BLIND = "right without the image"
-BOTH = "wrong with the image, right without it"
+WRONG = "too often wrong with the image"
+BLIND = "too often right without the image"
+BOTH = "too often wrong with the image, and right without it"
 _ARTICLE = re.compile(r"(?<!option )(?<!answer )(?<!is )A(?= [a-z])", re.IGNORECASE)
 
 
