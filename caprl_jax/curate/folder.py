@@ -19,7 +19,8 @@ from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply
 from caprl_jax.errors import ConfigError, UserError
 
 LONGEST = 2048  # pixels of a side that an endpoint is sent; larger images are scaled down
-_MOST_FAILURES = 24  # images that fail one after the other until an endpoint counts as lost
+# Failures one after the other, and items that end with them, until an endpoint counts as lost.
+_MOST_FAILURES, _MOST_HELD = 24, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +92,11 @@ Told = Callable[[Any, Sequence[Reply | Failure]], None]
 def ask(model: Endpoint, drawn: Drawn, asked: Iterable[Asked], told: Told) -> None:
     """Asks an endpoint each item's chats, and tells each item's replies, in order.
 
-    Items whose chats all failed are held back until another has a reply: if many fail one after the
-    other, the endpoint is lost, and they are left for the next start.
+    Failures at the end of an item's replies are held back until another reply comes: if many come
+    one after the other, the endpoint is lost, and their items are left for the next start.
 
     Raises:
-      UserError: the endpoint has failed many times in a row.
+      UserError: the endpoint has failed many times in a row, for several items.
     """
     waiting: deque[Asked] = deque()
 
@@ -106,21 +107,21 @@ def ask(model: Endpoint, drawn: Drawn, asked: Iterable[Asked], told: Told) -> No
 
     held: list[tuple[Any, Sequence[Reply | Failure]]] = []
     replies: list[Reply | Failure] = []
+    failures = 0  # in a row
     for reply in model.ask(chats(), drawn):
         replies.append(reply)
-        if len(replies) < len(waiting[0][1]):
-            continue
-        held.append((waiting.popleft()[0], replies))
-        if any(isinstance(r, Reply) for r in replies):
+        failures = failures + 1 if isinstance(reply, Failure) else 0
+        if len(replies) == len(waiting[0][1]):
+            held.append((waiting.popleft()[0], replies))
+            replies = []
+        if not failures:
             for known, own in held:
                 told(known, own)
             held.clear()
-        elif len(held) == _MOST_FAILURES:
+        elif failures >= _MOST_FAILURES and len(held) >= _MOST_HELD:
             raise UserError(
-                f"{model.url} failed for {len(held)} images one after the other: "
-                f"{replies[-1].reason}; mend it, and start the same command again: it goes on from "
-                "there"
+                f"{model.url} failed {failures} times one after the other: {reply.reason}; mend "
+                "it, and start the same command again: it goes on from there"
             )
-        replies = []
     for known, own in held:
         told(known, own)

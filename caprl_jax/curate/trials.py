@@ -90,13 +90,22 @@ class Trial:
 
 
 def trials(identity: str, number: int, question: Question, settings: Settings) -> list[Trial]:
-    """Returns a question's trials: orders depend on the seed, the image's id and the question."""
+    """Returns a question's trials; orders depend on the seed, the image's id and the question.
+
+    No order comes twice before all have come once.
+    """
     name = repr((identity, question.text, question.choices)).encode(errors="replace")
     digest = np.frombuffer(hashlib.sha256(name).digest()[:16], np.uint32)
     rng = np.random.default_rng([settings.seed, *digest.tolist()])
+    count, orders = len(question.choices), []
+    for drawn in range(settings.trials):
+        new = drawn % math.factorial(count)  # the number of orders that must not come again
+        order = tuple(rng.permutation(count).tolist())
+        while order in orders[drawn - new : drawn]:
+            order = tuple(rng.permutation(count).tolist())
+        orders.append(order)
     found = []
-    for _ in range(settings.trials):
-        order = tuple(rng.permutation(len(question.choices)).tolist())
+    for order in orders:
         options = tuple(question.choices[i] for i in order)
         found.append(Trial(number, question.text, options, order, order.index(question.answer)))
     return found

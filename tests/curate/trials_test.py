@@ -34,8 +34,7 @@ def test_orders_depend_on_the_seed_the_image_and_the_question_alone():
     settings = Settings(trials=24)
     found = trials.trials("a", 1, QUESTION, settings)
     assert found == trials.trials("a", 1, QUESTION, settings)
-    orders = {t.order for t in found}
-    assert 10 < len(orders) <= 24
+    assert len({t.order for t in found}) == 24  # each once
     for t in found:
         assert [QUESTION.choices[i] for i in t.order] == list(t.options)
         assert t.options[t.truth] == "blue"
@@ -46,6 +45,13 @@ def test_orders_depend_on_the_seed_the_image_and_the_question_alone():
                     ("a", 1, QUESTION, dataclasses.replace(settings, seed=1))):  # fmt: skip
         assert [t.order for t in trials.trials(*changed)] != [t.order for t in found]
     assert [t.order for t in trials.trials("a", 7, QUESTION, settings)] == [t.order for t in found]
+
+
+def test_orders_repeat_only_when_all_have_come():
+    two = Question("Is it day?", ("yes", "no"), 0)
+    for seed in range(8):
+        orders = [t.order for t in trials.trials("a", 1, two, Settings(trials=5, seed=seed))]
+        assert orders[0] != orders[1] and orders[2] != orders[3]
 
 
 @pytest.mark.parametrize(
