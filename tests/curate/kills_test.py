@@ -33,10 +33,11 @@ def run_through(*arguments):
     assert process.returncode == 0, said
 
 
-def killed(moment, out, *arguments):
-    """Starts a job, and kills it `moment` seconds after its part is there; its entries so far."""
+def killed(moment, server, out, *arguments):
+    """Kills a job `moment` seconds after it first asks; (entries so far, exit code)."""
+    before = server.asked.total()
     process = start(*arguments)
-    while not list(out.glob("*.part-*")) and process.poll() is None:
+    while server.asked.total() == before and process.poll() is None:
         time.sleep(0.02)
     try:
         process.wait(moment)
@@ -67,16 +68,18 @@ def test_ten_kills_lose_and_double_nothing(tmp_path, job):
     source = {"generate": "--images", "filter": "--rows"}[job]
     given = tmp_path / "in" / ("rows.jsonl" if job == "filter" else "")
     rng, done, ends = random.Random(job), [], []
+    own = [job, f"{source}={given}", "--timeout=1", "--concurrency=16"]
     with serving(slowly, FAULTS) as server:
-        own = [job, f"--model={server.url}", f"{source}={given}", "--timeout=1", "--concurrency=16"]
-        run_through(*own, f"--out={tmp_path / 'whole'}")
+        run_through(*own, f"--model={server.url}", f"--out={tmp_path / 'whole'}")
+    out = tmp_path / "out"
+    own.append(f"--out={out}")
+    with serving(slowly, FAULTS) as server:
         for _ in range(KILLS):
             moment = rng.uniform(0, 1.5 if job == "generate" else 4)
-            (tmp_path / "out").mkdir(exist_ok=True)
-            count, end = killed(moment, tmp_path / "out", *own, f"--out={tmp_path / 'out'}")
+            count, end = killed(moment, server, out, *own, f"--model={server.url}")
             done.append(count)
             ends.append(end)
-        run_through(*own, f"--out={tmp_path / 'out'}")
+        run_through(*own, f"--model={server.url}")
     print(f"{job}: entries after each kill {done}, exit codes {ends}")
     assert ends.count(-signal.SIGKILL) >= 7 and len(set(done)) >= 5  # in the midst of the work
     found, expected = (
