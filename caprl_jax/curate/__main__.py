@@ -1,4 +1,4 @@
-"""Writes multiple-choice questions about images, keeps those that need the image, and shows both.
+"""Writes multiple-choice questions about images, and keeps those that need the image.
 
     python -m caprl_jax.curate generate --model=DIR --images=PHOTOS/ --out=DIR2
     python -m caprl_jax.curate filter --model=DIR --rows=DIR2/rows.jsonl --out=DIR3

@@ -41,10 +41,12 @@ def test_orders_depend_on_the_seed_the_image_and_the_question_alone():
         assert t.body().splitlines()[1 + t.truth] == f"{'ABCD'[t.truth]}) blue"
     assert {t.truth for t in found} == {0, 1, 2, 3}
     other = dataclasses.replace(QUESTION, text="Which color is the sky?")
-    for changed in (("b", 1, QUESTION, settings), ("a", 1, other, settings),
-                    ("a", 1, QUESTION, dataclasses.replace(settings, seed=1))):  # fmt: skip
-        assert [t.order for t in trials.trials(*changed)] != [t.order for t in found]
-    assert [t.order for t in trials.trials("a", 7, QUESTION, settings)] == [t.order for t in found]
+    orders = [t.order for t in found]
+    seeded = dataclasses.replace(settings, seed=1)
+    assert [t.order for t in trials.trials("b", 1, QUESTION, settings)] != orders
+    assert [t.order for t in trials.trials("a", 1, other, settings)] != orders
+    assert [t.order for t in trials.trials("a", 1, QUESTION, seeded)] != orders
+    assert [t.order for t in trials.trials("a", 7, QUESTION, settings)] == orders
 
 
 def test_orders_repeat_only_when_all_have_come():
@@ -54,15 +56,16 @@ def test_orders_repeat_only_when_all_have_come():
         assert orders[0] != orders[1] and orders[2] != orders[3]
 
 
-@pytest.mark.parametrize(
-    "text, letter",
-    [
-        ("B", "B"), ("B) green", "B"), ("(C)", "C"), ("**D**", "D"), ("The answer is A.", "A"),
-        ("Option A is right", "A"), ("Answer A since it", "A"), ("A", "A"), ("A: red", "A"),
-        ("A dog, so B", "B"), ("Cannot tell", None), ("E", None), ("", None), ("green", None),
-        ("I think C", "C"), ("B's are", None), ("ABC", None), ("E or D", "D"),
-    ],
-)  # fmt: skip
+ANSWERS = {
+    "A": ("The answer is A.", "Option A is right", "Answer A since it", "A", "A: red"),
+    "B": ("B", "B) green", "A dog, so B"),
+    "C": ("(C)", "I think C"),
+    "D": ("**D**", "E or D"),
+    None: ("Cannot tell", "E", "", "green", "B's are", "ABC"),
+}
+
+
+@pytest.mark.parametrize("text, letter", [(t, x) for x, own in ANSWERS.items() for t in own])
 def test_the_letter_of_an_answer_in_words(text, letter):
     assert trials.letter(text, None, 4) == letter
 
