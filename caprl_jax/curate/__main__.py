@@ -60,13 +60,17 @@ def _generate_flags() -> None:
     _model_flags()
 
 
+def filter_settings(given: flags.FlagValues) -> Settings:
+    """Returns the filter's settings: a preset's, with the flags that are given."""
+    preset = PRESETS[given.preset]
+    own = {n: given[n].value for n in preset if given[n].value is not None}
+    return _settings(Settings, given, preset | own)
+
+
 def filter_rows(given: flags.FlagValues) -> None:
     """Filters questions, as the flags say."""
     place = folder.open_folder(given.out, filter_lib.KEPT, given.process, given.processes)
-    found = pictures.find(given.rows, given.root)
-    preset = dict(PRESETS[given.preset])
-    own = {n: given[n].value for n in preset if given[n].value is not None}
-    settings = _settings(Settings, given, preset | own)
+    found, settings = pictures.find(given.rows, given.root), filter_settings(given)
     done = filter_lib.filter_questions(_model(given), found, settings, place)
     print(f"made {place.out}" if done else "done; other processes go on")
 

@@ -80,7 +80,7 @@ def image_part(image: Image.Image) -> dict[str, Any]:
         image = image.copy()
         image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    image.save(out, "PNG")
+    image.save(out, "PNG", compress_level=1)  # several times faster, a little larger
     return endpoint_lib.image_part(out.getvalue())
 
 

@@ -90,3 +90,11 @@ def test_a_rows_letters_do_not_depend_on_the_others(reader, rows):
     both = reader.logits([rows[0], Row(rows[0].image.rotate(90), rows[1].trials)])
     assert one.shape[1] == 1 and not np.array_equal(both[:, 1:], one)
     np.testing.assert_array_equal(both[:, :1], one)
+
+
+def test_devices_share_the_rows(reader, rows):
+    """On four devices the letters are those of one."""
+    four = mesh.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    sharded = Reader(caprl_jax.load_policy("asset:tiny/policy", mesh=four), 2)
+    found, expected = sharded.logits(rows), reader.logits(rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
