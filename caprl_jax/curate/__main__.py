@@ -57,7 +57,6 @@ def _generate_flags() -> None:
     flags.DEFINE_integer("count", 5, "Questions to ask for, of each image.", lower_bound=1)
     flags.DEFINE_integer("max_tokens", 2048, "Most tokens of an answer.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.1, "Temperature; 0 is greedy.", lower_bound=0)
-    _model_flags()
 
 
 def filter_settings(given: flags.FlagValues) -> Settings:
@@ -82,7 +81,6 @@ def _filter_flags() -> None:
     flags.DEFINE_float("visual", None, "Accuracy with the image must be above; 1: all right.")
     flags.DEFINE_float("text_only", None, "Accuracy without must be below; 0: none right.")
     flags.DEFINE_bool("logprobs", True, "Whether an endpoint is asked for log-probabilities.")
-    _model_flags()
 
 
 def _model_flags() -> None:
@@ -116,6 +114,13 @@ JOBS = {
 }
 
 
+def _define_flags(jobs: list[str]) -> None:
+    for job in jobs:
+        JOBS[job][1]()
+    if jobs != ["report"]:
+        _model_flags()
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Takes the job's name from the arguments, and parses its flags."""
     given = [a for a in argv[1:2] if not a.startswith("-")]
@@ -125,8 +130,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         helps = any(a in ("-h", "-help", "--help", "-?") for a in argv)
         if not given and not helps:
             raise ConfigError(f"name what to do: python -m caprl_jax.curate {' | '.join(JOBS)}")
-    if given:
-        JOBS[given[0]][1]()
+    _define_flags(given or list(JOBS))  # --help alone lists those of all jobs
     return [given[0] if given else "", *cli.parse_flags([argv[0], *argv[1 + len(given) :]])]
 
 

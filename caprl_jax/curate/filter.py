@@ -108,8 +108,8 @@ def _by_policy(model: LoadedPolicy, items: Iterator[Item], settings: Settings, a
     reader = Reader(model, settings.batch)
 
     def run(waiting: list[Item]) -> None:
-        chosen = np.argmax(reader.logits([item.row for item in waiting]), axis=-1)
-        add([_entry(item, [_lettered(a) for a in chosen[:, i]]) for i, item in enumerate(waiting)])
+        logits = reader.logits([item.row for item in waiting])
+        add([_entry(item, [_lettered(a) for a in logits[:, i]]) for i, item in enumerate(waiting)])
 
     sizes = BySize(settings.batch, run)
     for item in items:
@@ -123,8 +123,11 @@ def _by_policy(model: LoadedPolicy, items: Iterator[Item], settings: Settings, a
     sizes.flush()
 
 
-def _lettered(chosen: np.ndarray) -> list[dict[str, Any]]:
-    return [{"letter": LETTERS[i]} for i in chosen]
+def _lettered(logits: np.ndarray) -> list[dict[str, Any]]:
+    """Answers of letters' logits [branches, letters]; where one is NaN, there is none."""
+    broken = np.isnan(logits).any(axis=-1)
+    chosen = np.argmax(logits, axis=-1)
+    return [{"letter": None if b else LETTERS[i]} for b, i in zip(broken, chosen, strict=True)]
 
 
 def _by_endpoint(model: Endpoint, items: Iterator[Item], settings: Settings, add: Add) -> None:

@@ -35,7 +35,9 @@ class Settings:
       batch: images in a batch of a local model.
     """
 
-    trials: int = setting(4, "orders of the options that are asked, with the image and without")
+    trials: int = setting(
+        4, "orders of the options that are asked, with the image and without", least=1
+    )
     visual: float = setting(0.75, "accuracy with the image must be above", least=0, most=1)
     text_only: float = setting(0.25, "accuracy without it must be below", least=0, most=1)
     seed: int = setting(0, "seed of the orders", least=0)

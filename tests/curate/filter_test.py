@@ -7,6 +7,7 @@ import os
 import re
 
 import jax
+import numpy as np
 import pytest
 
 import caprl_jax
@@ -236,3 +237,9 @@ def test_the_tiny_policy_measures_the_embedded_world(tiny, tmp_path):
     assert not run(tiny, rows, tmp_path / "two", settings, (1, 2))
     assert run(tiny, rows, tmp_path / "two", settings, (0, 2))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_model_whose_logits_are_not_numbers_answers_nothing():
+    logits = np.full((2, 9), -np.inf, np.float32)
+    logits[0, :4], logits[1, :4] = [0, 2, 1, 1], [0, 2, np.nan, 1]
+    assert filtering._lettered(logits) == [{"letter": "B"}, {"letter": None}]
