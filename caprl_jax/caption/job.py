@@ -110,9 +110,8 @@ def draw(
     at = [i % len(ids) for i in range(settings.batch)]
     inputs = policy.inputs([images[i] for i in at], settings.prompt)
     words = np.stack([_words(ids[i]) for i in at])
-    keys = jax.vmap(_key, in_axes=(None, 0))(settings.seed, words)
     how = {"group": settings.group, "sampling": settings.sampling}
-    return jax.device_get(policy.sample(*inputs, **how, key=keys))
+    return jax.device_get(policy.sample(*inputs, **how, key=_keys(settings.seed, words)))
 
 
 class BySize:
@@ -199,7 +198,11 @@ def _words(identity: str) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(identity.encode(errors="replace")).digest()[:8], np.uint32)
 
 
-def _key(seed: jax.Array, words: jax.Array) -> jax.Array:
-    """The key of an image's draws."""
-    key = jax.random.fold_in(jax.random.key(seed), words[0])
-    return jax.random.fold_in(key, words[1])
+@jax.jit
+def _keys(seed: int, words: jax.Array) -> jax.Array:
+    """The keys of images' draws [b], from their ids' digests uint32 [b, 2]."""
+
+    def key(words):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), words[0]), words[1])
+
+    return jax.vmap(key)(words)
