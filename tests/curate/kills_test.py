@@ -75,7 +75,7 @@ def test_ten_kills_lose_and_double_nothing(tmp_path, job):
     own.append(f"--out={out}")
     with serving(slowly, FAULTS) as server:
         for _ in range(KILLS):
-            moment = rng.uniform(0, 1.5 if job == "generate" else 4)
+            moment = rng.uniform(0, 1 if job == "generate" else 4)
             count, end = killed(moment, server, out, *own, f"--model={server.url}")
             done.append(count)
             ends.append(end)
