@@ -35,7 +35,8 @@ class Served:
     lock: Any = dataclasses.field(default_factory=threading.Lock)
 
 
-# (the request's JSON) -> the answer's text, or (text, {first token: log-probability}).
+# (the request's JSON) -> the answer's text, or (text, {first token: log-probability}), or the whole
+# answer in the protocol's form.
 Answer = Callable[[dict], Any]
 
 
@@ -91,7 +92,8 @@ def serving(
                 time.sleep(slow)
             reply = answer(request)
             text, first = reply if isinstance(reply, tuple) else (reply, None)
-            found = chat(text, first if request.get("logprobs") else None)
+            asked = first if request.get("logprobs") else None
+            found = reply if isinstance(reply, dict) else chat(text, asked)
             if fault == "no_choices":
                 found["choices"] = []
             if fault == "no_text":

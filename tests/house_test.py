@@ -22,6 +22,7 @@ FLOORS = (
     ("commands",),
     ("train", "plan", "api"),
     ("adapters", "caption"),
+    ("curate",),
     ("bench", "main", ""),
     ("__main__",),  # a package's own program, too
 )

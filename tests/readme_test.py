@@ -37,6 +37,7 @@ NOT_RUN = {
     "python -m caprl_jax.import_data": "needs rows; commands/import_data_test.py makes some",
     "python -m caprl_jax.caption": "needs pictures; caption/caption_test.py makes some",
     "python -m caprl_jax.evaluate": "needs rows; evaluate/mcq_test.py makes some",
+    "python -m caprl_jax.curate": "needs pictures; curate/generate_test.py makes some",
     "sbatch": "needs a cluster; launch/slurm_test.py starts one for the script",
     "ZONE=": "needs a cloud; launch_test.py runs the script with stand-ins",
 }

@@ -3,9 +3,7 @@
 import collections
 import dataclasses
 import hashlib
-import logging
-import sys
-import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ import numpy as np
 from caprl_jax.api import LoadedJudge, LoadedPolicy
 from caprl_jax.api.policy import PROMPT
 from caprl_jax.caption import parts
-from caprl_jax.caption.parts import Part, Place
+from caprl_jax.caption.parts import Add, Place
 from caprl_jax.caption.pictures import Picture, Pictures
 from caprl_jax.data.images import UnreadableImage, decode_image
 from caprl_jax.data.records import MalformedRecord, Question
 from caprl_jax.decode.sampling import Sampling
+from caprl_jax.rl.types import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,45 +77,78 @@ def caption(
       ConfigError: the place holds what another job has made.
       UserError: the prompt can't be used.
     """
-    from tqdm import tqdm  # imported where used
-
     about = {"model": str(policy.directory), "images": pictures.count}
     about |= dataclasses.asdict(settings) | {"judge": str(judge.directory) if judge else None}
-    if parts.complete(place, about):
-        return True
-    policy.padded_size(np.zeros((56, 56, 3), np.uint8), settings.prompt)  # refuses a bad prompt
-    share = range(place.process, pictures.count, place.processes)
-    with Part(place, about) as part:
-        began, before = time.monotonic(), len(part.done)
-        bar = tqdm(
-            total=len(share), initial=before, unit=" images", disable=not sys.stderr.isatty()
-        )
-        with bar:
-            job = _Job(policy, judge, settings, part, bar.update)
-            for index, picture in enumerate(pictures.each()):
-                if index in share and index not in part.done:
-                    job.take(index, picture)
-            job.flush()
-        part.end()
-        count, seconds = len(share) - before, time.monotonic() - began
-        logging.info("%d images in %.1f s: %.2f images/s", count, seconds, count / seconds)
-    return parts.put_together(place, about)
+    if not parts.complete(place, about):
+        check_prompt(policy, settings.prompt)
+
+    def work(left: Iterator[tuple[int, Picture]], add: Add) -> None:
+        job = _Job(policy, judge, settings, add)
+        for index, picture in left:
+            job.take(index, picture)
+        job.flush()
+
+    return parts.share(place, about, pictures, work, parts.Captions(place))
+
+
+def check_prompt(policy: LoadedPolicy, prompt: str) -> None:
+    """Raises UserError if the policy can't take the prompt, before anything is written."""
+    policy.padded_size(np.zeros((56, 56, 3), np.uint8), prompt)
+
+
+def draw(
+    policy: LoadedPolicy, ids: Sequence[str], images: Sequence[Any], settings: Settings
+) -> Rollout:
+    """Draws the captions of up to `settings.batch` images of one padded size.
+
+    A batch that isn't full is filled with copies, so that each size has one program. The draws of
+    an image depend on the seed and on its id.
+
+    Returns:
+      Rollout [batch, group, t] on the host; its first rows are those of the images.
+    """
+    at = [i % len(ids) for i in range(settings.batch)]
+    inputs = policy.inputs([images[i] for i in at], settings.prompt)
+    words = np.stack([_words(ids[i]) for i in at])
+    how = {"group": settings.group, "sampling": settings.sampling}
+    return jax.device_get(policy.sample(*inputs, **how, key=_keys(settings.seed, words)))
+
+
+class BySize:
+    """Collects items of one size until they make a batch."""
+
+    def __init__(self, batch: int, run: Callable[[list], None]):
+        """Takes the number of items in a batch, and what to do with them."""
+        self._batch, self._run = batch, run
+        self._waiting: dict[Any, list] = collections.defaultdict(list)
+
+    def take(self, size: Any, item: Any) -> None:
+        """Takes an item, and runs the batch that it fills."""
+        self._waiting[size].append(item)
+        if len(self._waiting[size]) == self._batch:
+            self._run(self._waiting.pop(size))
+
+    def flush(self) -> None:
+        """Runs the batches that are not full."""
+        for size in sorted(self._waiting):
+            self._run(self._waiting[size])
+        self._waiting.clear()
+
+
+def reason(error: Exception) -> str:
+    """Returns an error's message in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 class _Job:
     """Sorts images by their padded size, and captions each full batch."""
 
     def __init__(
-        self,
-        policy: LoadedPolicy,
-        judge: LoadedJudge | None,
-        settings: Settings,
-        part: Part,
-        told: Any,
+        self, policy: LoadedPolicy, judge: LoadedJudge | None, settings: Settings, add: Add
     ):
-        self._policy, self._judge, self._settings = policy, judge, settings
-        self._part, self._told = part, told
-        self._waiting: dict[Any, list[_Waiting]] = collections.defaultdict(list)
+        self._policy, self._judge, self._settings, self._add = policy, judge, settings, add
+        self._sizes = BySize(settings.batch, self._caption)
+        self.flush = self._sizes.flush
 
     def take(self, index: int, picture: Picture) -> None:
         """Takes an image; one that can't be read is a line with the reason."""
@@ -124,28 +156,14 @@ class _Job:
             image = decode_image(picture.read())
             size = self._policy.padded_size(image, self._settings.prompt)
         except (MalformedRecord, UnreadableImage, ValueError) as e:
-            reason = " ".join(str(e).split())[:200]
-            self._part.add([{"index": index, "id": picture.id, "error": reason}])
-            self._told(1)
+            self._add([{"index": index, "id": picture.id, "error": reason(e)}])
             return
         asked = picture.questions() if self._judge else ()
-        self._waiting[size].append(_Waiting(index, picture.id, image, asked))
-        if len(self._waiting[size]) == self._settings.batch:
-            self._caption(self._waiting.pop(size))
-
-    def flush(self) -> None:
-        """Captions the batches that are not full."""
-        for size in sorted(self._waiting):
-            self._caption(self._waiting[size])
-        self._waiting.clear()
+        self._sizes.take(size, _Waiting(index, picture.id, image, asked))
 
     def _caption(self, waiting: list[_Waiting]) -> None:
         how = self._settings
-        filled = [waiting[i % len(waiting)] for i in range(how.batch)]
-        inputs = self._policy.inputs([w.image for w in filled], how.prompt)
-        keys = _keys(how.seed, np.stack([_words(w.id) for w in filled]))
-        found = self._policy.sample(*inputs, group=how.group, sampling=how.sampling, key=keys)
-        found = jax.device_get(found)
+        found = draw(self._policy, [w.id for w in waiting], [w.image for w in waiting], how)
         decode = self._policy.tokenizer.decode
         settings = {k: v for k, v in dataclasses.asdict(how).items() if k != "batch"}
         lines = []
@@ -165,8 +183,7 @@ class _Job:
                 }
                 | self._judged(captions, one.questions)
             )
-        self._part.add(lines)
-        self._told(len(waiting))
+        self._add(lines)
 
     def _judged(self, captions: list[str], questions: tuple[Question, ...]) -> dict[str, Any]:
         """The rewards of an image's captions, judged alone: padding is that of its own texts."""

@@ -1,16 +1,20 @@
 """Results of a job: a part for each process, and the file that the parts make together.
 
 A part is OUT.part-I-of-N: the job's settings, then a line for each image that is done, and at the
-end a line that says so. When all parts have ended, they are put together in the images' order.
+end a line that says so. When all parts have ended, they are put together in the images' order, and
+sorted into the job's files. caption and curate share this.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from caprl_jax.errors import ConfigError
 from caprl_jax.files import write_whole
@@ -43,6 +47,37 @@ class Place:
     def part(self, process: int) -> Path:
         """The part of a process."""
         return self.out.with_name(f"{self.out.name}.part-{process}-of-{self.processes}")
+
+
+class Sorter(Protocol):
+    """Sorts a job's entries, in the images' order, into its files, and counts them.
+
+    Attributes:
+      files: all files of the job, `out` included; the others are whole once `out` is there.
+      counts: counts so far, for the file `about`.
+    """
+
+    files: tuple[Path, ...]
+    counts: dict[str, Any]
+
+    def lines(self, entry: dict[str, Any]) -> Iterable[tuple[Path, Mapping[str, Any]]]:
+        """Yields (file, line) of an entry without its index."""
+
+
+class Captions:
+    """Sorts captions from errors; a Sorter."""
+
+    def __init__(self, place: Place):
+        """Starts at no captions."""
+        self._place = place
+        self.files = (place.out, place.errors)
+        self.counts = {"captioned": 0, "errors": 0}
+
+    def lines(self, entry: dict[str, Any]) -> Iterable[tuple[Path, Mapping[str, Any]]]:
+        """Yields the entry as a line of one of the files."""
+        failed = "error" in entry
+        self.counts["errors" if failed else "captioned"] += 1
+        yield self._place.errors if failed else self._place.out, entry
 
 
 class Part:
@@ -107,7 +142,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def complete(place: Place, settings: Mapping[str, Any]) -> bool:
-    """Tells whether the job is done already.
+    """Tells whether the job is done already; if so, removes parts that a kill has left.
 
     Raises:
       ConfigError: `out` is there, of another job.
@@ -122,35 +157,95 @@ def complete(place: Place, settings: Mapping[str, Any]) -> bool:
         raise ConfigError(
             f"{place.out} is there already, with other settings: remove it, or give another --out"
         )
+    _remove_parts(place)
     return True
 
 
-def put_together(place: Place, settings: Mapping[str, Any]) -> bool:
+# (index, item) of what is left to do; adds the entries of those that are done.
+Add = Callable[[list[Mapping[str, Any]]], None]
+Work = Callable[[Iterator[tuple[int, Any]], Add], None]
+
+
+def share(
+    place: Place, settings: Mapping[str, Any], items: Any, work: Work, sorter: Sorter
+) -> bool:
+    """Does a process's share of a job, less what is done already, and puts the parts together.
+
+    Args:
+      place: where the results go.
+      settings: what the results depend on; they are kept in the file `about`.
+      items: `count` items, which `each()` yields; process i takes every `processes`th from i on.
+      work: called with the items left to do, and with what takes their entries {"index", ..}.
+      sorter: sorts all entries into the job's files.
+
+    Returns:
+      Whether the job is done: False while other processes have more to do.
+
+    Raises:
+      ConfigError: the place holds what another job has made.
+    """
+    from tqdm import tqdm  # imported where used
+
+    if complete(place, settings):
+        return True
+    own = range(place.process, items.count, place.processes)
+    with Part(place, settings) as part:
+        began, before = time.monotonic(), len(part.done)
+        bar = tqdm(total=len(own), initial=before, unit=" images", disable=not sys.stderr.isatty())
+
+        def add(entries: list[Mapping[str, Any]]) -> None:
+            part.add(entries)
+            bar.update(len(entries))
+
+        with bar:
+            left = ((i, x) for i, x in enumerate(items.each()) if i in own and i not in part.done)
+            work(left, add)
+        part.end()
+        count, seconds = len(own) - before, time.monotonic() - began
+        logging.info("%d images in %.1f s: %.2f images/s", count, seconds, count / seconds)
+    return put_together(place, settings, sorter)
+
+
+def put_together(place: Place, settings: Mapping[str, Any], sorter: Sorter | None = None) -> bool:
     """Writes the job's files if all parts have ended, and removes the parts.
 
     Returns:
       Whether the job is done.
     """
-    lock = place.out.with_name(f"{place.out.name}.lock")
-    with _locked(lock):
+    sorter = sorter or Captions(place)
+    with _locked(_lock(place)):
         if complete(place, settings):
             return True
         where: dict[int, tuple[int, int]] = {}
         with contextlib.ExitStack() as stack:
-            files = []
+            parts = []
             for process in range(place.processes):
                 if not place.part(process).is_file():
                     return False
-                files.append(stack.enter_context(place.part(process).open("rb")))
-                if not _index(files[-1], process, where):
+                parts.append(stack.enter_context(place.part(process).open("rb")))
+                if not _index(parts[-1], process, where):
                     return False
-            counts = _write_in_order(place, files, where)
-        write_whole(place.about, json.dumps({"settings": settings} | counts, indent=2) + "\n")
-        place.out.with_name(f"{place.out.name}.tmp").replace(place.out)
-        for process in range(place.processes):
-            place.part(process).unlink()
-        lock.unlink()  # whoever waits for it finds the job done
+            _write_in_order(place, parts, where, sorter)
+        write_whole(
+            place.about, json.dumps({"settings": settings} | sorter.counts, indent=2) + "\n"
+        )
+        _temporary(place).replace(place.out)
+        _remove_parts(place)
     return True
+
+
+def _lock(place: Place) -> Path:
+    return place.out.with_name(f"{place.out.name}.lock")
+
+
+def _temporary(place: Place) -> Path:
+    return place.out.with_name(f"{place.out.name}.tmp")
+
+
+def _remove_parts(place: Place) -> None:
+    for process in range(place.processes):
+        place.part(process).unlink(missing_ok=True)
+    _lock(place).unlink(missing_ok=True)  # whoever waits for it finds the job done
 
 
 def _index(file: Any, process: int, where: dict[int, tuple[int, int]]) -> bool:
@@ -165,24 +260,22 @@ def _index(file: Any, process: int, where: dict[int, tuple[int, int]]) -> bool:
     return ended
 
 
-def _write_in_order(place: Place, files: list, where: dict[int, tuple[int, int]]) -> dict[str, int]:
-    """Writes all lines in the images' order; {"captioned", "errors"}."""
-    counts = {"captioned": 0, "errors": 0}
-    out = place.out.with_name(f"{place.out.name}.tmp")
-    with (
-        out.open("w", encoding="utf-8") as captions,
-        place.errors.open("w", encoding="utf-8") as errors,
-    ):
+def _write_in_order(
+    place: Place, parts: list, where: dict[int, tuple[int, int]], sorter: Sorter
+) -> None:
+    """Writes all entries in the images' order."""
+    with contextlib.ExitStack() as stack:
+        opened = {}
+        for path in sorter.files:
+            written = _temporary(place) if path == place.out else path
+            opened[path] = stack.enter_context(written.open("w", encoding="utf-8"))
         for index in sorted(where):
             process, offset = where[index]
-            files[process].seek(offset)
-            entry = json.loads(files[process].readline())
+            parts[process].seek(offset)
+            entry = json.loads(parts[process].readline())
             del entry["index"]
-            failed = "error" in entry
-            line = json.dumps(entry, ensure_ascii=False) + "\n"
-            (errors if failed else captions).write(line)
-            counts["errors" if failed else "captioned"] += 1
-    return counts
+            for path, line in sorter.lines(entry):
+                opened[path].write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The images to caption: pictures, files of rows, or a dataset that import_data wrote."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from caprl_jax.errors import ConfigError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
 
+# (usable questions, (number from 1, reason) of each other one), as records.parse_questions returns.
+Asked = tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]
+
+
+def _nothing_asked() -> Asked:
+    raise MalformedRecord("the image has no questions: give rows that hold some")
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """An image that has not been read.
@@ -21,12 +30,23 @@ class Picture:
     Attributes:
       id: its path below the folder, or its row's id.
       read: returns its encoded bytes; raises UnreadableImage or MalformedRecord.
-      questions: returns its row's usable questions, if it has any.
+      asked: returns its row's questions; raises MalformedRecord if none is usable.
+      file: returns the path of its file, absolute; None if the row holds it.
+      extras: returns its row's extras; raises MalformedRecord.
     """
 
     id: str
     read: Callable[[], bytes]
-    questions: Callable[[], tuple[Question, ...]] = tuple
+    asked: Callable[[], Asked] = _nothing_asked
+    file: Callable[[], Path | None] = lambda: None
+    extras: Callable[[], Mapping[str, Any]] = dict
+
+    def questions(self) -> tuple[Question, ...]:
+        """Returns its row's usable questions, if it has any."""
+        try:
+            return self.asked()[0]
+        except MalformedRecord:  # it has none that can be asked
+            return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +62,12 @@ class Pictures:
     each: Callable[[], Iterator[Picture]]
 
 
-def find(path: str) -> Pictures:
+def find(path: str, root: str = "") -> Pictures:
     """Finds the images that a path names: a file, a pattern, or a folder.
+
+    Args:
+      path: of pictures, files of rows, or a dataset.
+      root: folder that the image files of rows must lie in; empty: the rows' own.
 
     Raises:
       ConfigError: there are none, or both pictures and files of rows.
@@ -73,7 +97,7 @@ def find(path: str) -> Pictures:
             f"--images={path} holds pictures and files of rows: name one kind, for example "
             f"{of_rows[0]} or {given / ('*' + files[0].suffix)}"
         )
-    return _of_files(given, files) if files else _of_rows(of_rows)
+    return _of_files(given, files) if files else _of_rows(of_rows, Path(root) if root else None)
 
 
 def _of_files(given: Path, files: list[Path]) -> Pictures:
@@ -84,12 +108,14 @@ def _of_files(given: Path, files: list[Path]) -> Pictures:
 
     def each() -> Iterator[Picture]:
         for file in files:
-            yield Picture(name(file), lambda file=file: read_image(file))
+            yield Picture(
+                name(file), lambda file=file: read_image(file), file=file.absolute().resolve
+            )
 
     return Pictures(len(files), each)
 
 
-def _of_rows(files: list[Path]) -> Pictures:
+def _of_rows(files: list[Path], root: Path | None) -> Pictures:
     def each() -> Iterator[Picture]:
         for file, name in zip(files, rows.names(files), strict=True):
             for row in rows.rows(file, name):
@@ -99,11 +125,25 @@ def _of_rows(files: list[Path]) -> Pictures:
                     own = row.id
                 yield Picture(
                     own,
-                    lambda row=row: rows.image_bytes(row),
-                    lambda row=row: _questions(row),
+                    lambda row=row: rows.image_bytes(row, root),
+                    lambda row=row: rows.questions(_whole(row)),
+                    lambda row=row: _file(row, root),
+                    lambda row=row: records.parse_extras(_whole(row).raw.get("extras")),
                 )
 
     return Pictures(sum(map(rows.count, files)), each)
+
+
+def _whole(row: rows.Row) -> rows.Row:
+    if isinstance(row.raw, MalformedRecord):
+        raise row.raw
+    return row
+
+
+def _file(row: rows.Row, root: Path | None) -> Path | None:
+    used: list[Path] = []
+    rows.image_bytes(row, root, used.append)
+    return used[0] if used else None
 
 
 def _of_dataset(made: Any) -> Pictures:
@@ -113,17 +153,12 @@ def _of_dataset(made: Any) -> Pictures:
         for source in sources:
             for i in range(len(source)):
                 element = source[i]
+                record = functools.partial(records.parse, element)
                 yield Picture(
                     element["id"].decode(errors="replace"),
-                    lambda element=element: records.parse(element).image,
-                    lambda element=element: records.parse(element).questions,
+                    lambda record=record: record().image,
+                    lambda record=record: (record().questions, record().dropped),
+                    extras=lambda record=record: record().extras,
                 )
 
     return Pictures(sum(map(len, sources)), each)
-
-
-def _questions(row: rows.Row) -> tuple[Question, ...]:
-    try:
-        return rows.questions(row)[0]
-    except MalformedRecord:  # it has none that can be asked
-        return ()

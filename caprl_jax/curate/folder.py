@@ -1,0 +1,127 @@
+"""The folder of a job's results, and rows as its files hold them."""
+
+import base64
+import dataclasses
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from caprl_jax import endpoint as endpoint_lib
+from caprl_jax.caption.parts import Place
+from caprl_jax.caption.pictures import Picture
+from caprl_jax.data.images import UnreadableImage
+from caprl_jax.data.records import MalformedRecord, Question, unparse_question
+from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply
+from caprl_jax.errors import ConfigError, UserError
+
+LONGEST = 2048  # pixels of a side that an endpoint is sent; larger images are scaled down
+# Failures one after the other, and items that end with them, until an endpoint counts as lost.
+_MOST_FAILURES, _MOST_HELD = 24, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder(Place):
+    """Place of a job with several files in a folder; `out` is the last that appears."""
+
+    @property
+    def about(self) -> Path:
+        """The file of the job's settings and counts."""
+        return self.out.with_name("about.json")
+
+    def file(self, name: str) -> Path:
+        """The path of another of its files."""
+        return self.out.with_name(name)
+
+
+def open_folder(path: str, main: str, process: int, processes: int) -> Folder:
+    """Returns the place of a job whose main file is `main`, and makes the folder.
+
+    Raises:
+      ConfigError: it can't be written, or there is no such process.
+    """
+    if not 0 <= process < processes:
+        raise ConfigError(
+            f"--process={process} is none of --processes={processes}: they count from 0"
+        )
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"can't write {path}: {e.strerror or e}; give another --out") from e
+    return Folder(Path(path) / main, process, processes)
+
+
+def row(picture: Picture, image: bytes, questions: Sequence[Question] = ()) -> dict[str, Any]:
+    """Returns a row as import_data takes it: an image file by its path, other images whole."""
+    file, extras = picture.file(), picture.extras()
+    encoded = f"data:;base64,{base64.b64encode(image).decode()}"
+    found: dict[str, Any] = {"id": picture.id, "image": str(file) if file else encoded}
+    if questions:
+        found["questions"] = [unparse_question(q) for q in questions]
+    return found | ({"extras": extras} if extras else {})
+
+
+def failed_row(picture: Picture, why: str, questions: Sequence[Question] = ()) -> dict[str, Any]:
+    """Returns a line of failed.jsonl, with the image if it can be read: it can be tried again."""
+    try:
+        found = row(picture, picture.read(), questions)
+    except (MalformedRecord, UnreadableImage, ValueError):
+        found = {"id": picture.id}
+        found |= {"questions": [unparse_question(q) for q in questions]} if questions else {}
+    return found | {"reason": why}
+
+
+def image_part(image: Image.Image) -> dict[str, Any]:
+    """Returns the part of a user's turn with an image, at most LONGEST pixels a side."""
+    if max(image.size) > LONGEST:
+        image = image.copy()
+        image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=1)  # several times faster, a little larger
+    return endpoint_lib.image_part(out.getvalue())
+
+
+# What a job knows of an item, its chats, and what becomes of their replies.
+Asked = tuple[Any, Sequence[Chat]]
+Told = Callable[[Any, Sequence[Reply | Failure]], None]
+
+
+def ask(model: Endpoint, drawn: Drawn, asked: Iterable[Asked], told: Told) -> None:
+    """Asks an endpoint each item's chats, and tells each item's replies, in order.
+
+    Failures at the end of an item's replies are held back until another reply comes: if many come
+    one after the other, the endpoint is lost, and their items are left for the next start.
+
+    Raises:
+      UserError: the endpoint has failed many times in a row, for several items.
+    """
+    waiting: deque[Asked] = deque()
+
+    def chats() -> Iterator[Chat]:
+        for item in asked:
+            waiting.append(item)
+            yield from item[1]
+
+    held: list[tuple[Any, Sequence[Reply | Failure]]] = []
+    replies: list[Reply | Failure] = []
+    failures = 0  # in a row
+    for reply in model.ask(chats(), drawn):
+        replies.append(reply)
+        failures = failures + 1 if isinstance(reply, Failure) else 0
+        if len(replies) == len(waiting[0][1]):
+            held.append((waiting.popleft()[0], replies))
+            replies = []
+        if not failures:
+            for known, own in held:
+                told(known, own)
+            held.clear()
+        elif failures >= _MOST_FAILURES and len(held) >= _MOST_HELD:
+            raise UserError(
+                f"{model.url} failed {failures} times one after the other: {reply.reason}; mend "
+                "it, and start the same command again: it goes on from there"
+            )
+    for known, own in held:
+        told(known, own)

@@ -1,0 +1,228 @@
+"""Has a model write multiple-choice questions about images.
+
+A policy's directory writes in batches, as caption does; an endpoint is asked many at a time. A
+sampled answer depends on the model, the settings and the image's id.
+"""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from caprl_jax.api import LoadedPolicy
+from caprl_jax.caption import job, parts
+from caprl_jax.caption.job import BySize, reason
+from caprl_jax.caption.parts import Add
+from caprl_jax.caption.pictures import Picture, Pictures
+from caprl_jax.curate import folder
+from caprl_jax.curate.folder import Folder
+from caprl_jax.curate.parse import parse, plain
+from caprl_jax.data.images import UnreadableImage, decode_image
+from caprl_jax.data.records import MalformedRecord
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.endpoint import Drawn, Endpoint, Failure, Reply
+from caprl_jax.settings import setting
+
+ROWS, REJECTS, FAILED = "rows.jsonl", "rejects.jsonl", "failed.jsonl"
+
+
+def prompt(count: int) -> str:
+    """Returns the request for `count` questions, in the form that parse reads."""
+    return (
+        f"Look closely at the image and write {count} multiple-choice questions about it. Each "
+        "asks for something that is plain to see in the image and can't be guessed without it: "
+        "objects, numbers, colors, places, actions, text, or what a chart says. Ask about "
+        "different things. Give four short options that could all be true; exactly one is. A "
+        "question must make sense alone, and no option may speak of the others. Write every "
+        "question in exactly this form, with an empty line between questions, and write nothing "
+        "else:\n\n"
+        "Question: the question\nA) an option\nB) an option\nC) an option\nD) an option\n"
+        "Answer: the letter of the true option"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings for writing questions.
+
+    Attributes:
+      count: questions that each image's prompt asks for.
+      max_tokens: most tokens of an answer.
+      temperature: of the draws; CapRL's is 0.1, with a repetition penalty that is not offered here.
+      seed: of the draws.
+      batch: images in a batch of a local model; results don't depend on it.
+    """
+
+    count: int = setting(5, "questions to ask for, of each image", least=1)
+    max_tokens: int = setting(2048, "most tokens of an answer", least=1)
+    temperature: float = setting(0.1, "temperature; 0 is greedy", least=0)
+    seed: int = setting(0, "seed of the draws", least=0)
+    batch: int = setting(16, "images in a batch", least=1)
+
+
+Model = LoadedPolicy | Endpoint
+
+
+def name(model: Model) -> str:
+    """Returns a model's name; an endpoint's address may change while a job is interrupted."""
+    return model.model if isinstance(model, Endpoint) else str(model.directory)
+
+
+def generate(model: Model, pictures: Pictures, settings: Settings, place: Folder) -> bool:
+    """Writes questions about this process's images that are not done, and puts the parts together.
+
+    The folder then holds rows.jsonl: images with questions, as import_data takes them;
+    rejects.jsonl: what the model wrote that is no usable question, and why; failed.jsonl: images
+    that can't be read, and those for which the endpoint gave no answer in all its tries; and
+    about.json: settings and counts. Failed images are tried again within a run only.
+
+    Args:
+      model: a policy, or a model behind an endpoint that sees images.
+      pictures: all images of the job; process i takes every `processes`th from i on.
+      settings: how questions are drawn.
+      place: the folder.
+
+    Returns:
+      Whether the job is done: False while other processes have more to do.
+
+    Raises:
+      ConfigError: the folder holds what another job has made.
+      UserError: the model can't take the prompt, or the endpoint fails for image after image.
+    """
+    about: dict[str, Any] = {"job": "generate", "model": name(model), "images": pictures.count}
+    about |= dataclasses.asdict(settings) | {"prompt": prompt(settings.count)}
+    if isinstance(model, LoadedPolicy) and not parts.complete(place, about):
+        job.check_prompt(model, prompt(settings.count))
+
+    def work(left: Iterator[tuple[int, Picture]], add: Add) -> None:
+        writer = _Writer(settings, add)
+        if isinstance(model, Endpoint):
+            writer.by_endpoint(model, left)
+        else:
+            writer.by_policy(model, left)
+
+    return parts.share(place, about, pictures, work, Rows(place))
+
+
+class _Writer:
+    """Asks a model about images, and adds an entry for each."""
+
+    def __init__(self, settings: Settings, add: Add):
+        self._settings, self._add = settings, add
+
+    def by_endpoint(self, model: Endpoint, left: Iterator[tuple[int, Picture]]) -> None:
+        """Asks an endpoint about all images that are left."""
+        how = self._settings
+        drawn = Drawn(how.max_tokens, how.temperature, how.seed)
+
+        def asked() -> Iterator[folder.Asked]:
+            for index, picture, image in self._readable(left):
+                content = [
+                    folder.image_part(image),
+                    {"type": "text", "text": prompt(how.count)},
+                ]
+                yield (index, picture), [[{"role": "user", "content": content}]]
+
+        def told(known: tuple[int, Picture], replies: Any) -> None:
+            (reply,) = replies
+            if isinstance(reply, Failure):
+                self._fail(*known, reply.reason)
+            else:
+                self._answer(*known, reply)
+
+        folder.ask(model, drawn, asked(), told)
+
+    def by_policy(self, model: LoadedPolicy, left: Iterator[tuple[int, Picture]]) -> None:
+        """Has a policy answer for all images that are left, in batches of one size."""
+        how = self._settings
+        sampling = Sampling(how.max_tokens, temperature=how.temperature)
+        settings = job.Settings(sampling, prompt(how.count), 1, how.seed, how.batch)
+
+        def run(waiting: list[tuple[int, Picture, Image.Image]]) -> None:
+            ids, images = [p.id for _, p, _ in waiting], [image for _, _, image in waiting]
+            found = job.draw(model, ids, images, settings)
+            for i, (index, picture, _) in enumerate(waiting):
+                text = model.tokenizer.decode(found.tokens[i, 0][found.mask[i, 0]])
+                self._answer(index, picture, Reply(text, bool(found.truncated[i, 0])))
+
+        sizes = BySize(how.batch, run)
+        for index, picture, image in self._readable(left):
+            try:
+                size = model.padded_size(image, settings.prompt)
+            except ValueError as e:
+                self._fail(index, picture, reason(e))
+                continue
+            sizes.take(size, (index, picture, image))
+        sizes.flush()
+
+    def _readable(
+        self, left: Iterator[tuple[int, Picture]]
+    ) -> Iterator[tuple[int, Picture, Image.Image]]:
+        for index, picture in left:
+            try:
+                image = decode_image(picture.read())
+            except (MalformedRecord, UnreadableImage, ValueError) as e:
+                self._fail(index, picture, reason(e))
+                continue
+            yield index, picture, image
+
+    def _fail(self, index: int, picture: Picture, why: str) -> None:
+        self._add([{"index": index, "failed": folder.failed_row(picture, why)}])
+
+    def _answer(self, index: int, picture: Picture, reply: Reply) -> None:
+        questions, rejects = parse(reply.text, reply.truncated)
+        entry: dict[str, Any] = {"index": index, "id": picture.id}
+        if questions:
+            try:
+                entry["row"] = folder.row(picture, picture.read(), questions)
+            except (MalformedRecord, UnreadableImage, ValueError) as e:  # it has changed since
+                return self._fail(index, picture, reason(e))
+        entry["rejects"] = [dataclasses.asdict(r) for r in rejects]
+        return self._add([entry])
+
+
+class Rows:
+    """Sorts images with questions from rejects and failures, and counts; a parts.Sorter."""
+
+    def __init__(self, place: Folder):
+        """Starts at nothing."""
+        names = (ROWS, REJECTS, FAILED)
+        self.files = tuple(map(place.file, names))
+        self._where = dict(zip(names, self.files, strict=True))
+        zeros = dict.fromkeys(("images", "with_questions", "without_questions", "failed"), 0)
+        self.counts: dict[str, Any] = zeros | {
+            "questions": 0,
+            "repeated_from_other_images": 0,
+            "rejects": 0,
+            "rejects_by_reason": {},
+        }
+        self._seen: set[bytes] = set()
+
+    def lines(self, entry: dict[str, Any]) -> Iterable[tuple[Path, Mapping[str, Any]]]:
+        """Yields an image's row and rejects, or its failure."""
+        counts = self.counts
+        counts["images"] += 1
+        if "failed" in entry:
+            counts["failed"] += 1
+            yield self._where[FAILED], entry["failed"]
+            return
+        for reject in entry["rejects"]:
+            counts["rejects"] += 1
+            by_reason = collections.Counter(counts["rejects_by_reason"])
+            by_reason[reject["reason"]] += 1
+            counts["rejects_by_reason"] = dict(sorted(by_reason.items()))
+            yield self._where[REJECTS], {"id": entry["id"]} | reject
+        if "row" not in entry:
+            counts["without_questions"] += 1
+            return
+        counts["with_questions"] += 1
+        questions = entry["row"]["questions"]
+        counts["questions"] += len(questions)
+        digests = {hashlib.sha256(plain(q["question"]).encode()).digest()[:8] for q in questions}
+        counts["repeated_from_other_images"] += len(digests & self._seen)
+        self._seen |= digests
+        yield self._where[ROWS], entry["row"]

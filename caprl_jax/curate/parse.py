@@ -1,0 +1,188 @@
+"""Parses the questions that a model wrote, strictly: whatever is refused has a named reason.
+
+The form is that of generate.prompt: a line "Question: ..", four lines "A) .." to "D) ..", and a
+line "Answer: B". Numbers of questions, other marks after a letter and Markdown's stars are read
+over.
+"""
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from caprl_jax.data import records
+from caprl_jax.data.records import MalformedRecord, Question
+
+LETTERS = "ABCD"
+EMPTY = "empty answer"
+OUTSIDE = "text outside of a question"
+NO_TEXT = "no text of the question"
+NOT_FOUR = "not four options"
+ORDER = "letters out of order"
+EMPTY_OPTION = "empty option"
+DUPLICATE_OPTIONS = "duplicate options"
+BETWEEN = "text between the options and the answer"
+NO_ANSWER = "no answer"
+NO_OPTION = "the answer names no option"
+CONTRADICTS = "the answer's text is not its option's"
+CUT = "cut off by the length limit"
+OF_CAPTION = "speaks of a caption"
+OF_OPTIONS = "speaks of its options"
+DUPLICATE = "duplicate question"
+UNUSABLE = "not a usable record"
+REASONS = (EMPTY, OUTSIDE, NO_TEXT, NOT_FOUR, ORDER, EMPTY_OPTION, DUPLICATE_OPTIONS, BETWEEN)
+REASONS += (NO_ANSWER, NO_OPTION, CONTRADICTS, CUT, OF_CAPTION, OF_OPTIONS, DUPLICATE, UNUSABLE)
+_QUESTION = re.compile(r"(?:\d+\s*[.):]\s*)?question(?:\s*\d+)?\s*[:.)]\s*(.*)", re.IGNORECASE)
+_OPTION = re.compile(r"\(?([A-Za-z])\s*[).:](?:\s+(.*)|$)")
+_ANSWER = re.compile(r"(?:correct )?answer\s*:\s*(.*)", re.IGNORECASE)
+_LETTER = re.compile(r"\(?([A-Za-z])(?:\s*[).:]\s*(.*)|)")
+_RULE = re.compile(r"[-=_*#\s]*")  # a line that only separates
+_CAPTION = re.compile(
+    r"\b(?:the|this|your) (?:\w+ )?(?:caption|description|passage)\b|\btext above\b", re.IGNORECASE
+)
+_SHUFFLED = re.compile(
+    r"\b(?i:options?|choices?|answers?) \(?[A-D](?![\w-])"
+    r"|\b(?i:all|none|both|any|which) (?i:of the) (?i:above|below|options|choices|answers)\b"
+    r"|\b(?i:following|above|below|given) (?i:options|choices|answers)\b"
+    r"|\b(?i:both|either|neither) [A-D] (?i:and|or|nor) [A-D]\b"
+    r"|^(?i:all|none|both) (?i:of these|of them)\W*$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """A piece of an answer that is no usable question.
+
+    Attributes:
+      reason: one of REASONS.
+      text: the piece.
+    """
+
+    reason: str
+    text: str
+
+
+def parse(text: str, truncated: bool = False) -> tuple[tuple[Question, ...], tuple[Reject, ...]]:
+    """Parses an answer.
+
+    Args:
+      text: the whole answer of a model that was asked for questions.
+      truncated: whether it ran into the length limit, so that its last question may not be whole.
+
+    Returns:
+      (usable questions without duplicates, everything else with its reason), in order.
+    """
+    if not text.strip():
+        return (), (Reject(EMPTY, text),)
+    questions: list[Question] = []
+    rejects: list[Reject] = []
+    before, blocks = _blocks(text)
+    if any(not _RULE.fullmatch(line) for line in before):
+        reason = CUT if truncated and not blocks else OUTSIDE
+        rejects.append(Reject(reason, "\n".join(before).strip()))
+    seen: set[str] = set()
+    for number, lines in enumerate(blocks, 1):
+        own, rest = _until_answer(lines)
+        found = _question(own)
+        if isinstance(found, Question) and plain(found.text) in seen:
+            found = DUPLICATE
+        if isinstance(found, Question):
+            questions.append(found)
+            seen.add(plain(found.text))
+        else:
+            last = truncated and number == len(blocks) and found != DUPLICATE
+            rejects.append(Reject(CUT if last else found, "\n".join(own).strip()))
+        if any(not _RULE.fullmatch(line) for line in rest):
+            rejects.append(Reject(OUTSIDE, "\n".join(rest).strip()))
+    return tuple(questions), tuple(rejects)
+
+
+def plain(text: str) -> str:
+    """Returns a text without case, punctuation and repeated white space, to compare it with others.
+
+    A text of signs alone stays as it is: "<" is not ">".
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(" " if unicodedata.category(c)[0] == "P" else c for c in folded)
+    return " ".join(kept.split()) or " ".join(folded.split())
+
+
+def _folded(option: str) -> str:
+    """An option without case, repeated white space and signs at its end: 5 is not -5."""
+    return " ".join(option.casefold().split()).rstrip(" .,;:!") or option
+
+
+def _blocks(text: str) -> tuple[list[str], list[list[str]]]:
+    """(lines before the first question, lines of each question)."""
+    before: list[str] = []
+    blocks: list[list[str]] = []
+    for line in text.splitlines():
+        if _QUESTION.fullmatch(_bare(line)):
+            blocks.append([])
+        (blocks[-1] if blocks else before).append(line)
+    return before, blocks
+
+
+def _until_answer(lines: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(lines up to the answer, lines after it)."""
+    for i, line in enumerate(lines):
+        if _ANSWER.fullmatch(_bare(line)):
+            return list(lines[: i + 1]), list(lines[i + 1 :])
+    return list(lines), []
+
+
+def _bare(line: str) -> str:
+    """A line without Markdown's stars and heading marks around its words."""
+    line = line.replace("**", "").strip()
+    return line.lstrip("#").strip()
+
+
+def _question(lines: Sequence[str]) -> Question | str:
+    """Parses the lines of one question; a str is the reason why it can't be used."""
+    bare = [line for line in map(_bare, lines) if line]
+    answer = _ANSWER.fullmatch(bare[-1]) if bare else None
+    body = bare[:-1] if answer else bare
+    first = next((i for i, line in enumerate(body) if i and _OPTION.fullmatch(line)), len(body))
+    text = " ".join([_QUESTION.fullmatch(body[0])[1], *body[1:first]]).strip()
+    options = [_OPTION.fullmatch(line) for line in body[first:]]
+    if not text:
+        return NO_TEXT
+    if any(option is None for option in options):
+        return BETWEEN
+    letters = [option[1].upper() for option in options]
+    if len(letters) != len(LETTERS):
+        return NOT_FOUR
+    if letters != list(LETTERS):
+        return ORDER
+    texts = tuple((option[2] or "").strip() for option in options)
+    return _option_fault(texts) or _answered(text, texts, answer)
+
+
+def _option_fault(texts: tuple[str, ...]) -> str | None:
+    if not all(texts):
+        return EMPTY_OPTION
+    if len(set(map(_folded, texts))) < len(texts):
+        return DUPLICATE_OPTIONS
+    return None
+
+
+def _answered(text: str, texts: tuple[str, ...], answer: re.Match | None) -> Question | str:
+    """Returns the question with its truth, or the reason why it can't be used."""
+    if answer is None or not answer[1].strip():
+        return NO_ANSWER
+    named = _LETTER.fullmatch(answer[1].strip().rstrip("."))
+    if named is None or named[1].upper() not in LETTERS:
+        return NO_OPTION
+    truth = LETTERS.index(named[1].upper())
+    if named[2] and _folded(named[2]) != _folded(texts[truth]):
+        return CONTRADICTS
+    if _CAPTION.search(text):
+        return OF_CAPTION
+    if any(_SHUFFLED.search(part) for part in (text, *texts)):
+        return OF_OPTIONS
+    question = Question(text, texts, truth)
+    try:  # as those who read the rows will
+        again = records.parse_question(records.unparse_question(question))
+    except MalformedRecord:
+        return UNUSABLE
+    return question if again == question else UNUSABLE

@@ -1,0 +1,181 @@
+"""The page of a job's folder, report.html: what was accepted, what was not and why, with images.
+
+The page is one file without scripts. However many rows there are, it shows a few of them, spread
+evenly, and says how many.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from caprl_jax.curate import filter as filter_lib
+from caprl_jax.curate import generate as generate_lib
+from caprl_jax.curate.trials import Settings, why_dropped
+from caprl_jax.data.images import UnreadableImage
+from caprl_jax.data.records import MalformedRecord
+from caprl_jax.data.sources import rows
+from caprl_jax.errors import ConfigError
+from caprl_jax.files import write_whole
+from caprl_jax.report import parts
+
+PAGE = "report.html"
+_SAMPLES = 24  # rows of a section
+_QUESTIONS = 12  # of a row
+_EXAMPLES = 3  # rejects of a reason
+_LISTED = 50  # failures
+_PIXELS = 320  # longer side of an image
+_TEXT = 600  # characters of a rejected text
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Rows of a file, some of which are shown.
+
+    Attributes:
+      title: of the section.
+      total: number of rows in the file.
+      samples: the rows that are shown: {"id", "image", "questions", "more"}.
+    """
+
+    title: str
+    total: int
+    samples: list[dict[str, Any]]
+
+
+def write(folder: Path) -> Path:
+    """Writes report.html into a folder that generate or filter has made; returns its path.
+
+    Raises:
+      ConfigError: the folder holds neither's results.
+    """
+    try:
+        about = json.loads((folder / "about.json").read_text("utf-8"))
+        kind = about["settings"]["job"]
+        content = {"generate": _generated, "filter": _filtered}[kind](folder, about)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f"--dir={folder} holds no finished job of curate: {type(e).__name__}: {e}; give the "
+            "--out of generate or filter"
+        ) from e
+    failed, failures = _examples(folder / generate_lib.FAILED, _LISTED)
+    own = {"job": kind, "about": about, "settings": about["settings"]}
+    own |= {"failed": failed, "failures": failures}
+    page = parts.template("curate.html.j2").render(own | content)
+    write_whole(folder / PAGE, page, errors="replace")
+    return folder / PAGE
+
+
+def _generated(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    examples: dict[str, list[str]] = {}
+    for line in _lines(folder / generate_lib.REJECTS):
+        own = examples.setdefault(line["reason"], [])
+        if len(own) < _EXAMPLES:
+            own.append(_cut(line["text"]))
+    by_reason = sorted(about["rejects_by_reason"].items(), key=lambda item: (-item[1], item[0]))
+    written = about["questions"] + about["rejects"]
+    images = _share(about["with_questions"], about["images"])
+    tiles = [
+        ("Images with questions", images, "of all images"),
+        ("Questions", f"{about['questions']:,}", "accepted, without duplicates in an image"),
+        ("Accepted", _share(about["questions"], written), "of what the model wrote"),
+        ("Failed images", f"{about['failed']:,}", "unreadable, or without an answer in all tries"),
+    ]
+    return {
+        "title": "Questions that a model wrote",
+        "tiles": tiles,
+        "reasons": [(why, n, examples.get(why, [])) for why, n in by_reason],
+        "table": None,
+        "sections": [_section("Images with their questions", folder / generate_lib.ROWS)],
+    }
+
+
+def _filtered(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(Settings)}
+    settings = Settings(**{k: v for k, v in about["settings"].items() if k in names})
+    by_reason = sorted(about["dropped_by_reason"].items(), key=lambda item: (-item[1], item[0]))
+    answered = sum(about["options"].values())
+    chance = sum(n / int(size) for size, n in about["options"].items()) / max(answered, 1)
+    kept, failed = about["kept"], about["failed_questions"]
+    of, unusable = about["questions"], about["failed"]
+    seen, blind = (_share(about[k]["right"], about[k]["answers"]) for k in ("image", "text_only"))
+    tiles = [
+        ("Kept", _share(kept, of), f"{kept:,} of {of:,} questions"),
+        ("Accuracy with the image", seen, f"chance is {parts.percent(chance)}"),
+        ("Blind accuracy", blind, "the same questions without the image"),
+        ("Failed", f"{failed:,}", f"questions; {unusable:,} rows can’t be used"),
+    ]
+    return {
+        "title": "Questions that need the image",
+        "tiles": tiles,
+        "reasons": [(why, n, []) for why, n in by_reason],
+        "table": _table(about["table"], settings),
+        "sections": [
+            _section("Kept", folder / filter_lib.KEPT),
+            _section("Dropped", folder / filter_lib.DROPPED),
+        ],
+    }
+
+
+def _table(counts: list[list[int]], settings: Settings) -> dict[str, Any]:
+    """Questions by right answers with the image (rows) and without (columns)."""
+    most, n = max(max(map(max, counts)), 1), settings.trials
+
+    def cell(i: int, j: int) -> dict[str, Any]:
+        kept = why_dropped(i / n, j / n, settings) is None
+        return {"count": counts[i][j], "kept": kept, "share": counts[i][j] / most}
+
+    return {"trials": n, "rows": [[cell(i, j) for j in range(n + 1)] for i in range(n, -1, -1)]}
+
+
+def _section(title: str, path: Path) -> Section:
+    total = sum(1 for _ in path.open("rb"))
+    shown = {i * total // min(total, _SAMPLES) for i in range(min(total, _SAMPLES))}
+    samples = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number in shown:
+                samples.append(_sample(path, json.loads(line)))
+    return Section(title, total, samples)
+
+
+def _sample(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    questions = raw.get("questions") or []
+    verdicts = raw.get("verdicts") or [None] * len(questions)
+    shown = [
+        {"text": q["question"], "options": q["choices"], "truth": q["answer"], "verdict": v}
+        for q, v in zip(questions, verdicts, strict=True)
+    ]
+    try:
+        # This project wrote the row, and shows what decodes as an image: any folder will do.
+        encoded = rows.image_bytes(rows.Row("", raw, path.parent), Path("/"))
+        image = parts.image(encoded, _PIXELS, "JPEG")
+    except (MalformedRecord, UnreadableImage):
+        image = None
+    return {
+        "id": raw["id"],
+        "image": image,
+        "questions": shown[:_QUESTIONS],
+        "more": len(shown[_QUESTIONS:]),
+        "malformed": raw.get("malformed") or [],
+    }
+
+
+def _examples(path: Path, most: int) -> tuple[int, list[dict[str, Any]]]:
+    """(number of lines, the first of them)."""
+    total = sum(1 for _ in path.open("rb"))
+    return total, [line for line, _ in zip(_lines(path), range(most), strict=False)]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _share(part: int, whole: int) -> str:
+    return parts.percent(part / whole if whole else None)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TEXT else text[: _TEXT - 2] + ".."
