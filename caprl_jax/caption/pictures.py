@@ -22,11 +22,13 @@ class Picture:
       id: its path below the folder, or its row's id.
       read: returns its encoded bytes; raises UnreadableImage or MalformedRecord.
       questions: returns its row's usable questions, if it has any.
+      source: the collection that its row names; empty if it names none.
     """
 
     id: str
     read: Callable[[], bytes]
     questions: Callable[[], tuple[Question, ...]] = tuple
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,7 @@ def _of_rows(files: list[Path]) -> Pictures:
                     own,
                     lambda row=row: rows.image_bytes(row),
                     lambda row=row: _questions(row),
+                    rows.data_source(row),
                 )
 
     return Pictures(sum(map(rows.count, files)), each)

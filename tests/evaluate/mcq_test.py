@@ -56,10 +56,39 @@ def test_each_figure_by_hand():
         "quoted": 0,
         "praise": 0,
         "words": 3,
+        "caption": "A blue cat.",
+        "questions": [
+            {
+                "text": "Which colour is the cat?",
+                "type": "colour",
+                "truth": "blue",
+                "right": 1,
+                "expected": pytest.approx(0.9),
+                "abstained": 0,
+                "blind": 0,
+                "elsewhere": 0,
+            },
+            {
+                "text": "How many cats are there?",
+                "type": "count",
+                "truth": "one",
+                "right": 0.5,
+                "expected": pytest.approx(0.5),
+                "abstained": 0,
+                "blind": 1,
+                "elsewhere": 0,
+            },
+        ],
     }
     assert (second["accuracy"], second["abstained"], second["consistent"]) == (0, 0.5, 1)
     assert second["elsewhere"] == 1  # by the first caption, its first answer
-    assert mcq.by_length([first, second])[-1] == {"words": 3, "accuracy": 0.75, "images": 1}
+    assert mcq.by_length([first, second])[-1] == {
+        "words": 3,
+        "accuracy": 0.75,
+        "low": 0.75,
+        "high": 0.75,
+        "images": 1,
+    }
 
 
 LEAKY = [
@@ -154,7 +183,7 @@ def evaluate(world, name, **changes):
         "captions": str(world / f"{name}.jsonl.captions"),
         "model": "",
         "out": str(world / f"of-{name}"),
-        "against": "",
+        "against": [],
         "orders": 2,
         "max_tokens": 16,
         "batch": 8,
@@ -183,10 +212,12 @@ def one_judge():
 
 
 def test_complete_captions_are_told_from_short_ones(world, complete, capsys):
-    short = evaluate(world, "short", against=str(world / "of-complete" / "results.json"))
+    short = evaluate(world, "short", against=[str(world / "of-complete" / "results.json")])
     one, other = complete["summary"]["accuracy"], short["summary"]["accuracy"]
     assert one["mean"] > 0.9 and one["low"] > other["high"]
-    difference = short["against"]["summary"]["accuracy"]
+    (against,) = short["against"]
+    difference = against["summary"]["accuracy"]
+    assert against["images"] == 24
     assert difference["high"] < -0.1
     assert difference["mean"] == pytest.approx(other["mean"] - one["mean"])
     out = capsys.readouterr().out
@@ -215,4 +246,4 @@ def test_bad_input_is_named(world, complete, tmp_path):
     with pytest.raises(ConfigError, match="give either --captions=FILE or --model=DIR"):
         evaluate(world, "x", captions="")
     with pytest.raises(ConfigError, match=r"is no results\.json"):
-        evaluate(world, "short", against=str(tmp_path / "bad"))
+        evaluate(world, "short", against=[str(tmp_path / "bad")])

@@ -1,0 +1,185 @@
+"""Writes the page of an evaluation: runs side by side, and the images where they differ most.
+
+Everything that a page shows is bounded, so that its size doesn't grow with the number of images.
+"""
+
+import collections
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caprl_jax.evaluate import panels
+from caprl_jax.evaluate.panels import Run
+from caprl_jax.evaluate.results import shown
+from caprl_jax.files import write_whole
+from caprl_jax.report import parts
+from caprl_jax.report.charts import number
+
+_SHOWN = 40  # maximum number of images
+_LISTED = 20  # maximum number of rows of a panel, and of questions of an image
+_EXAMPLES = 3  # captions with a sign, for each run
+_CAPTIONS = 4  # captions of one image and run
+_LARGEST = 480  # pixels of an image's longer side
+
+Told = Mapping[str, float]  # {"mean", "low", "high"}
+Images = Callable[[Collection[str]], Mapping[str, bytes]]  # ids -> encoded bytes by id
+
+
+def _headline(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Rows of the table of all figures: a cell for each run, and one for each difference."""
+    first = runs[0].results
+    names = dict.fromkeys(name for run in runs for name in run.results["summary"])
+    against = first.get("against", [])
+
+    def cell(name: str, told: Told | None, sign: str = "") -> dict[str, Any] | None:
+        if told is None:
+            return None
+        texts = {key: shown(name, told[key], sign) for key in ("mean", "low", "high")}
+        return texts | {"clear": told["low"] > 0 or told["high"] < 0}
+
+    return [
+        {
+            "label": panels.label(name),
+            "name": name,
+            "note": panels.FIGURES.get(name, ("", ""))[1],
+            "cells": [cell(name, run.results["summary"].get(name)) for run in runs],
+            "differences": [cell(name, other["summary"].get(name), "+") for other in against],
+        }
+        for name in names
+    ]
+
+
+def _examples(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The first captions that have each sign."""
+    return [
+        {
+            "sign": panels.label(name),
+            "run": run.name,
+            "color": color,
+            "id": panels.cut(row["id"]),
+            "text": panels.cut(text),
+        }
+        for name in panels.SIGNS
+        for color, run in zip(panels.colors(runs), runs, strict=True)
+        for row in [r for r in run.results["each"] if r.get(name)][:_EXAMPLES]
+        for text in _texts(row)[:1]
+    ]
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """The captions of an image, one or several."""
+    given = row.get("captions", row.get("caption", []))
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _main_figure(runs: Sequence[Run]) -> str | None:
+    """The first figure of the first run that all have."""
+    names = runs[0].results["summary"]
+    return next((n for n in names if all(n in r.results["summary"] for r in runs)), None)
+
+
+def _chosen(runs: Sequence[Run], name: str) -> list[tuple[str, float]]:
+    """(id, spread) of the images where runs differ most; of one run, its worst and best images."""
+    rows = [run.row_of() for run in runs]
+    if len(runs) == 1:
+        values = {i: row[name] for i, row in rows[0].items()}
+        order = sorted(values, key=values.get)
+        if len(order) > _SHOWN:
+            order = order[: _SHOWN // 2] + order[-(_SHOWN // 2) :]
+        return [(i, values[i]) for i in order]
+    common = [i for i in rows[0] if all(i in own for own in rows[1:])]
+    spreads = {}
+    for i in common:
+        values = [own[i][name] for own in rows]
+        spreads[i] = max(values) - min(values)
+    order = sorted((i for i in common if spreads[i] > 0), key=lambda i: -spreads[i])
+    return [(i, spreads[i]) for i in order[:_SHOWN]]
+
+
+def _questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The questions of an image, with each run's answers; the same question twice is two."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for at, row in enumerate(rows):
+        times: collections.Counter[str] = collections.Counter()
+        for question in row.get("questions", ()):
+            text = str(question.get("text", ""))
+            key = (text, times[text])
+            times[text] += 1
+            told = found.setdefault(
+                key,
+                {
+                    "text": panels.cut(text),
+                    "type": panels.cut(question.get("type", "")),
+                    "truth": panels.cut(question.get("truth", "")),
+                    "cells": [None] * len(rows),
+                },
+            )
+            told["cells"][at] = _mark(question)
+    return list(found.values())
+
+
+def _mark(question: Mapping[str, Any]) -> dict[str, Any]:
+    """A question's verdict by the majority of orders, and its figures."""
+    right, abstained = (number(question.get(key)) or 0.0 for key in ("right", "abstained"))
+    verdict = "right" if right >= 0.5 else "abstained" if abstained >= 0.5 else "wrong"
+    figures = {key: number(question.get(key)) for key in ("expected", "blind", "elsewhere")}
+    return {"verdict": verdict, "right": right, **figures}
+
+
+def _image(chosen: tuple[str, float], name: str, runs: Sequence[Run], rows: Sequence[dict]) -> dict:
+    """An image of the page: its captions and questions."""
+    own = [of_run[chosen[0]] for of_run in rows]
+    questions = _questions(own)
+    return {
+        "id": panels.cut(chosen[0]),
+        "source": panels.cut(own[0].get("source", "")),
+        "spread": shown(name, chosen[1]),
+        "captions": [
+            {
+                "run": run.name,
+                "color": color,
+                "texts": [panels.cut(t) for t in _texts(row)[:_CAPTIONS]],
+                "score": shown(name, row[name]),
+                "words": row.get("words"),
+                "signs": [panels.label(s) for s in panels.SIGNS if row.get(s)],
+            }
+            for color, run, row in zip(panels.colors(runs), runs, own, strict=True)
+        ],
+        "questions": questions[:_LISTED],
+        "left_out": len(questions[_LISTED:]),
+    }
+
+
+def write(path: Path, runs: Sequence[Run], images: Images) -> None:
+    """Writes the page of an evaluation, one self-contained HTML file without scripts.
+
+    Args:
+      path: the file, which is replaced.
+      runs: this evaluation, then those that its results were compared with.
+      images: reads the images with these ids, at most 40; those that can't be read are left out.
+
+    Raises:
+      OSError: it can't be written.
+    """
+    name = _main_figure(runs)
+    rows = [run.row_of() for run in runs]
+    chosen = _chosen(runs, name) if name else []
+    encoded = images({i for i, _ in chosen}) if chosen else {}
+    html = parts.template("evaluation.html.j2").render(
+        title=" against ".join(run.name for run in runs),
+        runs=[
+            {"name": run.name, "color": color, **run.results}
+            for color, run in zip(panels.colors(runs), runs, strict=True)
+        ],
+        figures=_headline(runs),
+        panels=panels.make(runs),
+        examples=_examples(runs),
+        main=panels.label(name) if name else "",
+        images=[
+            (_image(one, name, runs, rows), parts.image(encoded.get(one[0], b""), _LARGEST, "JPEG"))
+            for one in chosen
+        ],
+        marks={"right": "✓", "wrong": "✗", "abstained": "?"},
+    )
+    # A caption may hold invalid Unicode, which must not break the page.
+    write_whole(path, html, errors="replace")
