@@ -153,14 +153,20 @@ def signs(row: Captioned) -> dict[str, float]:
       {"letters", "quoted", "praise"}: 1 where it names answers' letters, quotes one of its
       questions, or praises itself, else 0; and "words", their number.
     """
-    plain = " ".join(row.caption.casefold().split())
-    quoted = any(" ".join(q.text.casefold().split()) in plain for q in row.questions)
-    return {
-        "letters": float(bool(_LETTER.search(row.caption))),
-        "quoted": float(quoted),
-        "praise": float(bool(_PRAISE.search(row.caption))),
-        "words": float(len(plain.split())),
-    }
+    asked = [q.text for q in row.questions]
+    named = ("letters", "quoted", "praise")
+    found = {name: float(find_sign(name, row.caption, asked) is not None) for name in named}
+    return found | {"words": float(len(row.caption.split()))}
+
+
+def find_sign(name: str, caption: str, asked: Sequence[str]) -> tuple[int, int] | None:
+    """Returns where a caption has the sign `name` of `signs`, as (start, end); None if nowhere."""
+    forms = {"letters": (_LETTER,), "praise": (_PRAISE,)}.get(name)
+    if forms is None:
+        words = [map(re.escape, text.split()) for text in asked if text.strip()]
+        forms = [re.compile(r"\s+".join(own), re.IGNORECASE) for own in words]
+    found = next((m for form in forms if (m := form.search(caption))), None)
+    return found and found.span()
 
 
 def interval(

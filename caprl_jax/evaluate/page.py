@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caprl_jax.evaluate import panels
+from caprl_jax.evaluate import mcq, panels
 from caprl_jax.evaluate.panels import Run
 from caprl_jax.evaluate.results import shown
 from caprl_jax.files import write_whole
@@ -18,11 +18,25 @@ from caprl_jax.report.charts import number
 _SHOWN = 40  # maximum number of images
 _LISTED = 20  # maximum number of rows of a panel, and of questions of an image
 _EXAMPLES = 3  # captions with a sign, for each run
+_AROUND = 160  # characters shown before and after a sign
 _CAPTIONS = 4  # captions of one image and run
 _LARGEST = 480  # pixels of an image's longer side
 
 Told = Mapping[str, float]  # {"mean", "low", "high"}
 Images = Callable[[Collection[str]], Mapping[str, bytes]]  # ids -> encoded bytes by id
+
+
+def _about(color: str, run: Run) -> dict[str, Any]:
+    """A run's name, its number of images, and (name, value) of what it was made of."""
+    given = {k: run.results.get(k, "") for k in ("captions", "judge", "data", "orders")}
+    given |= {"images": f"{len(run.results['each']):,}"}
+    given |= {k: f"{v:,}" for k, v in run.results.get("without", {}).items() if v}
+    pairs = [
+        (panels.cut(key.replace("_", " "), panels.NAME), panels.cut(value, panels.SENTENCE))
+        for key, value in given.items()
+        if value
+    ]
+    return {"name": run.name, "color": color, "pairs": pairs}
 
 
 def _headline(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -35,7 +49,7 @@ def _headline(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if told is None:
             return None
         texts = {key: shown(name, told[key], sign) for key in ("mean", "low", "high")}
-        return texts | {"clear": told["low"] > 0 or told["high"] < 0}
+        return texts | {"certain": told["low"] > 0 or told["high"] < 0}
 
     return [
         {
@@ -50,20 +64,30 @@ def _headline(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _examples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The first captions that have each sign."""
-    return [
-        {
-            "sign": panels.label(name),
-            "run": run.name,
-            "color": color,
-            "id": panels.cut(row["id"]),
-            "text": panels.cut(text),
-        }
-        for name in panels.SIGNS
-        for color, run in zip(panels.colors(runs), runs, strict=True)
-        for row in [r for r in run.results["each"] if r.get(name)][:_EXAMPLES]
-        for text in _texts(row)[:1]
-    ]
+    """The first captions that have each sign, with what stands around it."""
+    out = []
+    for name in panels.SIGNS:
+        for color, run in zip(panels.colors(runs), runs, strict=True):
+            for row in [r for r in run.results["each"] if r.get(name)][:_EXAMPLES]:
+                told = {"sign": panels.label(name), "run": run.name, "color": color}
+                out.append(
+                    told
+                    | {"id": panels.cut(row["id"], panels.SENTENCE), "text": _around(name, row)}
+                )
+    return out
+
+
+def _around(name: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(text before a sign, the sign, text after it), cut at both ends."""
+    asked = [str(q.get("text", "")) for q in row.get("questions", ())]
+    for text in _texts(row):
+        if span := mcq.find_sign(name, text, asked):
+            start, end = max(span[0] - _AROUND, 0), span[1] + _AROUND
+            before, after = text[start : span[0]], text[span[1] : end]
+            before = "… " + before.partition(" ")[2] if start else before
+            after = after.rpartition(" ")[0] + " …" if end < len(text) else after
+            return before, panels.cut(text[slice(*span)], panels.SENTENCE), after
+    return panels.cut(" ".join(_texts(row)[:1]), panels.SENTENCE), "", ""
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
@@ -108,9 +132,9 @@ def _questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             told = found.setdefault(
                 key,
                 {
-                    "text": panels.cut(text),
-                    "type": panels.cut(question.get("type", "")),
-                    "truth": panels.cut(question.get("truth", "")),
+                    "text": panels.cut(text, panels.SENTENCE),
+                    "type": panels.cut(question.get("type", ""), panels.NAME),
+                    "truth": panels.cut(question.get("truth", ""), panels.SENTENCE),
                     "cells": [None] * len(rows),
                 },
             )
@@ -131,8 +155,8 @@ def _image(chosen: tuple[str, float], name: str, runs: Sequence[Run], rows: Sequ
     own = [of_run[chosen[0]] for of_run in rows]
     questions = _questions(own)
     return {
-        "id": panels.cut(chosen[0]),
-        "source": panels.cut(own[0].get("source", "")),
+        "id": panels.cut(chosen[0], panels.SENTENCE),
+        "source": panels.cut(own[0].get("source", ""), panels.NAME),
         "spread": shown(name, chosen[1]),
         "captions": [
             {
@@ -161,16 +185,16 @@ def write(path: Path, runs: Sequence[Run], images: Images) -> None:
     Raises:
       OSError: it can't be written.
     """
+    runs = [Run(panels.cut(run.name, panels.NAME), run.results) for run in runs]
     name = _main_figure(runs)
     rows = [run.row_of() for run in runs]
     chosen = _chosen(runs, name) if name else []
     encoded = images({i for i, _ in chosen}) if chosen else {}
     html = parts.template("evaluation.html.j2").render(
         title=" against ".join(run.name for run in runs),
-        runs=[
-            {"name": run.name, "color": color, **run.results}
-            for color, run in zip(panels.colors(runs), runs, strict=True)
-        ],
+        protocol=panels.cut(runs[0].results.get("protocol", "mcq"), panels.NAME),
+        count=f"{len(runs[0].results['each']):,}",
+        runs=list(map(_about, panels.colors(runs), runs)),
         figures=_headline(runs),
         panels=panels.make(runs),
         examples=_examples(runs),

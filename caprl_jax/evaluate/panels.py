@@ -48,6 +48,7 @@ _CHECKS = ("accuracy", "elsewhere", "blind", "chance")
 _COLORS = ("#2457c5", "#c2570c", "#157347", "#7a3fb0", "#8a5a00", "#a4245e")
 _LISTED = 20  # maximum number of rows
 _LONGEST = 3000  # characters of a text
+NAME, SENTENCE = 100, 500  # characters of a name, and of a question, an option or a path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Run:
     """An evaluation.
 
     Attributes:
-      name: short name for people.
+      name: short name for people, which a page cuts if it is long.
       results: content of its results.json.
     """
 
@@ -99,11 +100,11 @@ def label(name: str) -> str:
     return FIGURES[name][0] if name in FIGURES else name.replace("_", " ").capitalize()
 
 
-def cut(text: Any) -> str:
-    """Returns a text, or if it is very long its beginning and how much is left out."""
+def cut(text: Any, most: int = _LONGEST) -> str:
+    """Returns a text, or if it has more than `most` characters its beginning and their number."""
     text = str(text)
-    rest = len(text) - _LONGEST
-    return text if rest <= 0 else f"{text[:_LONGEST]} … ({rest:,} more characters)"
+    rest = len(text) - most
+    return text if rest <= 0 else f"{text[:most]} … ({rest:,} more characters)"
 
 
 def colors(runs: Sequence[Run]) -> list[str]:
@@ -115,11 +116,11 @@ def make(runs: Sequence[Run]) -> list[Panel]:
     """Returns the panels for which the runs have figures."""
     panels = [
         _of_summary(runs, _CHECKS, *_BESIDE),
-        _of_groups(runs, "source", *_SOURCE),
+        _of_summary(runs, SIGNS, *_WORDS),
         _of_groups(runs, "type", *_TYPE),
         _of_groups(runs, "type", *_ABSTAINED, lambda group: group.get("abstained", {})),
         _by_length(runs),
-        _of_summary(runs, SIGNS, *_WORDS),
+        _of_groups(runs, "source", *_SOURCE),
     ]
     return [panel for panel in panels if panel.rows]
 
@@ -159,7 +160,7 @@ def _of_groups(
         own = [g.get(name, {}) for g in groups]
         count = max(int(g.get(counted, 0)) for g in own)
         detail = f"{count:,} {counted if count != 1 else counted[:-1]}"
-        rows.append((cut(name), detail, _bars(runs, [part(g) for g in own])))
+        rows.append((cut(name, NAME), detail, _bars(runs, [part(g) for g in own])))
     return Panel(title, note, rows[:_LISTED], len(rows[_LISTED:]))
 
 
@@ -179,7 +180,7 @@ def _by_length(runs: Sequence[Run]) -> Panel:
 _BESIDE = (
     "Accuracy beside its checks",
     "Accuracy should stand well above the checks below it: another image’s caption, no caption, "
-    "and chance. A judge that does well without the right caption knows the answers from elsewhere.",
+    "and chance. A judge that does well without the right caption has the answers from elsewhere.",
 )
 _SOURCE = (
     "By source",

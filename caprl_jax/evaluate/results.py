@@ -86,7 +86,7 @@ def write(out: Path, results: Mapping[str, Any]) -> None:
         for other in results.get("against", ()):
             difference = other["summary"].get(name)
             line += "   " + (_cell(name, difference, "+") if difference else f"{'–':>8}")
-        print(line)
+        print(line.rstrip())
     print(f"results: {out / 'results.json'}")
 
 
