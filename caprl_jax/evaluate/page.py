@@ -70,10 +70,8 @@ def _examples(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for color, run in zip(panels.colors(runs), runs, strict=True):
             for row in [r for r in run.results["each"] if r.get(name)][:_EXAMPLES]:
                 told = {"sign": panels.label(name), "run": run.name, "color": color}
-                out.append(
-                    told
-                    | {"id": panels.cut(row["id"], panels.SENTENCE), "text": _around(name, row)}
-                )
+                told |= {"id": panels.cut(row["id"], panels.SENTENCE), "text": _around(name, row)}
+                out.append(told)
     return out
 
 
@@ -166,8 +164,9 @@ def _image(chosen: tuple[str, float], name: str, runs: Sequence[Run], rows: Sequ
                 "score": shown(name, row[name]),
                 "words": row.get("words"),
                 "signs": [panels.label(s) for s in panels.SIGNS if row.get(s)],
+                "verdicts": [q["cells"][i]["verdict"] for q in questions if q["cells"][i]],
             }
-            for color, run, row in zip(panels.colors(runs), runs, own, strict=True)
+            for i, (color, run, row) in enumerate(zip(panels.colors(runs), runs, own, strict=True))
         ],
         "questions": questions[:_LISTED],
         "left_out": len(questions[_LISTED:]),

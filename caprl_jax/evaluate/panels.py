@@ -171,7 +171,7 @@ def _by_length(runs: Sequence[Run]) -> Panel:
             told: list[Mapping[str, Any]] = [{}] * len(runs)
             told[i] = quarter | {"mean": quarter["accuracy"]}
             detail = f"{quarter['images']:,} image" + "s" * (quarter["images"] != 1)
-            row = f"{quarter['words']:.0f} words", detail, _bars(runs, told)
+            row = f"{quarter['words']:.1f} words", detail, _bars(runs, told)
             rows.append((quarter["words"], row))
     rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
     return Panel(*_LENGTH, rows[:_LISTED], len(rows[_LISTED:]))
