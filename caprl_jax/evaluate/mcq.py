@@ -180,11 +180,12 @@ def interval(
       counts: [images], above 0, if the mean is sum(values) / sum(counts); None is 1 each.
     """
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    counts = np.ones(len(values)) if counts is None else np.asarray(counts, np.float64)
+    counts = None if counts is None else np.asarray(counts, np.float64)
     means = []
     for _ in range(_RESAMPLES):
         drawn = rng.integers(0, len(values), len(values))
-        means.append(np.sum(values[drawn]) / np.sum(counts[drawn]))
+        total = len(values) if counts is None else np.sum(counts[drawn])
+        means.append(np.sum(values[drawn]) / total)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

@@ -1,5 +1,6 @@
 """Accuracy on questions, its interval, and checks that light up where something is wrong."""
 
+import collections
 import json
 import types
 
@@ -11,8 +12,9 @@ from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import Question, unparse_question
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import __main__ as command
-from caprl_jax.evaluate import mcq
+from caprl_jax.evaluate import mcq, results
 from caprl_jax.evaluate.mcq import Answers, Captioned
+from tests.report.html_test import Page
 
 COLOUR = Question("Which colour is the cat?", ("red", "blue"), 1)
 COUNT = Question("How many cats are there?", ("one", "two", "three"), 0)
@@ -127,6 +129,42 @@ def test_signs_light_up_on_such_captions_alone(texts, sign):
     assert mcq.signs(quoting)["quoted"] == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "choices", "category", "expected"),
+    [
+        ("How many cats are there?", ("1", "2"), "", "count"),
+        ("What color is the cat?", ("red", "blue"), "", "colour"),
+        ("Where does the cat sit?", ("left", "right"), "", "place"),
+        ("Is there a cat?", ("Yes.", "No"), "", "yes/no"),
+        ("Which animal is it?", ("a cat", "a dog"), "", "other"),
+        ("图中有几只猫？", ("一", "二"), "", "other"),
+        ("How many cats are there?", ("1", "2"), "Counting", "Counting"),
+    ],
+)
+def test_a_questions_type_is_its_category_or_else_its_form(text, choices, category, expected):
+    assert mcq.question_type(Question(text, choices, 0, category)) == expected
+
+
+def test_the_interval_of_a_group_takes_an_images_questions_together():
+    """Questions that all go the same way say no more than one; images are drawn anew."""
+    rng = np.random.default_rng(0)
+    values = (rng.random(60) < 0.5).astype(float)
+    question = {"type": "place", "abstained": 0.0}
+    once, tenfold = (
+        [
+            {"id": str(i), "accuracy": v, "questions": [question | {"right": v}] * times}
+            for i, v in enumerate(values)
+        ]
+        for times in (1, 10)
+    )
+    one, ten = (mcq.groups(rows)["type"]["place"] for rows in (once, tenfold))
+    assert (one["low"], one["high"]) == pytest.approx((ten["low"], ten["high"]))
+    assert (one["questions"], ten["questions"]) == (60, 600)
+    many = [row | {"source": f"{i}"} for i, row in enumerate(once * 4)]
+    sources = mcq.groups(many)["source"]
+    assert len(sources) == 101 and sources["140 others"]["images"] == 140
+
+
 def test_the_interval_is_scipys():
     values = np.random.default_rng(1).random(200)
     expected = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=0)
@@ -161,6 +199,7 @@ def world(tmp_path_factory):
             (folder / f"pictures/{i}.png").write_bytes(scene.image)
             asked = [unparse_question(q) for q in scene.questions]
             row = {"id": scene.id, "image": f"pictures/{i}.png", "questions": asked}
+            row |= {"data_source": f"{len(scene.facts)} digits"} if i else {}
             file.write(json.dumps(row) + "\n")
     texts = {
         "complete": [digits.caption(s.facts, len(s.facts)) for s in scenes],
@@ -168,7 +207,10 @@ def world(tmp_path_factory):
     }
     texts["elsewhere"] = [*texts["complete"][1:], texts["complete"][0]]
     texts["blind"] = [texts["complete"][0]] * len(scenes)
-    texts["praising"] = [t + ". This is a detailed description." for t in texts["complete"]]
+    texts["gamed"] = [
+        f"{t}. This is a detailed description. {s.questions[0].text} The answer is B."
+        for t, s in zip(texts["complete"], scenes, strict=True)
+    ]
     for name, own in texts.items():
         with (folder / f"{name}.jsonl.captions").open("w") as file:
             for scene, text in zip(scenes, own, strict=True):
@@ -211,8 +253,12 @@ def one_judge():
         yield judge
 
 
-def test_complete_captions_are_told_from_short_ones(world, complete, capsys):
-    short = evaluate(world, "short", against=[str(world / "of-complete" / "results.json")])
+@pytest.fixture(scope="module")
+def short(world, complete):
+    return evaluate(world, "short", against=[str(world / "of-complete" / "results.json")])
+
+
+def test_complete_captions_are_told_from_short_ones(world, complete, short):
     one, other = complete["summary"]["accuracy"], short["summary"]["accuracy"]
     assert one["mean"] > 0.9 and one["low"] > other["high"]
     (against,) = short["against"]
@@ -220,8 +266,68 @@ def test_complete_captions_are_told_from_short_ones(world, complete, capsys):
     assert against["images"] == 24
     assert difference["high"] < -0.1
     assert difference["mean"] == pytest.approx(other["mean"] - one["mean"])
-    out = capsys.readouterr().out
-    assert out.startswith("24 images: ") and "accuracy" in out and "results.json" in out
+
+
+def test_groups_are_those_of_the_rows_and_their_questions(world, complete, short):
+    rows = complete["each"]
+    assert [r["id"] for r in rows] == [r["id"] for r in short["each"]]
+    asked = [q for r in rows for q in r["questions"]]
+    types = complete["groups"]["type"]
+    assert {k: t["questions"] for k, t in types.items()} == collections.Counter(
+        q["type"] for q in asked
+    )
+    assert set(types) == {"count", "colour", "place", "other"}
+    for name, told in types.items():
+        own = [q for q in asked if q["type"] == name]
+        assert told["mean"] == pytest.approx(np.mean([q["right"] for q in own]))
+        assert told["abstained"]["mean"] == pytest.approx(np.mean([q["abstained"] for q in own]))
+        assert told["low"] <= told["mean"] <= told["high"]
+    # Short captions state one digit, and so leave the count open.
+    assert short["groups"]["type"]["count"]["abstained"]["mean"] > 0.9
+    sources = complete["groups"]["source"]
+    assert sum(told["images"] for told in sources.values()) == 23  # the first row names none
+    assert set(sources) <= {"2 digits", "3 digits", "4 digits"}
+    for name, told in sources.items():
+        own = [r["accuracy"] for r in rows if r.get("source") == name]
+        assert (told["images"], told["mean"]) == (len(own), pytest.approx(np.mean(own)))
+
+
+def test_the_page_holds_each_figure(world, complete, short, capsys):
+    """Of a table and the page alike: means, intervals and differences, to one decimal."""
+    again = results.read(str(world / "of-short" / "results.json"))
+    results.write(world / "of-short", again)
+    printed = capsys.readouterr().out
+    page = Page((world / "of-short" / "report.html").read_text("utf-8"))
+    assert printed.startswith("24 images: ") and "of-short against of-complete" in page.text
+    percent = "{:.1%}".format
+    for name, told in short["summary"].items():
+        other, difference = complete["summary"][name], short["against"][0]["summary"][name]
+        shape, signed = ("{:.1f}", "{:+.1f}") if name == "words" else ("{:.1%}", "{:+.1%}")
+        cells = [
+            f"{form.format(d['mean'])} {form.format(d['low'])} to {form.format(d['high'])}"
+            for form, d in ((shape, told), (shape, other), (signed, difference))
+        ]
+        assert " ".join(cells) in page.text, name
+        (line,) = [line for line in printed.splitlines() if line.startswith(name + " ")]
+        assert " ".join(line.split()[1:]) == f"{cells[0]} {cells[2]}"
+    bars = [a["title"] for a in page.having("bar")]
+    groups = [*short["groups"]["source"].values(), *short["groups"]["type"].values()]
+    groups += [g["abstained"] for g in short["groups"]["type"].values()]
+    groups += [q | {"mean": q["accuracy"]} for q in short["by_length"]]
+    groups += [short["summary"][n] for n in ("accuracy", "blind", "elsewhere", "chance", "praise")]
+    for told in groups:
+        bar = f"{percent(told['mean'])}, {percent(told['low'])} to {percent(told['high'])}"
+        assert f"of-short: {bar}" in bars
+    worst = max(complete["each"], key=lambda r: r["accuracy"] - _of(short, r["id"])["accuracy"])
+    shown = page.text[page.text.index("Images where") :]
+    for side in (short, complete):
+        assert _of(side, worst["id"])["caption"] in shown
+    assert all(q["text"] in shown for q in worst["questions"])
+    assert len([1 for tag, _ in page.tags if tag == "img"]) == 24
+
+
+def _of(side, name):
+    return next(row for row in side["each"] if row["id"] == name)
 
 
 def test_checks_light_up_on_what_they_are_for_and_stay_dark_on_honest_captions(world, complete):
@@ -229,8 +335,8 @@ def test_checks_light_up_on_what_they_are_for_and_stay_dark_on_honest_captions(w
     assert honest["praise"]["mean"] == honest["letters"]["mean"] == honest["quoted"]["mean"] == 0
     assert honest["elsewhere"]["high"] < honest["accuracy"]["low"]
     assert honest["blind"]["high"] < honest["chance"]["low"]  # this judge abstains
-    praising = evaluate(world, "praising")["summary"]
-    assert praising["praise"]["mean"] == 1
+    gamed = evaluate(world, "gamed")["summary"]
+    assert gamed["praise"]["mean"] == gamed["letters"]["mean"] == gamed["quoted"]["mean"] == 1
     blind = evaluate(world, "blind")["summary"]  # one caption for all images
     assert blind["accuracy"]["mean"] == pytest.approx(blind["elsewhere"]["mean"], abs=0.05)
     assert evaluate(world, "elsewhere")["summary"]["accuracy"]["high"] < 0.6
