@@ -10,10 +10,9 @@ with --against=OTHER/results.json,.. also the differences, image by image. DIR2/
 them side by side, with the images where they differ most.
 """
 
-import contextlib
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.data.records import Question
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import ConfigError, UserError
+from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import mcq, page, results
 
 
@@ -96,36 +95,6 @@ def _captions(given: Any, out: Path) -> Path:
     return out / "captions.jsonl"
 
 
-def _images(data: str, ids: Collection[str]) -> dict[str, bytes]:
-    """Reads the images with these ids; one that can't be read is left out."""
-    found: dict[str, bytes] = {}
-    for picture in pictures.find(data).each():
-        if picture.id in ids and picture.id not in found:
-            with contextlib.suppress(UserError, OSError):
-                found[picture.id] = picture.read()
-        if len(found) == len(ids):
-            break
-    return found
-
-
-def finish(
-    given: Any, out: Path, measured: dict[str, Any], others: Mapping[str, dict[str, Any]]
-) -> None:
-    """Compares results with others, and writes results.json and report.html.
-
-    Raises:
-      ConfigError: others have no image, or no figure, in common with these.
-    """
-    files = [str(out / "results.json"), *others]
-    if others:
-        measured = measured | {"against": results.compare(measured, others)}
-    results.write(out, measured)
-    every = [measured, *others.values()]
-    runs = [page.Run(*pair) for pair in zip(results.names(files), every, strict=True)]
-    page.write(out / "report.html", runs, lambda ids: _images(given.data, ids))
-    print(f"page: {out / 'report.html'}")
-
-
 def evaluate(given: Any) -> None:
     """Does what the flags ask for.
 
@@ -157,7 +126,7 @@ def evaluate(given: Any) -> None:
         "by_length": mcq.by_length(found),
         "each": found,
     }
-    finish(given, out, measured, others)
+    page.finish(out, measured, others, lambda ids: pictures.read(given.data, ids))
 
 
 def main(_: list[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caprl_jax.evaluate import mcq, panels
+from caprl_jax.evaluate import mcq, panels, results
 from caprl_jax.evaluate.panels import Run
 from caprl_jax.evaluate.results import shown
 from caprl_jax.files import write_whole
@@ -30,7 +30,9 @@ def _about(color: str, run: Run) -> dict[str, Any]:
     """A run's name, its number of images, and (name, value) of what it was made of."""
     given = {k: run.results.get(k, "") for k in ("captions", "judge", "data", "orders")}
     given |= {"images": f"{len(run.results['each']):,}"}
-    given |= {k: f"{v:,}" for k, v in run.results.get("without", {}).items() if v}
+    for key, value in run.results.get("without", {}).items():
+        parted = value.items() if isinstance(value, Mapping) else ()
+        given[key] = "; ".join(f"{k}: {v}" for k, v in parted) if parted else value
     pairs = [
         (panels.cut(key.replace("_", " "), panels.NAME), panels.cut(value, panels.SENTENCE))
         for key, value in given.items()
@@ -131,8 +133,8 @@ def _questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 key,
                 {
                     "text": panels.cut(text, panels.SENTENCE),
-                    "type": panels.cut(question.get("type", ""), panels.NAME),
-                    "truth": panels.cut(question.get("truth", ""), panels.SENTENCE),
+                    "type": panels.cut(_first(question, "type", "category"), panels.NAME),
+                    "truth": panels.cut(_first(question, "truth", "answer"), panels.SENTENCE),
                     "cells": [None] * len(rows),
                 },
             )
@@ -140,12 +142,18 @@ def _questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _first(question: Mapping[str, Any], *names: str) -> Any:
+    return next((question[name] for name in names if name in question), "")
+
+
 def _mark(question: Mapping[str, Any]) -> dict[str, Any]:
     """A question's verdict by the majority of orders, and its figures."""
-    right, abstained = (number(question.get(key)) or 0.0 for key in ("right", "abstained"))
+    right = number(_first(question, "right", "score")) or 0.0
+    abstained = number(question.get("abstained")) or 0.0
     verdict = "right" if right >= 0.5 else "abstained" if abstained >= 0.5 else "wrong"
     figures = {key: number(question.get(key)) for key in ("expected", "blind", "elsewhere")}
-    return {"verdict": verdict, "right": right, **figures}
+    said = panels.cut(question.get("said", ""), panels.NAME)
+    return {"verdict": verdict, "right": right, "said": said, **figures}
 
 
 def _image(chosen: tuple[str, float], name: str, runs: Sequence[Run], rows: Sequence[dict]) -> dict:
@@ -173,6 +181,33 @@ def _image(chosen: tuple[str, float], name: str, runs: Sequence[Run], rows: Sequ
     }
 
 
+def finish(
+    out: Path,
+    measured: dict[str, Any],
+    others: Mapping[str, dict[str, Any]],
+    images: Images,
+) -> None:
+    """Ends an evaluation by any protocol: writes out/results.json, out/report.html and a table.
+
+    Args:
+      out: folder.
+      measured: results in the form of results.py; a protocol with differences of its own has put
+        them into "against".
+      others: those to compare with, by file.
+      images: as `write` takes them.
+
+    Raises:
+      ConfigError: others have no image, or no figure, in common with these.
+    """
+    if others and "against" not in measured:
+        measured = measured | {"against": results.compare(measured, others)}
+    results.write(out, measured)
+    names = results.names([str(out / "results.json"), *others])
+    runs = [Run(*pair) for pair in zip(names, [measured, *others.values()], strict=True)]
+    write(out / "report.html", runs, images)
+    print(f"page: {out / 'report.html'}")
+
+
 def write(path: Path, runs: Sequence[Run], images: Images) -> None:
     """Writes the page of an evaluation, one self-contained HTML file without scripts.
 
@@ -190,7 +225,7 @@ def write(path: Path, runs: Sequence[Run], images: Images) -> None:
     chosen = _chosen(runs, name) if name else []
     encoded = images({i for i, _ in chosen}) if chosen else {}
     html = parts.template("evaluation.html.j2").render(
-        title=" against ".join(run.name for run in runs),
+        title=" against ".join([runs[0].name, ", ".join(r.name for r in runs[1:])][: len(runs)]),
         protocol=panels.cut(runs[0].results.get("protocol", "mcq"), panels.NAME),
         count=f"{len(runs[0].results['each']):,}",
         runs=list(map(_about, panels.colors(runs), runs)),

@@ -10,8 +10,8 @@ from caprl_jax.report.charts import number
 FIGURES = {
     "accuracy": (
         "Accuracy",
-        "Share of questions that the judge answers rightly from the caption alone, mean over the "
-        "orders of the options.",
+        "Share of questions that the judge answers rightly from the caption alone; a mean over the "
+        "orders of the options, and over an image’s captions where it has several.",
     ),
     "expected": (
         "Expected accuracy",
@@ -38,6 +38,14 @@ FIGURES = {
         "captions don’t depend on their images.",
     ),
     "chance": ("Chance", "Accuracy of a guess among all options, the abstain option included."),
+    "score": (
+        "Score",
+        "Mean score of the answers: 1 if right, 0 if wrong, and a little for saying that the "
+        "caption doesn’t tell, as the protocol has it.",
+    ),
+    "best": ("Best caption", "Share of questions that one of the image’s captions answers."),
+    "unanswered": ("Unanswered", "Share of questions to which the judge’s text holds no answer."),
+    "truncated": ("Truncated", "Share of the judge’s texts that ran into their length limit."),
     "letters": ("Names letters", "Share of captions that name the letter of an answer."),
     "quoted": ("Quotes a question", "Share of captions that hold one of their image’s questions."),
     "praise": ("Praises itself", "Share of captions that call themselves detailed, and the like."),
@@ -119,8 +127,10 @@ def make(runs: Sequence[Run]) -> list[Panel]:
         _of_summary(runs, SIGNS, *_WORDS),
         _of_groups(runs, "type", *_TYPE),
         _of_groups(runs, "type", *_ABSTAINED, lambda group: group.get("abstained", {})),
+        _of_groups(runs, "category", "By category", "The score by the category of a question."),
+        _of_groups(runs, "split", "By split", "The score by the part of the data set."),
         _by_length(runs),
-        _of_groups(runs, "source", *_SOURCE),
+        _of_groups(runs, "source", "By source", "Accuracy by the collection that the rows name."),
     ]
     return [panel for panel in panels if panel.rows]
 
@@ -152,9 +162,11 @@ def _of_groups(
     note: str,
     part: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda group: group,
 ) -> Panel:
-    """A panel by source or by type; part returns {"mean", "low", "high"} of a group."""
+    """A panel by a kind of groups; part returns {"mean", "low", "high"} of a group."""
     groups = [run.results.get("groups", {}).get(kind, {}) for run in runs]
-    counted = {"source": "images", "type": "questions"}[kind]
+    counted = (
+        "images" if any("images" in one for g in groups for one in g.values()) else "questions"
+    )
     rows = []
     for name in dict.fromkeys(name for own in groups for name in own):
         own = [g.get(name, {}) for g in groups]
@@ -181,10 +193,6 @@ _BESIDE = (
     "Accuracy beside its checks",
     "Accuracy should stand well above the checks below it: another image’s caption, no caption, "
     "and chance. A judge that does well without the right caption has the answers from elsewhere.",
-)
-_SOURCE = (
-    "By source",
-    "Accuracy on the images of each collection that the rows name as their data_source.",
 )
 _TYPE = (
     "By type of question",

@@ -196,13 +196,27 @@ def test_results_of_another_form_are_refused(tmp_path):
         results.compare(good, {"b": {"each": [{"id": "a", "score": 1.0}]}})
 
 
-def test_results_of_another_protocol_have_a_page_too(tmp_path):
-    """Several captions of an image, other figures, no questions."""
-    rows = [{"id": f"img-{i}", "captions": ["a", "b"], "mean_of_four": i / 9} for i in range(9)]
-    told = {"protocol": "prism", "images": 9, "summary": mcq.summary(rows), "each": rows}
+def test_results_of_other_protocols_have_a_page_too(tmp_path):
+    """Prism has several captions of an image, CaptionQA scores and categories."""
+    answers = [{"text": "Sum?", "answer": "42", "said": s, "score": s == "42"} for s in ("42", "7")]
+    rows = [
+        {"id": f"img-{i}", "captions": ["a", "b"], "mean_of_four": i / 9, "questions": answers}
+        for i in range(9)
+    ]
+    without = {"captions": {"2": 9}, "failed": 0}
+    told = {"protocol": "prism", "summary": mcq.summary(rows), "each": rows, "without": without}
+    told["groups"] = {"source": {"charts": {"questions": 9} | told["summary"]["mean_of_four"]}}
     parsed = written(tmp_path, told)
-    assert "Mean of four" in parsed.text and "protocol prism" in parsed.text
+    for text in ("Mean of four", "protocol prism", "captions 2: 9", "charts 9 questions 44.4%"):
+        assert text in parsed.text
     assert shown_ids(parsed) == [f"img-{i}" for i in range(9)]
+    assert "Sum? ; truth: 42 ✓ right 42" in parsed.text and "✗ wrong 7" in parsed.text
+    question = {"text": "What?", "category": "objects", "answer": "x", "said": "y", "score": 0.25}
+    row = {"id": "img-1", "captions": ["a"], "score": 0.25, "questions": [question]}
+    told = {"protocol": "captionqa", "summary": mcq.summary([row]), "each": [row]}
+    told["groups"] = {"category": {"objects": {"questions": 1} | told["summary"]["score"]}}
+    parsed = written(tmp_path, told)
+    assert "By category" in parsed.text and "objects 1 question 25.0%" in parsed.text
 
 
 def test_folders_name_runs_unless_two_have_the_same_name():
