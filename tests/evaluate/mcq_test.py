@@ -2,12 +2,16 @@
 
 import collections
 import json
+import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import scipy.stats
 
+import caprl_jax
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import Question, unparse_question
 from caprl_jax.errors import ConfigError
@@ -188,11 +192,8 @@ def test_differences_are_taken_image_by_image():
         mcq.paired(one, [{"id": "x", "accuracy": 0}])
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Rows of 24 scenes, and files of captions: complete, of one fact, and bad in three ways."""
-    folder = tmp_path_factory.mktemp("world")
-    scenes = list(digits.scenes("train", 24, (3, 3), (2, 4)))
+def rows_of(folder, scenes):
+    """Writes rows.jsonl and the pictures of scenes; all but the first name a source."""
     (folder / "pictures").mkdir()
     with (folder / "rows.jsonl").open("w") as file:
         for i, scene in enumerate(scenes):
@@ -201,6 +202,14 @@ def world(tmp_path_factory):
             row = {"id": scene.id, "image": f"pictures/{i}.png", "questions": asked}
             row |= {"data_source": f"{len(scene.facts)} digits"} if i else {}
             file.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Rows of 24 scenes, and files of captions: complete, of one fact, and bad in three ways."""
+    folder = tmp_path_factory.mktemp("world")
+    scenes = list(digits.scenes("train", 24, (3, 3), (2, 4)))
+    rows_of(folder, scenes)
     texts = {
         "complete": [digits.caption(s.facts, len(s.facts)) for s in scenes],
         "short": [digits.caption(s.facts[:1], None) for s in scenes],
@@ -244,7 +253,6 @@ def one_judge():
     """One judge for all evaluations, on one device."""
     import jax
 
-    import caprl_jax
     from caprl_jax.parallel import mesh
 
     judge = caprl_jax.load_judge("asset:tiny/judge", mesh=mesh.make_mesh({}, jax.devices()[:1]))
@@ -353,3 +361,23 @@ def test_bad_input_is_named(world, complete, tmp_path):
         evaluate(world, "x", captions="")
     with pytest.raises(ConfigError, match=r"is no results\.json"):
         evaluate(world, "short", against=[str(tmp_path / "bad")])
+
+
+@pytest.mark.slow
+def test_a_trained_policy_is_told_from_an_untrained_one_on_held_out_images(tmp_path, one_judge):
+    """The policy that ships, which RL hasn't seen yet, and one with its weights in random order."""
+    rows_of(tmp_path, digits.scenes("heldout", 32, (3, 3), (2, 5)))
+    shipped = Path(caprl_jax.__file__).parent / "assets/tiny/policy"
+    shutil.copytree(shipped, tmp_path / "untrained")
+    weights = tmp_path / "untrained/model.safetensors"
+    rng = np.random.default_rng(0)
+    tensors = safetensors.numpy.load_file(weights)
+    shuffled = {k: rng.permutation(v.ravel()).reshape(v.shape) for k, v in tensors.items()}
+    safetensors.numpy.save_file(shuffled, weights)
+    given = {"captions": "", "max_tokens": 32}
+    untrained = evaluate(tmp_path, "untrained", model=str(tmp_path / "untrained"), **given)
+    trained = evaluate(tmp_path, "trained", model="asset:tiny/policy", **given)
+    low, high = trained["summary"]["accuracy"]["low"], untrained["summary"]["accuracy"]["high"]
+    assert low > high + 0.2
+    for name in ("blind", "letters", "quoted", "praise"):
+        assert trained["summary"][name]["mean"] == 0
