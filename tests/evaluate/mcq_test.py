@@ -156,7 +156,11 @@ def test_the_interval_of_a_group_takes_an_images_questions_together():
     question = {"type": "place", "abstained": 0.0}
     once, tenfold = (
         [
-            {"id": str(i), "accuracy": v, "questions": [question | {"right": v}] * times}
+            {
+                "id": str(i),
+                "accuracy": v,
+                "questions": [question | {"right": v} for _ in range(times)],
+            }
             for i, v in enumerate(values)
         ]
         for times in (1, 10)

@@ -1,5 +1,6 @@
 """The page of an evaluation: it holds every figure, escapes all text, and stays small."""
 
+import base64
 import io
 import json
 import re
@@ -158,7 +159,8 @@ def test_ten_thousand_images_give_a_small_page(tmp_path, monkeypatch):
                 for i, v in enumerate(values)
             ]
             runs.append(measured(rows))
-        written(tmp_path, *runs, images=lambda ids: {i: photo.getvalue() for i in ids})
+        parsed = written(tmp_path, *runs, images=lambda ids: {i: photo.getvalue() for i in ids})
+        assert ("81" if count > 100 else "80") + " more, in results.json" in parsed.text
         sizes.append((tmp_path / "report.html").stat().st_size)
     assert sizes[1] < 1.05 * sizes[0] < 10e6  # of which noise, which no format makes small, is 40 x
     assert sizes[1] - 40 * len(photo.getvalue()) * 4 / 3 < 500_000
@@ -172,6 +174,8 @@ def test_a_photograph_is_scaled_and_a_small_picture_stays_sharp(tmp_path):
     assert large["src"].startswith("data:image/jpeg;base64,") and "class" not in large
     assert small["src"].startswith("data:image/png;base64,") and small["class"] == "pixelated"
     assert (large["width"], small["width"]) == ("320", "252")
+    encoded = base64.b64decode(large["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(encoded)).size == (480, 240)
 
 
 def test_results_of_another_form_are_refused(tmp_path):
