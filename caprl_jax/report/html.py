@@ -13,13 +13,17 @@ import numpy as np
 
 from caprl_jax.files import write_whole
 from caprl_jax.report import charts as curves
-from caprl_jax.report import parts
+from caprl_jax.report import parts, trust
 from caprl_jax.report.charts import Chart, Series
 
-_PERCENT = ("accuracy", "precision", "recall", "ceiling", "disagreement", "differ", "injections")
+_PERCENT = (
+    *("accuracy", "precision", "recall", "ceiling", "disagreement", "differ", "injections"),
+    *trust.LABELS,
+)
 _LABELS = {
     "heldout_accuracy": "held-out accuracy",
     "ceiling": "ceiling: accuracy with complete true captions",
+    **trust.LABELS,
     "caption_length": "caption length, tokens",
     "fact_precision": "stated facts that are true",
     "fact_recall": "true facts that are stated",
@@ -241,6 +245,7 @@ def write_report(path: Path, content: Content) -> None:
     """Writes the report of a run as one self-contained HTML file, and replaces an existing file."""
     summary, history, set_aside = content.summary, content.history, content.set_aside
     rows, headline = _rows(summary), _headline(summary)
+    cells = {name: (before, after) for name, before, after in rows}
     last = history[-1].get("time") if history else None
     evaluated = bool(content.samples or headline["tracks"])
     html = parts.template("report.html.j2").render(
@@ -251,6 +256,8 @@ def write_report(path: Path, content: Content) -> None:
         headline=headline,
         large=_large_charts(summary, history),
         small=_small_charts(history),
+        checks=trust.checks(summary, cells),
+        trust=trust.chart(summary, history, _WIDE),
         samples=[
             (s, parts.image(s.image_png), _pairs(s.before.answers, s.after.answers))
             for s in content.samples
