@@ -10,7 +10,7 @@ evaluation that it was compared with, too.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,17 @@ def read(path: str) -> dict[str, Any]:
     return results
 
 
-def compare(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> list[dict]:
+def compare(
+    results: Mapping[str, Any],
+    others: Mapping[str, Mapping[str, Any]],
+    paired: Callable[[Sequence, Sequence], dict] = mcq.paired,
+) -> list[dict[str, Any]]:
     """Returns {"file", "images", "summary": of the differences} for each other evaluation.
 
     Args:
       results: of this evaluation.
       others: results by file.
+      paired: returns the differences between the "each" of two; a protocol may have its own.
 
     Raises:
       ConfigError: an evaluation has no image, or no figure, in common with this one.
@@ -57,7 +62,7 @@ def compare(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
     for file, other in others.items():
         common = {row["id"] for row in results["each"]} & {row["id"] for row in other["each"]}
         try:
-            differences = mcq.paired(results["each"], other["each"])
+            differences = paired(results["each"], other["each"])
         except ValueError as e:
             raise ConfigError(f"--against={file}: {e}") from e
         if not differences:
