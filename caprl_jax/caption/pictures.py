@@ -1,8 +1,9 @@
 """The images to caption: pictures, files of rows, or a dataset that import_data wrote."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Question
 from caprl_jax.data.sources import rows
 from caprl_jax.data.sources.prepared import SPLITS, opened
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
@@ -33,6 +34,7 @@ class Picture:
       asked: returns its row's questions; raises MalformedRecord if none is usable.
       file: returns the path of its file, absolute; None if the row holds it.
       extras: returns its row's extras; raises MalformedRecord.
+      source: the collection that its row names; empty if it names none.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Picture:
     asked: Callable[[], Asked] = _nothing_asked
     file: Callable[[], Path | None] = lambda: None
     extras: Callable[[], Mapping[str, Any]] = dict
+    source: str = ""
 
     def questions(self) -> tuple[Question, ...]:
         """Returns its row's usable questions, if it has any."""
@@ -100,6 +103,22 @@ def find(path: str, root: str = "") -> Pictures:
     return _of_files(given, files) if files else _of_rows(of_rows, Path(root) if root else None)
 
 
+def read(path: str, ids: Collection[str]) -> dict[str, bytes]:
+    """Returns the encoded bytes of the images with these ids; those that can't be read are missing.
+
+    Raises:
+      ConfigError: as `find`.
+    """
+    out: dict[str, bytes] = {}
+    for picture in find(path).each():
+        if picture.id in ids and picture.id not in out:
+            with contextlib.suppress(UserError, OSError):
+                out[picture.id] = picture.read()
+        if len(out) == len(ids):
+            break
+    return out
+
+
 def _of_files(given: Path, files: list[Path]) -> Pictures:
     from caprl_jax.data.images import read_image  # Pillow is imported where it is used
 
@@ -129,6 +148,7 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
                     lambda row=row: rows.questions(_whole(row)),
                     lambda row=row: _file(row, root),
                     lambda row=row: records.parse_extras(_whole(row).raw.get("extras")),
+                    source=rows.data_source(row),
                 )
 
     return Pictures(sum(map(rows.count, files)), each)

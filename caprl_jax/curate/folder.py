@@ -61,6 +61,8 @@ def row(picture: Picture, image: bytes, questions: Sequence[Question] = ()) -> d
     found: dict[str, Any] = {"id": picture.id, "image": str(file) if file else encoded}
     if questions:
         found["questions"] = [unparse_question(q) for q in questions]
+    if picture.source:
+        found["data_source"] = picture.source
     return found | ({"extras": extras} if extras else {})
 
 
