@@ -22,7 +22,7 @@ FLOORS = (
     ("commands",),
     ("train", "plan", "api"),
     ("adapters", "caption"),
-    ("bench", "main", ""),
+    ("bench", "main", "protocols", ""),
     ("__main__",),  # a package's own program, too
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

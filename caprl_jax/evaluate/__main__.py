@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import flags
 
+from caprl_jax import protocols
 from caprl_jax.api import LoadedJudge, load_judge, load_policy
 from caprl_jax.caption import job, pictures
 from caprl_jax.caption.parts import Place
@@ -26,6 +27,8 @@ from caprl_jax.data.records import Question
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import mcq
+from caprl_jax.evaluate.captionqa import SPLITS
+from caprl_jax.evaluate.scorers import SCORERS
 from caprl_jax.files import write_whole
 
 _TOLD = ("accuracy", "expected", "abstained", "consistent", "blind", "elsewhere", "chance")
@@ -160,18 +163,29 @@ def main(_: list[str]) -> None:
     """Evaluates what the flags name, or prints the error in one paragraph."""
     set_up_logging()
     with in_one_paragraph():
-        evaluate(flags.FLAGS)
+        given = flags.FLAGS
+        if given.protocol == "mcq":
+            evaluate(given)
+        else:
+            protocols.evaluate(given)
 
 
 def define_flags() -> None:
     """Defines the flags, in the program only: other modules have flags of the same names."""
-    flags.DEFINE_string("judge", None, "A judge's directory, gs:// URL or hub id.", required=True)
+    flags.DEFINE_string(
+        "judge", None, "A judge's directory, gs:// URL, hub id or endpoint.", required=True
+    )
     flags.DEFINE_string("data", None, "Rows with questions, or what import_data made of them.")
     flags.mark_flag_as_required("data")
     flags.DEFINE_string("captions", "", "File that caprl_jax.caption made of these rows.")
     flags.DEFINE_string("model", "", "A policy's directory, gs:// URL or hub id, to caption them.")
     flags.DEFINE_string("out", None, "Folder of results.json.", required=True)
     flags.DEFINE_string("against", "", "results.json of another evaluation, to compare with.")
+    flags.DEFINE_enum("protocol", "mcq", protocols.PROTOCOLS, "Protocol of the evaluation.")
+    flags.DEFINE_bool("as_released", False, "Whether flaws of the released code are reproduced.")
+    flags.DEFINE_enum("scorer", "", ("", *SCORERS), "Scorer of Prism's rows that name none.")
+    flags.DEFINE_enum("split", "", ("", *SPLITS), "Split of CaptionQA's data; empty is all.")
+    flags.DEFINE_string("judge_model", "", "Judge's name at an endpoint that serves several.")
     flags.DEFINE_integer("orders", 4, "Orders of the options that are asked.", lower_bound=1)
     flags.DEFINE_integer("max_tokens", 512, "Most tokens of the model's captions.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Images in a batch.", lower_bound=1)

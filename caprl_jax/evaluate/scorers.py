@@ -17,7 +17,7 @@ from typing import Any
 from caprl_jax.errors import ConfigError, did_you_mean
 
 Scorer = Callable[[str, str], float]
-_TOLERANCE = 0.05  # of relaxed accuracy, as a share of the truth
+_TOLERANCE = 0.05 + 1e-9  # of relaxed accuracy, as a share of the truth; 1.05 is near 1
 _LEAST_SIMILARITY = 0.5  # of ANLS; less scores 0
 _SCALES = (1.0, 0.01, 100.0)  # a share may be written in percent, and a percentage as a share
 _SECONDS = 5  # most time for one parse or comparison of math-verify

@@ -1,0 +1,186 @@
+"""Prism and CaptionQA from the command line: captions, a judge and rows in, results.json out.
+
+`python -m caprl_jax.evaluate --protocol=..` comes here for all protocols but mcq. The protocols are
+evaluate/prism.py and evaluate/captionqa.py; here their captions and judges are made.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caprl_jax.api import LoadedJudge, load_judge, load_policy
+from caprl_jax.caption import job, pictures
+from caprl_jax.caption.parts import Place
+from caprl_jax.data.questions import Presented
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
+from caprl_jax.errors import ConfigError
+from caprl_jax.evaluate import captionqa, means, prism, tables
+from caprl_jax.evaluate.asking import Speak
+from caprl_jax.files import write_whole
+
+PROTOCOLS = ("mcq", "prism", "captionqa")
+_MOST_OPTIONS = 9  # letters of a judge on the mesh
+_ANSWERS = "answers.jsonl"
+
+
+def evaluate(given: Any) -> None:
+    """Evaluates by the protocol that the flags name.
+
+    Raises:
+      ConfigError: flags contradict each other, or a file can't be read or written.
+    """
+    if bool(given.captions) == bool(given.model):
+        raise ConfigError("give either --captions=FILE or --model=DIR")
+    others = _others(given.against) if given.against else None
+    out = Path(given.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    measure, names = (
+        (_prism, prism.NAMES) if given.protocol == "prism" else (_captionqa, captionqa.NAMES)
+    )
+    results = {
+        "protocol": given.protocol,
+        "as_released": given.as_released,
+        "judge": given.judge,
+        "data": given.data,
+        "captions": given.captions or given.model,
+    }
+    results |= measure(given, out)
+    if not results["each"]:
+        raise ConfigError(
+            f"nothing was scored: {results['without']}, {results['failed'][:1]}; the same command "
+            "asks for the missing answers again"
+        )
+    if others is not None:
+        try:
+            differences = means.paired(results["each"], others, names)
+        except ValueError as e:
+            raise ConfigError(f"--against={given.against}: {e}") from e
+        results["against"] = {"file": given.against, "summary": differences}
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n", errors="replace")
+    _show(results, out)
+
+
+def _prism(given: Any, out: Path) -> dict[str, Any]:
+    questions, aside = prism.read(given.data, given.scorer)
+    sampling = Sampling(prism.MAX_TOKENS, temperature=1.0)
+    captions = _captions(given, out, given.data, job.Settings(sampling, group=prism.CAPTIONS))
+    known = captions.keys()
+    if not any(q.id in known or q.image in known for q in questions):
+        raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
+    settings = prism.Settings(out / _ANSWERS, given.judge, given.data, given.as_released)
+    results = prism.measure(questions, captions, speak(given), settings)
+    results["without"] |= {"set_aside": dict(aside)}
+    return results
+
+
+def _captionqa(given: Any, out: Path) -> dict[str, Any]:
+    data = captionqa.read(given.data, given.split)
+    path = Path(given.data)
+    images = path / "**" / f"{given.split or 'all'}[-.]*" if path.is_dir() else path
+    sampling = Sampling(captionqa.MAX_TOKENS, temperature=captionqa.TEMPERATURE)
+    captions = _captions(given, out, str(images), job.Settings(sampling))
+    if not captions.keys() & data.own:
+        raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
+    if is_url(given.judge):
+        choose = captionqa.Chooser(speak(given), out / _ANSWERS, given.judge, given.as_released)
+    else:
+        judge = load_judge(given.judge)
+
+        def choose(shown: Sequence[captionqa.Shown], texts: Sequence[str]) -> list[Any]:
+            return chosen_by_logits(judge, shown, texts, given.batch)
+
+    return captionqa.measure(data, captions, choose, given.as_released)
+
+
+def speak(given: Any) -> Speak:
+    """Returns the judge of the flags as one that answers chats with text."""
+    if is_url(given.judge):
+        return Endpoint(given.judge, given.judge_model).ask
+    judge = load_judge(given.judge)
+
+    def write(chats: Iterable[Chat], drawn: Drawn) -> Iterator[Reply | Failure]:
+        # A judge on the mesh reads one user's turn: the chat's turns after one another.
+        texts = ("\n\n".join(turn["content"] for turn in chat) for chat in chats)
+        while part := list(itertools.islice(texts, 8 * given.batch)):
+            yield from judge.write(
+                part,
+                seed=drawn.seed or 0,
+                batch=given.batch,
+                max_tokens=drawn.max_tokens,
+                temperature=drawn.temperature,
+            )
+
+    return write
+
+
+def chosen_by_logits(
+    judge: LoadedJudge, shown: Sequence[captionqa.Shown], texts: Sequence[str], batch: int
+) -> list[int | Failure]:
+    """Returns the likeliest letter of each question of CaptionQA, from 0, by a judge on the mesh.
+
+    Args:
+      judge: reads its own prompt; the options stand in CaptionQA's order.
+      shown: questions; those of one image follow one another.
+      texts: each question's caption.
+      batch: captions that are judged together.
+    """
+    found: list[int | Failure] = [Failure(f"over {_MOST_OPTIONS} options")] * len(shown)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, (s, text) in enumerate(zip(shown, texts, strict=True)):
+        if len(s.order) <= _MOST_OPTIONS:
+            groups.setdefault((s.question.image, text), []).append(i)
+    whole = list(groups.items())
+    for start in range(0, len(whole), batch):
+        part = whole[start : start + batch]
+        presented = [
+            [Presented(shown[i].question.text, shown[i].options, _place(shown[i])) for i in at]
+            for _, at in part
+        ]
+        letters = judge.letters([text for (_, text), _ in part], presented)
+        for (_, at), own in zip(part, letters, strict=True):
+            for i, letter in zip(at, own, strict=True):
+                found[i] = letter
+    return found
+
+
+def _place(shown: captionqa.Shown) -> int:
+    return shown.order.index(shown.question.answer)
+
+
+def _captions(given: Any, out: Path, images: str, how: job.Settings) -> Mapping[str, list[str]]:
+    """Captions by image: those that are given, or those that the model writes."""
+    if given.captions:
+        return tables.captions(Path(given.captions))
+    policy, place = load_policy(given.model), Place(out / "captions.jsonl")
+    logging.info("captioning with at most %d tokens", how.sampling.max_tokens)
+    job.caption(policy, pictures.find(images), how, place)
+    return tables.captions(place.out)
+
+
+def _others(path: str) -> list[dict[str, Any]]:
+    try:
+        return json.loads(Path(path).read_text())["each"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"--against={path} is no results.json: {e}") from e
+
+
+def _show(results: Mapping[str, Any], out: Path) -> None:
+    print(f"{results['images']} images: {results['without']}")
+    for name, own in results["summary"].items():
+        line = f"{name:<12}{own['mean']:8.4f}  {own['low']:7.4f} to {own['high']:.4f}"
+        if "against" in results:
+            other = results["against"]["summary"][name]
+            line += f"   {other['mean']:+8.4f}  {other['low']:+7.4f} to {other['high']:+.4f}"
+        print(line)
+    how = "reproduced" if results["as_released"] else "mended"
+    for name, flaw in results["flaws"].items():
+        count = flaw.get("rows", flaw.get("questions"))
+        print(f"{how}: {name} ({flaw['released']}), touching {count}")
+    print(f"results: {out / 'results.json'}")
