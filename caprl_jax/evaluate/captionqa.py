@@ -35,7 +35,7 @@ _SYSTEM = (
     "with the letter of one option and nothing else."
 )
 _MARKED = re.compile(
-    r"^\W*([A-Z])(?:\W*$|[).:\]])|(?i:answer|option|choice)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b"
+    r"^\W*([A-Z])(?:\W*(?:$|\n)|[).:\]])|(?i:answer|option|choice)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b"
 )
 
 

@@ -46,9 +46,8 @@ PRISM = {
         "braces are matched; the last box in the last answer counts",
     ),
     "reading": Flaw(
-        "a word is a product of letters ('act' is 'cat'), truth and answer are swapped, a truth of "
-        "0 is compared as text",
-        "words are compared as text, truth and answer in their places, 0 as a number",
+        "a word is a product of letters ('act' is 'cat'); truth and answer are swapped",
+        "words are compared as text, truth and answer in their places",
     ),
     "slot": Flaw(
         "a question whose image isn't at the start of the user's turn gets no caption",

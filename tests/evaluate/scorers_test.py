@@ -71,7 +71,7 @@ def test_the_best_of_several_truths_counts():
 
 
 def test_exact_ignores_case_width_space_and_a_full_stop():
-    assert scorers.exact("Ａ  big\ncat.", "a big CAT") == 1  # noqa: RUF001
+    assert scorers.exact("Ａ  big\ncat.", "a big CAT") == 1
     assert scorers.exact("a big cat", "a bigcat") == 0
 
 

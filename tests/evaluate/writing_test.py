@@ -4,9 +4,11 @@ import jax
 import pytest
 
 import caprl_jax
+from caprl_jax.data.questions import ABSTAIN, Presented
+from caprl_jax.errors import UserError
 from caprl_jax.parallel import mesh
 
-TEXTS = ["digits: east green two", "How many?", "west red one, total one\nWhich colour is east?"]
+TEXTS = ["digits: east green two", "digits: west red one", "digits: total one east two"]
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +41,18 @@ def test_an_answer_depends_on_its_own_text_alone(judge, written):
     assert drawn[0] == drawn[1][::-1]
     other = judge.write(TEXTS, batch=2, max_tokens=6, temperature=1.0, seed=1)
     assert drawn[0] != other and drawn[0] != written
+
+
+def test_letters_are_those_of_the_options_as_they_are_presented(judge):
+    """The tiny judge finds the truth among options, or that the caption doesn't tell."""
+    asked = [
+        Presented("Which digit is east?", ("six", "two", "nine", "four", ABSTAIN), 1),
+        Presented("Which digit is east?", ("two", "six", "four", "nine", ABSTAIN), 0),
+        Presented("Which digit is west?", ("two", "six", "four", "nine", ABSTAIN), 0),
+    ]
+    found = judge.letters(["digits: east green two, total one"] * 2, [asked, asked[1:]])
+    assert found == [[1, 0, 4], [0, 4]]
+    with pytest.raises(UserError, match="more than 9 options"):
+        judge.letters(["x"], [[Presented("?", tuple("abcdefghij"), 0)]])
+    with pytest.raises(UserError, match="at least one question"):
+        judge.letters(["x"], [[]])
