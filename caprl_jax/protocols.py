@@ -4,6 +4,7 @@
 evaluate/prism.py and evaluate/captionqa.py; here their captions and judges are made.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -18,8 +19,9 @@ from caprl_jax.data.questions import Presented
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import captionqa, means, prism, tables
+from caprl_jax.evaluate import captionqa, means, prism, released, tables
 from caprl_jax.evaluate.asking import Speak
+from caprl_jax.evaluate.letters import Asker
 from caprl_jax.files import write_whole
 
 PROTOCOLS = ("mcq", "prism", "captionqa")
@@ -67,6 +69,45 @@ def evaluate(given: Any) -> None:
     _show(results, out)
 
 
+def asker(given: Any, out: Path) -> Asker:
+    """Returns the judge at an endpoint as mcq asks it.
+
+    Raises:
+      ConfigError: it is none, whose text the released code's flaws are about.
+    """
+    if not is_url(given.judge):
+        raise ConfigError(
+            "--as_released of mcq is about a judge's text: give an endpoint as --judge"
+        )
+    kept, reproduced = out / _ANSWERS, given.as_released
+    return Asker(speak(given), kept, _name(given), reproduced, given.batch)
+
+
+def settled(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict]:
+    """Returns mcq's rows without those that failed, and what results.json says about the judge.
+
+    Raises:
+      ConfigError: no row is left.
+    """
+    lost = {} if asked.as_released else asked.failed
+    kept = [row for i, row in enumerate(found) if i not in lost]
+    failed = [{"id": found[i]["id"], "reason": reason} for i, reason in asked.failed.items()]
+    if not kept:
+        raise ConfigError(
+            f"nothing was scored: {failed[0]}; the same command asks for the missing answers again"
+        )
+    flaws = {
+        name: dataclasses.asdict(flaw) | {"answers": asked.counts[name]}
+        for name, flaw in released.MCQ.items()
+    }
+    return kept, {
+        "as_released": asked.as_released,
+        "failed": failed,
+        "flaws": flaws,
+        "not_reproduced": released.NOT_REPRODUCED,
+    }
+
+
 def _prism(given: Any, out: Path) -> dict[str, Any]:
     questions, aside = prism.read(given.data, given.scorer)
     sampling = Sampling(prism.MAX_TOKENS, temperature=1.0)
@@ -74,7 +115,7 @@ def _prism(given: Any, out: Path) -> dict[str, Any]:
     known = captions.keys()
     if not any(q.id in known or q.image in known for q in questions):
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
-    settings = prism.Settings(out / _ANSWERS, given.judge, given.data, given.as_released)
+    settings = prism.Settings(out / _ANSWERS, _name(given), given.data, given.as_released)
     results = prism.measure(questions, captions, speak(given), settings)
     results["without"] |= {"set_aside": dict(aside)}
     return results
@@ -89,7 +130,7 @@ def _captionqa(given: Any, out: Path) -> dict[str, Any]:
     if not captions.keys() & data.own:
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
     if is_url(given.judge):
-        choose = captionqa.Chooser(speak(given), out / _ANSWERS, given.judge, given.as_released)
+        choose = captionqa.Chooser(speak(given), out / _ANSWERS, _name(given), given.as_released)
     else:
         judge = load_judge(given.judge)
 
@@ -162,6 +203,11 @@ def _captions(given: Any, out: Path, images: str, how: job.Settings) -> Mapping[
     logging.info("captioning with at most %d tokens", how.sampling.max_tokens)
     job.caption(policy, pictures.find(images), how, place)
     return tables.captions(place.out)
+
+
+def _name(given: Any) -> str:
+    """The judge's name in the file of answers."""
+    return f"{given.judge} {given.judge_model}".strip()
 
 
 def _others(path: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.data.records import Question
 from caprl_jax.decode.sampling import Sampling
+from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import mcq
 from caprl_jax.evaluate.captionqa import SPLITS
@@ -135,12 +136,17 @@ def evaluate(given: Any) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    at_endpoint = is_url(given.judge) or given.as_released
+    ask = protocols.asker(given, out) if at_endpoint else None
     rows, without = read(_captions(given, out), given.data)
-    judge = load_judge(given.judge)
+    ask = ask or asker(load_judge(given.judge), given.batch)
     logging.info("asking about %d images", len(rows))
-    found = mcq.measure(rows, asker(judge, given.batch), given.orders)
+    found, about = mcq.measure(rows, ask, given.orders), {}
+    if at_endpoint:
+        found, about = protocols.settled(ask, found)
     results = {
-        "images": len(rows),
+        "protocol": "mcq",
+        "images": len(found),
         "without": without,
         "judge": str(given.judge),
         "data": given.data,
@@ -149,7 +155,7 @@ def evaluate(given: Any) -> None:
         "summary": mcq.summary(found),
         "by_length": mcq.by_length(found),
         "each": found,
-    }
+    } | about
     if others is not None:
         try:
             differences = mcq.paired(found, others)

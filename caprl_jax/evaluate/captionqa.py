@@ -21,6 +21,7 @@ from caprl_jax.endpoint import Chat, Drawn, Failure, Reply
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import asking, means, released, tables
 from caprl_jax.evaluate.asking import Speak
+from caprl_jax.evaluate.letters import LETTERS, chosen
 
 SPLITS = ("natural", "document", "ecommerce", "embodiedai", "all")
 ABSTAIN = released.ABSTAIN
@@ -29,13 +30,9 @@ NAMES = ("score", "accuracy", "abstained", "unanswered")
 MAX_TOKENS = 500  # of a caption, drawn at temperature 0.7
 TEMPERATURE = 0.7
 DRAWN = Drawn(max_tokens=4, temperature=0.0, letters=True)
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SYSTEM = (
     "You read a caption of an image that you cannot see, and a question about the image. Reply "
     "with the letter of one option and nothing else."
-)
-_MARKED = re.compile(
-    r"^\W*([A-Z])(?:\W*(?:$|\n)|[).:\]])|(?i:answer|option|choice)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b"
 )
 
 
@@ -118,7 +115,7 @@ def parse(row: Row) -> tuple[str, list[Question], list[str]]:
         except (KeyError, TypeError):
             aside.append("a question lacks question, choices or answer")
             continue
-        if not isinstance(text, str) or not 1 < len(choices) < len(_LETTERS):
+        if not isinstance(text, str) or not 1 < len(choices) < len(LETTERS):
             aside.append("a question has no text, or not 2 to 25 options")
         elif not isinstance(answer, str) or answer.strip() not in choices:
             aside.append("the answer of a question is none of its options")
@@ -216,36 +213,16 @@ def score(shown: Shown, letter: int | None) -> float:
 
 def chat(shown: Shown, caption: str) -> Chat:
     """Returns what the judge reads: a system's turn, then caption, question and options."""
-    options = (f"{letter}. {o}" for letter, o in zip(_LETTERS, shown.options, strict=False))
+    options = (f"{letter}. {o}" for letter, o in zip(LETTERS, shown.options, strict=False))
     text = "\n".join(["Caption:", caption, "", f"Question: {shown.question.text}", *options])
     return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": f"{text}\nAnswer:"}]
 
 
 def letter(reply: Reply, shown: Shown, as_released: bool = False) -> int | None:
-    """Returns the option that an answer chooses, from 0; None without one.
-
-    The likeliest letter counts where the judge gives log-probabilities. Of a text, a capital counts
-    that is the whole of it, or is marked as an option; else the whole text of an option.
-    """
-    count = len(shown.order)
+    """Returns the option that an answer chooses, from 0; None without one. See letters.chosen."""
     if as_released:
-        return released.option_letter(reply.text, count)
-    letters = _LETTERS[:count]
-    likely = {t.strip(" ()."): p for t, p in sorted((reply.first or {}).items(), key=_second)}
-    likely = {t: p for t, p in likely.items() if t and t in letters}
-    if likely:
-        return letters.index(max(likely, key=likely.__getitem__))
-    text = reply.text.rpartition("</think>")[2].strip()
-    marked = _MARKED.search(text)
-    named = (marked[1] or marked[2]) if marked else ""
-    if named and named in letters:
-        return letters.index(named)
-    same = [i for i, o in enumerate(shown.options) if o.lower() == text.lower().rstrip(".")]
-    return same[0] if len(same) == 1 else None
-
-
-def _second(pair: tuple[str, float]) -> float:
-    return pair[1]
+        return released.option_letter(reply.text, len(shown.order))
+    return chosen(reply, shown.options)
 
 
 # (questions as shown, their captions) -> a letter from 0, None without one, or why it failed.

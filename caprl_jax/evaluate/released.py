@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from caprl_jax.evaluate import scorers
 
 ABSTAIN = "Cannot answer from the caption"  # CaptionQA's option
+ABSTAIN_LETTER = "F"  # of the reward server, however many options there are
 _BOX = re.compile(r"</think>\s*<answer>.*?\\boxed{(?P<said>.*)}.*?</answer>", re.DOTALL)
 _AUXILIARY = (
     "is are was were do does did have has had can could will would should shall may might must"
@@ -53,6 +54,26 @@ PRISM = {
         "a question whose image isn't at the start of the user's turn gets no caption",
         "the caption stands in the image's place, or before the question",
     ),
+}
+MCQ = {
+    "letter": Flaw(
+        "the first capital from A to I counts: 'Cannot tell' is C",
+        "the likeliest letter where the judge tells; else a capital that is the whole answer, or "
+        "is marked as an option, or an option's text",
+    ),
+    "label": Flaw(
+        "the worked example's abstain option is E, the question's is F",
+        "both have the letter after the last option",
+    ),
+    "chunk": Flaw(
+        "an answer that fails scores 0, and so do all of its batch",
+        "an image with an answer that fails is left out of the scores, and counted",
+    ),
+}
+# Flaws of the reward server that no row can show here, and why.
+NOT_REPRODUCED = {
+    "skip": "a truth that names no option skips the shuffle: such a row is refused when it is read",
+    "unseeded": "questions and orders are drawn without a seed: here every draw has one",
 }
 CAPTIONQA = {
     "yes_no": Flaw(
@@ -154,6 +175,12 @@ def is_yes_no(question: str, choices: Sequence[str]) -> bool:
 def asks(question: str) -> bool:
     """Tells whether a question opens with an auxiliary verb, as "Is .." and "Does .." do."""
     return question.strip().lower().startswith(tuple(f"{word} " for word in _AUXILIARY))
+
+
+def first_letter(text: str) -> str | None:
+    """Returns the first capital from A to I, which the reward server takes for the answer."""
+    found = re.search("[A-I]", text)
+    return found[0] if found else None
 
 
 def option_letter(text: str, count: int) -> int | None:
