@@ -111,14 +111,16 @@ def settled(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, A
 def _prism(given: Any, out: Path) -> dict[str, Any]:
     questions, aside = prism.read(given.data, given.scorer)
     sampling = Sampling(prism.MAX_TOKENS, temperature=1.0)
-    captions = _captions(given, out, given.data, job.Settings(sampling, group=prism.CAPTIONS))
+    captions = _captions(
+        given, out, given.data, job.Settings(sampling, group=prism.CAPTIONS, batch=given.batch)
+    )
     known = captions.keys()
     if not any(q.id in known or q.image in known for q in questions):
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
     settings = prism.Settings(out / _ANSWERS, _name(given), given.data, given.as_released)
     results = prism.measure(questions, captions, speak(given), settings)
-    results["without"] |= {"set_aside": dict(aside)}
-    return results
+    results["without"] |= {"set_aside": aside.total()}
+    return results | {"set_aside": dict(aside)}
 
 
 def _captionqa(given: Any, out: Path) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def _captionqa(given: Any, out: Path) -> dict[str, Any]:
     path = Path(given.data)
     images = path / "**" / f"{given.split or 'all'}[-.]*" if path.is_dir() else path
     sampling = Sampling(captionqa.MAX_TOKENS, temperature=captionqa.TEMPERATURE)
-    captions = _captions(given, out, str(images), job.Settings(sampling))
+    captions = _captions(given, out, str(images), job.Settings(sampling, batch=given.batch))
     if not captions.keys() & data.own:
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
     if is_url(given.judge):

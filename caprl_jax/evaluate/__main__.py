@@ -1,12 +1,14 @@
-"""Measures captions by a judge's answers to multiple-choice questions, with intervals.
+"""Measures captions by a judge's answers to questions, with intervals.
 
     python -m caprl_jax.evaluate --judge=DIR --data=ROWS --captions=captions.jsonl --out=DIR2
     python -m caprl_jax.evaluate --judge=DIR --data=ROWS --model=DIR --out=DIR2
 
-The first takes what caprl_jax.caption made of the same rows; of several captions of an image the
-best if a judge chose one, else the first. The second has a model write a greedy caption for each
-image. DIR2/results.json holds means over the images, their 95% intervals, and each image's values;
-with --against=OTHER/results.json also the differences, image by image.
+The first takes what caprl_jax.caption made of the same rows, the second has a model write captions.
+--protocol=mcq asks the rows' multiple-choice questions about an image's best or first caption (the
+model's: greedy), prism asks one question about each of four captions and scores the answer's text,
+captionqa asks CaptionQA's questions. DIR2/results.json holds means, their 95% intervals over the
+images, and each row's values; with --against=OTHER/results.json also the differences, row by row.
+evaluate/README.md says more.
 """
 
 import json

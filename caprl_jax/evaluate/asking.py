@@ -33,9 +33,10 @@ def answers(
     missing = {k: c for k, c in zip(keys, chats, strict=True) if k not in known}
     found: dict[str, Reply | Failure] = dict(known)
     replies = zip(missing, speak(missing.values(), drawn), strict=True)
-    with kept.open("ab") as file:
-        if file.tell() and kept.read_bytes()[-1:] != b"\n":
-            file.write(b"\n")  # after a line that a kill has cut
+    with kept.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            file.write(b"\n" if file.read() != b"\n" else b"")  # after a line that a kill has cut
         bar = tqdm(replies, total=len(missing), unit=" answers", disable=not sys.stderr.isatty())
         for key, reply in bar:
             found[key] = reply
@@ -44,6 +45,19 @@ def answers(
                 file.write(line.encode("utf-8", "replace") + b"\n")
                 file.flush()
     return [found[key] for key in keys]
+
+
+def letters(
+    speak: Speak, chats: Sequence[Chat], drawn: Drawn, kept: Path, judge: str
+) -> list[Reply | Failure]:
+    """Does the same with log-probabilities, and without them where a server gives none."""
+    found = answers(speak, chats, dataclasses.replace(drawn, letters=True), kept, judge)
+    failed = [i for i, reply in enumerate(found) if isinstance(reply, Failure)]
+    plain = dataclasses.replace(drawn, letters=False)
+    again = answers(speak, [chats[i] for i in failed], plain, kept, judge)
+    for i, reply in zip(failed, again, strict=True):
+        found[i] = reply
+    return found
 
 
 def _key(chat: Chat, drawn: Drawn, judge: str) -> str:

@@ -29,7 +29,7 @@ COLUMNS = ("id", "questions")
 NAMES = ("score", "accuracy", "abstained", "unanswered")
 MAX_TOKENS = 500  # of a caption, drawn at temperature 0.7
 TEMPERATURE = 0.7
-DRAWN = Drawn(max_tokens=4, temperature=0.0, letters=True)
+DRAWN = Drawn(max_tokens=4, temperature=0.0)
 _SYSTEM = (
     "You read a caption of an image that you cannot see, and a question about the image. Reply "
     "with the letter of one option and nothing else."
@@ -250,7 +250,8 @@ class Chooser:
     def __call__(self, shown: Sequence[Shown], captions: Sequence[str]) -> list[Any]:
         """Asks about every question; see Choose."""
         chats = [chat(s, c) for s, c in zip(shown, captions, strict=True)]
-        replies = asking.answers(self.speak, chats, DRAWN, self.kept, self.judge)
+        ask = asking.answers if self.as_released else asking.letters
+        replies = ask(self.speak, chats, DRAWN, self.kept, self.judge)
         found: list[Any] = []
         for s, reply in zip(shown, replies, strict=True):
             if isinstance(reply, Failure):
@@ -276,7 +277,7 @@ def measure(
       as_released: whether the released code's flaws are reproduced.
 
     Returns:
-      {"images", "without", "failed", "flaws", "summary", "groups", "each"}.
+      {"images", "without", "set_aside", "failed", "flaws", "summary", "groups", "each"}.
     """
     captioned = frozenset(i for i, texts in captions.items() if texts)
     ways = orders(data.every), orders(data.every, captioned)
@@ -303,10 +304,11 @@ def measure(
     return {
         "images": len(each),
         "without": {
-            "set_aside": dict(data.aside),
+            "set_aside": sum(data.aside.values()),
             "without_caption": len(data.own - captioned),
             "failed": len(failed),
         },
+        "set_aside": dict(data.aside),
         "failed": failed,
         "flaws": _touched(shown, ways, getattr(choose, "letters_differ", 0)),
         "summary": {n: means.by_image(v, images) for n, v in values.items()} if images else {},

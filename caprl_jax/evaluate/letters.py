@@ -91,8 +91,9 @@ class Asker:
         shown = [_shown(own, order) for own in questions]
         chats = [self._chat(text, p) for text, own in zip(texts, shown, strict=True) for p in own]
         # As released, letters are drawn at temperature 0.6.
-        drawn = Drawn(_TOKENS, 0.6 if self.as_released else 0.0, order, letters=True)
-        replies = iter(asking.answers(self.speak, chats, drawn, self.kept, self.judge))
+        drawn = Drawn(_TOKENS, 0.6 if self.as_released else 0.0, order)
+        ask = asking.answers if self.as_released else asking.letters
+        replies = iter(ask(self.speak, chats, drawn, self.kept, self.judge))
         return self._answers(shown, [[next(replies) for _ in own] for own in shown])
 
     def _chat(self, caption: str, presented: Presented) -> Chat:

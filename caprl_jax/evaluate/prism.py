@@ -235,7 +235,7 @@ def measure(
       settings: of the evaluation.
 
     Returns:
-      {"images", "without", "failed", "flaws", "summary", "groups", "each"}.
+      {"images", "without", "captions_each", "failed", "flaws", "summary", "groups", "each"}.
     """
     given = {q.id: captions.get(q.id) or captions.get(q.image) or () for q in questions}
     asked = [q for q in questions if given[q.id]]
@@ -255,8 +255,8 @@ def measure(
         "without": {
             "without_caption": len(questions) - len(asked),
             "failed": len(failed),
-            "captions": dict(Counter(str(len(given[q.id])) for q in asked)),
         },
+        "captions_each": dict(Counter(str(len(given[q.id])) for q in asked)),
         "failed": [{"id": i, "reason": reason} for i, reason in failed.items()],
         "flaws": _touched(kept, replies, settings),
         "summary": {n: means.by_image(v, images) for n, v in values.items()} if kept else {},

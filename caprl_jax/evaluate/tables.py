@@ -61,7 +61,10 @@ def _parquet(file: Path, columns: Sequence[str]) -> Iterator[Any]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        known = [c for c in columns if c in table.schema_arrow.names]
+        kinds = {field.name: field.type for field in table.schema_arrow}
+        known = [c for c in columns if c in kinds]
+        if "image" in known and not pyarrow.types.is_string(kinds["image"]):
+            known.remove("image")  # its bytes
         for batch in table.iter_batches(256, columns=known):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as e:

@@ -201,9 +201,9 @@ def test_every_answer_is_asked_for_once_whatever_the_server_does(rows, quick, ca
     assert found["summary"]["accuracy"]["mean"] == pytest.approx((0.5 + 0 + 2.75 / 4) / 3)
     assert found["summary"]["best"]["mean"] == pytest.approx(2 / 3)
     assert found["images"] == 2 and found["failed"] == []
-    without = found["without"]
-    assert without["without_caption"] == 1 and without["captions"] == {"4": 3}
-    assert without["set_aside"] == {"the id repeats": 1, "the row has no answer": 1}
+    assert found["without"] == {"without_caption": 1, "failed": 0, "set_aside": 2}
+    assert found["captions_each"] == {"4": 3}
+    assert found["set_aside"] == {"the id repeats": 1, "the row has no answer": 1}
     assert found["groups"]["source"]["InfoVQA"]["questions"] == 1
     assert found["groups"]["source"]["rows"]["mean"] == 0.25
     assert "mended: truth" in capsys.readouterr().out
