@@ -126,7 +126,7 @@ def _prism(given: Any, out: Path) -> dict[str, Any]:
 def _captionqa(given: Any, out: Path) -> dict[str, Any]:
     data = captionqa.read(given.data, given.split)
     path = Path(given.data)
-    images = path / "**" / f"{given.split or 'all'}[-.]*" if path.is_dir() else path
+    images = path / "**" / f"{data.split}[-.]*" if path.is_dir() and data.split else path
     sampling = Sampling(captionqa.MAX_TOKENS, temperature=captionqa.TEMPERATURE)
     captions = _captions(given, out, str(images), job.Settings(sampling, batch=given.batch))
     if not captions.keys() & data.own:

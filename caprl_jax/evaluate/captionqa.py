@@ -85,12 +85,14 @@ class Data:
       own: ids of the split's images.
       splits: the domain of each image where the files tell.
       aside: how often each reason set a row or question aside.
+      split: its name; empty if the files tell none.
     """
 
     every: tuple[Question, ...]
     own: frozenset[str]
     splits: Mapping[str, str]
     aside: Mapping[str, int]
+    split: str
 
 
 def parse(row: Row) -> tuple[str, list[Question], list[str]]:
@@ -157,7 +159,7 @@ def read(path: str, split: str = "") -> Data:
         raise ConfigError(f"--data={path} holds no question that captionqa can use: {dict(aside)}")
     splits = {k: _split(f) for f in files if _split(f) not in ("", "all") for k in of_files[f]}
     questions = tuple(q for own_questions in every.values() for q in own_questions)
-    return Data(questions, frozenset(own), splits, dict(aside))
+    return Data(questions, frozenset(own), splits, dict(aside), split)
 
 
 def _split(file: Path) -> str:

@@ -185,8 +185,16 @@ def quick(monkeypatch):
 
 
 def test_every_answer_is_asked_for_once_whatever_the_server_does(rows, quick, capsys):
-    with serving(answer, FAULTS) as server:
+    seeds = set()
+
+    def judge(request):
+        caption = request["messages"][-1]["content"].split("<caption>\n")[1].split("\n")[0]
+        seeds.add((int(caption[1]), request["seed"], request["temperature"], request["max_tokens"]))
+        return answer(request)
+
+    with serving(judge, FAULTS) as server:
         found = evaluate(rows, server.url)
+        assert seeds == {(j, j, 1, 2048) for j in range(4)}
         assert len(server.asked) == 12 and set(server.asked.values()) == {2}
         again = evaluate(rows, server.url)  # from the answers that are kept
         assert sum(server.asked.values()) == 24 and again == found

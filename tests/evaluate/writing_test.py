@@ -19,7 +19,7 @@ def judge():
 
 @pytest.fixture(scope="module")
 def written(judge):
-    return judge.write(TEXTS, batch=2, max_tokens=6)
+    return judge.write(TEXTS, batch=2, max_tokens=24)
 
 
 def test_greedy_text_is_transformers(judge, written):
@@ -30,16 +30,16 @@ def test_greedy_text_is_transformers(judge, written):
     for text, reply in zip(TEXTS, written, strict=True):
         ids = judge.tokenizer.encode(judge.tokenizer.chat(text))
         with torch.no_grad():
-            out = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+            out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
         new = out[0, len(ids) :].tolist()
         assert reply.text == judge.tokenizer.decode(new) and reply.text
         assert reply.truncated == (new[-1] not in judge.tokenizer.stop)
 
 
 def test_an_answer_depends_on_its_own_text_alone(judge, written):
-    drawn = [judge.write(t, batch=2, max_tokens=6, temperature=1.0) for t in (TEXTS, TEXTS[::-1])]
+    drawn = [judge.write(t, batch=2, max_tokens=24, temperature=1.0) for t in (TEXTS, TEXTS[::-1])]
     assert drawn[0] == drawn[1][::-1]
-    other = judge.write(TEXTS, batch=2, max_tokens=6, temperature=1.0, seed=1)
+    other = judge.write(TEXTS, batch=2, max_tokens=24, temperature=1.0, seed=1)
     assert drawn[0] != other and drawn[0] != written
 
 
