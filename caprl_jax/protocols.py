@@ -227,8 +227,13 @@ def _show(results: Mapping[str, Any], out: Path) -> None:
             other = results["against"]["summary"][name]
             line += f"   {other['mean']:+8.4f}  {other['low']:+7.4f} to {other['high']:+.4f}"
         print(line)
+    show_flaws(results)
+    print(f"results: {out / 'results.json'}")
+
+
+def show_flaws(results: Mapping[str, Any]) -> None:
+    """Prints the flaws that were mended or reproduced, and how many answers each touches."""
     how = "reproduced" if results["as_released"] else "mended"
     for name, flaw in results["flaws"].items():
-        count = flaw.get("rows", flaw.get("questions"))
-        print(f"{how}: {name} ({flaw['released']}), touching {count}")
-    print(f"results: {out / 'results.json'}")
+        touched = [f"{n} {kind}" for kind, n in flaw.items() if isinstance(n, int)]
+        print(f"{how}: {name} ({flaw['released']}), touching {touched[0]}")

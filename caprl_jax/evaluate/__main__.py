@@ -165,6 +165,8 @@ def evaluate(given: Any) -> None:
             raise ConfigError(f"--against={given.against}: {e}") from e
         results["against"] = {"file": given.against, "summary": differences}
     write(out, results)
+    if at_endpoint:
+        protocols.show_flaws(results)
 
 
 def main(_: list[str]) -> None:

@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from caprl_jax import endpoint, protocols
+from caprl_jax.data.digits import world as digits
 from caprl_jax.endpoint import Limits, Reply
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import captionqa, released
+from caprl_jax.evaluate import captionqa, released, tables
 from caprl_jax.evaluate.captionqa import ABSTAIN, Question, Shown
 
 from ..endpoint_server import FAULTS, serving
@@ -122,15 +123,15 @@ def data(tmp_path):
     return tmp_path
 
 
-def evaluate(data, url, **changes):
+def evaluate(folder, url, **changes):
     given = {
         "protocol": "captionqa",
         "judge": url,
         "judge_model": "",
-        "data": str(data / "data"),
-        "captions": str(data / "captions.jsonl"),
+        "data": str(folder / "data"),
+        "captions": str(folder / "captions.jsonl"),
         "model": "",
-        "out": str(data / "out"),
+        "out": str(folder / "out"),
         "against": "",
         "as_released": False,
         "scorer": "",
@@ -138,7 +139,7 @@ def evaluate(data, url, **changes):
         "batch": 4,
     }
     protocols.evaluate(types.SimpleNamespace(**(given | changes)))
-    return json.loads((data / "out" / "results.json").read_text())
+    return json.loads((folder / "out" / "results.json").read_text())
 
 
 SAYS = {"Is the cat": "blue", "Which part": "None of it", "How many": ABSTAIN}
@@ -270,3 +271,25 @@ def test_a_judge_on_the_mesh_gets_each_images_questions_together():
     *found, last = protocols.chosen_by_logits(Reads(), asked, list("aabbc"), 2)
     assert found[:3] == [1, 0, 2] and last == 1
     assert found[3].reason == "over 9 options"
+
+
+@pytest.mark.slow
+def test_a_policy_and_a_judge_on_the_mesh(tmp_path):
+    """Images of one split are captioned; orders are those of `all`."""
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    lines = []
+    for i, scene in enumerate(digits.scenes("train", 4, (3, 3), (2, 3))):
+        (tmp_path / f"data/pictures/{i}.png").write_bytes(scene.image)
+        asked = [
+            Question(scene.id, n, q.text, q.choices, q.answer)
+            for n, q in enumerate(scene.questions)
+        ]
+        lines.append(json.dumps(row(scene.id, *asked) | {"images": [f"pictures/{i}.png"]}) + "\n")
+    (tmp_path / "data/all.jsonl").write_text("".join(lines))
+    (tmp_path / "data/natural.jsonl").write_text("".join(lines[2:]))
+    how = {"captions": "", "model": "asset:tiny/policy", "batch": 2}
+    found = evaluate(tmp_path, "asset:tiny/judge", split="natural", **how)
+    assert len(tables.captions(tmp_path / "out" / "captions.jsonl")) == 2
+    assert found["images"] == 2 and found["without"]["failed"] == 0
+    assert 0 < found["summary"]["score"]["mean"] < 1
+    assert found["summary"]["unanswered"]["mean"] == 0
