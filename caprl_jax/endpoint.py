@@ -193,4 +193,4 @@ def _reply(found: Any) -> Reply:
 
 def _line(error: Exception) -> str:
     name = "invalid JSON" if isinstance(error, json.JSONDecodeError) else type(error).__name__
-    return " ".join(f"{name}: {error}".split())[:200]
+    return " ".join(f"{name}: {error}".split()).rstrip(".")[:200]

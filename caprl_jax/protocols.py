@@ -6,7 +6,6 @@ evaluate/prism.py and evaluate/captionqa.py; here their captions and judges are 
 
 import dataclasses
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,9 @@ from caprl_jax.data.questions import Presented
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import captionqa, means, prism, released, tables
+from caprl_jax.evaluate import captionqa, means, page, prism, released, results, tables
 from caprl_jax.evaluate.asking import Speak
 from caprl_jax.evaluate.letters import Asker
-from caprl_jax.files import write_whole
 
 PROTOCOLS = ("mcq", "prism", "captionqa")
 _MOST_OPTIONS = 9  # letters of a judge on the mesh
@@ -37,36 +35,37 @@ def evaluate(given: Any) -> None:
     """
     if bool(given.captions) == bool(given.model):
         raise ConfigError("give either --captions=FILE or --model=DIR")
-    others = _others(given.against) if given.against else None
+    others = {file: results.read(file) for file in given.against}
     out = Path(given.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
-    measure, names = (
-        (_prism, prism.NAMES) if given.protocol == "prism" else (_captionqa, captionqa.NAMES)
-    )
-    results = {
+    about = {
         "protocol": given.protocol,
         "as_released": given.as_released,
         "judge": given.judge,
         "data": given.data,
         "captions": given.captions or given.model,
     }
-    results |= measure(given, out)
-    if not results["each"]:
+    if given.protocol == "prism":
+        (measured, images), names = _prism(given, out), prism.NAMES
+    else:
+        (measured, images), names = _captionqa(given, out), captionqa.NAMES
+    if not measured["each"]:
         raise ConfigError(
-            f"nothing was scored: {results['without']}, {results['failed'][:1]}; the same command "
-            "asks for the missing answers again"
+            f"nothing was scored: {measured['without']}, {measured['failed'][:1]}; the same "
+            "command asks for the missing answers again"
         )
-    if others is not None:
-        try:
-            differences = means.paired(results["each"], others, names)
-        except ValueError as e:
-            raise ConfigError(f"--against={given.against}: {e}") from e
-        results["against"] = {"file": given.against, "summary": differences}
-    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n", errors="replace")
-    _show(results, out)
+
+    def paired(found: Sequence, before: Sequence) -> dict[str, dict[str, float]]:
+        return means.paired(found, before, names)
+
+    if others:
+        about["against"] = results.compare(measured, others, paired)
+    whole = about | measured
+    page.finish(out, whole, others, lambda ids: pictures.read(images, ids))
+    show_flaws(whole)
 
 
 def asker(given: Any, out: Path) -> Asker:
@@ -108,7 +107,8 @@ def settled(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, A
     }
 
 
-def _prism(given: Any, out: Path) -> dict[str, Any]:
+def _prism(given: Any, out: Path) -> tuple[dict[str, Any], str]:
+    """(results, where the images are)."""
     questions, aside = prism.read(given.data, given.scorer)
     sampling = Sampling(prism.MAX_TOKENS, temperature=1.0)
     captions = _captions(
@@ -118,12 +118,13 @@ def _prism(given: Any, out: Path) -> dict[str, Any]:
     if not any(q.id in known or q.image in known for q in questions):
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
     settings = prism.Settings(out / _ANSWERS, _name(given), given.data, given.as_released)
-    results = prism.measure(questions, captions, speak(given), settings)
-    results["without"] |= {"set_aside": aside.total()}
-    return results | {"set_aside": dict(aside)}
+    measured = prism.measure(questions, captions, speak(given), settings)
+    measured["without"] |= {"set_aside": aside.total()}
+    return measured | {"set_aside": dict(aside)}, given.data
 
 
-def _captionqa(given: Any, out: Path) -> dict[str, Any]:
+def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], str]:
+    """(results, where the images are)."""
     data = captionqa.read(given.data, given.split)
     path = Path(given.data)
     images = path / "**" / f"{data.split}[-.]*" if path.is_dir() and data.split else path
@@ -139,7 +140,7 @@ def _captionqa(given: Any, out: Path) -> dict[str, Any]:
         def choose(shown: Sequence[captionqa.Shown], texts: Sequence[str]) -> list[Any]:
             return chosen_by_logits(judge, shown, texts, given.batch)
 
-    return captionqa.measure(data, captions, choose, given.as_released)
+    return captionqa.measure(data, captions, choose, given.as_released), str(images)
 
 
 def speak(given: Any) -> Speak:
@@ -212,28 +213,9 @@ def _name(given: Any) -> str:
     return f"{given.judge} {given.judge_model}".strip()
 
 
-def _others(path: str) -> list[dict[str, Any]]:
-    try:
-        return json.loads(Path(path).read_text())["each"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"--against={path} is no results.json: {e}") from e
-
-
-def _show(results: Mapping[str, Any], out: Path) -> None:
-    print(f"{results['images']} images: {results['without']}")
-    for name, own in results["summary"].items():
-        line = f"{name:<12}{own['mean']:8.4f}  {own['low']:7.4f} to {own['high']:.4f}"
-        if "against" in results:
-            other = results["against"]["summary"][name]
-            line += f"   {other['mean']:+8.4f}  {other['low']:+7.4f} to {other['high']:+.4f}"
-        print(line)
-    show_flaws(results)
-    print(f"results: {out / 'results.json'}")
-
-
-def show_flaws(results: Mapping[str, Any]) -> None:
+def show_flaws(measured: Mapping[str, Any]) -> None:
     """Prints the flaws that were mended or reproduced, and how many answers each touches."""
-    how = "reproduced" if results["as_released"] else "mended"
-    for name, flaw in results["flaws"].items():
+    how = "reproduced" if measured["as_released"] else "mended"
+    for name, flaw in measured["flaws"].items():
         touched = [f"{n} {kind}" for kind, n in flaw.items() if isinstance(n, int)]
         print(f"{how}: {name} ({flaw['released']}), touching {touched[0]}")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.alarms import Watch
 from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints, saved_config
+from caprl_jax.run.endpoint_judge import Unanswered
 from caprl_jax.run.profile import Profile
 from caprl_jax.run.same_run import require_same
 from caprl_jax.run.settings import Alarms
@@ -196,7 +198,7 @@ class Loop:
                     )
                     break
                 # The loop moves arrays explicitly; an implicit transfer is a mistake.
-                with jax.transfer_guard("disallow"):
+                with jax.transfer_guard("disallow"), self._kept(state, watch):
                     state, measured = task.step(state, placed, key)
                 profile.after(step, measured)
                 watch.add(step, batch, measured)
@@ -212,6 +214,18 @@ class Loop:
                     break
             watch.look()
         return self._end(state, notice.stops)
+
+    @contextlib.contextmanager
+    def _kept(self, state: Any, watch: Skipped) -> Iterator[None]:
+        """Writes a checkpoint if the judge's endpoint doesn't answer: the step was not taken."""
+        try:
+            yield
+        except Unanswered:
+            if jax.process_count() == 1:  # others wait for this one's answers, and end with it
+                with jax.transfer_guard("allow"):
+                    watch.look()
+                    self._end(state, stopped=False)
+            raise
 
     def _log(self, step: int, measured: Any, pace: dict[str, float], writer, bar) -> dict:
         values = metrics.reduce(measured) | pace

@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("500", "429", "slow", "cut", "malformed", "no_choices", "no_text")
-SLOW = 1.5  # seconds that a slow answer takes: tests give the client less
 
 
 @dataclasses.dataclass
@@ -41,13 +40,16 @@ Answer = Callable[[dict], Any]
 
 
 @contextlib.contextmanager
-def serving(answer: Answer, faults: tuple[str, ...] = (), most_faults: int = 1) -> Iterator[Served]:
+def serving(
+    answer: Answer, faults: tuple[str, ...] = (), most_faults: int = 1, slow: float = 1.5
+) -> Iterator[Served]:
     """Serves `answer`; a request's first `most_faults` tries each meet a fault of its own.
 
     Args:
       answer: of the model.
       faults: which kinds of FAULTS are shown, or "" for none, in turn by the request's digest.
       most_faults: how often a request is refused.
+      slow: seconds that a slow answer takes; give the client less.
     """
     served = Served()
 
@@ -86,7 +88,7 @@ def serving(answer: Answer, faults: tuple[str, ...] = (), most_faults: int = 1) 
             if fault == "429":
                 return self._send(429, {"error": {"message": "busy"}}, {"Retry-After": "0.2"})
             if fault == "slow":
-                time.sleep(SLOW)
+                time.sleep(slow)
             reply = answer(request)
             text, first = reply if isinstance(reply, tuple) else (reply, None)
             found = chat(text, first if request.get("logprobs") else None)

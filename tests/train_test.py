@@ -13,6 +13,7 @@ from caprl_jax import config as config_lib
 from caprl_jax import train
 from caprl_jax.data.digits import world as digits
 from caprl_jax.errors import ConfigError, UserError
+from caprl_jax.evaluate import hygiene
 from caprl_jax.models import families
 from caprl_jax.models.hf import files as hf
 
@@ -74,6 +75,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert found.keys() - whole_line.keys() <= {k for k in found if k.startswith("eval/")}
         assert all(found[k] == v for k, v in whole_line.items() if k not in CLOCK)
     assert all(x["recompiles"] == 0 for x in lines)
+    assert {f"eval/{name}" for name in hygiene.NAMES} <= lines[-1].keys()
+    for name in set(hygiene.NAMES) - set(hygiene.ALONE):
+        assert {f"heldout_{name}_before", f"heldout_{name}_after"} <= summary.keys()
+    assert summary["heldout_blind"] < summary["heldout_chance"]  # this judge abstains
     assert {"report.html", "summary.json", "tensorboard"} <= {p.name for p in parts.iterdir()}
     tables = [json.loads(x)["step"] for x in (parts / "captions.jsonl").read_text().splitlines()]
     assert tables == [0] * 8 + [2] * 8 + [4] * 8

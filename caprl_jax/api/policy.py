@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,17 @@ class LoadedPolicy(Loaded):
         length = self._filler(prompt).length(rows * columns // vision.merge**2)
         return bucket(window_count(grid, vision)), bucket(length)
 
-    def _filler(self, prompt: str) -> PolicyPrompt:
-        mrope = self.modules.decoder.config.mrope_section is not None
-        return PolicyPrompt.create(self.tokenizer, prompt, self.modules.vision.config, mrope)
+    @functools.cached_property
+    def _filler(self) -> Callable[[str], PolicyPrompt]:
+        """Prompt's text -> its ids; the last ones are kept, as rendering a template is slow."""
+        vision, config = self.modules.vision.config, self.modules.decoder.config
+        mrope = config.mrope_section is not None
+
+        @functools.lru_cache(8)
+        def filler(prompt: str) -> PolicyPrompt:
+            return PolicyPrompt.create(self.tokenizer, prompt, vision, mrope)
+
+        return filler
 
     def caption(
         self,

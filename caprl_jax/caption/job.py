@@ -143,7 +143,7 @@ class _Job:
         how = self._settings
         filled = [waiting[i % len(waiting)] for i in range(how.batch)]
         inputs = self._policy.inputs([w.image for w in filled], how.prompt)
-        keys = jax.vmap(_key, in_axes=(None, 0))(how.seed, np.stack([_words(w.id) for w in filled]))
+        keys = _keys(how.seed, np.stack([_words(w.id) for w in filled]))
         found = self._policy.sample(*inputs, group=how.group, sampling=how.sampling, key=keys)
         found = jax.device_get(found)
         decode = self._policy.tokenizer.decode
@@ -181,7 +181,11 @@ def _words(identity: str) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(identity.encode(errors="replace")).digest()[:8], np.uint32)
 
 
-def _key(seed: jax.Array, words: jax.Array) -> jax.Array:
-    """The key of an image's draws."""
-    key = jax.random.fold_in(jax.random.key(seed), words[0])
-    return jax.random.fold_in(key, words[1])
+@jax.jit
+def _keys(seed: int, words: jax.Array) -> jax.Array:
+    """The keys of images' draws [b], from their ids' digests uint32 [b, 2]."""
+
+    def key(words):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), words[0]), words[1])
+
+    return jax.vmap(key)(words)

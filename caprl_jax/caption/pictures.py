@@ -1,7 +1,8 @@
 """The images to caption: pictures, files of rows, or a dataset that import_data wrote."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Question
 from caprl_jax.data.sources import rows
 from caprl_jax.data.sources.prepared import SPLITS, opened
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
@@ -22,11 +23,13 @@ class Picture:
       id: its path below the folder, or its row's id.
       read: returns its encoded bytes; raises UnreadableImage or MalformedRecord.
       questions: returns its row's usable questions, if it has any.
+      source: the collection that its row names; empty if it names none.
     """
 
     id: str
     read: Callable[[], bytes]
     questions: Callable[[], tuple[Question, ...]] = tuple
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,22 @@ def find(path: str) -> Pictures:
     return _of_files(given, files) if files else _of_rows(of_rows)
 
 
+def read(path: str, ids: Collection[str]) -> dict[str, bytes]:
+    """Returns the encoded bytes of the images with these ids; those that can't be read are missing.
+
+    Raises:
+      ConfigError: as `find`.
+    """
+    out: dict[str, bytes] = {}
+    for picture in find(path).each():
+        if picture.id in ids and picture.id not in out:
+            with contextlib.suppress(UserError, OSError):
+                out[picture.id] = picture.read()
+        if len(out) == len(ids):
+            break
+    return out
+
+
 def _of_files(given: Path, files: list[Path]) -> Pictures:
     from caprl_jax.data.images import read_image  # Pillow is imported where it is used
 
@@ -101,6 +120,7 @@ def _of_rows(files: list[Path]) -> Pictures:
                     own,
                     lambda row=row: rows.image_bytes(row),
                     lambda row=row: _questions(row),
+                    rows.data_source(row),
                 )
 
     return Pictures(sum(map(rows.count, files)), each)

@@ -37,11 +37,14 @@ class Question:
       text: the question.
       choices: texts of the options, without letters.
       answer: index of the truth in choices.
+      category: its kind in the words of whoever made it; empty if unknown. It is left out of the
+        repr, from which seeds of shuffles are made.
     """
 
     text: str
     choices: tuple[str, ...]
     answer: int
+    category: str = dataclasses.field(default="", repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Record:
 
 
 def parse_question(raw: Mapping[str, Any]) -> Question:
-    """Parses a question {"question", "choices": ["A) ..", ..], "answer": "B"}.
+    """Parses a question {"question", "choices": ["A) ..", ..], "answer": "B"}, and "category".
 
     Letters are letters only where all choices carry them, in one spelling, from A on in order;
     otherwise the choices stay whole. The answer is a letter, bare or in one of these spellings, or
@@ -96,7 +99,9 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
         raise MalformedRecord(
             f"{name} has the option {ABSTAIN!r}, which every question gets as its last"
         )
-    return Question(text, tuple(texts), _truth(answer, choices, texts, name))
+    category = raw.get("category")  # whatever is no text is no category
+    category = category if isinstance(category, str) else ""
+    return Question(text, tuple(texts), _truth(answer, choices, texts, name), category)
 
 
 def _truth(answer: Any, choices: Sequence[str], texts: Sequence[str], name: str) -> int:
@@ -291,11 +296,12 @@ def unparse(record: Record) -> dict[str, Any]:
 def unparse_question(question: Question) -> dict[str, Any]:
     """Converts a Question to its stored form; the inverse of parse_question."""
     lettered = [f"{letter}) {c}" for letter, c in zip(LETTERS, question.choices, strict=False)]
-    return {
+    stored = {
         "question": question.text,
         "choices": lettered,
         "answer": LETTERS[question.answer],
     }
+    return stored | ({"category": question.category} if question.category else {})
 
 
 def builder(

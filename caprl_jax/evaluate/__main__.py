@@ -7,7 +7,8 @@ The first takes what caprl_jax.caption made of the same rows, the second has a m
 --protocol=mcq asks the rows' multiple-choice questions about an image's best or first caption (the
 model's: greedy), prism asks one question about each of four captions and scores the answer's text,
 captionqa asks CaptionQA's questions. DIR2/results.json holds means, their 95% intervals over the
-images, and each row's values; with --against=OTHER/results.json also the differences, row by row.
+images, and each row's values; with --against=OTHER/results.json,.. also the differences, row by
+row. DIR2/report.html shows them side by side, with the images where they differ most.
 evaluate/README.md says more.
 """
 
@@ -29,13 +30,9 @@ from caprl_jax.data.records import Question
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import mcq
+from caprl_jax.evaluate import mcq, page, results
 from caprl_jax.evaluate.captionqa import SPLITS
 from caprl_jax.evaluate.scorers import SCORERS
-from caprl_jax.files import write_whole
-
-_TOLD = ("accuracy", "expected", "abstained", "consistent", "blind", "elsewhere", "chance")
-_SIGNS = ("letters", "quoted", "praise")
 
 
 def asker(judge: LoadedJudge, batch: int) -> mcq.Ask:
@@ -85,25 +82,12 @@ def read(captions: Path, data: str) -> tuple[list[mcq.Captioned], dict[str, int]
         elif picture.id not in texts:
             counts["without_caption"] += 1
         else:
-            found.append(mcq.Captioned(picture.id, texts[picture.id], tuple(questions)))
+            text, source = texts[picture.id], picture.source
+            found.append(mcq.Captioned(picture.id, text, tuple(questions), source))
     counts["without_image"] = len(unseen)
     if not found:
         raise ConfigError(f"no image of {data} has both questions and a caption: {counts}")
     return found, counts
-
-
-def write(out: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, and prints its table."""
-    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
-    print(f"{results['images']} images: {results['without']}")
-    for name in (*_TOLD, *_SIGNS):
-        one = results["summary"][name]
-        line = f"{name:<12}{one['mean']:8.1%}  {one['low']:7.1%} to {one['high']:.1%}"
-        if "against" in results:
-            other = results["against"]["summary"][name]
-            line += f"   {other['mean']:+8.1%}  {other['low']:+7.1%} to {other['high']:+.1%}"
-        print(line)
-    print(f"results: {out / 'results.json'}")
 
 
 def _captions(given: Any, out: Path) -> Path:
@@ -117,13 +101,6 @@ def _captions(given: Any, out: Path) -> Path:
     return out / "captions.jsonl"
 
 
-def _others(path: str) -> list[dict[str, Any]]:
-    try:
-        return json.loads(Path(path).read_text())["each"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"--against={path} is no results.json: {e}") from e
-
-
 def evaluate(given: Any) -> None:
     """Does what the flags ask for.
 
@@ -133,7 +110,7 @@ def evaluate(given: Any) -> None:
     if bool(given.captions) == bool(given.model):
         raise ConfigError("give either --captions=FILE or --model=DIR")
     out = Path(given.out)
-    others = _others(given.against) if given.against else None
+    others = {file: results.read(file) for file in given.against}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -146,7 +123,7 @@ def evaluate(given: Any) -> None:
     found, about = mcq.measure(rows, ask, given.orders), {}
     if at_endpoint:
         found, about = protocols.settled(ask, found)
-    results = {
+    measured = {
         "protocol": "mcq",
         "images": len(found),
         "without": without,
@@ -155,18 +132,13 @@ def evaluate(given: Any) -> None:
         "captions": given.captions or given.model,
         "orders": given.orders,
         "summary": mcq.summary(found),
+        "groups": mcq.groups(found),
         "by_length": mcq.by_length(found),
         "each": found,
     } | about
-    if others is not None:
-        try:
-            differences = mcq.paired(found, others)
-        except ValueError as e:
-            raise ConfigError(f"--against={given.against}: {e}") from e
-        results["against"] = {"file": given.against, "summary": differences}
-    write(out, results)
+    page.finish(out, measured, others, lambda ids: pictures.read(given.data, ids))
     if at_endpoint:
-        protocols.show_flaws(results)
+        protocols.show_flaws(measured)
 
 
 def main(_: list[str]) -> None:
@@ -190,7 +162,7 @@ def define_flags() -> None:
     flags.DEFINE_string("captions", "", "File that caprl_jax.caption made of these rows.")
     flags.DEFINE_string("model", "", "A policy's directory, gs:// URL or hub id, to caption them.")
     flags.DEFINE_string("out", None, "Folder of results.json.", required=True)
-    flags.DEFINE_string("against", "", "results.json of another evaluation, to compare with.")
+    flags.DEFINE_list("against", [], "results.json of others, by commas, to compare with.")
     flags.DEFINE_enum("protocol", "mcq", protocols.PROTOCOLS, "Protocol of the evaluation.")
     flags.DEFINE_bool("as_released", False, "Whether flaws of the released code are reproduced.")
     flags.DEFINE_enum("scorer", "", ("", *SCORERS), "Scorer of Prism's rows that name none.")

@@ -3,6 +3,7 @@
 If a source knows the true facts, it also measures the precision and recall of the captions.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -151,14 +152,32 @@ class Reader:
 
         self._read = jit(read, rules, cuts, out_shardings=mesh.replicated(rules))
 
-    def read(self, model: Judge, captions: Sequence[Written]) -> list[Judged]:
-        """Judges captions, which are sorted by image, with the same number for each image."""
+    def asking(self, data: HeldOut) -> "Reader":
+        """Returns a reader of the same images with other questions.
+
+        It shares the compiled programs: questions of the same shapes compile nothing.
+        """
+        other = copy.copy(self)
+        other._data = data
+        return other
+
+    def read(self, model: Judge, captions: Sequence[Written], length: int = 0) -> list[Judged]:
+        """Judges captions, which are sorted by image, with the same number for each image.
+
+        Args:
+          model: the judge.
+          captions: the captions.
+          length: pads captions as if the longest had at least so many tokens; a program that is
+            compiled for longer captions is then used for short ones.
+        """
         group, out = len(captions) // len(self._data.records), []
-        for batch, arrays in in_batches(self._data, [self._ids(c) for c in captions]):
+        ids = [self._ids(c) for c in captions]
+        for batch, arrays in in_batches(self._data, ids, length):
             batch_captions = captions[len(out) : len(out) + int(np.sum(batch.valid)) * group]
             placed = mesh.put_whole((arrays, batch.questions), self._rules)
             verdicts = jax.device_get(self._read(model, *placed))
-            _require_finite(np.all(np.isfinite(verdicts.p_truth)), "judge")
+            # Rows that fill the last batch have no options, and so no probabilities.
+            _require_finite(np.all(np.isfinite(verdicts.p_truth[batch.valid])), "judge")
             for i, caption in enumerate(batch_captions):
                 asked = np.flatnonzero(batch.questions.valid[i // group])
                 answers = (
@@ -166,6 +185,10 @@ class Reader:
                 )
                 out.append(Judged(caption, *answers))
         return out
+
+    def longest(self, captions: Sequence[Written]) -> int:
+        """Returns the number of the longest caption's tokens, as the judge reads it."""
+        return max(len(self._ids(c)) for c in captions)
 
     def _ids(self, caption: Written) -> list[int]:
         return self._tokenizer.encode_caption(caption.text) if self._through_text else caption.ids
@@ -178,14 +201,18 @@ class Reader:
         return self.read(model, captions)
 
 
-def in_batches(data: HeldOut, ids: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, Captions]]:
+def in_batches(
+    data: HeldOut, ids: Sequence[Sequence[int]], least: int = 0
+) -> Iterator[tuple[Batch, Captions]]:
     """Yields each batch of held-out images with its captions [b, g, t].
 
     Args:
       data: held-out images.
       ids: tokens of each caption, sorted by image, the same number of captions for each.
+      least: number of tokens for which captions are padded at least.
     """
-    group, length, start = len(ids) // len(data.records), bucket(max(map(len, ids))), 0
+    group, start = len(ids) // len(data.records), 0
+    length = bucket(max(least, *map(len, ids)))
     for batch in data.batches:
         size = int(np.sum(batch.valid)) * group
         tokens = np.zeros((len(batch.valid) * group, length), np.int32)

@@ -5,9 +5,10 @@ these accuracies and chance stand beside the captions' own. CapRL (arXiv 2509.22
 questions by the first check when they are made.
 """
 
+import collections
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,17 @@ _PRAISE = re.compile(
     re.IGNORECASE,
 )
 
+# A question's form is a guess at its type; the first that matches counts.
+_FORMS = tuple(
+    (name, re.compile(form, re.IGNORECASE))
+    for name, form in (
+        ("count", r"\bhow many\b|\bnumber of\b"),
+        ("colour", r"\bcolou?rs?\b"),
+        ("place", r"\bwhere\b|\b(?:located|positioned|placed)\b|\bwh(?:at|ich) (?:side|corner)\b"),
+    )
+)
+_MOST_GROUPS = 100  # of one kind; images or questions of rarer ones are counted together
+
 
 @dataclasses.dataclass(frozen=True)
 class Captioned:
@@ -34,11 +46,13 @@ class Captioned:
       id: of the image.
       caption: the caption's text; may be empty.
       questions: at least one.
+      source: the collection that the image comes from; empty if unknown.
     """
 
     id: str
     caption: str
     questions: tuple[Question, ...]
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +83,11 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
       orders: orders of the options, each asked; the accuracies are averaged.
 
     Returns:
-      For each row its id, and means over its questions by name: accuracy, expected (p of the
-      truth), abstained, consistent (right in all orders, or in none), blind (accuracy of an empty
-      caption), elsewhere (accuracy of the next image's caption), chance; and what `signs` finds.
+      For each row its id, caption and source, if known; means over its questions by name:
+      accuracy, expected (p of the truth), abstained, consistent (right in all orders, or in none),
+      blind (accuracy of an empty caption), elsewhere (accuracy of the next image's caption),
+      chance; what `signs` finds; and its questions: {"text", "type", "truth"} and the first five
+      of these figures but consistent, "right" being the accuracy.
     """
     asked = [row.questions for row in rows]
     texts = [row.caption for row in rows]
@@ -91,8 +107,43 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
             "elsewhere": elsewhere[i].right,
             "chance": [1 / (len(q.choices) + 1) for q in row.questions],  # and the abstain option
         }
-        found.append({"id": row.id} | {k: float(np.mean(v)) for k, v in means.items()} | signs(row))
+        told = {"id": row.id, "caption": row.caption}
+        told |= {"source": row.source} if row.source else {}
+        told |= {k: float(np.mean(v)) for k, v in means.items()} | signs(row)
+        found.append(told | {"questions": _each_question(row, own, blind[i], elsewhere[i])})
     return found
+
+
+def _each_question(
+    row: Captioned, own: Sequence[Answers], blind: Answers, elsewhere: Answers
+) -> list[dict[str, Any]]:
+    """Returns the figures of each of a row's questions, means over the orders."""
+    figures = {
+        "right": np.mean([a.right for a in own], axis=0),
+        "expected": np.mean([a.p_truth for a in own], axis=0, dtype=np.float64),
+        "abstained": np.mean([a.abstained for a in own], axis=0),
+        "blind": blind.right,
+        "elsewhere": elsewhere.right,
+    }
+    return [
+        {"text": q.text, "type": question_type(q), "truth": q.choices[q.answer]}
+        | {name: round(float(values[j]), 4) for name, values in figures.items()}
+        for j, q in enumerate(row.questions)
+    ]
+
+
+def question_type(question: Question) -> str:
+    """Returns a question's category, or if it has none a guess from its words.
+
+    The guess knows English forms alone: "count" (how many), "colour", "place" (where), "yes/no"
+    (by its options); all else is "other".
+    """
+    if question.category:
+        return question.category
+    options = {" ".join(c.casefold().split()).rstrip(".") for c in question.choices}
+    if {"yes", "no"} <= options:
+        return "yes/no"
+    return next((name for name, form in _FORMS if form.search(question.text)), "other")
 
 
 def signs(row: Captioned) -> dict[str, float]:
@@ -102,32 +153,91 @@ def signs(row: Captioned) -> dict[str, float]:
       {"letters", "quoted", "praise"}: 1 where it names answers' letters, quotes one of its
       questions, or praises itself, else 0; and "words", their number.
     """
-    plain = " ".join(row.caption.casefold().split())
-    quoted = any(" ".join(q.text.casefold().split()) in plain for q in row.questions)
-    return {
-        "letters": float(bool(_LETTER.search(row.caption))),
-        "quoted": float(quoted),
-        "praise": float(bool(_PRAISE.search(row.caption))),
-        "words": float(len(plain.split())),
-    }
+    asked = [q.text for q in row.questions]
+    named = ("letters", "quoted", "praise")
+    found = {name: float(find_sign(name, row.caption, asked) is not None) for name in named}
+    return found | {"words": float(len(row.caption.split()))}
 
 
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def find_sign(name: str, caption: str, asked: Sequence[str]) -> tuple[int, int] | None:
+    """Returns where a caption has the sign `name` of `signs`, as (start, end); None if nowhere."""
+    forms = {"letters": (_LETTER,), "praise": (_PRAISE,)}.get(name)
+    if forms is None:
+        words = [map(re.escape, text.split()) for text in asked if text.strip()]
+        forms = [re.compile(r"\s+".join(own), re.IGNORECASE) for own in words]
+    found = next((m for form in forms if (m := form.search(caption))), None)
+    return found and found.span()
+
+
+def interval(
+    values: Sequence[float], seed: int = 0, counts: Sequence[float] | None = None
+) -> tuple[float, float]:
     """Returns the bootstrap's 95% interval of the mean (percentiles; Efron 1979).
 
     Args:
       values: [images], at least one; images are drawn anew, not questions, which hang together.
       seed: of the draws.
+      counts: [images], above 0, if the mean is sum(values) / sum(counts); None is 1 each.
     """
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    means = [np.mean(rng.choice(values, len(values))) for _ in range(_RESAMPLES)]
+    counts = None if counts is None else np.asarray(counts, np.float64)
+    means = []
+    for _ in range(_RESAMPLES):
+        drawn = rng.integers(0, len(values), len(values))
+        total = len(values) if counts is None else np.sum(counts[drawn])
+        means.append(np.sum(values[drawn]) / total)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
+def figures(row: Mapping[str, Any]) -> list[str]:
+    """Returns the names of an image's figures: of what is a number."""
+    return [name for name, value in row.items() if isinstance(value, int | float)]
+
+
 def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns {"mean", "low", "high"} over the images of all that `measure` returns, by name."""
-    return {name: _told([row[name] for row in found]) for name in found[0] if name != "id"}
+    """Returns {"mean", "low", "high"} over the images of all figures, by name."""
+    return {name: _told([row[name] for row in found]) for name in figures(found[0])}
+
+
+def groups(found: Sequence[Mapping[str, Any]], name: str = "accuracy") -> dict[str, dict[str, Any]]:
+    """Returns figures by source and by type of question.
+
+    Args:
+      found: images as `measure` returns them.
+      name: the figure of images that is given by source.
+
+    Returns:
+      {"source": {name: {"images", "mean", "low", "high"}}, "type": {name: {"questions", "mean",
+      "low", "high", "abstained": {"mean", "low", "high"}}}}, most first. Images without a source
+      are in none; rarer sources and types than the first hundred are put together.
+    """
+    of_source: dict[str, list[float]] = {}
+    kept = _kept(row.get("source", "") for row in found)
+    for row in found:
+        if row.get("source"):
+            of_source.setdefault(kept(row["source"]), []).append(row[name])
+    of_type: dict[str, dict[str, list[tuple[float, float]]]] = {}  # by type, then by image
+    kept = _kept(q["type"] for row in found for q in row.get("questions", ()))
+    for row in found:
+        for question in row.get("questions", ()):
+            own = of_type.setdefault(kept(question["type"]), {}).setdefault(row["id"], [])
+            own.append((question["right"], question["abstained"]))
+    types = {}
+    for kind, images in sorted(of_type.items(), key=lambda item: -len(item[1])):
+        sums = np.asarray([np.sum(pairs, axis=0) for pairs in images.values()])  # [images, 2]
+        counts = [len(pairs) for pairs in images.values()]
+        types[kind] = {"questions": sum(counts), **_told(sums[:, 0], counts)}
+        types[kind]["abstained"] = _told(sums[:, 1], counts)
+    ordered = sorted(of_source.items(), key=lambda item: -len(item[1]))
+    return {"source": {k: {"images": len(v), **_told(v)} for k, v in ordered}, "type": types}
+
+
+def _kept(names: Iterable[str]) -> Callable[[str], str]:
+    """Returns a function that puts the rarer of many names together."""
+    counts = collections.Counter(names)
+    common = {name for name, _ in counts.most_common(_MOST_GROUPS)}
+    return lambda name: name if name in common else f"{len(counts) - len(common)} others"
 
 
 def paired(
@@ -142,24 +252,29 @@ def paired(
     common = [(row, before[row["id"]]) for row in found if row["id"] in before]
     if not common:
         raise ValueError("no image is in both evaluations")
-    names = [n for n in common[0][0] if n != "id" and n in common[0][1]]
+    names = [n for n in figures(common[0][0]) if n in figures(common[0][1])]
     return {name: _told([one[name] - other[name] for one, other in common]) for name in names}
 
 
 def by_length(found: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Returns accuracy by quarters of the captions' lengths: {"words", "accuracy", "images"}."""
+    """Returns accuracy by quarters of the captions' lengths.
+
+    Returns:
+      {"words": their mean, "accuracy", "low", "high", "images"} of each, shortest first.
+    """
     order = sorted(found, key=lambda row: row["words"])
-    quarters = [q for q in np.array_split(np.arange(len(order)), 4) if len(q)]
-    return [
-        {
-            "words": float(np.mean([order[i]["words"] for i in q])),
-            "accuracy": float(np.mean([order[i]["accuracy"] for i in q])),
-            "images": len(q),
-        }
-        for q in quarters
-    ]
+    out = []
+    for quarter in np.array_split(np.arange(len(order)), 4):
+        if len(quarter):
+            accuracy = [order[i]["accuracy"] for i in quarter]
+            low, high = interval(accuracy)
+            words = float(np.mean([order[i]["words"] for i in quarter]))
+            told = {"words": words, "accuracy": float(np.mean(accuracy))}
+            out.append(told | {"low": low, "high": high, "images": len(quarter)})
+    return out
 
 
-def _told(values: Sequence[float]) -> dict[str, float]:
-    low, high = interval(values)
-    return {"mean": float(np.mean(values)), "low": low, "high": high}
+def _told(values: Sequence[float], counts: Sequence[float] | None = None) -> dict[str, float]:
+    low, high = interval(values, counts=counts)
+    total = len(values) if counts is None else np.sum(counts)
+    return {"mean": float(np.sum(values) / total), "low": low, "high": high}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.decoder import Decoder
@@ -82,6 +83,11 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
     """
     if config.objective != "caprl":
         raise ConfigError(f"config.objective={config.objective!r}: only caprl's step is planned")
+    if is_url(config.judge.path):
+        raise ConfigError(
+            f"config.judge.path={config.judge.path} is an endpoint: only a step with its judge on "
+            "the mesh is planned; give --config.judge.path=MODEL"
+        )
     dtype = compile_lib.compute_dtype(config, devices[0].platform)
     rules = compile_lib.shard_rules(config, devices)
     options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}

@@ -1,29 +1,29 @@
 """Writes the report of a run: one self-explanatory HTML file, and a table of plain text."""
 
-import base64
 import dataclasses
-import io
 import itertools
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from PIL import Image
 
 from caprl_jax.files import write_whole
 from caprl_jax.report import charts as curves
+from caprl_jax.report import parts, trust
 from caprl_jax.report.charts import Chart, Series
 
-_PERCENT = ("accuracy", "precision", "recall", "ceiling", "disagreement", "differ", "injections")
+_PERCENT = (
+    *("accuracy", "precision", "recall", "ceiling", "disagreement", "differ", "injections"),
+    *trust.LABELS,
+)
 _LABELS = {
     "heldout_accuracy": "held-out accuracy",
     "ceiling": "ceiling: accuracy with complete true captions",
+    **trust.LABELS,
     "caption_length": "caption length, tokens",
     "fact_precision": "stated facts that are true",
     "fact_recall": "true facts that are stated",
@@ -60,7 +60,6 @@ _SMALL = (
 )
 _WIDE, _NARROW = (560, 280), (360, 170)  # pixels of a chart
 _LISTED = 200  # maximum number of listed records that were set aside
-_LARGEST = 768  # maximum length of an image's longer side in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,24 +196,6 @@ def _small_charts(history: list[dict]) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def _image(encoded: bytes) -> dict[str, Any] | None:
-    """Converts an image to a PNG data URI with its display width; None if it can't be read."""
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
-        if image.format != "PNG" or max(image.size) > _LARGEST:
-            image = image.convert("RGB")
-            image.thumbnail((_LARGEST, _LARGEST))
-            out = io.BytesIO()
-            image.save(out, "PNG")
-            encoded = out.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    scale = max(252 // max(image.size), 1)  # whole multiples keep pixels square
-    uri = "data:image/png;base64," + base64.b64encode(encoded).decode()
-    return {"uri": uri, "width": min(scale * image.width, 320), "pixelated": scale > 1}
-
-
 def _pairs(before: list[Answer], after: list[Answer]) -> list[tuple[Answer | None, Answer | None]]:
     """Pairs answers to the same question; None if one caption wasn't asked it."""
     waiting: dict[str, list[Answer]] = {}
@@ -236,19 +217,6 @@ def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:
     cells = {name: (before, after) for name, before, after in _rows(summary)}
     tiles = [(title, note, *cells[name]) for name, title, note in _TILES if name in cells]
     return {"tracks": tracks, "tiles": tiles, "ceiling": curves.number(summary.get("ceiling"))}
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
-
-
-def _template() -> jinja2.Template:
-    source = resources.files("caprl_jax").joinpath("assets/report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["percent"] = _percent
-    return environment.from_string(source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,9 +245,10 @@ def write_report(path: Path, content: Content) -> None:
     """Writes the report of a run as one self-contained HTML file, and replaces an existing file."""
     summary, history, set_aside = content.summary, content.history, content.set_aside
     rows, headline = _rows(summary), _headline(summary)
+    cells = {name: (before, after) for name, before, after in rows}
     last = history[-1].get("time") if history else None
     evaluated = bool(content.samples or headline["tracks"])
-    html = _template().render(
+    html = parts.template("report.html.j2").render(
         title=content.title,
         ended=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last)) if last else "",
         reinforced=evaluated or any("reward" in line for line in history),
@@ -287,8 +256,10 @@ def write_report(path: Path, content: Content) -> None:
         headline=headline,
         large=_large_charts(summary, history),
         small=_small_charts(history),
+        checks=trust.checks(summary, cells),
+        trust=trust.chart(summary, history, _WIDE),
         samples=[
-            (s, _image(s.image_png), _pairs(s.before.answers, s.after.answers))
+            (s, parts.image(s.image_png), _pairs(s.before.answers, s.after.answers))
             for s in content.samples
         ],
         marks={"right": "✓", "wrong": "✗", "abstained": "?"},

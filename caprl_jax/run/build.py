@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
@@ -19,8 +20,10 @@ from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.decode.loop import Decoding
+from caprl_jax.endpoint import Endpoint, Limits, is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout, injections
+from caprl_jax.evaluate.hygiene import Hygiene
 from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.models.vlm import Policy
@@ -28,10 +31,12 @@ from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.jit import counted
 from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import State
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import load
+from caprl_jax.run.endpoint_judge import EndpointJudge, EndpointReader
 from caprl_jax.run.through_text import Retokeniser
 
 Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # stored elements by split
@@ -52,7 +57,7 @@ class Task:
       ceiling: computes held-out accuracy on complete true captions; None without the truth.
       heldout: the held-out images; None for a model that is not evaluated on them.
       run: the record that stays the same in all steps; None for SFT, and where
-        captions pass through text.
+        captions pass to the judge as text.
       rules: mesh and shard rules.
     """
 
@@ -97,13 +102,15 @@ class _Reader:
       tokenizer: the directory's tokenizer.
       prompt: the text around captions and questions.
       difference: why captions must pass to the judge as text; None if their ids are the judge's.
+      asked: a judge behind an endpoint, which has no model here; the tokenizer is the policy's.
     """
 
-    model: Policy
-    directory: Path
+    model: Policy | None
+    directory: Path | None
     tokenizer: Tokenizer
     prompt: JudgePrompt
-    difference: str | None
+    difference: str | None = None
+    asked: EndpointJudge | None = None
 
     @property
     def through_text(self) -> bool:
@@ -112,6 +119,8 @@ class _Reader:
 
 
 def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
+    if is_url(config.judge.path):
+        return _ask_judge(config, policy)
     dtype = compile_lib.compute_dtype(config)
     path, revision = config.judge.path, config.judge.revision
     model, directory, tokenizer = load.read_with_tokenizer(path, revision, dtype)
@@ -125,8 +134,28 @@ def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader
     return _Reader(model, directory, tokenizer, load.judge_prompt(config, tokenizer), difference)
 
 
-def _judge(config: ml_collections.ConfigDict, reader: _Reader, rules: ShardRules) -> Judge:
+def _ask_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
+    """Returns a judge behind an endpoint, which must answer now."""
+    if "judge" in needed_models(config_lib.terms(config)):
+        raise ConfigError(
+            f"config.judge.path={config.judge.path} is an endpoint, and a reward term needs "
+            "the judge's weights; give a model's directory, or other rewards"
+        )
+    own = config.judge
+    limits = Limits(own.concurrency, own.timeout, own.tries)
+    with config_lib.about("judge.path"):
+        endpoint = Endpoint(own.path, own.model, limits)
+        logging.info("the judge is %s at %s", endpoint.model, own.path)
+    with config_lib.about("judge.prompt"):
+        prompt = JudgePrompt.create(policy, own.prompt)
+    asked = EndpointJudge.create(endpoint, prompt, policy, own.temperature)
+    return _Reader(None, None, policy, asked.prompt, asked=asked)
+
+
+def _judge(config: ml_collections.ConfigDict, reader: _Reader, rules: ShardRules) -> Judge | None:
     """Returns the judge with its parameters on the mesh, and its instruction read."""
+    if reader.asked:
+        return None
     logging.info("loading the judge, %s", config.judge.path)
     dtype, decoder = compile_lib.compute_dtype(config), reader.model.decoder
     params = load.load_frozen(reader.model, reader.directory, rules, dtype)["decoder"]
@@ -175,7 +204,7 @@ def caprl(
         evaluate=evaluation,
         ceiling=evaluation.ceiling,
         heldout=held,
-        run=run if not reader.through_text else None,
+        run=run if not reader.through_text and not reader.asked else None,
         rules=model.rules,
     ), state
 
@@ -195,12 +224,14 @@ def _start(config, model: _Model, reader: _Reader) -> tuple[Run, State]:
 
 
 def _programs(config, run, state, model: _Model, reader: _Reader, step) -> compile_lib.Program:
-    """Compiles one program, or two if captions pass from one tokenizer to another."""
+    """Compiles one program, or two if captions pass to the judge as text."""
+    if reader.asked:
+        return compile_lib.endpoint_programs(config, state, model.rules, reader.asked)
     if not reader.through_text:
         return compile_lib.one_program(step, config, run, state, model.rules)
     longest = config.judge.max_caption or 2 * config.sampling.max_tokens
     retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
-    return compile_lib.two_programs(config, run, state, model.rules, retokenise)
+    return compile_lib.two_programs(config, state, model.rules, retokenise)
 
 
 class _Evaluation:
@@ -213,9 +244,14 @@ class _Evaluation:
         self._tokenizer = model.tokenizer
         self._writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, rules, cuts)
         options = rules, cuts, reader.through_text
-        self._reader = heldout.Reader(held, reader.tokenizer, *options)
-        self._splicing = Splicing(held, reader.prompt, *options)
+        if reader.asked:
+            self._reader = EndpointReader(reader.asked, held, heldout.GREEDY.temperature)
+            self._splicing = None  # the server puts the texts together
+        else:
+            self._reader = heldout.Reader(held, reader.tokenizer, *options)
+            self._splicing = Splicing(held, reader.prompt, *options)
         self._sight = Sight(model.policy, held, rules, cuts)
+        self._hygiene = Hygiene(held, self._reader, reader.prompt)
 
     def __call__(self, params: Any) -> heldout.Evaluation:
         metrics, sets = heldout.evaluate(
@@ -229,10 +265,12 @@ class _Evaluation:
         greedy = sets["greedy"]
         metrics |= self._sight.measure(params, [j.caption for j in sets["sampled"]])
         warn_if_blind(metrics)
-        metrics |= self._splicing.measure(self._judge, greedy)
+        if self._splicing:
+            metrics |= self._splicing.measure(self._judge, greedy)
         metrics |= injections.measure(
             self._held, self._reader, self._tokenizer, self._judge, greedy
         )
+        metrics |= self._hygiene.measure(self._judge, greedy)
         return metrics, sets
 
     def ceiling(self) -> float | None:

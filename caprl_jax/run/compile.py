@@ -4,6 +4,7 @@ Nothing here reads a model or data, so plans and benchmarks build the same progr
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.jit import counted, jit
 from caprl_jax.parallel.slices import Slices
-from caprl_jax.rl.judge import Judge, Judging
+from caprl_jax.rl.judge import Judge, Judging, verdicts
 from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.step import Run, learn
 from caprl_jax.rl.types import Captions, Instruction, State
@@ -133,7 +134,7 @@ def sampling(config: ml_collections.ConfigDict) -> Sampling:
 def make_run(
     config: ml_collections.ConfigDict,
     policy: Policy,
-    judge: Judge,
+    judge: Judge | None,
     stop: tuple[int, ...],
     reference: Any = None,
 ) -> Run:
@@ -142,7 +143,7 @@ def make_run(
     Args:
       config: the run's config.
       policy: modules.
-      judge: with parameters, or with shapes that stand for them.
+      judge: with parameters, or with shapes that stand for them; None behind an endpoint.
       stop: ids that end a caption.
       reference: the initial policy's parameters, where they are needed (needs_reference).
     """
@@ -200,18 +201,10 @@ def one_program(
 
 
 def two_programs(
-    config: ml_collections.ConfigDict,
-    run: Run,
-    state: State,
-    rules: ShardRules,
-    retokenise: Callable,
+    config: ml_collections.ConfigDict, state: State, rules: ShardRules, retokenise: Callable
 ) -> Program:
     """Returns one_program's step with captions passing through text (a Retokeniser) on the host."""
     from caprl_jax.run.through_text import in_two_programs  # it imports tokenizers
-
-    def rollout(run, state, batch, key):
-        policy, decoding = run.learner.policy, run.decoding
-        return run.verbs.rollout(policy, state.params, batch, decoding=decoding, key=key)
 
     def finish(run, state, batch, captions, passed, key):
         tokens, mask, cut = passed
@@ -219,10 +212,46 @@ def two_programs(
         real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
         return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
 
+    (first, second), traces = _rollout_and(finish, config, state, rules)
+    return in_two_programs(first, second, retokenise, rules), traces
+
+
+def endpoint_programs(
+    config: ml_collections.ConfigDict, state: State, rules: ShardRules, judge: Any
+) -> Program:
+    """Returns one_program's step with an EndpointJudge, asked on the host."""
+    from caprl_jax.run.endpoint_judge import step_with_endpoint  # it imports tokenizers
+
+    def finish(run, state, batch, captions, passed, key):
+        logits, silent = passed
+
+        def answered(model, captions, questions, *, judging, key):
+            return verdicts(logits, questions, judging=judging, key=key)
+
+        run = run.replace(verbs=dataclasses.replace(run.verbs, judge=answered))
+        state, measured = learn(run, state, batch, captions, captions, key)
+        valid = batch.questions.valid
+        asked = valid if valid.ndim == 3 else jnp.broadcast_to(valid[:, None], silent.shape)
+        asked = asked & batch.valid[:, None, None]
+        return state, measured | {"no_letter": (jnp.sum(silent & asked), jnp.sum(asked))}
+
+    (first, second), traces = _rollout_and(finish, config, state, rules)
+    return step_with_endpoint(first, second, judge, rules), traces
+
+
+def _rollout_and(
+    finish: Callable, config: ml_collections.ConfigDict, state: State, rules: ShardRules
+) -> tuple[tuple[Callable, Callable], Callable[[], int]]:
+    """Jits the rollout as a program of its own, and `finish`, which donates the state."""
+
+    def rollout(run, state, batch, key):
+        policy, decoding = run.learner.policy, run.decoding
+        return run.verbs.rollout(policy, state.params, batch, decoding=decoding, key=key)
+
     (rollout, first), (finish, second) = counted(rollout), counted(finish)
     cuts = slices(config)
     programs = jit(rollout, rules, cuts), jit_step(finish, state, rules, cuts, donate=1)
-    return in_two_programs(*programs, retokenise, rules), lambda: max(first(), second())
+    return programs, lambda: max(first(), second())
 
 
 def jit_step(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
 from caprl_jax.models.decoder import Decoder
@@ -25,7 +26,7 @@ class Models:
       policy: modules.
       params: the policy's parameters, float32.
       opt_state: the optimizer's state.
-      judge: the judge's decoder.
+      judge: the judge's decoder; None behind an endpoint.
       judge_params: its parameters.
       reference: whether the initial policy is held too.
       platform: the devices' platform: cpu, gpu or tpu.
@@ -34,7 +35,7 @@ class Models:
     policy: Policy
     params: Any
     opt_state: Any
-    judge: Decoder
+    judge: Decoder | None
     judge_params: Any
     reference: bool
     platform: str
@@ -82,7 +83,8 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
         shape = model_config(section.path, section.revision if fetch else None)
         return families.build(shape, dtype, where=section.path)
 
-    policy, judge = build(config.policy), build(config.judge).decoder
+    policy = build(config.policy)
+    judge = None if is_url(config.judge.path) else build(config.judge).decoder
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
     optimizer, key = compile_lib.optimizer(config, config.caprl.updates), jax.random.key(0)
@@ -91,7 +93,7 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
         params=jax.eval_shape(policy.init, key),
         opt_state=jax.eval_shape(lambda key: optimizer.init(policy.init(key)), key),
         judge=judge,
-        judge_params=jax.eval_shape(functools.partial(init_decoder, judge), key),
+        judge_params=jax.eval_shape(functools.partial(init_decoder, judge), key) if judge else {},
         reference=compile_lib.needs_reference(config),
         platform=platform,
     )

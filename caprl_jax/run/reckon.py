@@ -227,7 +227,9 @@ class Reckoner:
         }
 
     def score(self, count: int) -> dict[str, int]:
-        """Returns the bytes while the judge reads one of `count` slices."""
+        """Returns the bytes while the judge reads one of `count` slices; none at an endpoint."""
+        if self.models.judge is None:
+            return {}
         c, config = self.models.judge.config, self.config
         i, g, t = self.images(count), config.caprl.group, config.sampling.max_tokens
         asked = g * config.caprl.questions * config.data.max_question

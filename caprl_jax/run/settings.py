@@ -72,8 +72,21 @@ class PolicySettings:
 class JudgeSettings(Judging):
     """Settings of the judge."""
 
-    path: str = setting("asset:tiny/judge", _PATH)
+    path: str = setting(
+        "asset:tiny/judge",
+        f"{_PATH}; or http://HOST/v1, an OpenAI-compatible endpoint whose key is in OPENAI_API_KEY",
+    )
     revision: str = setting("", "branch, tag or commit of a hub id")
+    model: str = setting("", "a model's name at an endpoint; empty: the only one that it serves")
+    concurrency: int = setting(
+        32, "questions that an endpoint is asked at a time", least=1, resume=True
+    )
+    timeout: float = setting(
+        120.0, "seconds until an endpoint is asked again", above=0, resume=True
+    )
+    tries: int = setting(
+        6, "times an endpoint is asked before the run ends, with a checkpoint", least=1, resume=True
+    )
     prompt: str = setting(
         "",
         "user turn with {caption} and {question}; empty: the directory's judge_prompt.txt, or else "

@@ -12,11 +12,14 @@ import ml_collections
 
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.set_aside import SetAside
+from caprl_jax.evaluate import hygiene
 from caprl_jax.evaluate.heldout import Evaluation, Judged, Written
 from caprl_jax.files import write_whole
 from caprl_jax.parallel import processes
 from caprl_jax.report import html
 from caprl_jax.run import captions, metrics, same_run
+
+_OF_ANSWERS = ("accuracy", *hygiene.NAMES)  # names that the summary begins with "heldout_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +90,16 @@ def _recall(path: Path, config: ml_collections.ConfigDict) -> Evaluation | None:
 
 
 def summarise(figures: Figures, steps: int, set_aside: int) -> dict[str, Any]:
-    """Returns summary.json's figures: greedy ones have plain names, sampled ones say so."""
+    """Returns summary.json's figures: greedy ones have plain names, sampled ones say so.
+
+    Figures of the judge alone stand there once, as the ceiling does.
+    """
     out: dict[str, Any] = {"steps": steps, "wall_seconds": round(figures.wall_seconds, 1)}
     for when, (values, _) in (("before", figures.before), ("after", figures.after)):
         for name, value in values.items():
             plain = name.removesuffix("_greedy")
-            plain = f"heldout_{plain}" if plain.startswith("accuracy") else plain
-            out[f"{plain}_{when}"] = value
+            plain = f"heldout_{plain}" if plain.startswith(_OF_ANSWERS) else plain
+            out[plain if name in hygiene.ALONE else f"{plain}_{when}"] = value
     if figures.ceiling is not None:
         out["ceiling"] = figures.ceiling
     out["records_set_aside"] = set_aside

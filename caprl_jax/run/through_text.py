@@ -56,7 +56,7 @@ def in_two_programs(
     """
 
     def step(run: Run, state: State, batch: Batch, key: jax.Array):
-        rollout_key, judge_key = _keys(key, state.step)
+        rollout_key, judge_key = keys(key, state.step)
         captions = rollout(run, state, batch, rollout_key)
         host = mesh.fetch_batch((captions.tokens, captions.mask), rules)
         passed = mesh.put_batch(retokenise(*host), rules)
@@ -66,6 +66,6 @@ def in_two_programs(
 
 
 @jax.jit
-def _keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+def keys(key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the keys of rl.step.caprl_step, whose caller folds the step in."""
     return step_keys(jax.random.fold_in(key, step))

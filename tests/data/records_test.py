@@ -60,6 +60,16 @@ def test_a_letter_that_is_another_options_text_is_refused():
     assert parse_question(RAW | {"choices": ["A) B", "B) A"], "answer": "A"}).answer == 0
 
 
+def test_a_category_is_kept_and_moves_no_shuffle():
+    """The judge's seeds are made from the repr of questions."""
+    plain, own = parse_question(RAW), parse_question(RAW | {"category": "animals"})
+    assert (plain.category, own.category) == ("", "animals")
+    assert parse_question(records.unparse_question(own)) == own
+    assert "category" not in records.unparse_question(plain)
+    assert repr(plain) == repr(own)
+    assert parse_question(RAW | {"category": ["animals"]}) == plain
+
+
 def test_letters_out_of_order_are_refused_as_the_answer_could_mean_either():
     with pytest.raises(MalformedRecord, match="letters are not in order"):
         parse_question(RAW | {"choices": ["B) a dog", "A) a cat"]})

@@ -132,7 +132,7 @@ def evaluate(folder, url, **changes):
         "captions": str(folder / "captions.jsonl"),
         "model": "",
         "out": str(folder / "out"),
-        "against": "",
+        "against": [],
         "as_released": False,
         "scorer": "",
         "split": "",

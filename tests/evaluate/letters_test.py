@@ -116,7 +116,7 @@ def evaluate(folder, url, **changes):
         "captions": str(folder / "captions.jsonl"),
         "model": "",
         "out": str(folder / "out"),
-        "against": "",
+        "against": [],
         "orders": 2,
         "max_tokens": 16,
         "batch": 8,

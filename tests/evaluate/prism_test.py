@@ -166,7 +166,7 @@ def evaluate(rows, url, **changes):
         "captions": str(rows / "captions.jsonl"),
         "model": "",
         "out": str(rows / "out"),
-        "against": "",
+        "against": [],
         "as_released": False,
         "scorer": "",
         "split": "",
@@ -264,9 +264,9 @@ def test_differences_to_another_evaluation(rows, quick):
         evaluate(rows, server.url)
     (rows / "out" / "results.json").rename(rows / "before.json")
     with serving(lambda _: said("0.5")) as server:
-        found = evaluate(rows, server.url, against=str(rows / "before.json"))
+        found = evaluate(rows, server.url, against=[str(rows / "before.json")])
     changes = [1 - 0.5, 0, 0 - 2.75 / 4]
-    assert found["against"]["summary"]["accuracy"]["mean"] == pytest.approx(sum(changes) / 3)
+    assert found["against"][0]["summary"]["accuracy"]["mean"] == pytest.approx(sum(changes) / 3)
 
 
 def test_what_cant_be_used_is_named(rows, quick):

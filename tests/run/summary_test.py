@@ -1,4 +1,4 @@
-"""The evaluation before training is remembered, for the same settings only."""
+"""The evaluation before training is remembered, for the same settings only; names of figures."""
 
 import json
 
@@ -82,3 +82,19 @@ def test_a_result_that_can_not_be_written_is_a_warning(tmp_path, caplog):
     values, _ = summary.remembered(tmp_path / "gone" / "before.json", config(), evaluate)
     assert values == {"accuracy_greedy": 1.0}
     assert "a restart evaluates again" in caplog.text
+
+
+def test_figures_of_the_judge_alone_stand_there_once():
+    """An earlier version's before.json lacks them."""
+    after = {"accuracy_greedy": 0.5, "elsewhere": 0.25, "blind": 0.125, "abstained_where_is": 0.0}
+    figures = summary.Figures(({"accuracy_greedy": 0.25}, {}), (after, {}), None, 1.0)
+    assert summary.summarise(figures, steps=1, set_aside=0) == {
+        "steps": 1,
+        "wall_seconds": 1.0,
+        "heldout_accuracy_before": 0.25,
+        "heldout_accuracy_after": 0.5,
+        "heldout_elsewhere_after": 0.25,
+        "heldout_blind": 0.125,
+        "heldout_abstained_where_is_after": 0.0,
+        "records_set_aside": 0,
+    }

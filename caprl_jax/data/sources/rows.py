@@ -1,10 +1,10 @@
 """Rows of users' files, of any kind in formats.py; their images and questions in all usual forms.
 
-A row is {"image", "questions"} with an optional "id" and "extras" (numbers, or lists of numbers, by
-name, for reward terms to read). An image is bytes, {"bytes", "path"}, a path, a file: or data: URL,
-base64 text, or a list of one of these; its column may be called images. Questions are a list of
-{"question", "choices": ["A) ..", ..], "answer": "B"}, or its JSON text, and may lie in
-{"reward_model": {"ground_truth"}}, as in CapRL-QA-75K.
+A row is {"image", "questions"} with an optional "id", "data_source" (a text) and "extras" (numbers,
+or lists of numbers, by name, for reward terms to read). An image is bytes, {"bytes", "path"}, a
+path, a file: or data: URL, base64 text, or a list of one of these; its column may be called images.
+Questions are a list of {"question", "choices": ["A) ..", ..], "answer": "B"}, or its JSON text, and
+may lie in {"reward_model": {"ground_truth"}}, as in CapRL-QA-75K.
 """
 
 import base64
@@ -153,6 +153,12 @@ def identity(row: Row) -> str:
         raise MalformedRecord(f"the id is a {type(own).__name__}, not text or a whole number")
     records.check_text(str(own), "the id")
     return str(own)
+
+
+def data_source(row: Row) -> str:
+    """Returns the name of the collection that a row comes from; empty if it says none."""
+    own = row.raw.get("data_source") if isinstance(row.raw, Mapping) else None
+    return own if isinstance(own, str) else ""
 
 
 def image_bytes(

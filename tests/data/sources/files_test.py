@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -291,6 +293,18 @@ def test_columns_that_are_not_read_are_named(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     prepare(section(tmp_path, lines(tmp_path / "qa", {"colour": 1}, {"qs": 2}, {})), SetAside())
     assert "rows.jsonl: not read: colour, qs; read are image" in caplog.text
+
+
+def test_a_row_may_name_its_source(tmp_path):
+    named = ["charts", None, "photos"]
+    pyarrow.parquet.write_table(pyarrow.table({"data_source": named}), tmp_path / "a.parquet")
+    rest = [{"data_source": 7}, {}, {"data_source": "photos"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rest))
+    for file, expected in (
+        ("a.parquet", ["charts", "", "photos"]),
+        ("a.jsonl", ["", "", "photos"]),
+    ):
+        assert [rows.data_source(r) for r in rows.rows(tmp_path / file)] == expected
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):

@@ -1,0 +1,138 @@
+"""A judge behind an endpoint trains as the same judge on the mesh does; no step is half scored."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from caprl_jax import config as config_lib
+from caprl_jax import train
+from caprl_jax.data.set_aside import SetAside
+from caprl_jax.endpoint import Reply
+from caprl_jax.errors import ConfigError
+from caprl_jax.rl.step import caprl_step
+from caprl_jax.run import build
+from caprl_jax.run.checkpoint import Checkpoints
+from caprl_jax.run.endpoint_judge import ABSENT, Unanswered, letter_logits
+
+from ..endpoint_server import FAULTS, serving
+from ..train_test import tiny
+from . import served_judge
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("B", 1),
+        ("The answer is C.", 2),
+        ("(D)", 3),
+        ("Cannot be answered from the caption", None),
+        ("A's", None),
+        ("", None),
+        ("H", None),  # no option of five
+        ("answer: B, not A", 1),
+    ],
+)
+def test_the_letter_of_a_text(text, named):
+    found = letter_logits(Reply(text, False), 5)
+    assert (found is None) == (named is None)
+    if named is not None:
+        assert np.argmax(found) == named and sorted(found)[-2] == ABSENT
+
+
+def test_letters_that_hold_most_of_the_probability_count():
+    first = {"B": math.log(0.5), " B": math.log(0.1), " A": math.log(0.3), "The": math.log(0.1)}
+    found = letter_logits(Reply("B", False, first), 3)
+    np.testing.assert_allclose(np.exp(found[:2]), [0.3, 0.6], rtol=1e-6)
+    assert found[2] < -70
+    # The article at the head of a sentence is no answer.
+    first = {"The": math.log(0.9), "A": math.log(0.1)}
+    assert np.argmax(letter_logits(Reply("The letter is C", False, first), 3)) == 2
+
+
+def settings(url, **changes):
+    own = {"judge.path": url, "judge.prompt": served_judge.TEMPLATE}
+    own |= {"judge.timeout": 20.0, "judge.tries": 3, "data.max_question": 64}
+    return own | changes
+
+
+def two_steps(config):
+    """(initial parameters, last ones, last metrics, held-out metrics) of two steps."""
+    task, state = build.caprl(config_lib.complete(config), SetAside(), caprl_step)
+    initial = jax.device_get(state.params)
+    key = jax.device_put(jax.random.key(0), state.step.sharding)
+    data = task.data(0)
+    for _ in range(2):
+        batch = task.place(next(data))
+        with jax.transfer_guard("disallow"):
+            state, metrics = task.step(state, batch, key)
+    data.close()
+    assert task.traces() == 1
+    return initial, *jax.device_get((state.params, metrics)), task.evaluate(state.params)[0]
+
+
+@pytest.mark.slow
+def test_steps_are_those_of_the_judge_on_the_mesh_whatever_the_server_does(tmp_path):
+    same = {"sampling.max_tokens": 24, "steps": 2, "data.max_question": 64}
+    initial, one, metrics, held = two_steps(tiny(tmp_path, **same))
+    served_judge.logits(served_judge.TEMPLATE.format(caption="digits: none", question="Any?"))
+    with serving(served_judge.answer, FAULTS, slow=40) as server:
+        _, two, other, elsewhere = two_steps(tiny(tmp_path, **settings(server.url, **same)))
+    assert set(server.faults) - {""} == set(FAULTS)
+    assert other.pop("no_letter")[0] == 0
+    for gap in (metrics.pop("logp_gap"), other.pop("logp_gap")):  # itself rounding noise
+        assert gap[0] / gap[1] < 1e-5
+    assert metrics.keys() == other.keys()
+    for name, (total, count) in metrics.items():
+        np.testing.assert_allclose(other[name], (total, count), rtol=1e-3, atol=1e-5, err_msg=name)
+    apart = optax.tree.norm(jax.tree.map(np.subtract, two, one))
+    moved = optax.tree.norm(jax.tree.map(np.subtract, one, initial))
+    assert moved > 0.1 and apart < 2e-3 * moved
+    for name in ("accuracy_greedy", "accuracy_sampled"):
+        assert abs(held[name] - elsewhere[name]) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_without_answers_the_run_ends_with_a_checkpoint_and_goes_on_later(tmp_path, monkeypatch):
+    """The server fails for good in the third step."""
+    down, asked = [], []
+
+    def answer(request):
+        if down:
+            raise ConnectionResetError
+        return served_judge.answer(request)
+
+    def counted(step):
+        def later(*args):
+            asked.append(1)
+            down.extend([1] * (len(asked) == 3))
+            return step(*args)
+
+        return later
+
+    made = build.caprl
+
+    def breaking(*args):
+        task, state = made(*args)
+        return dataclasses.replace(task, step=counted(task.step)), state
+
+    with serving(answer) as server:
+        config = tiny(tmp_path, **settings(server.url, **{"checkpoint.every": 100}))
+        monkeypatch.setitem(train.OBJECTIVES, "caprl", (breaking, caprl_step))
+        with pytest.raises(Unanswered, match="without an answer after 3 tries"):
+            train.run(config.copy_and_resolve_references(), tmp_path / "run")
+        with Checkpoints(tmp_path / "run", 2) as checkpoints:
+            assert checkpoints.latest() == 2
+        down.clear()
+        monkeypatch.undo()
+        assert train.run(config, tmp_path / "run")["steps"] == 4
+
+
+def test_what_can_not_be_reached_is_told_before_anything_is_loaded(tmp_path):
+    config = config_lib.complete(tiny(tmp_path, **settings("http://127.0.0.1:9/v1")))
+    with pytest.raises(ConfigError, match=r"judge\.path.*which models it serves"):
+        build.caprl(config, SetAside(), caprl_step)
