@@ -25,21 +25,26 @@ _TOKENS = 10
 
 
 def likely(reply: Reply, labels: str) -> dict[int, float]:
-    """Returns the log-probability of each option's letter that the judge tells, options from 0."""
+    """Returns the log-probability of each option's letter that the judge tells, options from 0.
+
+    Empty where the letters hold no more than half of the probability: an answer that opens with
+    "The" says its letter later.
+    """
     found: dict[int, float] = {}
     for token, logp in (reply.first or {}).items():
         letter = token.strip(" ().")
         if len(letter) == 1 and letter in labels:
             at = labels.index(letter)
-            found[at] = max(logp, found.get(at, -np.inf))
-    return found
+            found[at] = float(np.logaddexp(logp, found.get(at, -np.inf)))
+    return found if sum(map(np.exp, found.values())) > 0.5 else {}
 
 
 def chosen(reply: Reply, options: Sequence[str], labels: str = "") -> int | None:
     """Returns the option that an answer chooses, from 0; None without one.
 
-    The likeliest letter counts where the judge gives log-probabilities. Of a text, a capital counts
-    that is the whole of it, or is marked as an option; else the whole text of an option.
+    The likeliest letter counts where the judge gives log-probabilities, as `likely` says. Of a
+    text, a capital counts that is the whole of it, or is marked as an option; else the whole text
+    of an option.
 
     Args:
       reply: the judge's.

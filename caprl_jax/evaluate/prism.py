@@ -24,7 +24,7 @@ from caprl_jax.evaluate.asking import Speak
 
 CAPTIONS = 4
 MAX_TOKENS = 2048  # of a caption, and of an answer
-COLUMNS = ("id", "image", "prompt", "question", "answer", "source", "scorer")
+COLUMNS = ("id", "image", "prompt", "question", "answer", "source", "data_source", "scorer")
 NAMES = ("accuracy", "best", "unanswered", "truncated")
 _SLOTS = ("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
@@ -102,7 +102,7 @@ def parse(row: Row, scorer: str = "", source: str = "") -> Question:
         truths = scorers.truths(raw["answer"])
     except ValueError as e:
         raise MalformedRecord(str(e)) from e
-    source = str(raw.get("source") or source)
+    source = str(raw.get("source") or raw.get("data_source") or source)
     scorer = str(raw.get("scorer") or scorer or scorers.by_source(source))
     scorers.named(scorer)
     image = raw.get("image")

@@ -91,10 +91,12 @@ def test_letters_of_texts(text, ours, theirs):
 
 def test_the_likeliest_letter_counts_where_the_judge_tells():
     shown = Shown(COLOUR, (3, 1, 0, 2))
-    reply = Reply("The", False, {"The": -0.1, " C": -1.0, "B": -2.0, "E": -0.5, "c": -0.2})
+    reply = Reply("The", False, {"The": -2.0, " C": -0.7, "B": -1.5, "E": -0.5, "c": -0.2})
     assert captionqa.letter(reply, shown) == 2
     assert captionqa.letter(reply, shown, as_released=True) is None
     assert captionqa.letter(Reply("B", False, {"x": -0.1}), shown) == 1
+    opens = Reply("The answer is B", False, {"The": -0.1, "A": -3.0})
+    assert captionqa.letter(opens, shown) == 1
 
 
 def row(identity, *questions):

@@ -48,7 +48,11 @@ def test_a_judge_that_finds_the_truth_is_right_in_every_order(tmp_path):
 
 def test_log_probabilities_are_shared_among_the_options(tmp_path):
     def says(options, _):
-        first = {options["blue"]: np.log(0.3), f" {options['red']}": np.log(0.1), "X": -0.5}
+        first = {
+            options["blue"]: np.log(0.5),
+            f" {options['blue']}": np.log(0.1),
+            options["red"]: np.log(0.2),
+        }
         return Reply("?", False, first)
 
     (found,) = asker(tmp_path, says)(["x"], [(CAT,)], 0)
