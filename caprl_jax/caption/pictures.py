@@ -120,7 +120,7 @@ def _of_rows(files: list[Path]) -> Pictures:
                     own,
                     lambda row=row: rows.image_bytes(row),
                     lambda row=row: _questions(row),
-                    rows.data_source(row),
+                    source=rows.data_source(row),
                 )
 
     return Pictures(sum(map(rows.count, files)), each)

@@ -21,6 +21,7 @@ _EXAMPLES = 3  # captions with a sign, for each run
 _AROUND = 160  # characters shown before and after a sign
 _CAPTIONS = 4  # captions of one image and run
 _LARGEST = 480  # pixels of an image's longer side
+MARKS = {"right": "✓", "wrong": "✗", "abstained": "?", "partly": "~"}
 
 Told = Mapping[str, float]  # {"mean", "low", "high"}
 Images = Callable[[Collection[str]], Mapping[str, bytes]]  # ids -> encoded bytes by id
@@ -146,14 +147,24 @@ def _first(question: Mapping[str, Any], *names: str) -> Any:
     return next((question[name] for name in names if name in question), "")
 
 
-def _mark(question: Mapping[str, Any]) -> dict[str, Any]:
-    """A question's verdict by the majority of orders, and its figures."""
+def _mark(question: Mapping[str, Any]) -> dict[str, str]:
+    """A question's verdict, by the majority of orders or by its score, and its figures in words."""
     right = number(_first(question, "right", "score")) or 0.0
-    abstained = number(question.get("abstained")) or 0.0
-    verdict = "right" if right >= 0.5 else "abstained" if abstained >= 0.5 else "wrong"
-    figures = {key: number(question.get(key)) for key in ("expected", "blind", "elsewhere")}
+    abstained = (number(question.get("abstained")) or 0.0) >= 0.5
+    verdict = "right" if right >= 0.5 else "abstained" if abstained else "wrong"
+    notes = []
+    if "right" not in question and 0 < right < 1:
+        verdict = verdict if right >= 0.5 else "partly"
+        notes.append(f"score {right:.2f}")
+    elif 0 < right < 1:
+        notes.append(f"right in {right:.0%} of the orders")
+    if (expected := number(question.get("expected"))) is not None:
+        notes.append(f"p(truth) {expected:.2f}")
+    for name, label in (("blind", "no caption"), ("elsewhere", "another’s")):
+        if (value := number(question.get(name))) is not None:
+            notes.append(f"{label} {MARKS['right' if value >= 0.5 else 'wrong']}")
     said = panels.cut(question.get("said", ""), panels.NAME)
-    return {"verdict": verdict, "right": right, "said": said, **figures}
+    return {"verdict": verdict, "said": said, "note": "; ".join(notes)}
 
 
 def _image(chosen: tuple[str, float], name: str, runs: Sequence[Run], rows: Sequence[dict]) -> dict:
@@ -237,7 +248,8 @@ def write(path: Path, runs: Sequence[Run], images: Images) -> None:
             (_image(one, name, runs, rows), parts.image(encoded.get(one[0], b""), _LARGEST, "JPEG"))
             for one in chosen
         ],
-        marks={"right": "✓", "wrong": "✗", "abstained": "?"},
+        marks=MARKS,
+        checked=any("blind" in run.results["summary"] for run in runs),
     )
     # A caption may hold invalid Unicode, which must not break the page.
     write_whole(path, html, errors="replace")

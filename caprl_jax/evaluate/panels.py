@@ -132,7 +132,8 @@ def make(runs: Sequence[Run]) -> list[Panel]:
         _by_length(runs),
         _of_groups(runs, "source", "By source", "Accuracy by the collection that the rows name."),
     ]
-    return [panel for panel in panels if panel.rows]
+    # Accuracy alone is in the table of all figures.
+    return [panel for panel in panels if len(panel.rows) > (panel.title == _BESIDE[0])]
 
 
 def _bars(runs: Sequence[Run], told: Sequence[Mapping[str, Any]]) -> list[Bar | None]:

@@ -214,13 +214,15 @@ def test_results_of_other_protocols_have_a_page_too(tmp_path):
     for text in ("Mean of four", "protocol prism", "captions 2: 9", "charts 9 questions 44.4%"):
         assert text in parsed.text
     assert shown_ids(parsed) == [f"img-{i}" for i in range(9)]
-    assert "Sum? ; truth: 42 ✓ right 42" in parsed.text and "✗ wrong 7" in parsed.text
+    assert "Sum? truth: 42 ✓ right: 42" in parsed.text and "✗ wrong: 7" in parsed.text
+    assert "without a caption" not in parsed.text.lower()  # this protocol has no such check
     question = {"text": "What?", "category": "objects", "answer": "x", "said": "y", "score": 0.25}
     row = {"id": "img-1", "captions": ["a"], "score": 0.25, "questions": [question]}
     told = {"protocol": "captionqa", "summary": mcq.summary([row]), "each": [row]}
     told["groups"] = {"category": {"objects": {"questions": 1} | told["summary"]["score"]}}
     parsed = written(tmp_path, told)
     assert "By category" in parsed.text and "objects 1 question 25.0%" in parsed.text
+    assert "objects ; truth: x ~ partly: y score 0.25" in parsed.text
 
 
 def test_folders_name_runs_unless_two_have_the_same_name():
