@@ -39,7 +39,7 @@ def set_up_logging() -> None:
     """Logs this project's progress as plain lines, and only warnings of other libraries."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # sets the root logger's level too
     logging.getLogger().setLevel(logging.INFO)
-    for name in ("absl", "jax", "httpx", "httpx2", "aiobotocore"):
+    for name in ("absl", "jax", "httpx", "httpx2", "openai", "aiobotocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     handler = absl_logging.get_absl_handler()
     handler.setFormatter(_Plain())
