@@ -24,7 +24,7 @@ FLOORS = (
     ("train", "plan", "api"),
     ("adapters", "caption"),
     ("curate",),
-    ("bench", "main", ""),
+    ("bench", "main", "protocols", ""),
     ("__main__",),  # a package's own program, too
 )
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

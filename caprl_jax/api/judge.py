@@ -1,13 +1,16 @@
 """A judge as an object: captions and questions in, verdicts out."""
 
+import collections
 import dataclasses
 import functools
+import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,15 +18,20 @@ from caprl_jax.api import loading
 from caprl_jax.api.loading import Loaded
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
-from caprl_jax.data.questions import JudgePrompt, own_prompt
-from caprl_jax.data.records import Question
+from caprl_jax.data.questions import JudgePrompt, Presented, own_prompt
+from caprl_jax.data.records import LETTERS, Question
 from caprl_jax.data.tokens import pad
 from caprl_jax.decode.lengths import bucket
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.endpoint import Reply
 from caprl_jax.errors import ModelDirectoryError, UserError
+from caprl_jax.models.vlm import Prompt
+from caprl_jax.parallel import axes
 from caprl_jax.parallel import mesh as mesh_lib
 from caprl_jax.rl import embed
 from caprl_jax.rl.judge import Judge, Judging, Mode
-from caprl_jax.rl.types import Captions, Questions, Verdicts
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Batch, Captions, Decoding, Questions, Verdicts
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.settings import make
 
@@ -142,6 +150,66 @@ class LoadedJudge(Loaded):
         found = embed.score(self.rules, judging, self.model, *arrays, jax.random.key(seed))
         return jax.tree.map(lambda a: a[: len(groups)], jax.device_get(found))
 
+    def letters(
+        self, captions: Sequence[str], presented: Sequence[Sequence[Presented]]
+    ) -> list[list[int]]:
+        """Returns the likeliest letter, from 0, of each question as it is presented.
+
+        Args:
+          captions: [b] texts.
+          presented: [b] lists of questions, whose options are lettered as they stand.
+
+        Raises:
+          UserError: there is nothing to judge, or a question has more than 9 options.
+        """
+        if not any(map(len, presented)):
+            raise UserError("nothing to judge: give at least one question")
+        if max(len(p.options) for own in presented for p in own) > len(LETTERS):
+            raise UserError(f"a question has more than {len(LETTERS)} options: a judge has no more")
+        most = bucket(max(map(len, presented)))
+        longest = bucket(max(len(self.prompt.tail(p)) for own in presented for p in own))
+        rows = [self.prompt.arrays(own, most, longest) for own in presented]
+        questions = jax.tree.map(lambda *a: np.stack(a), *rows)
+        found = self.score_texts(list(captions), questions, mode="greedy").letter
+        return [found[i, 0, : len(own)].tolist() for i, own in enumerate(presented)]
+
+    def write(
+        self, texts: Sequence[str], *, seed: int = 0, batch: int = 16, **sampling: Any
+    ) -> list[Reply]:
+        """Answers each text, a user's turn, with text: [b] replies in their order.
+
+        Args:
+          texts: what the user says; control tokens in it are plain characters.
+          seed: of the draws; an answer depends on the seed, its own text and its length bucket.
+          batch: texts that are answered together; all batches have this size.
+          **sampling: fields of decode.sampling.Sampling: max_tokens (512; longer answers are cut),
+            temperature (here 0, greedy), top_k, top_p.
+
+        Raises:
+          ConfigError: a field of sampling is unknown or out of range.
+        """
+        how = make(Sampling, {"temperature": 0.0} | sampling)
+        decoding = Decoding(1, self.tokenizer.stop, how)
+        before, after = self.tokenizer.around_text()
+        ids = [self.tokenizer.encode_around(before, text, after) for text in texts]
+        by_length = collections.defaultdict(list)
+        for i, own in enumerate(ids):
+            by_length[bucket(len(own))].append(i)
+        replies: dict[int, Reply] = {}
+        for length, at in sorted(by_length.items()):
+            for start in range(0, len(at), batch):
+                part = at[start : start + batch]
+                filled = [part[i % len(part)] for i in range(batch)]
+                prompt = _prompt([ids[i] for i in filled], length)
+                words = np.stack([_words(texts[i]) for i in filled])
+                arrays = loading.put((prompt, words), self.rules)
+                found = _write(self.rules, self.modules, decoding, self.params, *arrays, seed)
+                tokens, mask, cut = jax.device_get((found.tokens, found.mask, found.truncated))
+                for row, i in enumerate(part):
+                    text = self.tokenizer.decode(tokens[row, 0][mask[row, 0]])
+                    replies[i] = Reply(text, bool(cut[row, 0]))
+        return [replies[i] for i in range(len(texts))]
+
     def captions(self, groups: Sequence[Sequence[str]]) -> Captions:
         """Returns texts as arrays in the judge's ids, padded to a length bucket.
 
@@ -156,6 +224,34 @@ class LoadedJudge(Loaded):
         tokens = np.stack([np.stack([pad(i, length) for i in group]) for group in ids])
         lengths = np.asarray([[[len(i)] for i in group] for group in ids])
         return Captions(tokens, np.arange(length) < lengths)
+
+
+def _prompt(ids: Sequence[Sequence[int]], length: int) -> Prompt:
+    """Prompts [b, p] of text alone, padded to `length` tokens."""
+    lengths = np.asarray([len(i) for i in ids], np.int32)
+    shape = len(ids), length
+    return Prompt(
+        tokens=np.stack([pad(i, length) for i in ids]),
+        mask=np.arange(length) < lengths[:, None],
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        feature=np.full(shape, -1, np.int32),
+        next_position=lengths,
+    )
+
+
+def _words(text: str) -> np.ndarray:
+    """A text's digest, uint32 [2]."""
+    return np.frombuffer(hashlib.sha256(text.encode(errors="replace")).digest()[:8], np.uint32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _write(rules, modules, decoding, params, prompt, words, seed):
+    def key(pair):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1])
+
+    batch = Batch(None, prompt, questions=None, valid=jnp.ones(len(words), bool))
+    with axes.using(rules):
+        return rollout(modules, params, batch, decoding=decoding, key=jax.vmap(key)(words))
 
 
 def load_judge(

@@ -1,13 +1,15 @@
-"""Measures captions by a judge's answers to multiple-choice questions, with intervals.
+"""Measures captions by a judge's answers to questions, with intervals.
 
     python -m caprl_jax.evaluate --judge=DIR --data=ROWS --captions=captions.jsonl --out=DIR2
     python -m caprl_jax.evaluate --judge=DIR --data=ROWS --model=DIR --out=DIR2
 
-The first takes what caprl_jax.caption made of the same rows; of several captions of an image the
-best if a judge chose one, else the first. The second has a model write a greedy caption for each
-image. DIR2/results.json holds means over the images, their 95% intervals, and each image's values;
-with --against=OTHER/results.json,.. also the differences, image by image. DIR2/report.html shows
-them side by side, with the images where they differ most.
+The first takes what caprl_jax.caption made of the same rows, the second has a model write captions.
+--protocol=mcq asks the rows' multiple-choice questions about an image's best or first caption (the
+model's: greedy), prism asks one question about each of four captions and scores the answer's text,
+captionqa asks CaptionQA's questions. DIR2/results.json holds means, their 95% intervals over the
+images, and each row's values; with --against=OTHER/results.json,.. also the differences, row by
+row. DIR2/report.html shows them side by side, with the images where they differ most.
+evaluate/README.md says more.
 """
 
 import json
@@ -18,6 +20,7 @@ from typing import Any
 
 from absl import flags
 
+from caprl_jax import protocols
 from caprl_jax.api import LoadedJudge, load_judge, load_policy
 from caprl_jax.caption import job, pictures
 from caprl_jax.caption.parts import Place
@@ -25,8 +28,11 @@ from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.data.records import Question
 from caprl_jax.decode.sampling import Sampling
+from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import mcq, page, results
+from caprl_jax.evaluate.captionqa import SPLITS
+from caprl_jax.evaluate.scorers import SCORERS
 
 
 def asker(judge: LoadedJudge, batch: int) -> mcq.Ask:
@@ -109,13 +115,17 @@ def evaluate(given: Any) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    at_endpoint = is_url(given.judge) or given.as_released
+    ask = protocols.asker(given, out) if at_endpoint else None
     rows, without = read(_captions(given, out), given.data)
-    judge = load_judge(given.judge)
+    ask = ask or asker(load_judge(given.judge), given.batch)
     logging.info("asking about %d images", len(rows))
-    found = mcq.measure(rows, asker(judge, given.batch), given.orders)
+    found, about = mcq.measure(rows, ask, given.orders), {}
+    if at_endpoint:
+        found, about = protocols.settled(ask, found)
     measured = {
         "protocol": "mcq",
-        "images": len(rows),
+        "images": len(found),
         "without": without,
         "judge": str(given.judge),
         "data": given.data,
@@ -125,26 +135,39 @@ def evaluate(given: Any) -> None:
         "groups": mcq.groups(found),
         "by_length": mcq.by_length(found),
         "each": found,
-    }
+    } | about
     page.finish(out, measured, others, lambda ids: pictures.read(given.data, ids))
+    if at_endpoint:
+        protocols.show_flaws(measured)
 
 
 def main(_: list[str]) -> None:
     """Evaluates what the flags name, or prints the error in one paragraph."""
     set_up_logging()
     with in_one_paragraph():
-        evaluate(flags.FLAGS)
+        given = flags.FLAGS
+        if given.protocol == "mcq":
+            evaluate(given)
+        else:
+            protocols.evaluate(given)
 
 
 def define_flags() -> None:
     """Defines the flags, in the program only: other modules have flags of the same names."""
-    flags.DEFINE_string("judge", None, "A judge's directory, gs:// URL or hub id.", required=True)
+    flags.DEFINE_string(
+        "judge", None, "A judge's directory, gs:// URL, hub id or endpoint.", required=True
+    )
     flags.DEFINE_string("data", None, "Rows with questions, or what import_data made of them.")
     flags.mark_flag_as_required("data")
     flags.DEFINE_string("captions", "", "File that caprl_jax.caption made of these rows.")
     flags.DEFINE_string("model", "", "A policy's directory, gs:// URL or hub id, to caption them.")
     flags.DEFINE_string("out", None, "Folder of results.json.", required=True)
     flags.DEFINE_list("against", [], "results.json of others, by commas, to compare with.")
+    flags.DEFINE_enum("protocol", "mcq", protocols.PROTOCOLS, "Protocol of the evaluation.")
+    flags.DEFINE_bool("as_released", False, "Whether flaws of the released code are reproduced.")
+    flags.DEFINE_enum("scorer", "", ("", *SCORERS), "Scorer of Prism's rows that name none.")
+    flags.DEFINE_enum("split", "", ("", *SPLITS), "Split of CaptionQA's data; empty is all.")
+    flags.DEFINE_string("judge_model", "", "Judge's name at an endpoint that serves several.")
     flags.DEFINE_integer("orders", 4, "Orders of the options that are asked.", lower_bound=1)
     flags.DEFINE_integer("max_tokens", 512, "Most tokens of the model's captions.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Images in a batch.", lower_bound=1)

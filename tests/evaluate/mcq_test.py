@@ -234,6 +234,7 @@ def world(tmp_path_factory):
 def evaluate(world, name, **changes):
     given = {
         "judge": "asset:tiny/judge",
+        "as_released": False,
         "data": str(world / "rows.jsonl"),
         "captions": str(world / f"{name}.jsonl.captions"),
         "model": "",

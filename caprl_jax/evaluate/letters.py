@@ -1,0 +1,161 @@
+"""Letters that a judge answers with text: read from its answer, and asked for at an endpoint."""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caprl_jax.data.questions import Presented, default_prompt, present
+from caprl_jax.data.records import Question
+from caprl_jax.endpoint import Chat, Drawn, Failure, Reply
+from caprl_jax.evaluate import asking, released
+from caprl_jax.evaluate.asking import Speak
+from caprl_jax.evaluate.mcq import Answers
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MARKED = re.compile(
+    r"^\W*([A-Z])(?:\W*(?:$|\n)|[).:\]])"
+    r"|(?i:answer|option|choice)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b(?!')"
+)
+_TOKENS = 10
+
+
+def likely(reply: Reply, labels: str) -> dict[int, float]:
+    """Returns the log-probability of each option's letter that the judge tells, options from 0.
+
+    Empty where the letters hold no more than half of the probability: an answer that opens with
+    "The" says its letter later.
+    """
+    found: dict[int, float] = {}
+    for token, logp in (reply.first or {}).items():
+        letter = token.strip(" ().")
+        if len(letter) == 1 and letter in labels:
+            at = labels.index(letter)
+            found[at] = float(np.logaddexp(logp, found.get(at, -np.inf)))
+    return found if sum(map(np.exp, found.values())) > 0.5 else {}
+
+
+def chosen(reply: Reply, options: Sequence[str], labels: str = "") -> int | None:
+    """Returns the option that an answer chooses, from 0; None without one.
+
+    The likeliest letter counts where the judge gives log-probabilities, as `likely` says. Of a
+    text, a capital counts that is the whole of it, or is marked as an option; else the whole text
+    of an option.
+
+    Args:
+      reply: the judge's.
+      options: their texts.
+      labels: their letters; empty: A, B, ..
+    """
+    labels = labels or LETTERS[: len(options)]
+    letters = likely(reply, labels)
+    if letters:
+        return max(letters, key=letters.__getitem__)
+    text = reply.text.rpartition("</think>")[2].strip()
+    marked = _MARKED.search(text)
+    named = (marked[1] or marked[2]) if marked else ""
+    if named and named in labels:
+        return labels.index(named)
+    same = [i for i, o in enumerate(options) if o.lower() == text.lower().rstrip(".")]
+    return same[0] if len(same) == 1 else None
+
+
+@dataclasses.dataclass
+class Asker:
+    """A judge behind an endpoint as mcq.measure asks it; each call has the same images in order.
+
+    Attributes:
+      speak: the judge.
+      kept: file of its answers.
+      judge: its name.
+      as_released: whether the flaws released.MCQ are reproduced.
+      batch: images that the released code loses together.
+      failed: reason by position of each image with an answer that failed for good; its figures
+        mean nothing.
+      counts: number of answers that each flaw touches.
+    """
+
+    speak: Speak
+    kept: Path
+    judge: str
+    as_released: bool = False
+    batch: int = 16
+    failed: dict[int, str] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(released.MCQ, 0)
+    )
+
+    def __call__(
+        self, texts: Sequence[str], questions: Sequence[Sequence[Question]], order: int
+    ) -> list[Answers]:
+        """Asks every question with its options in an order that `order` seeds; see mcq.Ask."""
+        shown = [_shown(own, order) for own in questions]
+        chats = [self._chat(text, p) for text, own in zip(texts, shown, strict=True) for p in own]
+        # As released, letters are drawn at temperature 0.6.
+        drawn = Drawn(_TOKENS, 0.6 if self.as_released else 0.0, order)
+        ask = asking.answers if self.as_released else asking.letters
+        replies = iter(ask(self.speak, chats, drawn, self.kept, self.judge))
+        return self._answers(shown, [[next(replies) for _ in own] for own in shown])
+
+    def _chat(self, caption: str, presented: Presented) -> Chat:
+        labels = self._labels(presented)
+        lines = [f"{x}) {o}" for x, o in zip(labels, presented.options, strict=True)]
+        question = "\n".join([presented.text, *lines])
+        before, rest = default_prompt().split("{caption}")
+        between, after = rest.split("{question}")
+        return [{"role": "user", "content": before + caption + between + question + after}]
+
+    def _answers(
+        self, shown: Sequence[Sequence[Presented]], replies: Sequence[Sequence[Any]]
+    ) -> list[Answers]:
+        lost = set()  # images
+        for i, own in enumerate(replies):
+            if reasons := [r.reason for r in own if isinstance(r, Failure)]:
+                self.failed.setdefault(i, reasons[0])
+                lost |= set(range(i - i % self.batch, i - i % self.batch + self.batch))
+        lost &= set(range(len(shown)))
+        self.counts["chunk"] += sum(len(shown[i]) for i in lost)
+        found = []
+        for i, (own, said) in enumerate(zip(shown, replies, strict=True)):
+            gone = i in self.failed or (self.as_released and i in lost)
+            told = [
+                (False, 0.0, False) if gone or isinstance(r, Failure) else self._one(p, r)
+                for p, r in zip(own, said, strict=True)
+            ]
+            right, p_truth, abstained = zip(*told, strict=True)
+            found.append(
+                Answers(np.asarray(right), np.asarray(p_truth, np.float32), np.asarray(abstained))
+            )
+        return found
+
+    def _one(self, presented: Presented, reply: Reply) -> tuple[bool, float, bool]:
+        """(right, probability of the truth, abstained)."""
+        labels = self._labels(presented)
+        ours = chosen(reply, presented.options, labels)
+        letter = released.first_letter(reply.text)
+        self.counts["letter"] += letter != (None if ours is None else labels[ours])
+        self.counts["label"] += LETTERS[len(labels) - 1] != released.ABSTAIN_LETTER
+        if self.as_released:
+            right = letter == labels[presented.truth]
+            return right, float(right), letter == released.ABSTAIN_LETTER
+        right = ours == presented.truth
+        letters = likely(reply, labels)
+        total = np.logaddexp.reduce(list(letters.values())) if letters else 0.0
+        p = np.exp(letters.get(presented.truth, -np.inf) - total) if letters else float(right)
+        return right, float(p), ours == len(labels) - 1
+
+    def _labels(self, presented: Presented) -> str:
+        """Letters of the options, the last of which abstains."""
+        count = len(presented.options)
+        last = released.ABSTAIN_LETTER if self.as_released else LETTERS[count - 1]
+        return LETTERS[: count - 1] + last
+
+
+def _shown(questions: Sequence[Question], order: int) -> list[Presented]:
+    """The orders in which LoadedJudge shows the same questions."""
+    rng = np.random.default_rng([order, zlib.crc32(repr(list(questions)).encode())])
+    return [present(q, rng) for q in questions]

@@ -1,0 +1,83 @@
+"""Means over questions with bootstrap intervals over images.
+
+Questions of one image hang together, so that images are drawn anew, each with all its questions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_RESAMPLES = 2000
+
+
+def told(sums: Sequence[float], counts: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """Returns the mean over questions with the bootstrap's 95% interval (percentiles; Efron 1979).
+
+    Args:
+      sums: [images], each image's sum over its questions.
+      counts: [images], its number of questions, at least one. Where all are 1, this is
+        mcq.interval.
+      seed: of the draws.
+
+    Returns:
+      {"mean", "low", "high"}.
+    """
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    if sums.shape != counts.shape or not len(sums) or counts.min() <= 0:
+        raise ValueError(f"sums {sums.shape} and counts {counts.shape} must be of the same images")
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(0, len(sums), len(sums)) for _ in range(_RESAMPLES))
+    low, high = np.percentile([sums[i].sum() / counts[i].sum() for i in drawn], [2.5, 97.5])
+    return {"mean": float(sums.sum() / counts.sum()), "low": float(low), "high": float(high)}
+
+
+def by_image(values: Sequence[float], images: Sequence[str]) -> dict[str, float]:
+    """Returns `told` of one value a question, whose images may repeat."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(images))}
+    at = [order[name] for name in images]
+    return told(np.bincount(at, values), np.bincount(at))
+
+
+def groups(
+    values: Sequence[float], images: Sequence[str], kinds: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Returns {kind: {"questions", "mean", "low", "high"}}, kinds in order of their names."""
+    found = {}
+    for kind in sorted(set(kinds)):
+        own = [i for i, k in enumerate(kinds) if k == kind]
+        told_of_kind = by_image([values[i] for i in own], [images[i] for i in own])
+        found[kind] = {"questions": len(own)} | told_of_kind
+    return found
+
+
+def paired(
+    found: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """Returns `told` of the differences to another evaluation, over the rows of both.
+
+    Args:
+      found: rows of results.json's "each", weighted by their number of questions.
+      others: those of the other.
+      names: of the figures.
+
+    Raises:
+      ValueError: no row is in both.
+    """
+    before = {row["id"]: row for row in others}
+    common = [
+        (row, before[row["id"]])
+        for row in found
+        if all(name in before.get(row["id"], ()) for name in names)
+    ]
+    if not common:
+        raise ValueError("no row is in both evaluations")
+    counts = [len(row["questions"]) for row, _ in common]
+    return {
+        name: told(
+            [(a[name] - b[name]) * n for (a, b), n in zip(common, counts, strict=True)], counts
+        )
+        for name in names
+    }

@@ -1,0 +1,221 @@
+"""Prism and CaptionQA from the command line: captions, a judge and rows in, results.json out.
+
+`python -m caprl_jax.evaluate --protocol=..` comes here for all protocols but mcq. The protocols are
+evaluate/prism.py and evaluate/captionqa.py; here their captions and judges are made.
+"""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caprl_jax.api import LoadedJudge, load_judge, load_policy
+from caprl_jax.caption import job, pictures
+from caprl_jax.caption.parts import Place
+from caprl_jax.data.questions import Presented
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
+from caprl_jax.errors import ConfigError
+from caprl_jax.evaluate import captionqa, means, page, prism, released, results, tables
+from caprl_jax.evaluate.asking import Speak
+from caprl_jax.evaluate.letters import Asker
+
+PROTOCOLS = ("mcq", "prism", "captionqa")
+_MOST_OPTIONS = 9  # letters of a judge on the mesh
+_ANSWERS = "answers.jsonl"
+
+
+def evaluate(given: Any) -> None:
+    """Evaluates by the protocol that the flags name.
+
+    Raises:
+      ConfigError: flags contradict each other, or a file can't be read or written.
+    """
+    if bool(given.captions) == bool(given.model):
+        raise ConfigError("give either --captions=FILE or --model=DIR")
+    others = {file: results.read(file) for file in given.against}
+    out = Path(given.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    about = {
+        "protocol": given.protocol,
+        "as_released": given.as_released,
+        "judge": given.judge,
+        "data": given.data,
+        "captions": given.captions or given.model,
+    }
+    if given.protocol == "prism":
+        (measured, images), names = _prism(given, out), prism.NAMES
+    else:
+        (measured, images), names = _captionqa(given, out), captionqa.NAMES
+    if not measured["each"]:
+        raise ConfigError(
+            f"nothing was scored: {measured['without']}, {measured['failed'][:1]}; the same "
+            "command asks for the missing answers again"
+        )
+
+    def paired(found: Sequence, before: Sequence) -> dict[str, dict[str, float]]:
+        return means.paired(found, before, names)
+
+    if others:
+        about["against"] = results.compare(measured, others, paired)
+    whole = about | measured
+    page.finish(out, whole, others, lambda ids: pictures.read(images, ids))
+    show_flaws(whole)
+
+
+def asker(given: Any, out: Path) -> Asker:
+    """Returns the judge at an endpoint as mcq asks it.
+
+    Raises:
+      ConfigError: it is none, whose text the released code's flaws are about.
+    """
+    if not is_url(given.judge):
+        raise ConfigError(
+            "--as_released of mcq is about a judge's text: give an endpoint as --judge"
+        )
+    kept, reproduced = out / _ANSWERS, given.as_released
+    return Asker(speak(given), kept, _name(given), reproduced, given.batch)
+
+
+def settled(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict]:
+    """Returns mcq's rows without those that failed, and what results.json says about the judge.
+
+    Raises:
+      ConfigError: no row is left.
+    """
+    lost = {} if asked.as_released else asked.failed
+    kept = [row for i, row in enumerate(found) if i not in lost]
+    failed = [{"id": found[i]["id"], "reason": reason} for i, reason in asked.failed.items()]
+    if not kept:
+        raise ConfigError(
+            f"nothing was scored: {failed[0]}; the same command asks for the missing answers again"
+        )
+    flaws = {
+        name: dataclasses.asdict(flaw) | {"answers": asked.counts[name]}
+        for name, flaw in released.MCQ.items()
+    }
+    return kept, {
+        "as_released": asked.as_released,
+        "failed": failed,
+        "flaws": flaws,
+        "not_reproduced": released.NOT_REPRODUCED,
+    }
+
+
+def _prism(given: Any, out: Path) -> tuple[dict[str, Any], str]:
+    """(results, where the images are)."""
+    questions, aside = prism.read(given.data, given.scorer)
+    sampling = Sampling(prism.MAX_TOKENS, temperature=1.0)
+    captions = _captions(
+        given, out, given.data, job.Settings(sampling, group=prism.CAPTIONS, batch=given.batch)
+    )
+    known = captions.keys()
+    if not any(q.id in known or q.image in known for q in questions):
+        raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
+    settings = prism.Settings(out / _ANSWERS, _name(given), given.data, given.as_released)
+    measured = prism.measure(questions, captions, speak(given), settings)
+    measured["without"] |= {"set_aside": aside.total()}
+    return measured | {"set_aside": dict(aside)}, given.data
+
+
+def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], str]:
+    """(results, where the images are)."""
+    data = captionqa.read(given.data, given.split)
+    path = Path(given.data)
+    images = path / "**" / f"{data.split}[-.]*" if path.is_dir() and data.split else path
+    sampling = Sampling(captionqa.MAX_TOKENS, temperature=captionqa.TEMPERATURE)
+    captions = _captions(given, out, str(images), job.Settings(sampling, batch=given.batch))
+    if not captions.keys() & data.own:
+        raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
+    if is_url(given.judge):
+        choose = captionqa.Chooser(speak(given), out / _ANSWERS, _name(given), given.as_released)
+    else:
+        judge = load_judge(given.judge)
+
+        def choose(shown: Sequence[captionqa.Shown], texts: Sequence[str]) -> list[Any]:
+            return chosen_by_logits(judge, shown, texts, given.batch)
+
+    return captionqa.measure(data, captions, choose, given.as_released), str(images)
+
+
+def speak(given: Any) -> Speak:
+    """Returns the judge of the flags as one that answers chats with text."""
+    if is_url(given.judge):
+        return Endpoint(given.judge, given.judge_model).ask
+    judge = load_judge(given.judge)
+
+    def write(chats: Iterable[Chat], drawn: Drawn) -> Iterator[Reply | Failure]:
+        # A judge on the mesh reads one user's turn: the chat's turns after one another.
+        texts = ("\n\n".join(turn["content"] for turn in chat) for chat in chats)
+        while part := list(itertools.islice(texts, 8 * given.batch)):
+            yield from judge.write(
+                part,
+                seed=drawn.seed or 0,
+                batch=given.batch,
+                max_tokens=drawn.max_tokens,
+                temperature=drawn.temperature,
+            )
+
+    return write
+
+
+def chosen_by_logits(
+    judge: LoadedJudge, shown: Sequence[captionqa.Shown], texts: Sequence[str], batch: int
+) -> list[int | Failure]:
+    """Returns the likeliest letter of each question of CaptionQA, from 0, by a judge on the mesh.
+
+    Args:
+      judge: reads its own prompt; the options stand in CaptionQA's order.
+      shown: questions; those of one image follow one another.
+      texts: each question's caption.
+      batch: captions that are judged together.
+    """
+    found: list[int | Failure] = [Failure(f"over {_MOST_OPTIONS} options")] * len(shown)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, (s, text) in enumerate(zip(shown, texts, strict=True)):
+        if len(s.order) <= _MOST_OPTIONS:
+            groups.setdefault((s.question.image, text), []).append(i)
+    whole = list(groups.items())
+    for start in range(0, len(whole), batch):
+        part = whole[start : start + batch]
+        presented = [
+            [Presented(shown[i].question.text, shown[i].options, _place(shown[i])) for i in at]
+            for _, at in part
+        ]
+        letters = judge.letters([text for (_, text), _ in part], presented)
+        for (_, at), own in zip(part, letters, strict=True):
+            for i, letter in zip(at, own, strict=True):
+                found[i] = letter
+    return found
+
+
+def _place(shown: captionqa.Shown) -> int:
+    return shown.order.index(shown.question.answer)
+
+
+def _captions(given: Any, out: Path, images: str, how: job.Settings) -> Mapping[str, list[str]]:
+    """Captions by image: those that are given, or those that the model writes."""
+    if given.captions:
+        return tables.captions(Path(given.captions))
+    policy, place = load_policy(given.model), Place(out / "captions.jsonl")
+    logging.info("captioning with at most %d tokens", how.sampling.max_tokens)
+    job.caption(policy, pictures.find(images), how, place)
+    return tables.captions(place.out)
+
+
+def _name(given: Any) -> str:
+    """The judge's name in the file of answers."""
+    return f"{given.judge} {given.judge_model}".strip()
+
+
+def show_flaws(measured: Mapping[str, Any]) -> None:
+    """Prints the flaws that were mended or reproduced, and how many answers each touches."""
+    how = "reproduced" if measured["as_released"] else "mended"
+    for name, flaw in measured["flaws"].items():
+        touched = [f"{n} {kind}" for kind, n in flaw.items() if isinstance(n, int)]
+        print(f"{how}: {name} ({flaw['released']}), touching {touched[0]}")

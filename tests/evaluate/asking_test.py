@@ -1,0 +1,84 @@
+"""Answers are kept and asked for once; means over questions have intervals over images."""
+
+import numpy as np
+import pytest
+
+from caprl_jax.endpoint import Drawn, Failure, Reply
+from caprl_jax.evaluate import asking, mcq, means
+
+
+def chats(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+class Echo:
+    """A judge that repeats the question, notes it, and fails for some."""
+
+    def __init__(self, fails=()):
+        self.asked, self.fails = [], fails
+
+    def __call__(self, asked, drawn):
+        for chat in asked:
+            text = chat[-1]["content"]
+            self.asked.append(text)
+            yield Failure("gone") if text in self.fails else Reply(f"{text}{drawn.seed}", False)
+
+
+def test_an_interrupted_evaluation_asks_for_what_is_missing(tmp_path):
+    kept, first = tmp_path / "answers.jsonl", Echo(fails=("b",))
+    found = asking.answers(first, chats("a", "b", "é", "a"), Drawn(seed=1), kept, "judge")
+    assert found == [Reply("a1", False), Failure("gone"), Reply("é1", False), Reply("a1", False)]
+    assert first.asked == ["a", "b", "é"]
+    kept.write_bytes(kept.read_bytes()[:-9])  # a kill cuts the last line
+    second = Echo()
+    found = asking.answers(second, chats("a", "b", "é"), Drawn(seed=1), kept, "judge")
+    assert [r.text for r in found] == ["a1", "b1", "é1"] and second.asked == ["b", "é"]
+    third = Echo()
+    asking.answers(third, chats("a", "b", "é"), Drawn(seed=1), kept, "judge")
+    assert third.asked == []
+
+
+def test_another_judge_or_other_settings_have_answers_of_their_own(tmp_path):
+    kept, echo = tmp_path / "answers.jsonl", Echo()
+    asking.answers(echo, chats("a"), Drawn(seed=1), kept, "judge")
+    assert asking.answers(echo, chats("a"), Drawn(seed=2), kept, "judge")[0].text == "a2"
+    asking.answers(echo, chats("a"), Drawn(seed=1), kept, "other")
+    assert echo.asked == ["a"] * 3
+
+
+def test_a_server_without_log_probabilities_is_asked_for_text(tmp_path):
+    def speak(asked, drawn):
+        for _ in asked:
+            yield Failure("logprobs is unknown") if drawn.letters else Reply("B", False)
+
+    found = asking.letters(speak, chats("a", "b"), Drawn(), tmp_path / "answers.jsonl", "judge")
+    assert found == [Reply("B", False)] * 2
+
+
+def test_one_question_an_image_has_mcqs_interval():
+    values = np.random.default_rng(1).random(50)
+    found = means.told(values, np.ones(50))
+    assert (found["low"], found["high"]) == pytest.approx(mcq.interval(values))
+
+
+def test_an_image_counts_by_its_questions_and_is_drawn_whole():
+    found = means.by_image([1, 1, 1, 0], ["a", "a", "a", "b"])
+    assert found == {"mean": 0.75, "low": 0, "high": 1}  # a twice or b twice: half of all draws
+    many = np.repeat([0.0, 1.0], 50)
+    apart = means.by_image(many, [str(i) for i in range(100)])
+    together = means.by_image(many, [str(i // 10) for i in range(100)])
+    assert together["high"] - together["low"] > 2 * (apart["high"] - apart["low"])
+    uneven = means.told([9, 0] * 10, [9, 1] * 10)
+    assert uneven["mean"] == 0.9 and uneven["low"] > 0.7  # not the mean of the images' means
+    with pytest.raises(ValueError, match="of the same images"):
+        means.told([1.0], [0])
+
+
+def test_groups_and_differences():
+    found = means.groups([1, 0, 1], ["a", "a", "b"], ["x", "y", "x"])
+    assert found["x"] == {"questions": 2, "mean": 1, "low": 1, "high": 1}
+    ours = [{"id": i, "score": s, "questions": [0] * n} for i, s, n in [("a", 1, 3), ("b", 0, 1)]]
+    others = [{"id": "a", "score": 0.5}, {"id": "b", "score": 0.5}, {"id": "c", "score": 9}]
+    assert means.paired(ours, others, ["score"])["score"]["mean"] == (0.5 * 3 - 0.5) / 4
+    with pytest.raises(ValueError, match="no row is in both"):
+        means.paired(ours, others[2:], ["score"])
