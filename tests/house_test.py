@@ -11,7 +11,7 @@ PACKAGE = ROOT / "caprl_jax"
 FLOORS = (
     ("errors", "files"),
     ("settings", "endpoint"),
-    ("registry",),
+    ("registry", "letters"),
     ("parallel",),
     ("models",),
     ("decode",),

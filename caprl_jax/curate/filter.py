@@ -156,7 +156,7 @@ def _chat(trial: Trial, image: Mapping[str, Any] | None) -> Chat:
 def _read(trial: Trial, reply: Reply | Failure) -> dict[str, Any]:
     if isinstance(reply, Failure):
         return {"letter": None, "failed": reply.reason}
-    return {"letter": trials_lib.letter(reply.text, reply.first, len(trial.options))}
+    return {"letter": trials_lib.letter(reply, len(trial.options))}
 
 
 def _entry(item: Item, answers: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

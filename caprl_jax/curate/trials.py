@@ -7,19 +7,19 @@ A question is worth training on if the image answers it, and nothing else does: 
 import dataclasses
 import hashlib
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from caprl_jax import letters
 from caprl_jax.data.records import LETTERS, Question
+from caprl_jax.endpoint import Reply
 from caprl_jax.settings import setting
 
 INSTRUCTION = "Answer the question with the letter of the right option.\n"
 WRONG = "too often wrong with the image"
 BLIND = "too often right without the image"
 BOTH = "too often wrong with the image, and right without it"
-_ARTICLE = re.compile(r"(?<!option )(?<!answer )(?<!is )A(?= [a-z])", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,29 +113,19 @@ def trials(identity: str, number: int, question: Question, settings: Settings) -
     return found
 
 
-def letter(text: str, first: Mapping[str, float] | None, options: int) -> str | None:
+def letter(reply: Reply, options: int) -> str | None:
     """Returns the letter that an answer in words chooses; None if it names no option.
 
     The first token's probabilities decide where options' letters hold more than half of them;
-    else the first capital letter of the text that stands alone and is an option's. The article in
-    "A dog" is no letter, nor is the C of "Cannot".
+    else the first letter of an option that stands alone in the text.
 
     Args:
-      text: the answer.
-      first: log-probability of likely first tokens, if they are known.
+      reply: the answer.
       options: number of options.
     """
-    letters = LETTERS[:options]
-    found: dict[str, float] = {}
-    for token, logp in (first or {}).items():
-        bare = token.strip(" \n\t()[]*.:")
-        if len(bare) == 1 and bare in letters:
-            found[bare] = found.get(bare, 0.0) + math.exp(logp)
-    if sum(found.values()) > 0.5:
-        return max(sorted(found), key=found.__getitem__)
-    without = _ARTICLE.sub("a", text)
-    match = re.search(rf"(?<![\w'’])[{letters}](?![\w'’])", without)
-    return match[0] if match else None
+    found = letters.likely(reply, LETTERS[:options])
+    chosen = max(found, key=found.__getitem__) if found else letters.named(reply.text, options)
+    return None if chosen is None else LETTERS[chosen]
 
 
 def accuracy(right: Sequence[bool]) -> float:

@@ -15,8 +15,8 @@ from caprl_jax.endpoint import Chat, Drawn, Failure, Reply
 from caprl_jax.evaluate import asking, released
 from caprl_jax.evaluate.asking import Speak
 from caprl_jax.evaluate.mcq import Answers
+from caprl_jax.letters import LETTERS, likely
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKED = re.compile(
     r"^\W*([A-Z])(?:\W*(?:$|\n)|[).:\]])"
     r"|(?i:answer|option|choice)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b(?!')"
@@ -24,26 +24,11 @@ _MARKED = re.compile(
 _TOKENS = 10
 
 
-def likely(reply: Reply, labels: str) -> dict[int, float]:
-    """Returns the log-probability of each option's letter that the judge tells, options from 0.
-
-    Empty where the letters hold no more than half of the probability: an answer that opens with
-    "The" says its letter later.
-    """
-    found: dict[int, float] = {}
-    for token, logp in (reply.first or {}).items():
-        letter = token.strip(" ().")
-        if len(letter) == 1 and letter in labels:
-            at = labels.index(letter)
-            found[at] = float(np.logaddexp(logp, found.get(at, -np.inf)))
-    return found if sum(map(np.exp, found.values())) > 0.5 else {}
-
-
 def chosen(reply: Reply, options: Sequence[str], labels: str = "") -> int | None:
     """Returns the option that an answer chooses, from 0; None without one.
 
-    The likeliest letter counts where the judge gives log-probabilities, as `likely` says. Of a
-    text, a capital counts that is the whole of it, or is marked as an option; else the whole text
+    The likeliest letter counts where the judge gives log-probabilities (letters.likely). Of a text,
+    a capital counts that is the whole of it, or is marked as an option; else the whole text
     of an option.
 
     Args:

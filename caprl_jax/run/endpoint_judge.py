@@ -7,8 +7,6 @@ the letter logits that a judge on the mesh has (rl.judge.letter_logits).
 
 import dataclasses
 import logging
-import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +20,7 @@ from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.endpoint import Drawn, Endpoint, Failure, Reply
 from caprl_jax.errors import UserError
 from caprl_jax.evaluate.heldout import Judged, Written
+from caprl_jax.letters import likely, named
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.step import Run
@@ -31,7 +30,6 @@ from caprl_jax.run.through_text import keys
 ABSENT = -1e4  # logit of a letter that the answer leaves out; finite, so that nothing becomes NaN
 _TOKENS = 8  # of an answer: a letter, or a few words that hold one
 _MOST = 2**31  # seeds that servers take are below
-_LETTER = re.compile(r"(?<![A-Za-z])[A-I](?![A-Za-z'’])")
 
 
 class Unanswered(UserError):
@@ -42,7 +40,7 @@ def letter_logits(reply: Reply, letters: int) -> np.ndarray | None:
     """Returns logits of the letters from an answer; None if it names no option.
 
     Log-probabilities of the first token count where letters hold most of the probability. Else the
-    first letter of the text counts, alone.
+    letter that the text names counts, alone.
 
     Args:
       reply: the answer.
@@ -51,18 +49,15 @@ def letter_logits(reply: Reply, letters: int) -> np.ndarray | None:
     Returns:
       float32 [letters].
     """
-    mass = np.zeros(letters)
-    for token, logp in (reply.first or {}).items():
-        i = LETTERS.find(token.strip()) if len(token.strip()) == 1 else -1
-        if 0 <= i < letters:
-            mass[i] += math.exp(min(logp, 0.0))
-    if mass.sum() > 0.5:
-        return np.log(np.maximum(mass, math.exp(-80.0))).astype(np.float32)
-    named = [LETTERS.index(letter) for letter in _LETTER.findall(reply.text)]
-    if not named or named[0] >= letters:
-        return None
     logits = np.full(letters, ABSENT, np.float32)
-    logits[named[0]] = 0
+    found = likely(reply, LETTERS[:letters])
+    for letter, logp in found.items():
+        logits[letter] = logp
+    if not found:
+        chosen = named(reply.text, letters)
+        if chosen is None:
+            return None
+        logits[chosen] = 0
     return logits
 
 

@@ -7,6 +7,7 @@ import pytest
 from caprl_jax.curate import trials
 from caprl_jax.curate.trials import BLIND, BOTH, PRESETS, WRONG, Settings, why_dropped
 from caprl_jax.data.records import Question
+from caprl_jax.endpoint import Reply
 from caprl_jax.settings import make
 
 QUESTION = Question("Which color is the door?", ("red", "green", "blue", "white"), 2)
@@ -67,12 +68,12 @@ ANSWERS = {
 
 @pytest.mark.parametrize("text, letter", [(t, x) for x, own in ANSWERS.items() for t in own])
 def test_the_letter_of_an_answer_in_words(text, letter):
-    assert trials.letter(text, None, 4) == letter
+    assert trials.letter(Reply(text, False, None), 4) == letter
 
 
 def test_log_probabilities_decide_where_they_are_about_letters():
     first = {"B": -1.2, " B": -1.5, "A": -0.9, "The": -4.0}
-    assert trials.letter("A", first, 4) == "B"  # two spellings of one letter
-    assert trials.letter("The answer is C", {"The": -0.1, "A": -3.0}, 4) == "C"
-    assert trials.letter("F", {"F": -0.1, "A": -3.0}, 4) is None
-    assert trials.letter("D", {"D": -0.1}, 3) is None
+    assert trials.letter(Reply("A", False, first), 4) == "B"  # two spellings of one letter
+    assert trials.letter(Reply("The answer is C", False, {"The": -0.1, "A": -3.0}), 4) == "C"
+    assert trials.letter(Reply("F", False, {"F": -0.1, "A": -3.0}), 4) is None
+    assert trials.letter(Reply("D", False, {"D": -0.1}), 3) is None
