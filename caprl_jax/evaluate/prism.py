@@ -160,23 +160,34 @@ def chat(question: Question, caption: str, as_released: bool = False) -> Chat:
     at = _users(turns)
     text, slot = turns[at][1], next((s for s in _SLOTS if s in turns[at][1]), None)
     text = given + text if slot is None else text.replace(slot, given, 1)
-    form = "" if any("\\boxed" in t for _, t in turns) else _FORM
+    asked = "\n".join(t for _, t in turns)
+    form = "" if "<answer>" in asked and "\\boxed" in asked else _FORM
     turns[at] = turns[at][0], text + form
     return [{"role": role, "content": text} for role, text in turns]
 
 
 def boxed(text: str) -> str | None:
-    """Returns what the last \\boxed{..} in the last <answer> holds, braces matched; or None."""
+    """Returns the content of the last \\boxed{..} of an answer, braces matched; None without one.
+
+    The answer is the last <answer>..</answer>, else the text after the judge's thoughts.
+    """
     answers = _ANSWER.findall(text)
-    start = answers[-1].rfind("\\boxed{") if answers else -1
+    said = answers[-1] if answers else _without_thoughts(text)
+    start = said.rfind("\\boxed{")
     if start < 0:
         return None
-    depth, inside = 1, answers[-1][start + len("\\boxed{") :]
+    depth, inside = 1, said[start + len("\\boxed{") :]
     for i, (before, c) in enumerate(zip("\0" + inside, inside, strict=False)):
         depth += (c == "{") - (c == "}") if before != "\\" else 0
         if not depth:
             return inside[:i].strip()
     return None
+
+
+def _without_thoughts(text: str) -> str:
+    """The text after </think>; empty if the thoughts have no end."""
+    _, ended, after = text.rpartition("</think>")
+    return after if ended or "<think>" not in text else ""
 
 
 def score(question: Question, text: str, flaws: Iterable[str] = (), path: str = "") -> float:

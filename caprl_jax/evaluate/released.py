@@ -44,7 +44,7 @@ PRISM = {
     ),
     "box": Flaw(
         "the box reaches to the last brace, and needs </think> before the answer",
-        "braces are matched; the last box in the last answer counts",
+        "braces are matched; the last box in the last answer counts, else the last after </think>",
     ),
     "reading": Flaw(
         "a word is a product of letters ('act' is 'cat'); truth and answer are swapped",

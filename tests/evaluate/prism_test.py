@@ -16,7 +16,7 @@ from ..endpoint_server import FAULTS, serving
 
 SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
 CHAT = (
-    "<|im_start|>system\nBox it: \\boxed{{}}.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>system\nBox it: <answer>\\boxed{{}}</answer>.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
 
@@ -42,6 +42,9 @@ def said(answer, before="<think>I count.</think>"):
         ("</think><answer>\\boxed{3}, no, \\boxed{4}</answer>", "4", "3}, no, \\boxed{4"),
         (said("3") + said("4"), "4", "3}</answer><think>I count.</think><answer>It is \\boxed{4"),
         ("<think>\\boxed{3}</think> 4", "", ""),
+        ("<think>\\boxed{3}</think> The answer is \\boxed{4}.", "4", ""),
+        ("The answer is \\boxed{4}.", "4", ""),
+        ("<think>Perhaps \\boxed{3}", "", ""),  # cut while it thinks
         ("</think><answer>\\boxed{4", "", ""),  # cut
         ("</think><answer>\\boxed{4</answer>", "", ""),
         ("</think><answer>4</answer>", "", ""),
@@ -59,9 +62,17 @@ def test_the_caption_stands_in_the_images_place():
     (turn,) = prism.chat(question(prompt="How many?"), "Two cats.")  # no slot: before the question
     assert turn["content"].index("Two cats.") < turn["content"].index("How many?")
     system, user = prism.chat(question(prompt=CHAT.format(f"{SLOT}How many?")), "Two cats.")
-    assert system == {"role": "system", "content": "Box it: \\boxed{}."}
+    assert system == {"role": "system", "content": "Box it: <answer>\\boxed{}</answer>."}
     assert "Two cats." in user["content"] and user["content"].endswith("How many?")
     assert "<|" not in user["content"]
+
+
+def test_a_row_that_asks_for_a_box_itself_is_scored():
+    asked = question(prompt="<image>What is 2+2? Put your final answer in \\boxed{}.")
+    assert prism.score(asked, "The answer is \\boxed{4}.") == 1
+    assert prism.score(asked, "The answer is \\boxed{5}.") == 0
+    (turn,) = prism.chat(asked, "A sum.")
+    assert turn["content"].endswith("<answer>\\boxed{...}</answer>")
 
 
 def test_a_caption_with_the_slots_text_is_text():
