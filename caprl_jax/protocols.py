@@ -14,11 +14,11 @@ from typing import Any
 from caprl_jax.api import LoadedJudge, load_judge, load_policy
 from caprl_jax.caption import job, pictures
 from caprl_jax.caption.parts import Place
-from caprl_jax.data.questions import Presented
+from caprl_jax.data.questions import JudgePrompt, Presented, own_prompt
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import captionqa, means, page, prism, released, results, tables
+from caprl_jax.evaluate import captionqa, page, prism, released, results, tables
 from caprl_jax.evaluate.asking import Speak
 from caprl_jax.evaluate.letters import Asker
 
@@ -49,17 +49,14 @@ def evaluate(given: Any) -> None:
         "captions": given.captions or given.model,
     }
     if given.protocol == "prism":
-        (measured, images), names = _prism(given, out), prism.NAMES
+        (measured, images), paired = _prism(given, out), prism.paired
     else:
-        (measured, images), names = _captionqa(given, out), captionqa.NAMES
+        (measured, images), paired = _captionqa(given, out), captionqa.paired
     if not measured["each"]:
         raise ConfigError(
             f"nothing was scored: {measured['without']}, {measured['failed'][:1]}; the same "
             "command asks for the missing answers again"
         )
-
-    def paired(found: Sequence, before: Sequence) -> dict[str, dict[str, float]]:
-        return means.paired(found, before, names)
 
     if others:
         about["against"] = results.compare(measured, others, paired)
@@ -135,12 +132,20 @@ def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], str]:
     if is_url(given.judge):
         choose = captionqa.Chooser(speak(given), out / _ANSWERS, _name(given), given.as_released)
     else:
-        judge = load_judge(given.judge)
+        judge = with_prompt(load_judge(given.judge))
 
         def choose(shown: Sequence[captionqa.Shown], texts: Sequence[str]) -> list[Any]:
             return chosen_by_logits(judge, shown, texts, given.batch)
 
     return captionqa.measure(data, captions, choose, given.as_released), str(images)
+
+
+def with_prompt(judge: LoadedJudge) -> LoadedJudge:
+    """Returns the judge with captionqa.PROMPT, unless its directory holds its own prompt."""
+    if own_prompt(judge.directory):
+        return judge
+    prompt = JudgePrompt.create(judge.tokenizer, captionqa.PROMPT)
+    return dataclasses.replace(judge, prompt=prompt)
 
 
 def speak(given: Any) -> Speak:
@@ -170,7 +175,7 @@ def chosen_by_logits(
     """Returns the likeliest letter of each question of CaptionQA, from 0, by a judge on the mesh.
 
     Args:
-      judge: reads its own prompt; the options stand in CaptionQA's order.
+      judge: see with_prompt; the options stand in CaptionQA's order.
       shown: questions; those of one image follow one another.
       texts: each question's caption.
       batch: captions that are judged together.

@@ -56,10 +56,10 @@ def paired(
     others: Sequence[Mapping[str, Any]],
     names: Sequence[str],
 ) -> dict[str, dict[str, float]]:
-    """Returns `told` of the differences to another evaluation, over the rows of both.
+    """Returns `by_image` of the differences to another evaluation, over the rows of both.
 
     Args:
-      found: rows of results.json's "each", weighted by their number of questions.
+      found: rows of results.json's "each"; rows of one "image" are drawn together.
       others: those of the other.
       names: of the figures.
 
@@ -74,10 +74,5 @@ def paired(
     ]
     if not common:
         raise ValueError("no row is in both evaluations")
-    counts = [len(row["questions"]) for row, _ in common]
-    return {
-        name: told(
-            [(a[name] - b[name]) * n for (a, b), n in zip(common, counts, strict=True)], counts
-        )
-        for name in names
-    }
+    images = [row.get("image", row["id"]) for row, _ in common]
+    return {name: by_image([a[name] - b[name] for a, b in common], images) for name in names}

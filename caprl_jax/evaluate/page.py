@@ -150,12 +150,13 @@ def _first(question: Mapping[str, Any], *names: str) -> Any:
 def _mark(question: Mapping[str, Any]) -> dict[str, str]:
     """A question's verdict, by the majority of orders or by its score, and its figures in words."""
     right = number(_first(question, "right", "score")) or 0.0
+    score = number(question.get("score"))
     abstained = (number(question.get("abstained")) or 0.0) >= 0.5
     verdict = "right" if right >= 0.5 else "abstained" if abstained else "wrong"
     notes = []
-    if "right" not in question and 0 < right < 1:
-        verdict = verdict if right >= 0.5 else "partly"
-        notes.append(f"score {right:.2f}")
+    if score is not None and 0 < score < 1:
+        verdict = "partly" if verdict == "wrong" else verdict
+        notes.append(f"score {score:.2f}")
     elif 0 < right < 1:
         notes.append(f"right in {right:.0%} of the orders")
     if (expected := number(question.get("expected"))) is not None:

@@ -276,6 +276,13 @@ def measure(
     }
 
 
+def paired(
+    found: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """Returns the differences to another evaluation's "each"; see means.paired."""
+    return means.paired(found, others, NAMES)
+
+
 def _ask(
     asked: Sequence[Question],
     given: Mapping[str, Sequence[str]],

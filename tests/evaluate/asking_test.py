@@ -77,8 +77,18 @@ def test_an_image_counts_by_its_questions_and_is_drawn_whole():
 def test_groups_and_differences():
     found = means.groups([1, 0, 1], ["a", "a", "b"], ["x", "y", "x"])
     assert found["x"] == {"questions": 2, "mean": 1, "low": 1, "high": 1}
-    ours = [{"id": i, "score": s, "questions": [0] * n} for i, s, n in [("a", 1, 3), ("b", 0, 1)]]
+    ours = [{"id": "a", "score": 1}, {"id": "b", "score": 0}]
     others = [{"id": "a", "score": 0.5}, {"id": "b", "score": 0.5}, {"id": "c", "score": 9}]
-    assert means.paired(ours, others, ["score"])["score"]["mean"] == (0.5 * 3 - 0.5) / 4
+    assert means.paired(ours, others, ["score"])["score"]["mean"] == (0.5 - 0.5) / 2
     with pytest.raises(ValueError, match="no row is in both"):
         means.paired(ours, others[2:], ["score"])
+
+
+def test_differences_of_one_images_rows_are_drawn_together_and_count_alike():
+    ours = [
+        {"id": "a0", "image": "a", "score": 1, "questions": [0] * 3},
+        {"id": "a1", "image": "a", "score": 0, "questions": [0]},
+    ]
+    others = [{"id": name, "image": "a", "score": 0} for name in ("a0", "a1")]
+    found = means.paired(ours, others, ["score"])
+    assert found["score"] == {"mean": 0.5, "low": 0.5, "high": 0.5}  # there is one image

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import caprl_jax
 from caprl_jax import endpoint, protocols
 from caprl_jax.data.digits import world as digits
 from caprl_jax.endpoint import Limits, Reply
@@ -191,7 +192,12 @@ def test_scores_by_hand_whatever_the_server_does(data, quick):
         "answer": "Eyes",
         "said": "None of it",
         "score": 0,
+        "number": 1,
+        "right": 0,
+        "abstained": 0,
+        "unanswered": 0,
     }
+    assert [q["abstained"] for q in c["questions"]] == [1]
     counts = {name: flaw["questions"] for name, flaw in found["flaws"].items()}
     # b's first has one order both ways by chance; its second is counted as yes_no's.
     assert counts == {"yes_no": 1, "order": 1, "letter": 0}
@@ -252,6 +258,22 @@ def test_an_answer_that_fails_is_counted_and_not_scored(data, quick):
     assert found["summary"]["score"]["mean"] == pytest.approx((1 + 0.3) / 2)
 
 
+def test_differences_are_those_of_questions_that_both_runs_have(data, quick):
+    def sometimes(request):
+        if "Which part" in request["messages"][-1]["content"]:
+            raise OSError("the judge is gone")
+        return answer(request)
+
+    with serving(sometimes) as server:  # b's wrong answer fails; its right one remains
+        evaluate(data, server.url)
+    (data / "out" / "results.json").rename(data / "before.json")
+    with serving(answer) as server:
+        found = evaluate(data, server.url, against=[str(data / "before.json")])
+    assert found["each"][0]["score"] == 0.5
+    for told in found["against"][0]["summary"].values():
+        assert told == {"mean": 0, "low": 0, "high": 0}
+
+
 class Reads:
     """A judge on the mesh that finds each question's truth; it takes two captions at a time."""
 
@@ -273,6 +295,18 @@ def test_a_judge_on_the_mesh_gets_each_images_questions_together():
     *found, last = protocols.chosen_by_logits(Reads(), asked, list("aabbc"), 2)
     assert found[:3] == [1, 0, 2] and last == 1
     assert found[3].reason == "over 9 options"
+
+
+def test_a_judge_on_the_mesh_is_told_of_the_option_that_it_cant_be_answered(monkeypatch):
+    """The option may stand anywhere, or be missing: the last one is no place for it."""
+    judge = caprl_jax.load_judge("asset:tiny/judge")
+    own = protocols.with_prompt(judge).prompt  # the tiny judge was trained with its own
+    assert own == judge.prompt
+    monkeypatch.setattr(protocols, "own_prompt", lambda _: "")
+    prompt = protocols.with_prompt(judge).prompt
+    text = prompt.before + "a cat" + prompt.between + "Which?" + prompt.after
+    assert "choose the option that says it cannot be answered, if there is one" in text
+    assert "last option" not in text and text.count("Which?") == 1
 
 
 @pytest.mark.slow

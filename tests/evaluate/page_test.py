@@ -223,6 +223,9 @@ def test_results_of_other_protocols_have_a_page_too(tmp_path):
     parsed = written(tmp_path, told)
     assert "By category" in parsed.text and "objects 1 question 25.0%" in parsed.text
     assert "objects ; truth: x ~ partly: y score 0.25" in parsed.text
+    question |= {"score": 0.55, "right": 0.0, "abstained": 1.0}  # of two options
+    told["each"] = [row | {"questions": [question]}]
+    assert "truth: x ? abstained: y score 0.55" in written(tmp_path, told).text
 
 
 def test_folders_name_runs_unless_two_have_the_same_name():
