@@ -160,7 +160,8 @@ class LoadedJudge(Loaded):
           presented: [b] lists of questions, whose options are lettered as they stand.
 
         Raises:
-          UserError: there is nothing to judge, or a question has more than 9 options.
+          UserError: there is nothing to judge, a question has more than 9 options, or a logit of
+            the judge is not finite.
         """
         if not any(map(len, presented)):
             raise UserError("nothing to judge: give at least one question")
@@ -170,8 +171,9 @@ class LoadedJudge(Loaded):
         longest = bucket(max(len(self.prompt.tail(p)) for own in presented for p in own))
         rows = [self.prompt.arrays(own, most, longest) for own in presented]
         questions = jax.tree.map(lambda *a: np.stack(a), *rows)
-        found = self.score_texts(list(captions), questions, mode="greedy").letter
-        return [found[i, 0, : len(own)].tolist() for i, own in enumerate(presented)]
+        found = self.score_texts(list(captions), questions, mode="greedy")
+        require_finite(found, self.directory)
+        return [found.letter[i, 0, : len(own)].tolist() for i, own in enumerate(presented)]
 
     def write(
         self, texts: Sequence[str], *, seed: int = 0, batch: int = 16, **sampling: Any
@@ -252,6 +254,15 @@ def _write(rules, modules, decoding, params, prompt, words, seed):
     batch = Batch(None, prompt, questions=None, valid=jnp.ones(len(words), bool))
     with axes.using(rules):
         return rollout(modules, params, batch, decoding=decoding, key=jax.vmap(key)(words))
+
+
+def require_finite(verdicts: Verdicts, judge: str | Path) -> None:
+    """Raises UserError, which names the judge, if one of its answers is not finite."""
+    if not np.all(np.isfinite(verdicts.score[verdicts.valid])):
+        raise UserError(
+            f"the judge {judge} gives logits that are not finite: its weights are damaged, or its "
+            "numbers overflow; check the directory, or use another judge"
+        )
 
 
 def load_judge(

@@ -22,6 +22,7 @@ from absl import flags
 
 from caprl_jax import protocols
 from caprl_jax.api import LoadedJudge, load_judge, load_policy
+from caprl_jax.api.judge import require_finite
 from caprl_jax.caption import job, pictures
 from caprl_jax.caption.parts import Place
 from caprl_jax.commands import cli
@@ -34,9 +35,14 @@ from caprl_jax.evaluate import mcq, page, results
 from caprl_jax.evaluate.captionqa import SPLITS
 from caprl_jax.evaluate.scorers import SCORERS
 
+TEMPERATURE = 1.0  # of the probability that "expected" is: the judge's own, as at an endpoint
+
 
 def asker(judge: LoadedJudge, batch: int) -> mcq.Ask:
-    """Returns the judge as mcq.measure asks it, `batch` captions at a time."""
+    """Returns the judge as mcq.measure asks it, `batch` captions at a time.
+
+    Calls of the result raise UserError if the judge's logits are not finite.
+    """
 
     def ask(
         texts: Sequence[str], questions: Sequence[Sequence[Question]], order: int
@@ -45,7 +51,10 @@ def asker(judge: LoadedJudge, batch: int) -> mcq.Ask:
         for start in range(0, len(texts), batch):
             part = slice(start, start + batch)
             own = questions[part]
-            verdicts = judge.score_texts(list(texts[part]), own, mode="greedy", seed=order)
+            verdicts = judge.score_texts(
+                list(texts[part]), own, mode="greedy", temperature=TEMPERATURE, seed=order
+            )
+            require_finite(verdicts, judge.directory)
             for i, asked in enumerate(own):
                 at = i, 0, slice(len(asked))
                 right, abstained = verdicts.score[at] > 0.5, verdicts.abstained[at]
@@ -131,6 +140,7 @@ def evaluate(given: Any) -> None:
         "data": given.data,
         "captions": given.captions or given.model,
         "orders": given.orders,
+        "expected_temperature": TEMPERATURE,
         "summary": mcq.summary(found),
         "groups": mcq.groups(found),
         "by_length": mcq.by_length(found),

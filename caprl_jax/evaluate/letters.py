@@ -15,7 +15,7 @@ from caprl_jax.endpoint import Chat, Drawn, Failure, Reply
 from caprl_jax.evaluate import asking, released
 from caprl_jax.evaluate.asking import Speak
 from caprl_jax.evaluate.mcq import Answers
-from caprl_jax.letters import LETTERS, likely
+from caprl_jax.letters import LETTERS, likely, named
 
 _MARKED = re.compile(
     r"^\W*([A-Z])(?:\W*(?:$|\n)|[).:\]])"
@@ -27,9 +27,9 @@ _TOKENS = 10
 def chosen(reply: Reply, options: Sequence[str], labels: str = "") -> int | None:
     """Returns the option that an answer chooses, from 0; None without one.
 
-    The likeliest letter counts where the judge gives log-probabilities (letters.likely). Of a text,
-    a capital counts that is the whole of it, or is marked as an option; else the whole text
-    of an option.
+    The judge's likeliest letter counts if it gives log-probabilities (letters.likely). Else its
+    text is read: first a capital that is the whole text or is marked as an option, then the first
+    capital that stands alone (letters.named), then a text that is the whole of an option.
 
     Args:
       reply: the judge's.
@@ -42,9 +42,12 @@ def chosen(reply: Reply, options: Sequence[str], labels: str = "") -> int | None
         return max(letters, key=letters.__getitem__)
     text = reply.text.rpartition("</think>")[2].strip()
     marked = _MARKED.search(text)
-    named = (marked[1] or marked[2]) if marked else ""
-    if named and named in labels:
-        return labels.index(named)
+    letter = (marked[1] or marked[2]) if marked else ""
+    if letter and letter in labels:
+        return labels.index(letter)
+    alone = named(text, LETTERS.index(labels[-1]) + 1)
+    if alone is not None and LETTERS[alone] in labels:
+        return labels.index(LETTERS[alone])
     same = [i for i, o in enumerate(options) if o.lower() == text.lower().rstrip(".")]
     return same[0] if len(same) == 1 else None
 
@@ -108,17 +111,15 @@ class Asker:
         for i, (own, said) in enumerate(zip(shown, replies, strict=True)):
             gone = i in self.failed or (self.as_released and i in lost)
             told = [
-                (False, 0.0, False) if gone or isinstance(r, Failure) else self._one(p, r)
+                (False, 0.0, False, True) if gone or isinstance(r, Failure) else self._one(p, r)
                 for p, r in zip(own, said, strict=True)
             ]
-            right, p_truth, abstained = zip(*told, strict=True)
-            found.append(
-                Answers(np.asarray(right), np.asarray(p_truth, np.float32), np.asarray(abstained))
-            )
+            right, p_truth, abstained, unanswered = map(np.asarray, zip(*told, strict=True))
+            found.append(Answers(right, p_truth.astype(np.float32), abstained, unanswered))
         return found
 
-    def _one(self, presented: Presented, reply: Reply) -> tuple[bool, float, bool]:
-        """(right, probability of the truth, abstained)."""
+    def _one(self, presented: Presented, reply: Reply) -> tuple[bool, float, bool, bool]:
+        """(right, probability of the truth, abstained, unanswered)."""
         labels = self._labels(presented)
         ours = chosen(reply, presented.options, labels)
         letter = released.first_letter(reply.text)
@@ -126,12 +127,12 @@ class Asker:
         self.counts["label"] += LETTERS[len(labels) - 1] != released.ABSTAIN_LETTER
         if self.as_released:
             right = letter == labels[presented.truth]
-            return right, float(right), letter == released.ABSTAIN_LETTER
+            return right, float(right), letter == released.ABSTAIN_LETTER, letter is None
         right = ours == presented.truth
         letters = likely(reply, labels)
         total = np.logaddexp.reduce(list(letters.values())) if letters else 0.0
         p = np.exp(letters.get(presented.truth, -np.inf) - total) if letters else float(right)
-        return right, float(p), ours == len(labels) - 1
+        return right, float(p), ours == len(labels) - 1, ours is None
 
     def _labels(self, presented: Presented) -> str:
         """Letters of the options, the last of which abstains."""

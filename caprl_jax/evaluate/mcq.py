@@ -63,11 +63,13 @@ class Answers:
       right: bool [n], whether the likeliest letter is the truth's.
       p_truth: float32 [n], probability of the truth's letter.
       abstained: bool [n], whether the likeliest letter is that of the abstain option.
+      unanswered: bool [n], whether a judge's text chooses no option; None if it writes no text.
     """
 
     right: np.ndarray
     p_truth: np.ndarray
     abstained: np.ndarray
+    unanswered: np.ndarray | None = None
 
 
 # (captions, questions of each, seed of the options' order) -> answers of each.
@@ -86,8 +88,9 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
       For each row its id, caption and source, if known; means over its questions by name:
       accuracy, expected (p of the truth), abstained, consistent (right in all orders, or in none),
       blind (accuracy of an empty caption), elsewhere (accuracy of the next image's caption),
-      chance; what `signs` finds; and its questions: {"text", "type", "truth"} and the first five
-      of these figures but consistent, "right" being the accuracy.
+      chance; of a judge that writes text unanswered, too; what `signs` finds; and its questions:
+      {"text", "type", "truth"} and these figures but consistent and chance, "right" being the
+      accuracy.
     """
     asked = [row.questions for row in rows]
     texts = [row.caption for row in rows]
@@ -107,6 +110,8 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
             "elsewhere": elsewhere[i].right,
             "chance": [1 / (len(q.choices) + 1) for q in row.questions],  # and the abstain option
         }
+        if own[0].unanswered is not None:
+            means["unanswered"] = [a.unanswered for a in own]
         told = {"id": row.id, "caption": row.caption}
         told |= {"source": row.source} if row.source else {}
         told |= {k: float(np.mean(v)) for k, v in means.items()} | signs(row)
@@ -125,6 +130,8 @@ def _each_question(
         "blind": blind.right,
         "elsewhere": elsewhere.right,
     }
+    if own[0].unanswered is not None:
+        figures["unanswered"] = np.mean([a.unanswered for a in own], axis=0)
     return [
         {"text": q.text, "type": question_type(q), "truth": q.choices[q.answer]}
         | {name: round(float(values[j]), 4) for name, values in figures.items()}

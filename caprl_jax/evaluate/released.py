@@ -58,8 +58,8 @@ PRISM = {
 MCQ = {
     "letter": Flaw(
         "the first capital from A to I counts: 'Cannot tell' is C",
-        "the likeliest letter where the judge tells; else a capital that is the whole answer, or "
-        "is marked as an option, or an option's text",
+        "the likeliest letter where the judge tells; else a capital that is marked as an option "
+        "or stands alone, or an option's text",
     ),
     "label": Flaw(
         "the worked example's abstain option is E, the question's is F",
@@ -86,8 +86,8 @@ CAPTIONQA = {
     ),
     "letter": Flaw(
         "the first letter that stands alone counts, 'a' in small too, and only after a line's end",
-        "the likeliest letter where the judge tells; else a capital that is the whole answer, or "
-        "is marked as an option",
+        "the likeliest letter where the judge tells; else a capital that is marked as an option "
+        "or stands alone, or an option's text",
     ),
 }
 

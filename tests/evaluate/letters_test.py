@@ -1,18 +1,23 @@
 """mcq by a judge at an endpoint: its letters, its failures, and the released server's flaws."""
 
+import functools
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from caprl_jax import endpoint, protocols
+from caprl_jax.api import LoadedJudge
 from caprl_jax.data.records import Question, unparse_question
 from caprl_jax.endpoint import Failure, Limits, Reply
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.evaluate import __main__ as command
-from caprl_jax.evaluate import letters, released
+from caprl_jax.evaluate import letters, mcq, released
 from caprl_jax.evaluate.letters import Asker
+from caprl_jax.rl.judge import Judging, verdicts
+from caprl_jax.rl.types import Verdicts
 
 from ..endpoint_server import FAULTS, serving
 
@@ -44,6 +49,83 @@ def test_a_judge_that_finds_the_truth_is_right_in_every_order(tmp_path):
         assert first.right.tolist() == [True, True] and second.right.tolist() == [True]
         assert first.p_truth.tolist() == [1, 1] and not first.abstained.any()
     assert not ask.failed and ask.counts == {"letter": 0, "label": 9, "chunk": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("B is correct", 1),
+        ("I would choose B", 1),
+        (r"\boxed{B}", 1),
+        ("C. Not A", 2),
+        ("<think>A</think> I'd say D.", 3),
+        ("Cannot tell", None),
+        ("A dog is there", None),
+        ("E", None),
+        ("the red one", None),
+        ("blue", 1),
+    ],
+)
+def test_a_text_chooses_an_option(text, option):
+    assert letters.chosen(Reply(text, False), ("red", "blue", "green", "grey")) == option
+
+
+def test_answers_that_choose_nothing_are_counted(tmp_path):
+    rows = [mcq.Captioned("a", "x", (CAT,)), mcq.Captioned("b", "y", (CAT,))]
+
+    def says(options, caption):
+        return "I don't know." if caption == "x" else options["blue"]
+
+    for way in (False, True):
+        ask = asker(tmp_path / str(way), says, as_released=way)
+        ask.kept.parent.mkdir()
+        first, second = mcq.measure(rows, ask, orders=2)
+        # As released, "I" is a letter of an option.
+        assert (first["unanswered"], second["unanswered"]) == (1 - way, 0)
+        assert [q["unanswered"] for q in first["questions"]] == [1 - way]
+
+
+def test_a_judge_on_the_mesh_and_at_an_endpoint_expect_the_same(tmp_path):
+    """Equal logits give equal probabilities of the truth, at temperature 1."""
+    logits = np.asarray([0.5, 2.0, -1.0, 0.25, 1.0], np.float32)  # the last is no letter
+    named = ("red", "blue", "green", "cannot tell")
+
+    class Judge:
+        directory = "judge"
+
+        def score_texts(self, captions, questions, *, mode, seed, temperature=0.6):
+            first, shape = letters._shown(questions[0], seed)[0], (1, 1)
+            order = [named.index(o) for o in first.options]
+            asked = types.SimpleNamespace(
+                truth=np.full(shape, first.truth),
+                letters=np.full(shape, 4),
+                valid=np.ones(shape, bool),
+            )
+            own = logits[order][None, None, None]
+            judging = Judging(mode, temperature)
+            return verdicts(own, asked, judging=judging, key=jax.random.key(0))
+
+    def says(options, _):
+        logs = np.log(np.exp(logits) / np.exp(logits).sum())
+        return Reply("?", False, {options[n]: float(p) for n, p in zip(named, logs, strict=False)})
+
+    found = [
+        ask(["x"], [(CAT,)], 3)[0].p_truth
+        for ask in (command.asker(Judge(), 1), asker(tmp_path, says))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_judge_that_isnt_finite_is_named():
+    nan = np.full((1, 1, 1), np.nan)
+    answers = Verdicts(nan, nan, np.zeros((1, 1, 1), int), nan > 0, nan != 0)
+    judge = types.SimpleNamespace(directory="a/judge", score_texts=lambda *_, **__: answers)
+    judge.letters = functools.partial(LoadedJudge.letters, judge)
+    with pytest.raises(UserError, match="a/judge .*not finite"):
+        command.asker(judge, 1)(["x"], [(CAT,)], 0)
+    judge.prompt = types.SimpleNamespace(tail=lambda _: [0], arrays=lambda *_: {"a": np.zeros(1)})
+    with pytest.raises(UserError, match="a/judge .*not finite"):
+        judge.letters(["x"], [letters._shown((CAT,), 0)])
 
 
 def test_log_probabilities_are_shared_among_the_options(tmp_path):

@@ -16,8 +16,8 @@ from ..endpoint_server import FAULTS, serving
 
 SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
 CHAT = (
-    "<|im_start|>system\nBox it: <answer>\\boxed{{}}</answer>.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n"
+    "<|im_start|>system\nBox it: <answer>\\boxed{{}}</answer>.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 
 
