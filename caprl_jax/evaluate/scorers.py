@@ -24,8 +24,11 @@ _SECONDS = 5  # most time for one parse or comparison of math-verify
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _LONGEST = 20000  # characters; math-verify takes seconds for more
 _COMMAND = re.compile(r"\\[a-z]+")  # of LaTeX
-_WORD = re.compile(r"[^\W\d_]{2,}")
+_TEXT = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{([^{}]*)\}")  # words in LaTeX
+_WORD = re.compile(r"(?P<glued>(?<=[\d()^_{}]))?(?P<word>[^\W\d_]{2,})")
 _MATHS = re.compile(r"[\d\\]")
+# An operator beside a letter; a hyphen before three letters or more is one of words.
+_OPERATOR = re.compile(r"[a-z)]\s*(?:[+*^=<>|]|-(?!\w{3}))|(?:[+*^=<>|]|(?<!\w)-)\s*[a-z(]", re.I)
 _CHARTS, _INFO = ("chartqa", "charxiv"), ("infovqa", "infographic")
 
 
@@ -74,21 +77,36 @@ def maths(said: str, truth: str) -> float:
     """Returns 1 for equal texts, or for equal expressions as math-verify finds them.
 
     math-verify reads a word as a product of letters, so that "act" would equal "cat": words are
-    compared as text, and a unit must be that of the truth, or left out. A truth that math-verify
-    can't read is compared as text.
+    compared as text, and a unit must be that of the truth, or left out. Letters beside an operator,
+    and those after a number, are a product. A truth that math-verify can't read is compared as
+    text.
 
     Raises:
       ConfigError: math-verify isn't installed.
     """
     if exact(said, truth):
         return 1.0
-    words = [_WORD.findall(_COMMAND.sub(" ", text.lower())) for text in (said, truth)]
-    if all(words) and words[0] != words[1]:
-        return 0.0
-    if any(own and not _MATHS.search(text) for own, text in zip(words, (said, truth), strict=True)):
-        return 0.0
+    texts = said, truth
+    words = [_words(text) for text in texts]
+    if not any(map(_is_expression, texts)):
+        if all(words) and words[0] != words[1]:
+            return 0.0
+        if any(own and not _MATHS.search(text) for own, text in zip(words, texts, strict=True)):
+            return 0.0
     parsed = parse(_latex(truth))
     return float(verify(parsed, parse(_latex(said)))) if parsed else 0.0
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text; of one glued to a number or a bracket, the letters in order."""
+    plain = _COMMAND.sub(" ", _TEXT.sub(r" \1 ", text.lower()))
+    found = _WORD.finditer(plain)
+    return ["".join(sorted(m["word"])) if m["glued"] is not None else m["word"] for m in found]
+
+
+def _is_expression(text: str) -> bool:
+    """Tells whether letters stand beside an operator."""
+    return bool(_OPERATOR.search(_COMMAND.sub(" ", _TEXT.sub(" ", text))))
 
 
 def chart(said: str, truth: str) -> float:

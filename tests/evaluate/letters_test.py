@@ -121,10 +121,10 @@ def test_a_judge_that_isnt_finite_is_named():
     answers = Verdicts(nan, nan, np.zeros((1, 1, 1), int), nan > 0, nan != 0)
     judge = types.SimpleNamespace(directory="a/judge", score_texts=lambda *_, **__: answers)
     judge.letters = functools.partial(LoadedJudge.letters, judge)
-    with pytest.raises(UserError, match="a/judge .*not finite"):
+    with pytest.raises(UserError, match=r"a/judge .*not finite"):
         command.asker(judge, 1)(["x"], [(CAT,)], 0)
     judge.prompt = types.SimpleNamespace(tail=lambda _: [0], arrays=lambda *_: {"a": np.zeros(1)})
-    with pytest.raises(UserError, match="a/judge .*not finite"):
+    with pytest.raises(UserError, match=r"a/judge .*not finite"):
         judge.letters(["x"], [letters._shown((CAT,), 0)])
 
 
