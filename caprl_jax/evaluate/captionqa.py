@@ -278,7 +278,8 @@ def measure(
 ) -> dict[str, Any]:
     """Asks the judge every question of the split's captioned images, and scores its answers.
 
-    A question whose answer failed for good is left out of the scores, and counted.
+    A question whose answer failed for good is left out of the scores, and counted; as released it
+    scores 0.
 
     Args:
       data: what `read` returns.
@@ -302,7 +303,11 @@ def measure(
         for s, a in zip(shown, said, strict=True)
         if isinstance(a, Failure)
     ]
-    answered = [(s, a) for s, a in zip(shown, said, strict=True) if not isinstance(a, Failure)]
+    answered = [
+        (s, None if isinstance(a, Failure) else a)
+        for s, a in zip(shown, said, strict=True)
+        if as_released or not isinstance(a, Failure)
+    ]
     figures = [_figures(s, a, as_released) for s, a in answered]
     images = [s.question.image for s, _ in answered]
     values = {name: [f[name] for f in figures] for name in NAMES}
@@ -316,11 +321,15 @@ def measure(
         "without": {
             "set_aside": sum(data.aside.values()),
             "without_caption": len(data.own - captioned),
-            "failed": len(failed),
+            "failed": 0 if as_released else len(failed),
         },
         "set_aside": dict(data.aside),
         "failed": failed,
-        "flaws": _touched(shown, ways, getattr(choose, "letters_differ", 0)),
+        "flaws": _touched(shown, ways)
+        | {
+            "letter": _flaw("letter", getattr(choose, "letters_differ", 0)),
+            "failure": _flaw("failure", len(failed)),
+        },
         "summary": {n: means.by_image(v, images) for n, v in values.items()} if images else {},
         "groups": {n: means.groups(values["score"], images, k) for n, k in kinds.items() if any(k)},
         "each": each,
@@ -390,20 +399,15 @@ def _by_question(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _touched(
-    shown: Sequence[Shown], ways: tuple[Mapping, Mapping], letters_differ: int
-) -> dict[str, dict[str, Any]]:
-    """Each flaw of released.CAPTIONQA and the number of questions that it touches."""
+def _touched(shown: Sequence[Shown], ways: tuple[Mapping, Mapping]) -> dict[str, dict[str, Any]]:
+    """The flaws of released.CAPTIONQA in what is shown, and the number of questions of each."""
     own = [s.question for s in shown]
     differ = [is_yes_no(q) != released.is_yes_no(q.text, q.choices) for q in own]
     keys = [(q.image, q.number) for q in own]
     moved = [ways[0][k].order != ways[1][k].order for k in keys]
-    counts = {
-        "yes_no": sum(differ),
-        "order": sum(m and not d for m, d in zip(moved, differ, strict=True)),
-        "letter": letters_differ,
-    }
-    return {
-        name: dataclasses.asdict(flaw) | {"questions": counts[name]}
-        for name, flaw in released.CAPTIONQA.items()
-    }
+    order = sum(m and not d for m, d in zip(moved, differ, strict=True))
+    return {"yes_no": _flaw("yes_no", sum(differ)), "order": _flaw("order", order)}
+
+
+def _flaw(name: str, questions: int) -> dict[str, Any]:
+    return dataclasses.asdict(released.CAPTIONQA[name]) | {"questions": questions}

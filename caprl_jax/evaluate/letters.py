@@ -62,8 +62,8 @@ class Asker:
       judge: its name.
       as_released: whether the flaws released.MCQ are reproduced.
       batch: images that the released code loses together.
-      failed: reason by position of each image with an answer that failed for good; its figures
-        mean nothing.
+      failed: reason by position of each image with an answer that failed for good; unless
+        as_released, its figures mean nothing.
       counts: number of answers that each flaw touches.
     """
 
@@ -109,7 +109,7 @@ class Asker:
         self.counts["chunk"] += sum(len(shown[i]) for i in lost)
         found = []
         for i, (own, said) in enumerate(zip(shown, replies, strict=True)):
-            gone = i in self.failed or (self.as_released and i in lost)
+            gone = i in lost if self.as_released else i in self.failed
             told = [
                 (False, 0.0, False, True) if gone or isinstance(r, Failure) else self._one(p, r)
                 for p, r in zip(own, said, strict=True)

@@ -70,8 +70,9 @@ MCQ = {
         "an image with an answer that fails is left out of the scores, and counted",
     ),
 }
-# Flaws of the reward server that no row can show here, and why.
+# What else the reward server does otherwise, and why it isn't reproduced.
 NOT_REPRODUCED = {
+    "prefill": "the judge's answer begins with 'The answer is': an endpoint begins no answer",
     "skip": "a truth that names no option skips the shuffle: such a row is refused when it is read",
     "unseeded": "questions and orders are drawn without a seed: here every draw has one",
 }
@@ -88,6 +89,10 @@ CAPTIONQA = {
         "the first letter that stands alone counts, 'a' in small too, and only after a line's end",
         "the likeliest letter where the judge tells; else a capital that is marked as an option "
         "or stands alone, or an option's text",
+    ),
+    "failure": Flaw(
+        "an answer that fails scores 0",
+        "a question whose answer fails is left out of the scores, and counted",
     ),
 }
 

@@ -200,7 +200,7 @@ def test_scores_by_hand_whatever_the_server_does(data, quick):
     assert [q["abstained"] for q in c["questions"]] == [1]
     counts = {name: flaw["questions"] for name, flaw in found["flaws"].items()}
     # b's first has one order both ways by chance; its second is counted as yes_no's.
-    assert counts == {"yes_no": 1, "order": 1, "letter": 0}
+    assert counts == {"yes_no": 1, "order": 1, "letter": 0, "failure": 0}
 
 
 def asked_of(data, **changes):
@@ -256,6 +256,11 @@ def test_an_answer_that_fails_is_counted_and_not_scored(data, quick):
         found = evaluate(data, server.url)
     assert found["without"]["failed"] == 1 and found["failed"][0]["question"] == "Which part?"
     assert found["summary"]["score"]["mean"] == pytest.approx((1 + 0.3) / 2)
+    with serving(sometimes) as server:
+        theirs = evaluate(data, server.url, as_released=True)
+    assert theirs["without"]["failed"] == 0 and theirs["flaws"]["failure"]["questions"] == 1
+    assert theirs["summary"]["score"]["mean"] == pytest.approx((1 + 0 + 0.3) / 3)
+    assert theirs["summary"]["unanswered"]["mean"] == pytest.approx(1 / 3)
 
 
 def test_differences_are_those_of_questions_that_both_runs_have(data, quick):

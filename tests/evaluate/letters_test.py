@@ -184,6 +184,22 @@ def test_a_failure_costs_its_image_or_as_released_its_batch(tmp_path):
     assert ask.counts["chunk"] == theirs.counts["chunk"] == 3
 
 
+def test_as_released_a_failure_of_one_order_costs_that_order_alone(tmp_path):
+    fails = True
+
+    def says(options, caption):
+        return Failure("gone") if fails and caption == "1" else options["blue"]
+
+    for way in (False, True):
+        fails, ask = True, asker(tmp_path / str(way), says, as_released=way)
+        ask.kept.parent.mkdir()
+        ask(["0", "1"], [(CAT,)] * 2, 0)
+        fails = False
+        # Without the flaw, an image with a failed answer counts nowhere.
+        assert [a.right[0] for a in ask(["0", "1"], [(CAT,)] * 2, 1)] == [True, way]
+    assert ask.failed == {1: "gone"}
+
+
 def rows_and_captions(folder):
     with (folder / "rows.jsonl").open("w") as file:
         for i in "abc":
@@ -231,6 +247,7 @@ def test_from_flags_to_results_whatever_the_server_does(tmp_path, monkeypatch):
     assert found["summary"]["accuracy"]["mean"] == found["summary"]["blind"]["mean"] == 1
     assert found["protocol"] == "mcq" and found["failed"] == [] and found["images"] == 3
     assert set(found["flaws"]) == set(released.MCQ) and "skip" in found["not_reproduced"]
+    assert "prefill" in found["not_reproduced"]
     broken = True
     with serving(answer) as server:
         found = evaluate(tmp_path, server.url)
