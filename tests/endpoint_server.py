@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-FAULTS = ("500", "429", "slow", "cut", "malformed", "no_choices", "no_text")
+FAULTS = ("500", "429", "slow", "drip", "cut", "malformed", "no_choices", "no_text")
 
 
 @dataclasses.dataclass
@@ -50,7 +50,8 @@ def serving(
       answer: of the model.
       faults: which kinds of FAULTS are shown, or "" for none, in turn by the request's digest.
       most_faults: how often a request is refused.
-      slow: seconds that a slow answer takes; give the client less.
+      slow: seconds that a slow answer takes, and half of those of a dripping one; give the client
+        less.
     """
     served = Served()
 
@@ -91,6 +92,8 @@ def serving(
             if fault == "slow":
                 time.sleep(slow)
             reply = answer(request)
+            if isinstance(reply, tuple) and isinstance(reply[0], int):
+                return self._send(reply[0], {"error": {"message": reply[1]}})
             text, first = reply if isinstance(reply, tuple) else (reply, None)
             asked = first if request.get("logprobs") else None
             found = reply if isinstance(reply, dict) else chat(text, asked)
@@ -98,7 +101,7 @@ def serving(
                 found["choices"] = []
             if fault == "no_text":
                 found["choices"][0]["message"] = {"role": "assistant", "content": None}
-            return self._send(200, found, cut=fault == "cut", malformed=fault == "malformed")
+            return self._send(200, found, **{fault: True})
 
         def _send(
             self, status: int, content: dict, headers: dict | None = None, **how: bool
@@ -112,6 +115,11 @@ def serving(
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
                 self.end_headers()
+                if how.get("drip"):
+                    for i in range(20):
+                        self.wfile.write(data[i : i + 1])
+                        time.sleep(slow / 10)
+                    data = data[20:]
                 self.wfile.write(data[: len(data) // 2] if how.get("cut") else data)
                 if how.get("cut"):
                     self.close_connection = True
@@ -128,16 +136,19 @@ def serving(
         server.server_close()
 
 
-def chat(text: str, first: dict[str, float] | None) -> dict[str, Any]:
+def chat(text: str, logps: Any) -> dict[str, Any]:
     """An answer in the protocol's form."""
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"role": "assistant", "content": text},
         "finish_reason": "stop",
     }
-    if first:
-        tops = [{"token": t, "logprob": p, "bytes": None} for t, p in first.items()]
-        choice["logprobs"] = {"content": [tops[0] | {"top_logprobs": tops}], "refusal": None}
+    if logps:
+        content = []
+        for table in logps if isinstance(logps, list) else [logps]:
+            tops = [{"token": t, "logprob": p, "bytes": None} for t, p in table.items()]
+            content.append(tops[0] | {"top_logprobs": tops})
+        choice["logprobs"] = {"content": content, "refusal": None}
     return {
         "id": "chat-1",
         "object": "chat.completion",

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "caprl_jax"
 # Rooms from the ground up: each imports only itself and rooms of lower floors.
 FLOORS = (
-    ("errors", "files"),
+    ("errors", "files", "letters"),
     ("settings", "endpoint"),
-    ("registry", "letters"),
+    ("registry",),
     ("parallel",),
     ("models",),
     ("decode",),

@@ -123,8 +123,7 @@ def letter(reply: Reply, options: int) -> str | None:
       reply: the answer.
       options: number of options.
     """
-    found = letters.likely(reply, LETTERS[:options])
-    chosen = max(found, key=found.__getitem__) if found else letters.named(reply.text, options)
+    chosen = letters.choose(reply, options)
     return None if chosen is None else LETTERS[chosen]
 
 
