@@ -47,17 +47,34 @@ def answers(
     return [found[key] for key in keys]
 
 
-def letters(
-    speak: Speak, chats: Sequence[Chat], drawn: Drawn, kept: Path, judge: str
-) -> list[Reply | Failure]:
-    """Does the same with log-probabilities, and without them where a server gives none."""
-    found = answers(speak, chats, dataclasses.replace(drawn, letters=True), kept, judge)
-    failed = [i for i, reply in enumerate(found) if isinstance(reply, Failure)]
-    plain = dataclasses.replace(drawn, letters=False)
-    again = answers(speak, [chats[i] for i in failed], plain, kept, judge)
-    for i, reply in zip(failed, again, strict=True):
-        found[i] = reply
-    return found
+@dataclasses.dataclass
+class Letters:
+    """Asks as `answers` does, with log-probabilities unless the server refuses them.
+
+    Attributes:
+      refused: whether the server refuses requests for them; None until it is known. It is found
+        out once: by a question that is refused for good with them, and answered without.
+    """
+
+    refused: bool | None = None
+
+    def __call__(
+        self, speak: Speak, chats: Sequence[Chat], drawn: Drawn, kept: Path, judge: str
+    ) -> list[Reply | Failure]:
+        """Returns the answers with log-probabilities, or without them if the server refuses."""
+        wanted = dataclasses.replace(drawn, letters=True)
+        plain = dataclasses.replace(drawn, letters=False)
+        for chat in chats:
+            if self.refused is not None:
+                break
+            (reply,) = answers(speak, [chat], wanted, kept, judge)
+            if isinstance(reply, Reply):
+                self.refused = False
+            elif not reply.permanent:
+                break  # it may pass: nothing is known
+            elif isinstance(answers(speak, [chat], plain, kept, judge)[0], Reply):
+                self.refused = True
+        return answers(speak, chats, plain if self.refused else wanted, kept, judge)
 
 
 def _key(chat: Chat, drawn: Drawn, judge: str) -> str:

@@ -260,7 +260,7 @@ class Chooser:
     def __call__(self, shown: Sequence[Shown], captions: Sequence[str]) -> list[Any]:
         """Asks about every question; see Choose."""
         chats = [chat(s, c) for s, c in zip(shown, captions, strict=True)]
-        ask = asking.answers if self.as_released else asking.letters
+        ask = asking.answers if self.as_released else asking.Letters()
         replies = ask(self.speak, chats, DRAWN, self.kept, self.judge)
         found: list[Any] = []
         for s, reply in zip(shown, replies, strict=True):

@@ -65,6 +65,7 @@ class Asker:
       failed: reason by position of each image with an answer that failed for good; unless
         as_released, its figures mean nothing.
       counts: number of answers that each flaw touches.
+      letters: asks with log-probabilities.
     """
 
     speak: Speak
@@ -76,6 +77,7 @@ class Asker:
     counts: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(released.MCQ, 0)
     )
+    letters: asking.Letters = dataclasses.field(default_factory=asking.Letters)
 
     def __call__(
         self, texts: Sequence[str], questions: Sequence[Sequence[Question]], order: int
@@ -85,7 +87,7 @@ class Asker:
         chats = [self._chat(text, p) for text, own in zip(texts, shown, strict=True) for p in own]
         # As released, letters are drawn at temperature 0.6.
         drawn = Drawn(_TOKENS, 0.6 if self.as_released else 0.0, order)
-        ask = asking.answers if self.as_released else asking.letters
+        ask = asking.answers if self.as_released else self.letters
         replies = iter(ask(self.speak, chats, drawn, self.kept, self.judge))
         return self._answers(shown, [[next(replies) for _ in own] for own in shown])
 

@@ -47,12 +47,34 @@ def test_another_judge_or_other_settings_have_answers_of_their_own(tmp_path):
 
 
 def test_a_server_without_log_probabilities_is_asked_for_text(tmp_path):
-    def speak(asked, drawn):
-        for _ in asked:
-            yield Failure("logprobs is unknown") if drawn.letters else Reply("B", False)
+    asked = []
 
-    found = asking.letters(speak, chats("a", "b"), Drawn(), tmp_path / "answers.jsonl", "judge")
-    assert found == [Reply("B", False)] * 2
+    def speak(chats, drawn):
+        for chat in chats:
+            asked.append((chat[0]["content"], drawn.letters))
+            if drawn.letters or chat[0]["content"] == "too long":
+                yield Failure("logprobs is unknown", permanent=True)
+            else:
+                yield Reply("B", False)
+
+    ask, kept = asking.Letters(), tmp_path / "answers.jsonl"
+    found = ask(speak, chats("too long", "a", "b", "c"), Drawn(), kept, "judge")
+    assert found[1:] == [Reply("B", False)] * 3 and found[0].permanent
+    assert asked.count(("a", True)) == 1 and ("b", True) not in asked
+    assert ask(speak, chats("d"), Drawn(), kept, "judge") == [Reply("B", False)]
+    assert ("d", True) not in asked  # decided for the run
+
+
+def test_a_failure_that_may_pass_is_no_refusal_of_log_probabilities(tmp_path):
+    asked = []
+
+    def speak(chats, drawn):
+        for chat in chats:
+            asked.append(drawn.letters)
+            yield Failure("busy") if chat[0]["content"] == "a" else Reply("B", False, {"B": -0.1})
+
+    found = asking.Letters()(speak, chats("a", "b"), Drawn(), tmp_path / "answers.jsonl", "judge")
+    assert found == [Failure("busy"), Reply("B", False, {"B": -0.1})] and all(asked)
 
 
 def test_one_question_an_image_has_mcqs_interval():
