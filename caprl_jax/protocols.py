@@ -4,20 +4,23 @@
 evaluate/prism.py and evaluate/captionqa.py; here their captions and judges are made.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from caprl_jax.api import LoadedJudge, load_judge, load_policy
 from caprl_jax.caption import job, pictures
 from caprl_jax.caption.parts import Place
+from caprl_jax.caption.pictures import Picture, Pictures
 from caprl_jax.data.questions import JudgePrompt, Presented, own_prompt
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.evaluate import captionqa, page, prism, released, results, tables
 from caprl_jax.evaluate.asking import Speak
 from caprl_jax.evaluate.letters import Asker
@@ -61,12 +64,12 @@ def evaluate(given: Any) -> None:
     if others:
         about["against"] = results.compare(measured, others, paired)
     whole = about | measured
-    page.finish(out, whole, others, lambda ids: pictures.read(images, ids))
+    page.finish(out, whole, others, lambda ids: read_images(images, ids))
     show_flaws(whole)
 
 
-def asker(given: Any, out: Path) -> Asker:
-    """Returns the judge at an endpoint as mcq asks it.
+def asker(given: Any, out: Path) -> tuple[Asker, str]:
+    """Returns the judge at an endpoint as mcq asks it, and its model's name there.
 
     Raises:
       ConfigError: it is none, whose text the released code's flaws are about.
@@ -75,8 +78,8 @@ def asker(given: Any, out: Path) -> Asker:
         raise ConfigError(
             "--as_released of mcq is about a judge's text: give an endpoint as --judge"
         )
-    kept, reproduced = out / _ANSWERS, given.as_released
-    return Asker(speak(given), kept, _name(given), reproduced, given.batch)
+    judge = text_judge(given)
+    return Asker(judge.speak, out / _ANSWERS, judge.key, given.as_released, given.batch), judge.name
 
 
 def settled(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict]:
@@ -104,40 +107,93 @@ def settled(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, A
     }
 
 
-def _prism(given: Any, out: Path) -> tuple[dict[str, Any], str]:
-    """(results, where the images are)."""
+def _prism(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
+    """(results, the images)."""
     questions, aside = prism.read(given.data, given.scorer)
+    images = images_of(tables.files(given.data))
     sampling = Sampling(prism.MAX_TOKENS, temperature=1.0)
     captions = _captions(
-        given, out, given.data, job.Settings(sampling, group=prism.CAPTIONS, batch=given.batch)
+        given, out, images, job.Settings(sampling, group=prism.CAPTIONS, batch=given.batch)
     )
     known = captions.keys()
     if not any(q.id in known or q.image in known for q in questions):
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
-    settings = prism.Settings(out / _ANSWERS, _name(given), given.data, given.as_released)
-    measured = prism.measure(questions, captions, speak(given), settings)
+    judge = text_judge(given)
+    settings = prism.Settings(out / _ANSWERS, judge.key, given.data, given.as_released)
+    measured = prism.measure(questions, captions, judge.speak, settings)
     measured["without"] |= {"set_aside": aside.total()}
-    return measured | {"set_aside": dict(aside)}, given.data
+    return measured | {"set_aside": dict(aside), "judge_model": judge.name}, images
 
 
-def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], str]:
-    """(results, where the images are)."""
+def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
+    """(results, the images)."""
     data = captionqa.read(given.data, given.split)
-    path = Path(given.data)
-    images = path / "**" / f"{data.split}[-.]*" if path.is_dir() and data.split else path
+    images = images_of(data.files)
     sampling = Sampling(captionqa.MAX_TOKENS, temperature=captionqa.TEMPERATURE)
-    captions = _captions(given, out, str(images), job.Settings(sampling, batch=given.batch))
+    captions = _captions(given, out, images, job.Settings(sampling, batch=given.batch))
     if not captions.keys() & data.own:
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
     if is_url(given.judge):
-        choose = captionqa.Chooser(speak(given), out / _ANSWERS, _name(given), given.as_released)
+        speaks = text_judge(given)
+        name = speaks.name
+        choose = captionqa.Chooser(speaks.speak, out / _ANSWERS, speaks.key, given.as_released)
     else:
         judge = with_prompt(load_judge(given.judge))
+        name = judge_version(judge)
 
         def choose(shown: Sequence[captionqa.Shown], texts: Sequence[str]) -> list[Any]:
             return chosen_by_logits(judge, shown, texts, given.batch)
 
-    return captionqa.measure(data, captions, choose, given.as_released), str(images)
+    measured = captionqa.measure(data, captions, choose, given.as_released)
+    return measured | {"judge_model": name}, images
+
+
+def images_of(files: Mapping[Path, str]) -> Pictures:
+    """Finds the images of rows.
+
+    Args:
+      files: the rows' files, as tables.files returns them; the images' ids are those of its rows.
+
+    Raises:
+      ConfigError: a file's rows can't be counted.
+    """
+
+    def named(found: Pictures, stem: str, name: str) -> Iterator[Picture]:
+        for i, picture in enumerate(found.each()):
+            place = picture.id == f"{stem}-{i:06d}"
+            yield dataclasses.replace(picture, id=f"{name}-{i:06d}") if place else picture
+
+    found = []
+    for file, name in files.items():
+        own = pictures.find(str(file))
+        each = functools.partial(named, own, file.stem, name)
+        found.append(dataclasses.replace(own, each=each))
+    others = [f.name for f in dataclasses.fields(Pictures) if f.name != "count"]
+    return Pictures(
+        sum(own.count for own in found),
+        **{name: functools.partial(_each_of, [getattr(f, name) for f in found]) for name in others},
+    )
+
+
+def _each_of(generators: Sequence[Callable[[], Iterator]]) -> Iterator:
+    for generate in generators:
+        yield from generate()
+
+
+def read_images(found: Pictures, ids: Collection[str]) -> dict[str, bytes]:
+    """Returns the encoded bytes of the images with these ids; those that can't be read are missing.
+
+    Raises:
+      OSError, ValueError: a file of rows can't be read.
+    """
+    out: dict[str, bytes] = {}
+    for picture in found.each():
+        if picture.id in ids and picture.id not in out:
+            with contextlib.suppress(UserError, OSError):
+                out[picture.id] = picture.read()
+        if len(out) == len(ids):
+            break
+    return out
 
 
 def with_prompt(judge: LoadedJudge) -> LoadedJudge:
@@ -148,10 +204,37 @@ def with_prompt(judge: LoadedJudge) -> LoadedJudge:
     return dataclasses.replace(judge, prompt=prompt)
 
 
-def speak(given: Any) -> Speak:
-    """Returns the judge of the flags as one that answers chats with text."""
+@dataclasses.dataclass(frozen=True)
+class TextJudge:
+    """A judge that answers chats with text.
+
+    Attributes:
+      speak: the judge.
+      name: its model's name at the endpoint; a directory's has its weights' size and time.
+      key: tells it from every other judge; its answers are kept under it.
+    """
+
+    speak: Speak
+    name: str
+    key: str
+
+
+def judge_version(judge: LoadedJudge) -> str:
+    """Returns a judge's directory, with its weights' number of bytes and time of change."""
+    weights = [f.stat() for f in sorted(Path(judge.directory).glob("*.safetensors"))]
+    bytes_, changed = sum(w.st_size for w in weights), max((w.st_mtime for w in weights), default=0)
+    return f"{judge.directory} {bytes_} {changed:.0f}"
+
+
+def text_judge(given: Any) -> TextJudge:
+    """Returns the judge of the flags as one that answers chats with text.
+
+    Raises:
+      UserError: an endpoint can't be reached to ask for its model's name, or serves several models.
+    """
     if is_url(given.judge):
-        return Endpoint(given.judge, given.judge_model).ask
+        served = Endpoint(given.judge, given.judge_model)
+        return TextJudge(served.ask, served.model, f"{given.judge} {served.model}")
     judge = load_judge(given.judge)
 
     def write(chats: Iterable[Chat], drawn: Drawn) -> Iterator[Reply | Failure]:
@@ -166,7 +249,8 @@ def speak(given: Any) -> Speak:
                 temperature=drawn.temperature,
             )
 
-    return write
+    version = judge_version(judge)
+    return TextJudge(write, version, version)
 
 
 def chosen_by_logits(
@@ -203,19 +287,15 @@ def _place(shown: captionqa.Shown) -> int:
     return shown.order.index(shown.question.answer)
 
 
-def _captions(given: Any, out: Path, images: str, how: job.Settings) -> Mapping[str, list[str]]:
+def _captions(given: Any, out: Path, images: Pictures, how: job.Settings) -> Mapping:
     """Captions by image: those that are given, or those that the model writes."""
+    best = given.protocol == "captionqa"  # asks about one
     if given.captions:
-        return tables.captions(Path(given.captions))
+        return tables.captions(Path(given.captions), best)
     policy, place = load_policy(given.model), Place(out / "captions.jsonl")
     logging.info("captioning with at most %d tokens", how.sampling.max_tokens)
-    job.caption(policy, pictures.find(images), how, place)
-    return tables.captions(place.out)
-
-
-def _name(given: Any) -> str:
-    """The judge's name in the file of answers."""
-    return f"{given.judge} {given.judge_model}".strip()
+    job.caption(policy, images, how, place)
+    return tables.captions(place.out, best)
 
 
 def show_flaws(measured: Mapping[str, Any]) -> None:

@@ -24,9 +24,11 @@ class Served:
       faults: how often each fault was shown.
       most: most requests at a time.
       keys: the authorization headers seen.
+      model: name of the model that it serves.
     """
 
     url: str = ""
+    model: str = "tiny"
     asked: Counter = dataclasses.field(default_factory=Counter)
     faults: Counter = dataclasses.field(default_factory=Counter)
     most: int = 0
@@ -62,7 +64,7 @@ def serving(
             pass
 
         def do_GET(self) -> None:
-            self._send(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+            self._send(200, {"object": "list", "data": [{"id": served.model, "object": "model"}]})
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))

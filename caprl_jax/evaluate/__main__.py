@@ -12,7 +12,6 @@ row. DIR2/report.html shows them side by side, with the images where they differ
 evaluate/README.md says more.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from caprl_jax.data.records import Question
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import mcq, page, results
+from caprl_jax.evaluate import mcq, page, results, tables
 from caprl_jax.evaluate.captionqa import SPLITS
 from caprl_jax.evaluate.scorers import SCORERS
 
@@ -74,13 +73,7 @@ def read(captions: Path, data: str) -> tuple[list[mcq.Captioned], dict[str, int]
     Raises:
       ConfigError: the file holds no captions, or none of these images.
     """
-    texts = {}
-    try:
-        with captions.open() as file:
-            for line in map(json.loads, file):
-                texts[line["id"]] = line["captions"][line.get("best", 0)]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise ConfigError(f"{captions} can't be read as captions: {type(e).__name__}: {e}") from e
+    texts = {name: own[0] for name, own in tables.captions(captions, best=True).items() if own}
     found, counts = [], {"without_questions": 0, "without_caption": 0, "without_image": 0}
     unseen = set(texts)
     for picture in pictures.find(data).each():
@@ -125,9 +118,11 @@ def evaluate(given: Any) -> None:
     except OSError as e:
         raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
     at_endpoint = is_url(given.judge) or given.as_released
-    ask = protocols.asker(given, out) if at_endpoint else None
+    ask, model = protocols.asker(given, out) if at_endpoint else (None, "")
     rows, without = read(_captions(given, out), given.data)
-    ask = ask or asker(load_judge(given.judge), given.batch)
+    if ask is None:
+        judge = load_judge(given.judge)
+        ask, model = asker(judge, given.batch), protocols.judge_version(judge)
     logging.info("asking about %d images", len(rows))
     found, about = mcq.measure(rows, ask, given.orders), {}
     if at_endpoint:
@@ -137,6 +132,7 @@ def evaluate(given: Any) -> None:
         "images": len(found),
         "without": without,
         "judge": str(given.judge),
+        "judge_model": model,
         "data": given.data,
         "captions": given.captions or given.model,
         "orders": given.orders,

@@ -94,6 +94,7 @@ class Data:
       splits: the domain of each image where the files tell.
       aside: how often each reason set a row or question aside.
       split: its name; empty if the files tell none.
+      files: name of each of the split's files by its path, as tables.files returns them.
     """
 
     every: tuple[Question, ...]
@@ -101,6 +102,7 @@ class Data:
     splits: Mapping[str, str]
     aside: Mapping[str, int]
     split: str
+    files: Mapping[Path, str]
 
 
 def parse(row: Row) -> tuple[str, list[Question], list[str]]:
@@ -158,16 +160,17 @@ def read(path: str, split: str = "") -> Data:
         except MalformedRecord as e:
             reasons = [str(e)[:100]]
         aside.update(reasons if counts else ())
-    drawing = [f for f in files if _split(f) == "all"] or files
+    drawing = [f for f in files if _split(f) == "all"] or list(files)
     every: dict[str, list[Question]] = {}
     for f in drawing:
         every |= {k: v for k, v in of_files[f].items() if k not in every}
-    own = [k for f in files if not split or _split(f) == split for k in of_files[f]]
+    of_split = {f: name for f, name in files.items() if not split or _split(f) == split}
+    own = [k for f in of_split for k in of_files[f]]
     if not any(every.get(k) for k in own):
         raise ConfigError(f"--data={path} holds no question that captionqa can use: {dict(aside)}")
     splits = {k: _split(f) for f in files if _split(f) not in ("", "all") for k in of_files[f]}
     questions = tuple(q for own_questions in every.values() for q in own_questions)
-    return Data(questions, frozenset(own), splits, dict(aside), split)
+    return Data(questions, frozenset(own), splits, dict(aside), split, of_split)
 
 
 def _split(file: Path) -> str:

@@ -4,10 +4,12 @@ Everything that a page shows is bounded, so that its size doesn't grow with the 
 """
 
 import collections
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from caprl_jax.errors import UserError
 from caprl_jax.evaluate import mcq, panels, results
 from caprl_jax.evaluate.panels import Run
 from caprl_jax.evaluate.results import shown
@@ -206,7 +208,7 @@ def finish(
       measured: results in the form of results.py; a protocol with differences of its own has put
         them into "against".
       others: those to compare with, by file.
-      images: as `write` takes them.
+      images: as `write` takes them; where it raises an error, the page shows none.
 
     Raises:
       ConfigError: others have no image, or no figure, in common with these.
@@ -216,7 +218,15 @@ def finish(
     results.write(out, measured)
     names = results.names([str(out / "results.json"), *others])
     runs = [Run(*pair) for pair in zip(names, [measured, *others.values()], strict=True)]
-    write(out / "report.html", runs, images)
+
+    def images_if_any(ids: Collection[str]) -> Mapping[str, bytes]:
+        try:
+            return images(ids)
+        except (UserError, OSError, ValueError) as e:
+            logging.warning("the page shows no images: %s", e)
+            return {}
+
+    write(out / "report.html", runs, images_if_any)
     print(f"page: {out / 'report.html'}")
 
 

@@ -14,8 +14,11 @@ from caprl_jax.errors import ConfigError
 KINDS = (".jsonl", ".parquet")
 
 
-def files(path: str) -> list[Path]:
-    """Lists the files that a path names: a file, a pattern's matches or a folder's files.
+def files(path: str) -> dict[Path, str]:
+    """Finds the files that a path names: a file, a pattern's matches or a folder's files.
+
+    Returns:
+      The name of each file by its path; the places of its rows begin with it.
 
     Raises:
       ConfigError: there is none, or one of another kind.
@@ -27,10 +30,10 @@ def files(path: str) -> list[Path]:
     wrong = [f for f in found if f.suffix not in KINDS]
     if wrong:
         raise ConfigError(f"--data={path}: {wrong[0].name} is none of {', '.join(KINDS)}")
-    return found
+    return dict(zip(found, rows.names(found), strict=True))
 
 
-def read(found: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Path, Row]]:
+def read(found: Mapping[Path, str], columns: Sequence[str]) -> Iterator[tuple[Path, Row]]:
     """Yields (file, row) with the named columns; a row's place is that which captioning gives it.
 
     Args:
@@ -40,7 +43,7 @@ def read(found: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Path, 
     Raises:
       ConfigError: a file is damaged.
     """
-    for file, name in zip(found, rows.names(found), strict=True):
+    for file, name in found.items():
         try:
             raws = _parquet(file, columns) if file.suffix == ".parquet" else _lines(file)
             for i, raw in enumerate(raws):
@@ -71,8 +74,13 @@ def _parquet(file: Path, columns: Sequence[str]) -> Iterator[Any]:
         raise ValueError(str(e)) from e
 
 
-def captions(file: Path) -> dict[str, list[str]]:
+def captions(file: Path, best: bool = False) -> dict[str, list[str]]:
     """Reads captions that caprl_jax.caption wrote: {id: texts}.
+
+    Args:
+      file: a line of JSON for each image, {"id", "captions": [text, ..]}, with "best", the index of
+        the caption that a judge chose, or without.
+      best: whether only that caption is read; without "best", the first.
 
     Raises:
       ConfigError: the file can't be read as captions.
@@ -81,10 +89,12 @@ def captions(file: Path) -> dict[str, list[str]]:
     try:
         with file.open(encoding="utf-8") as lines:
             for line in map(json.loads, lines):
-                texts = line["captions"]
+                texts, chosen = line["captions"], line.get("best", 0)
                 if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
                     raise TypeError("captions must be a list of texts")
-                found[str(line["id"])] = texts
+                if not isinstance(chosen, int) or not (0 <= chosen < len(texts) or not texts):
+                    raise ValueError("best is no number of a caption")
+                found[str(line["id"])] = texts[chosen : chosen + 1] if best else texts
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{file} can't be read as captions: {type(e).__name__}: {e}") from e
     return found

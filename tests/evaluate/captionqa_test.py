@@ -92,9 +92,9 @@ def test_letters_of_texts(text, ours, theirs):
 
 def test_the_likeliest_letter_counts_where_the_judge_tells():
     shown = Shown(COLOUR, (3, 1, 0, 2))
-    reply = Reply("The", False, {"The": -2.0, " C": -0.7, "B": -1.5, "E": -0.5, "c": -0.2})
+    reply = Reply("B", False, {"The": -2.0, " C": -0.7, "B": -1.5, "E": -0.5, "c": -0.2})
     assert captionqa.letter(reply, shown) == 2
-    assert captionqa.letter(reply, shown, as_released=True) is None
+    assert captionqa.letter(reply, shown, as_released=True) == 1
     assert captionqa.letter(Reply("B", False, {"x": -0.1}), shown) == 1
     opens = Reply("The answer is B", False, {"The": -0.1, "A": -3.0})
     assert captionqa.letter(opens, shown) == 1
@@ -238,6 +238,31 @@ def test_as_released(data, quick):
         expected[q.text] = options
     assert seen == expected
     assert found["summary"]["score"]["mean"] == pytest.approx(1.3 / 3)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"all.jsonl": "all", "natural.jsonl": "natural"},
+        {"all_test.jsonl": "all", "natural_test.jsonl": "natural"},
+        {"all/0.jsonl": "all", "natural/0.jsonl": "natural"},
+        {"all/all.jsonl": "all", "notes/0.png": ""},
+    ],
+)
+def test_a_splits_images_are_found_wherever_its_name_is(tmp_path, files):
+    png = next(digits.scenes("train", 1, (3, 3), (2, 3))).image
+    for name, split in files.items():
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (file.parent / f"{file.stem}.png").write_bytes(png)
+        if split:
+            asked = row("a", ASKS, FALSE) | {"id": None, "images": [f"{file.stem}.png"]}
+            file.write_text(json.dumps(asked) + "\n")
+    data = captionqa.read(str(tmp_path / "data"), "all")
+    found = protocols.images_of(data.files)
+    (image,) = found.each()
+    assert {image.id} == data.own and image.read() == png and found.count == 1
+    assert protocols.read_images(found, {image.id, "other"}) == {image.id: png}
 
 
 def test_released_scores_have_four_digits():

@@ -16,7 +16,7 @@ from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import Question, unparse_question
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import __main__ as command
-from caprl_jax.evaluate import mcq, results
+from caprl_jax.evaluate import mcq, results, tables
 from caprl_jax.evaluate.mcq import Answers, Captioned
 from tests.report.html_test import Page
 
@@ -366,6 +366,23 @@ def test_bad_input_is_named(world, complete, tmp_path):
         evaluate(world, "x", captions="")
     with pytest.raises(ConfigError, match=r"is no results\.json"):
         evaluate(world, "short", against=[str(tmp_path / "bad")])
+
+
+def test_captions_are_read_alike_by_all_protocols(tmp_path):
+    file = tmp_path / "captions.jsonl"
+    file.write_text('{"id": 1, "captions": ["chat é", "猫"], "best": 1}\n', encoding="utf-8")
+    assert tables.captions(file) == {"1": ["chat é", "猫"]}
+    assert tables.captions(file, best=True) == {"1": ["猫"]}
+    for text, why in [
+        ('{"id": "a", "captions": "a cat"}', "a list of texts"),
+        ('{"id": "a", "captions": ["x"], "best": 1}', "best is no number of a caption"),
+        ('{"id": "a", "captions": ["x"], "best": -1}', "best is no number of a caption"),
+        ('{"id": "a"}', "KeyError: 'captions'"),
+        ("[1]", "TypeError"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=why):
+            command.read(file, str(tmp_path))
 
 
 @pytest.mark.slow

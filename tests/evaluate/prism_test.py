@@ -1,6 +1,7 @@
 """Prism from the command's flags to results.json, by a judge at an endpoint that misbehaves."""
 
 import json
+import os
 import types
 
 import pytest
@@ -278,6 +279,50 @@ def test_differences_to_another_evaluation(rows, quick):
         found = evaluate(rows, server.url, against=[str(rows / "before.json")])
     changes = [1 - 0.5, 0, 0 - 2.75 / 4]
     assert found["against"][0]["summary"]["accuracy"]["mean"] == pytest.approx(sum(changes) / 3)
+
+
+def test_a_folder_of_rows_and_pictures(rows, quick, caplog):
+    """The pictures of a folder are those of its rows; without them the page has none."""
+    data = rows / "data"
+    (data / "images").mkdir(parents=True)
+    (rows / "rows.jsonl").rename(data / "rows.jsonl")
+    (data / "images" / "a.png").write_bytes(b"no picture")
+    with serving(answer) as server:
+        found = evaluate(rows, server.url, data=str(data))
+    assert found["images"] == 2 and (rows / "out" / "report.html").stat().st_size > 1000
+
+
+def test_a_page_without_images_is_no_error(rows, quick, monkeypatch, caplog):
+    def lost(*_):
+        raise ConfigError("the rows are gone")
+
+    monkeypatch.setattr(protocols, "read_images", lost)
+    with serving(answer) as server:
+        assert evaluate(rows, server.url)["images"] == 2
+    assert "the page shows no images: the rows are gone" in caplog.text
+    assert (rows / "out" / "report.html").exists()
+
+
+def test_another_judge_at_the_same_address_is_asked_anew(rows, quick):
+    with serving(answer) as server:
+        server.model = "one"
+        first = evaluate(rows, server.url)
+        assert first["judge_model"] == "one" and sum(server.asked.values()) == 12
+        server.model = "two"
+        assert evaluate(rows, server.url)["judge_model"] == "two"
+        assert sum(server.asked.values()) == 24
+        assert evaluate(rows, server.url, judge_model="one")["judge_model"] == "one"
+        assert sum(server.asked.values()) == 24
+
+
+def test_a_directory_with_other_weights_is_another_judge(tmp_path):
+    judge = types.SimpleNamespace(directory=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = protocols.judge_version(judge)
+    assert protocols.judge_version(judge) == before and str(tmp_path) in before
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    assert protocols.judge_version(judge) != before
 
 
 def test_what_cant_be_used_is_named(rows, quick):
