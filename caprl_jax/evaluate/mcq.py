@@ -5,15 +5,15 @@ these accuracies and chance stand beside the captions' own. CapRL (arXiv 2509.22
 questions by the first check when they are made.
 """
 
-import collections
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from caprl_jax.data.records import Question
+from caprl_jax.evaluate import means
 
 _RESAMPLES = 2000
 _LETTER = re.compile(
@@ -35,7 +35,6 @@ _FORMS = tuple(
         ("place", r"\bwhere\b|\b(?:located|positioned|placed)\b|\bwh(?:at|ich) (?:side|corner)\b"),
     )
 )
-_MOST_GROUPS = 100  # of one kind; images or questions of rarer ones are counted together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
     for i, row in enumerate(rows):
         own = [answers[i] for answers in shuffled]
         right = np.stack([a.right for a in own])  # [orders, n]
-        means = {
+        figures_of = {
             "accuracy": right,
             "expected": [a.p_truth for a in own],
             "abstained": [a.abstained for a in own],
@@ -111,10 +110,10 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
             "chance": [1 / (len(q.choices) + 1) for q in row.questions],  # and the abstain option
         }
         if own[0].unanswered is not None:
-            means["unanswered"] = [a.unanswered for a in own]
+            figures_of["unanswered"] = [a.unanswered for a in own]
         told = {"id": row.id, "caption": row.caption}
         told |= {"source": row.source} if row.source else {}
-        told |= {k: float(np.mean(v)) for k, v in means.items()} | signs(row)
+        told |= {k: float(np.mean(v)) for k, v in figures_of.items()} | signs(row)
         found.append(told | {"questions": _each_question(row, own, blind[i], elsewhere[i])})
     return found
 
@@ -220,12 +219,12 @@ def groups(found: Sequence[Mapping[str, Any]], name: str = "accuracy") -> dict[s
       are in none; rarer sources and types than the first hundred are put together.
     """
     of_source: dict[str, list[float]] = {}
-    kept = _kept(row.get("source", "") for row in found)
+    kept = means.common(row.get("source", "") for row in found)
     for row in found:
         if row.get("source"):
             of_source.setdefault(kept(row["source"]), []).append(row[name])
     of_type: dict[str, dict[str, list[tuple[float, float]]]] = {}  # by type, then by image
-    kept = _kept(q["type"] for row in found for q in row.get("questions", ()))
+    kept = means.common(q["type"] for row in found for q in row.get("questions", ()))
     for row in found:
         for question in row.get("questions", ()):
             own = of_type.setdefault(kept(question["type"]), {}).setdefault(row["id"], [])
@@ -238,13 +237,6 @@ def groups(found: Sequence[Mapping[str, Any]], name: str = "accuracy") -> dict[s
         types[kind]["abstained"] = _told(sums[:, 1], counts)
     ordered = sorted(of_source.items(), key=lambda item: -len(item[1]))
     return {"source": {k: {"images": len(v), **_told(v)} for k, v in ordered}, "type": types}
-
-
-def _kept(names: Iterable[str]) -> Callable[[str], str]:
-    """Returns a function that puts the rarer of many names together."""
-    counts = collections.Counter(names)
-    common = {name for name, _ in counts.most_common(_MOST_GROUPS)}
-    return lambda name: name if name in common else f"{len(counts) - len(common)} others"
 
 
 def paired(

@@ -3,12 +3,14 @@
 Questions of one image hang together, so that images are drawn anew, each with all its questions.
 """
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 _RESAMPLES = 2000
+_MOST_GROUPS = 100  # of one kind
 
 
 def told(sums: Sequence[float], counts: Sequence[float], seed: int = 0) -> dict[str, float]:
@@ -42,13 +44,24 @@ def by_image(values: Sequence[float], images: Sequence[str]) -> dict[str, float]
 def groups(
     values: Sequence[float], images: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Returns {kind: {"questions", "mean", "low", "high"}}, kinds in order of their names."""
-    found = {}
-    for kind in sorted(set(kinds)):
-        own = [i for i, k in enumerate(kinds) if k == kind]
-        told_of_kind = by_image([values[i] for i in own], [images[i] for i in own])
-        found[kind] = {"questions": len(own)} | told_of_kind
-    return found
+    """Returns {kind: {"questions", "mean", "low", "high"}}, the kinds of most questions first.
+
+    Rarer kinds than the first hundred are put together.
+    """
+    name, of_kind = common(kinds), collections.defaultdict(list)
+    for i, kind in enumerate(kinds):
+        of_kind[name(kind)].append(i)
+    return {
+        kind: {"questions": len(at)} | by_image([values[i] for i in at], [images[i] for i in at])
+        for kind, at in sorted(of_kind.items(), key=lambda item: -len(item[1]))
+    }
+
+
+def common(names: Iterable[str]) -> Callable[[str], str]:
+    """Returns a function that gives the rarer of more than a hundred names one name."""
+    counts = collections.Counter(names)
+    kept = {name for name, _ in counts.most_common(_MOST_GROUPS)}
+    return lambda name: name if name in kept else f"{len(counts) - len(kept)} others"
 
 
 def paired(

@@ -330,6 +330,7 @@ def _touched(
     questions: Sequence[Question], replies: Mapping[str, Sequence[Reply]], settings: Settings
 ) -> dict[str, dict[str, Any]]:
     """Each flaw of released.PRISM and the number of rows whose score it alone changes."""
+    ours = {q.id: [score(q, r.text) for r in replies[q.id]] for q in questions}
     found = {}
     for name, flaw in released.PRISM.items():
         if name == "slot":
@@ -337,8 +338,8 @@ def _touched(
         else:
             count = sum(
                 any(
-                    score(q, r.text, (name,), settings.path) != score(q, r.text)
-                    for r in replies[q.id]
+                    score(q, r.text, (name,), settings.path) != own
+                    for r, own in zip(replies[q.id], ours[q.id], strict=True)
                 )
                 for q in questions
             )

@@ -1,5 +1,7 @@
 """Answers are kept and asked for once; means over questions have intervals over images."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -114,3 +116,16 @@ def test_differences_of_one_images_rows_are_drawn_together_and_count_alike():
     others = [{"id": name, "image": "a", "score": 0} for name in ("a0", "a1")]
     found = means.paired(ours, others, ["score"])
     assert found["score"] == {"mean": 0.5, "low": 0.5, "high": 0.5}  # there is one image
+
+
+def test_the_groups_of_many_kinds_are_the_hundred_largest_and_the_rest_in_a_moment():
+    """3,000 kinds of two questions and 50 of three; intervals are those of the whole."""
+    kinds = [f"rare {i}" for i in range(3000) for _ in range(2)]
+    kinds += [f"common {i}" for i in range(99) for _ in range(3)]
+    values = [float(kind.startswith("common")) for kind in kinds]
+    began = time.process_time()
+    found = means.groups(values, [str(i) for i in range(len(kinds))], kinds)
+    assert time.process_time() - began < 5
+    assert len(found) == 101 and list(found)[:2] == ["2999 others", "common 0"]
+    assert found["2999 others"]["questions"] == 2 * 2999 and found["2999 others"]["mean"] == 0
+    assert found["common 0"] == {"questions": 3, "mean": 1, "low": 1, "high": 1}

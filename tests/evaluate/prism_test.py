@@ -9,7 +9,7 @@ import pytest
 from caprl_jax import endpoint, protocols
 from caprl_jax.data.records import MalformedRecord
 from caprl_jax.data.sources.rows import Row
-from caprl_jax.endpoint import Limits
+from caprl_jax.endpoint import Limits, Reply
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import prism, released
 
@@ -118,6 +118,20 @@ def test_all_flaws_together_are_the_released_score():
     assert score("['twitter', 'x']", said("X"), "infovqa.jsonl") == 1
     assert score("\\", "no answer at all", "mmmu.jsonl") == 1
     assert score("4", "no answer at all", "mmmu.jsonl") == 0
+
+
+def test_the_flaws_of_an_answer_take_its_own_score_once(monkeypatch, tmp_path):
+    calls = []
+
+    def counted(question, text, flaws=(), path=""):
+        calls.append(tuple(flaws))
+        return 0.0
+
+    monkeypatch.setattr(prism, "score", counted)
+    settings = prism.Settings(tmp_path, "judge", "rows.jsonl")
+    asked = question()
+    found = prism._touched([asked], {asked.id: [Reply(said("4"), False)] * 3}, settings)
+    assert calls.count(()) == 3 and found["box"]["rows"] == 0
 
 
 def test_bad_rows_are_refused_with_reasons():
