@@ -122,7 +122,11 @@ def _prism(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
     settings = prism.Settings(out / _ANSWERS, judge.key, given.data, given.as_released)
     measured = prism.measure(questions, captions, judge.speak, settings)
     measured["without"] |= {"set_aside": aside.total()}
-    return measured | {"set_aside": dict(aside), "judge_model": judge.name}, images
+    return measured | {
+        "set_aside": dict(aside),
+        "judge_model": judge.name,
+        "scorer": given.scorer,
+    }, images
 
 
 def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
@@ -145,7 +149,7 @@ def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
             return chosen_by_logits(judge, shown, texts, given.batch)
 
     measured = captionqa.measure(data, captions, choose, given.as_released)
-    return measured | {"judge_model": name}, images
+    return measured | {"judge_model": name, "split": data.split}, images
 
 
 def images_of(files: Mapping[Path, str]) -> Pictures:

@@ -34,6 +34,8 @@ from caprl_jax.evaluate import mcq, page, results, tables
 from caprl_jax.evaluate.captionqa import SPLITS
 from caprl_jax.evaluate.scorers import SCORERS
 
+# Flags that one protocol alone uses.
+_FLAGS_OF = {"orders": "mcq", "max_tokens": "mcq", "scorer": "prism", "split": "captionqa"}
 TEMPERATURE = 1.0  # of the probability that "expected" is: the judge's own, as at an endpoint
 
 
@@ -147,11 +149,23 @@ def evaluate(given: Any) -> None:
         protocols.show_flaws(measured)
 
 
+def check_flags(given: Any) -> None:
+    """Raises ConfigError if a flag is given that the protocol, or the judge, doesn't use."""
+    for name, protocol in _FLAGS_OF.items():
+        if given[name].present and given.protocol != protocol:
+            raise ConfigError(
+                f"--{name} is for --protocol={protocol}: leave it out for {given.protocol}"
+            )
+    if given["judge_model"].present and not is_url(given.judge):
+        raise ConfigError(f"--judge_model is for an endpoint, which --judge={given.judge} isn't")
+
+
 def main(_: list[str]) -> None:
     """Evaluates what the flags name, or prints the error in one paragraph."""
     set_up_logging()
     with in_one_paragraph():
         given = flags.FLAGS
+        check_flags(given)
         if given.protocol == "mcq":
             evaluate(given)
         else:
@@ -174,8 +188,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("scorer", "", ("", *SCORERS), "Scorer of Prism's rows that name none.")
     flags.DEFINE_enum("split", "", ("", *SPLITS), "Split of CaptionQA's data; empty is all.")
     flags.DEFINE_string("judge_model", "", "Judge's name at an endpoint that serves several.")
-    flags.DEFINE_integer("orders", 4, "Orders of the options that are asked.", lower_bound=1)
-    flags.DEFINE_integer("max_tokens", 512, "Most tokens of the model's captions.", lower_bound=1)
+    flags.DEFINE_integer("orders", 4, "Orders of the options that mcq asks.", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_tokens", 512, "Most tokens of the model's captions for mcq.", lower_bound=1
+    )
     flags.DEFINE_integer("batch", 16, "Images in a batch.", lower_bound=1)
 
 

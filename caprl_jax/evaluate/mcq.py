@@ -79,7 +79,7 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
     """Asks the judge about each image's caption, and for the checks about others.
 
     Args:
-      rows: images; with one alone there is no other image's caption.
+      rows: images; one alone has no "elsewhere".
       ask: the judge.
       orders: orders of the options, each asked; the accuracies are averaged.
 
@@ -95,7 +95,7 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
     texts = [row.caption for row in rows]
     shuffled = [ask(texts, asked, order) for order in range(orders)]
     blind = ask([""] * len(rows), asked, 0)
-    elsewhere = ask([*texts[1:], *texts[:1]], asked, 0)
+    elsewhere = ask([*texts[1:], *texts[:1]], asked, 0) if len(rows) > 1 else None
     found = []
     for i, row in enumerate(rows):
         own = [answers[i] for answers in shuffled]
@@ -106,20 +106,23 @@ def measure(rows: Sequence[Captioned], ask: Ask, orders: int = 4) -> list[dict[s
             "abstained": [a.abstained for a in own],
             "consistent": right.all(axis=0) | ~right.any(axis=0),
             "blind": blind[i].right,
-            "elsewhere": elsewhere[i].right,
             "chance": [1 / (len(q.choices) + 1) for q in row.questions],  # and the abstain option
         }
+        if elsewhere is not None:
+            figures_of["elsewhere"] = elsewhere[i].right
         if own[0].unanswered is not None:
             figures_of["unanswered"] = [a.unanswered for a in own]
         told = {"id": row.id, "caption": row.caption}
         told |= {"source": row.source} if row.source else {}
         told |= {k: float(np.mean(v)) for k, v in figures_of.items()} | signs(row)
-        found.append(told | {"questions": _each_question(row, own, blind[i], elsewhere[i])})
+        found.append(
+            told | {"questions": _each_question(row, own, blind[i], elsewhere and elsewhere[i])}
+        )
     return found
 
 
 def _each_question(
-    row: Captioned, own: Sequence[Answers], blind: Answers, elsewhere: Answers
+    row: Captioned, own: Sequence[Answers], blind: Answers, elsewhere: Answers | None
 ) -> list[dict[str, Any]]:
     """Returns the figures of each of a row's questions, means over the orders."""
     figures = {
@@ -127,8 +130,9 @@ def _each_question(
         "expected": np.mean([a.p_truth for a in own], axis=0, dtype=np.float64),
         "abstained": np.mean([a.abstained for a in own], axis=0),
         "blind": blind.right,
-        "elsewhere": elsewhere.right,
     }
+    if elsewhere is not None:
+        figures["elsewhere"] = elsewhere.right
     if own[0].unanswered is not None:
         figures["unanswered"] = np.mean([a.unanswered for a in own], axis=0)
     return [

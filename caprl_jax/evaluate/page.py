@@ -25,14 +25,31 @@ _CAPTIONS = 4  # captions of one image and run
 _LARGEST = 480  # pixels of an image's longer side
 MARKS = {"right": "✓", "wrong": "✗", "abstained": "?", "partly": "~"}
 
+_ABOUT = ("protocol", "captions", "judge", "judge_model", "data", "orders", "split", "scorer")
+# Of each protocol: the sentence on its options, and its unit, of which a figure is the mean.
+_WORDS = {
+    "mcq": {"options": "“Cannot tell” is always an option.", "unit": "image"},
+    "prism": {"options": "It answers in its own words.", "unit": "row"},
+    "captionqa": {
+        "options": "All but yes/no questions have an option that says that they can’t be answered.",
+        "unit": "question",
+    },
+}
+
 Told = Mapping[str, float]  # {"mean", "low", "high"}
 Images = Callable[[Collection[str]], Mapping[str, bytes]]  # ids -> encoded bytes by id
 
 
+def _images(of: Mapping[str, Any]) -> str:
+    """Number of images; several rows may have one."""
+    return f"{of.get('images', len(of['each'])):,}"
+
+
 def _about(color: str, run: Run) -> dict[str, Any]:
     """A run's name, its number of images, and (name, value) of what it was made of."""
-    given = {k: run.results.get(k, "") for k in ("captions", "judge", "data", "orders")}
-    given |= {"images": f"{len(run.results['each']):,}"}
+    given = {k: run.results.get(k, "") for k in _ABOUT}
+    given |= {"as released": "yes" if run.results.get("as_released") else ""}
+    given |= {"images": _images(run.results)}
     for key, value in run.results.get("without", {}).items():
         parted = value.items() if isinstance(value, Mapping) else ()
         given[key] = "; ".join(f"{k}: {v}" for k, v in parted) if parted else value
@@ -246,19 +263,23 @@ def write(path: Path, runs: Sequence[Run], images: Images) -> None:
     rows = [run.row_of() for run in runs]
     chosen = _chosen(runs, name) if name else []
     encoded = images({i for i, _ in chosen}) if chosen else {}
+    pages = [
+        (_image(one, name, runs, rows), parts.image(encoded.get(one[0], b""), _LARGEST, "JPEG"))
+        for one in chosen
+    ]
+    cells = [c for image, _ in pages for q in image["questions"] for c in q["cells"] if c]
     html = parts.template("evaluation.html.j2").render(
         title=" against ".join([runs[0].name, ", ".join(r.name for r in runs[1:])][: len(runs)]),
         protocol=panels.cut(runs[0].results.get("protocol", "mcq"), panels.NAME),
-        count=f"{len(runs[0].results['each']):,}",
+        count=_images(runs[0].results),
+        words=_WORDS.get(runs[0].results.get("protocol", "mcq"), _WORDS["mcq"]),
         runs=list(map(_about, panels.colors(runs), runs)),
         figures=_headline(runs),
         panels=panels.make(runs),
         examples=_examples(runs),
         main=panels.label(name) if name else "",
-        images=[
-            (_image(one, name, runs, rows), parts.image(encoded.get(one[0], b""), _LARGEST, "JPEG"))
-            for one in chosen
-        ],
+        images=pages,
+        verdicts={cell["verdict"] for cell in cells},
         marks=MARKS,
         checked=any("blind" in run.results["summary"] for run in runs),
     )

@@ -10,6 +10,7 @@ evaluation that it was compared with, too.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from caprl_jax.evaluate import mcq
 from caprl_jax.files import write_whole
 from caprl_jax.report.charts import number
 
-_COUNTED = ("words",)  # figures that are no shares
+_COUNTED = ("words",)  # figures that are counts, not shares
+# Settings that make two evaluations hard to compare if they differ.
+_SETTINGS = (
+    *("judge", "judge_model", "data", "as_released", "orders", "expected_temperature"),
+    *("split", "scorer"),
+)
 
 
 def read(path: str) -> dict[str, Any]:
@@ -56,10 +62,12 @@ def compare(
       paired: returns the differences between the "each" of two; a protocol may have its own.
 
     Raises:
-      ConfigError: an evaluation has no image, or no figure, in common with this one.
+      ConfigError: an evaluation has another protocol, or no image, or no figure, in common with
+        this one.
     """
     found = []
     for file, other in others.items():
+        _check_alike(file, results, other)
         common = {row["id"] for row in results["each"]} & {row["id"] for row in other["each"]}
         try:
             differences = paired(results["each"], other["each"])
@@ -69,6 +77,16 @@ def compare(
             raise ConfigError(f"--against={file}: no figure is in both: is it another protocol's?")
         found.append({"file": file, "images": len(common), "summary": differences})
     return found
+
+
+def _check_alike(file: str, ours: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raises ConfigError at another protocol; warns of other settings."""
+    known = [k for k in ("protocol", *_SETTINGS) if k in ours and k in other]
+    differ = {k: f"{k} is {other[k]}, not {ours[k]}" for k in known if ours[k] != other[k]}
+    if "protocol" in differ:
+        raise ConfigError(f"--against={file}: its {differ['protocol']}; compare those of one")
+    if differ:
+        logging.warning("--against=%s is of other settings: %s", file, "; ".join(differ.values()))
 
 
 def shown(name: str, value: float, sign: str = "") -> str:
@@ -101,8 +119,12 @@ def _cell(name: str, one: Mapping[str, float], sign: str = "") -> str:
 
 
 def names(files: Sequence[str]) -> list[str]:
-    """Returns a short name for each results.json: its folder's, or where these repeat, its path."""
-    folders = [Path(file).absolute().parent.name for file in files]
-    if len(set(folders)) == len(folders):
-        return folders
-    return [str(Path(file).parent) for file in files]
+    """Returns a short name for each results.json: its folder's, with as much else as it takes."""
+    paths = [Path(file).absolute() for file in files]
+    ways = (
+        [path.parent.name for path in paths],
+        [f"{path.parent.name}/{path.stem}" for path in paths],
+        [str(Path(file).parent) for file in files],
+    )
+    whole = [str(Path(file).with_suffix("")) for file in files]
+    return next((way for way in ways if len(set(way)) == len(way)), whole)

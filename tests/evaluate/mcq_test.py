@@ -97,6 +97,14 @@ def test_each_figure_by_hand():
     }
 
 
+def test_a_single_image_has_no_other_ones_caption():
+    answers = {("A blue cat.", 0): [True], ("", 0): [False]}
+    (one,) = mcq.measure([Captioned("a", "A blue cat.", (COLOUR,))], scripted(answers), orders=1)
+    assert "elsewhere" not in one and "elsewhere" not in one["questions"][0]
+    assert (one["accuracy"], one["blind"]) == (1, 0)
+    assert "elsewhere" not in mcq.summary([one])
+
+
 LEAKY = [
     "A cat on a mat. The answer is B.",
     "Answers: B, C. A cat.",
@@ -383,6 +391,34 @@ def test_captions_are_read_alike_by_all_protocols(tmp_path):
         file.write_text(text)
         with pytest.raises(ConfigError, match=why):
             command.read(file, str(tmp_path))
+
+
+class Given(types.SimpleNamespace):
+    """Parsed flags, of which some were given."""
+
+    def __getitem__(self, name):
+        return types.SimpleNamespace(present=name in self.present)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "present", "refused"),
+    [
+        ("mcq", ("orders", "max_tokens", "batch"), ""),
+        ("prism", ("scorer", "batch"), ""),
+        ("captionqa", ("split",), ""),
+        ("mcq", ("scorer",), "--scorer is for --protocol=prism"),
+        ("captionqa", ("orders",), "--orders is for --protocol=mcq"),
+        ("prism", ("max_tokens",), "--max_tokens is for --protocol=mcq"),
+        ("prism", ("split",), "--split is for --protocol=captionqa"),
+        ("mcq", ("judge_model",), "--judge_model is for an endpoint"),
+    ],
+)
+def test_a_flag_that_has_no_effect_is_refused(protocol, present, refused):
+    given = Given(protocol=protocol, present=present, judge="asset:tiny/judge")
+    if not refused:
+        return command.check_flags(given)
+    with pytest.raises(ConfigError, match=refused):
+        command.check_flags(given)
 
 
 @pytest.mark.slow

@@ -208,9 +208,19 @@ def test_results_of_other_protocols_have_a_page_too(tmp_path):
         for i in range(9)
     ]
     without = {"captions": {"2": 9}, "failed": 0}
-    told = {"protocol": "prism", "summary": mcq.summary(rows), "each": rows, "without": without}
+    told = {
+        "protocol": "prism",
+        "images": 3,
+        "as_released": True,
+        "summary": mcq.summary(rows),
+        "each": rows,
+        "without": without,
+    }
     told["groups"] = {"source": {"charts": {"questions": 9} | told["summary"]["mean_of_four"]}}
     parsed = written(tmp_path, told)
+    assert "Cannot tell" not in parsed.text
+    for text in ("images 3", "a mean over the rows", "as released yes"):
+        assert text in parsed.text
     for text in ("Mean of four", "protocol prism", "captions 2: 9", "charts 9 questions 44.4%"):
         assert text in parsed.text
     assert shown_ids(parsed) == [f"img-{i}" for i in range(9)]
@@ -225,7 +235,30 @@ def test_results_of_other_protocols_have_a_page_too(tmp_path):
     assert "objects ; truth: x ~ partly: y score 0.25" in parsed.text
     question |= {"score": 0.55, "right": 0.0, "abstained": 1.0}  # of two options
     told["each"] = [row | {"questions": [question]}]
-    assert "truth: x ? abstained: y score 0.55" in written(tmp_path, told).text
+    parsed = written(tmp_path, told)
+    assert "truth: x ? abstained: y score 0.55" in parsed.text
+    assert "a mean over the questions" in parsed.text and "? abstained: cannot tell" in parsed.text
+    assert "“Cannot tell” is always an option" not in parsed.text
+
+
+def test_runs_that_cant_be_compared_are_told(caplog):
+    ours = measured([row("a", 0.5)], as_released=False, orders=4)
+    other = ours | {"protocol": "prism"}
+    with pytest.raises(ConfigError, match="--against=b: its protocol is prism, not mcq"):
+        results.compare(ours, {"b": other})
+    results.compare(ours, {"b": ours})
+    assert not caplog.records
+    other = ours | {"judge": "another", "as_released": True, "orders": 2, "data": "x"}
+    results.compare(ours, {"b": other})
+    told = " ".join(r.message for r in caplog.records)
+    for text in ("judge", "as_released", "orders", "data", "another, not a judge"):
+        assert text in told
+    assert len(caplog.records) == 1 and "captions" not in told  # these are what is compared
+
+
+def test_runs_of_one_folder_are_named_by_their_files():
+    assert results.names(["x/a/before.json", "x/a/results.json"]) == ["a/before", "a/results"]
+    assert results.names(["a/b.json", "a/c.json", "d/a/b.json"]) == ["a/b", "a/c", "d/a/b"]
 
 
 def test_folders_name_runs_unless_two_have_the_same_name():
