@@ -189,9 +189,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "", ("", *SPLITS), "Split of CaptionQA's data; empty is all.")
     flags.DEFINE_string("judge_model", "", "Judge's name at an endpoint that serves several.")
     flags.DEFINE_integer("orders", 4, "Orders of the options that mcq asks.", lower_bound=1)
-    flags.DEFINE_integer(
-        "max_tokens", 512, "Most tokens of the model's captions for mcq.", lower_bound=1
-    )
+    flags.DEFINE_integer("max_tokens", 512, "Most tokens of captions for mcq.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Images in a batch.", lower_bound=1)
 
 

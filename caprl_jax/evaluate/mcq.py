@@ -201,7 +201,7 @@ def interval(
 
 
 def figures(row: Mapping[str, Any]) -> list[str]:
-    """Returns the names of an image's figures: of what is a number."""
+    """Returns the names of a row's numeric values."""
     return [name for name, value in row.items() if isinstance(value, int | float)]
 
 

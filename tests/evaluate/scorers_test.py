@@ -1,5 +1,7 @@
 """Scorers against cases worked by hand, and against math-verify."""
 
+import functools
+import random
 import sys
 
 import pytest
@@ -57,6 +59,32 @@ def test_relaxed_accuracy_is_relative_to_the_truth():
 def test_anls(said, truth, value):
     assert scorers.anls(said, truth) == pytest.approx(value)
     assert scorers.anls(truth, said) == pytest.approx(value)
+
+
+def test_scores_of_random_rows_are_those_of_the_definitions():
+    """Levenshtein's recursion, and the bound on the relative error, written down again."""
+    rng = random.Random(0)
+
+    @functools.cache
+    def distance(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        swap = distance(a[:-1], b[:-1]) + (a[-1] != b[-1])
+        return min(swap, distance(a[:-1], b) + 1, distance(a, b[:-1]) + 1)
+
+    seen = set()
+    for _ in range(300):
+        said, truth = ("".join(rng.choices("ab", k=rng.randint(1, 7))) for _ in range(2))
+        similarity = 1 - distance(said, truth) / max(len(said), len(truth))
+        expected = similarity if similarity >= 0.5 else 0
+        assert scorers.anls(said, truth) == pytest.approx(expected), (said, truth)
+        true = rng.uniform(-100, 100)
+        near = true * rng.uniform(0.9, 1.1)
+        expected = abs(near - true) / abs(true) <= 0.05
+        for score in (scorers.relaxed, released._relaxed):
+            assert score(repr(near), repr(true)) == expected, (near, true)
+        seen |= {("similar", similarity >= 0.5), ("near", expected)}
+    assert len(seen) == 4  # both sides of both bounds
 
 
 def test_the_best_of_several_truths_counts():
