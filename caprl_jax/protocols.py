@@ -18,6 +18,7 @@ from caprl_jax.caption import job, pictures
 from caprl_jax.caption.parts import Place
 from caprl_jax.caption.pictures import Picture, Pictures
 from caprl_jax.data.questions import JudgePrompt, Presented, own_prompt
+from caprl_jax.data.records import LETTERS
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
 from caprl_jax.errors import ConfigError, UserError
@@ -26,7 +27,7 @@ from caprl_jax.evaluate.asking import Speak
 from caprl_jax.evaluate.letters import Asker
 
 PROTOCOLS = ("mcq", "prism", "captionqa")
-_MOST_OPTIONS = 9  # letters of a judge on the mesh
+_MOST_OPTIONS = len(LETTERS)  # of a judge on the mesh
 _ANSWERS = "answers.jsonl"
 
 
@@ -36,14 +37,7 @@ def evaluate(given: Any) -> None:
     Raises:
       ConfigError: flags contradict each other, or a file can't be read or written.
     """
-    if bool(given.captions) == bool(given.model):
-        raise ConfigError("give either --captions=FILE or --model=DIR")
-    others = {file: results.read(file) for file in given.against}
-    out = Path(given.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    out, others = prepare(given)
     about = {
         "protocol": given.protocol,
         "as_released": given.as_released,
@@ -66,6 +60,26 @@ def evaluate(given: Any) -> None:
     whole = about | measured
     page.finish(out, whole, others, lambda ids: read_images(images, ids))
     show_flaws(whole)
+
+
+def prepare(given: Any) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Makes the folder --out, and reads the evaluations of --against.
+
+    Returns:
+      (the folder, results by file).
+
+    Raises:
+      ConfigError: flags contradict each other, or a file can't be read or written.
+    """
+    if bool(given.captions) == bool(given.model):
+        raise ConfigError("give either --captions=FILE or --model=DIR")
+    others = {file: results.read(file) for file in given.against}
+    out = Path(given.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    return out, others
 
 
 def asker(given: Any, out: Path) -> tuple[Asker, str]:

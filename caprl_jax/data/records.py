@@ -37,7 +37,7 @@ class Question:
       text: the question.
       choices: texts of the options, without letters.
       answer: index of the truth in choices.
-      category: its kind in the words of whoever made it; empty if unknown. It is left out of the
+      category: the category that the data set gives it; empty if unknown. It is left out of the
         repr, from which seeds of shuffles are made.
     """
 

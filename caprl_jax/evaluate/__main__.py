@@ -30,7 +30,7 @@ from caprl_jax.data.records import Question
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import mcq, page, results, tables
+from caprl_jax.evaluate import mcq, page, tables
 from caprl_jax.evaluate.captionqa import SPLITS
 from caprl_jax.evaluate.scorers import SCORERS
 
@@ -111,14 +111,7 @@ def evaluate(given: Any) -> None:
     Raises:
       ConfigError: flags contradict each other, or a file can't be read or written.
     """
-    if bool(given.captions) == bool(given.model):
-        raise ConfigError("give either --captions=FILE or --model=DIR")
-    out = Path(given.out)
-    others = {file: results.read(file) for file in given.against}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"can't write {out}: {e.strerror or e}; give another --out") from e
+    out, others = protocols.prepare(given)
     at_endpoint = is_url(given.judge) or given.as_released
     ask, model = protocols.asker(given, out) if at_endpoint else (None, "")
     rows, without = read(_captions(given, out), given.data)

@@ -15,7 +15,6 @@ import numpy as np
 from caprl_jax.data.records import Question
 from caprl_jax.evaluate import means
 
-_RESAMPLES = 2000
 _LETTER = re.compile(
     r"\b(?i:answers?|options?|choices?)\b[^.\n]{0,20}?\b[A-H]\b(?!'\w)|(?:^|\s)[(\[]?[A-H][)\]]\s"
 )
@@ -179,27 +178,6 @@ def find_sign(name: str, caption: str, asked: Sequence[str]) -> tuple[int, int] 
     return found and found.span()
 
 
-def interval(
-    values: Sequence[float], seed: int = 0, counts: Sequence[float] | None = None
-) -> tuple[float, float]:
-    """Returns the bootstrap's 95% interval of the mean (percentiles; Efron 1979).
-
-    Args:
-      values: [images], at least one; images are drawn anew, not questions, which hang together.
-      seed: of the draws.
-      counts: [images], above 0, if the mean is sum(values) / sum(counts); None is 1 each.
-    """
-    values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    counts = None if counts is None else np.asarray(counts, np.float64)
-    means = []
-    for _ in range(_RESAMPLES):
-        drawn = rng.integers(0, len(values), len(values))
-        total = len(values) if counts is None else np.sum(counts[drawn])
-        means.append(np.sum(values[drawn]) / total)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def figures(row: Mapping[str, Any]) -> list[str]:
     """Returns the names of a row's numeric values."""
     return [name for name, value in row.items() if isinstance(value, int | float)]
@@ -207,7 +185,7 @@ def figures(row: Mapping[str, Any]) -> list[str]:
 
 def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns {"mean", "low", "high"} over the images of all figures, by name."""
-    return {name: _told([row[name] for row in found]) for name in figures(found[0])}
+    return {name: means.told([row[name] for row in found]) for name in figures(found[0])}
 
 
 def groups(found: Sequence[Mapping[str, Any]], name: str = "accuracy") -> dict[str, dict[str, Any]]:
@@ -237,10 +215,10 @@ def groups(found: Sequence[Mapping[str, Any]], name: str = "accuracy") -> dict[s
     for kind, images in sorted(of_type.items(), key=lambda item: -len(item[1])):
         sums = np.asarray([np.sum(pairs, axis=0) for pairs in images.values()])  # [images, 2]
         counts = [len(pairs) for pairs in images.values()]
-        types[kind] = {"questions": sum(counts), **_told(sums[:, 0], counts)}
-        types[kind]["abstained"] = _told(sums[:, 1], counts)
+        types[kind] = {"questions": sum(counts), **means.told(sums[:, 0], counts)}
+        types[kind]["abstained"] = means.told(sums[:, 1], counts)
     ordered = sorted(of_source.items(), key=lambda item: -len(item[1]))
-    return {"source": {k: {"images": len(v), **_told(v)} for k, v in ordered}, "type": types}
+    return {"source": {k: {"images": len(v), **means.told(v)} for k, v in ordered}, "type": types}
 
 
 def paired(
@@ -256,7 +234,7 @@ def paired(
     if not common:
         raise ValueError("no image is in both evaluations")
     names = [n for n in figures(common[0][0]) if n in figures(common[0][1])]
-    return {name: _told([one[name] - other[name] for one, other in common]) for name in names}
+    return {name: means.told([one[name] - other[name] for one, other in common]) for name in names}
 
 
 def by_length(found: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -269,15 +247,8 @@ def by_length(found: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     out = []
     for quarter in np.array_split(np.arange(len(order)), 4):
         if len(quarter):
-            accuracy = [order[i]["accuracy"] for i in quarter]
-            low, high = interval(accuracy)
+            accuracy = means.told([order[i]["accuracy"] for i in quarter])
+            accuracy["accuracy"] = accuracy.pop("mean")
             words = float(np.mean([order[i]["words"] for i in quarter]))
-            told = {"words": words, "accuracy": float(np.mean(accuracy))}
-            out.append(told | {"low": low, "high": high, "images": len(quarter)})
+            out.append({"words": words, "images": len(quarter)} | accuracy)
     return out
-
-
-def _told(values: Sequence[float], counts: Sequence[float] | None = None) -> dict[str, float]:
-    low, high = interval(values, counts=counts)
-    total = len(values) if counts is None else np.sum(counts)
-    return {"mean": float(np.sum(values) / total), "low": low, "high": high}

@@ -13,19 +13,21 @@ _RESAMPLES = 2000
 _MOST_GROUPS = 100  # of one kind
 
 
-def told(sums: Sequence[float], counts: Sequence[float], seed: int = 0) -> dict[str, float]:
+def told(
+    sums: Sequence[float], counts: Sequence[float] | None = None, seed: int = 0
+) -> dict[str, float]:
     """Returns the mean over questions with the bootstrap's 95% interval (percentiles; Efron 1979).
 
     Args:
       sums: [images], each image's sum over its questions.
-      counts: [images], its number of questions, at least one. Where all are 1, this is
-        mcq.interval.
+      counts: [images], its number of questions, at least one; None: one each.
       seed: of the draws.
 
     Returns:
       {"mean", "low", "high"}.
     """
-    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    sums = np.asarray(sums, np.float64)
+    counts = np.ones_like(sums) if counts is None else np.asarray(counts, np.float64)
     if sums.shape != counts.shape or not len(sums) or counts.min() <= 0:
         raise ValueError(f"sums {sums.shape} and counts {counts.shape} must be of the same images")
     rng = np.random.default_rng(seed)

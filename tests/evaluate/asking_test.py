@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from caprl_jax.endpoint import Drawn, Failure, Reply
-from caprl_jax.evaluate import asking, mcq, means
+from caprl_jax.evaluate import asking, means
 
 
 def chats(*texts):
@@ -77,12 +77,6 @@ def test_a_failure_that_may_pass_is_no_refusal_of_log_probabilities(tmp_path):
 
     found = asking.Letters()(speak, chats("a", "b"), Drawn(), tmp_path / "answers.jsonl", "judge")
     assert found == [Failure("busy"), Reply("B", False, {"B": -0.1})] and all(asked)
-
-
-def test_one_question_an_image_has_mcqs_interval():
-    values = np.random.default_rng(1).random(50)
-    found = means.told(values, np.ones(50))
-    assert (found["low"], found["high"]) == pytest.approx(mcq.interval(values))
 
 
 def test_an_image_counts_by_its_questions_and_is_drawn_whole():

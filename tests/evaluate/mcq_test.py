@@ -16,7 +16,7 @@ from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import Question, unparse_question
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import __main__ as command
-from caprl_jax.evaluate import mcq, results, tables
+from caprl_jax.evaluate import mcq, means, results, tables
 from caprl_jax.evaluate.mcq import Answers, Captioned
 from tests.report.html_test import Page
 
@@ -185,10 +185,11 @@ def test_the_interval_is_scipys():
     values = np.random.default_rng(1).random(200)
     expected = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=0)
     low, high = expected.confidence_interval
-    assert mcq.interval(values) == pytest.approx((low, high), abs=0.004)
-    assert mcq.interval([0.25] * 9) == (0.25, 0.25)
-    narrow = mcq.interval(values[:20]), mcq.interval(values)
-    assert narrow[0][1] - narrow[0][0] > 2 * (narrow[1][1] - narrow[1][0])
+    found = means.told(values)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.004)
+    assert means.told([0.25] * 9) == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    few = means.told(values[:20])
+    assert few["high"] - few["low"] > 2 * (found["high"] - found["low"])
 
 
 def test_differences_are_taken_image_by_image():

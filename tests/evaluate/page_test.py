@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import mcq, page, results
+from caprl_jax.evaluate import mcq, means, page, results
 from caprl_jax.evaluate.page import Run
 from tests.report.html_test import HOSTILE, Page
 
@@ -146,7 +146,7 @@ def test_hostile_text_is_escaped_and_kept_within_bounds(tmp_path):
 
 
 def test_ten_thousand_images_give_a_small_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(mcq, "_RESAMPLES", 20)  # the intervals don't matter here
+    monkeypatch.setattr(means, "_RESAMPLES", 20)  # the intervals don't matter here
     rng, sizes = np.random.default_rng(0), []
     photo = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (480, 640, 3), np.uint8)).save(photo, "JPEG")
