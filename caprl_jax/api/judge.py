@@ -189,6 +189,7 @@ class LoadedJudge(Loaded):
 
         Raises:
           ConfigError: a field of sampling is unknown or out of range.
+          UserError: the judge's logits are not finite.
         """
         how = make(Sampling, {"temperature": 0.0} | sampling)
         decoding = Decoding(1, self.tokenizer.stop, how)
@@ -206,7 +207,9 @@ class LoadedJudge(Loaded):
                 words = np.stack([_words(texts[i]) for i in filled])
                 arrays = loading.put((prompt, words), self.rules)
                 found = _write(self.rules, self.modules, decoding, self.params, *arrays, seed)
-                tokens, mask, cut = jax.device_get((found.tokens, found.mask, found.truncated))
+                arrays = found.tokens, found.mask, found.truncated, found.logp
+                tokens, mask, cut, logp = jax.device_get(arrays)
+                _require_finite(logp[mask], self.directory)
                 for row, i in enumerate(part):
                     text = self.tokenizer.decode(tokens[row, 0][mask[row, 0]])
                     replies[i] = Reply(text, bool(cut[row, 0]))
@@ -258,7 +261,11 @@ def _write(rules, modules, decoding, params, prompt, words, seed):
 
 def require_finite(verdicts: Verdicts, judge: str | Path) -> None:
     """Raises UserError, which names the judge, if one of its answers is not finite."""
-    if not np.all(np.isfinite(verdicts.score[verdicts.valid])):
+    _require_finite(verdicts.score[verdicts.valid], judge)
+
+
+def _require_finite(values: np.ndarray, judge: str | Path) -> None:
+    if not np.all(np.isfinite(values)):
         raise UserError(
             f"the judge {judge} gives logits that are not finite: its weights are damaged, or its "
             "numbers overflow; check the directory, or use another judge"

@@ -1,6 +1,9 @@
 """A judge writes text with the decode loop that draws captions."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 import caprl_jax
@@ -41,6 +44,12 @@ def test_an_answer_depends_on_its_own_text_alone(judge, written):
     assert drawn[0] == drawn[1][::-1]
     other = judge.write(TEXTS, batch=2, max_tokens=24, temperature=1.0, seed=1)
     assert drawn[0] != other and drawn[0] != written
+
+
+def test_a_judge_whose_weights_are_damaged_is_named(judge):
+    damaged = dataclasses.replace(judge, params=jax.tree.map(lambda a: a * jnp.nan, judge.params))
+    with pytest.raises(UserError, match=r"the judge .* gives logits that are not finite"):
+        damaged.write(TEXTS, batch=2, max_tokens=24)
 
 
 def test_letters_are_those_of_the_options_as_they_are_presented(judge):
