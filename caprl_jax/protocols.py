@@ -92,11 +92,11 @@ def asker(given: Any, out: Path) -> tuple[Asker, str]:
         raise ConfigError(
             "--as_released of mcq is about a judge's text: give an endpoint as --judge"
         )
-    judge = text_judge(given)
+    judge = make_text_judge(given)
     return Asker(judge.speak, out / _ANSWERS, judge.key, given.as_released, given.batch), judge.name
 
 
-def settled(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict]:
+def drop_failed(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict]:
     """Returns mcq's rows without those that failed, and what results.json says about the judge.
 
     Raises:
@@ -132,7 +132,7 @@ def _prism(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
     known = captions.keys()
     if not any(q.id in known or q.image in known for q in questions):
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
-    judge = text_judge(given)
+    judge = make_text_judge(given)
     settings = prism.Settings(out / _ANSWERS, judge.key, given.data, given.as_released)
     measured = prism.measure(questions, captions, judge.speak, settings)
     measured["without"] |= {"set_aside": aside.total()}
@@ -152,7 +152,7 @@ def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
     if not captions.keys() & data.own:
         raise ConfigError(f"--captions={given.captions} has no caption of --data={given.data}")
     if is_url(given.judge):
-        speaks = text_judge(given)
+        speaks = make_text_judge(given)
         name = speaks.name
         choose = captionqa.Chooser(speaks.speak, out / _ANSWERS, speaks.key, given.as_released)
     else:
@@ -244,7 +244,7 @@ def judge_version(judge: LoadedJudge) -> str:
     return f"{judge.directory} {bytes_} {changed:.0f}"
 
 
-def text_judge(given: Any) -> TextJudge:
+def make_text_judge(given: Any) -> TextJudge:
     """Returns the judge of the flags as one that answers chats with text.
 
     Raises:

@@ -121,7 +121,7 @@ def evaluate(given: Any) -> None:
     logging.info("asking about %d images", len(rows))
     found, about = mcq.measure(rows, ask, given.orders), {}
     if at_endpoint:
-        found, about = protocols.settled(ask, found)
+        found, about = protocols.drop_failed(ask, found)
     measured = {
         "protocol": "mcq",
         "images": len(found),

@@ -14,6 +14,7 @@ import numpy as np
 
 from caprl_jax.data.records import Question
 from caprl_jax.evaluate import means
+from caprl_jax.evaluate.means import mean_with_interval
 
 _LETTER = re.compile(
     r"\b(?i:answers?|options?|choices?)\b[^.\n]{0,20}?\b[A-H]\b(?!'\w)|(?:^|\s)[(\[]?[A-H][)\]]\s"
@@ -185,7 +186,7 @@ def figures(row: Mapping[str, Any]) -> list[str]:
 
 def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns {"mean", "low", "high"} over the images of all figures, by name."""
-    return {name: means.told([row[name] for row in found]) for name in figures(found[0])}
+    return {name: mean_with_interval([row[name] for row in found]) for name in figures(found[0])}
 
 
 def groups(found: Sequence[Mapping[str, Any]], name: str = "accuracy") -> dict[str, dict[str, Any]]:
@@ -215,10 +216,13 @@ def groups(found: Sequence[Mapping[str, Any]], name: str = "accuracy") -> dict[s
     for kind, images in sorted(of_type.items(), key=lambda item: -len(item[1])):
         sums = np.asarray([np.sum(pairs, axis=0) for pairs in images.values()])  # [images, 2]
         counts = [len(pairs) for pairs in images.values()]
-        types[kind] = {"questions": sum(counts), **means.told(sums[:, 0], counts)}
-        types[kind]["abstained"] = means.told(sums[:, 1], counts)
+        types[kind] = {"questions": sum(counts), **mean_with_interval(sums[:, 0], counts)}
+        types[kind]["abstained"] = mean_with_interval(sums[:, 1], counts)
     ordered = sorted(of_source.items(), key=lambda item: -len(item[1]))
-    return {"source": {k: {"images": len(v), **means.told(v)} for k, v in ordered}, "type": types}
+    return {
+        "source": {k: {"images": len(v), **mean_with_interval(v)} for k, v in ordered},
+        "type": types,
+    }
 
 
 def paired(
@@ -234,7 +238,10 @@ def paired(
     if not common:
         raise ValueError("no image is in both evaluations")
     names = [n for n in figures(common[0][0]) if n in figures(common[0][1])]
-    return {name: means.told([one[name] - other[name] for one, other in common]) for name in names}
+    return {
+        name: mean_with_interval([one[name] - other[name] for one, other in common])
+        for name in names
+    }
 
 
 def by_length(found: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -247,7 +254,7 @@ def by_length(found: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     out = []
     for quarter in np.array_split(np.arange(len(order)), 4):
         if len(quarter):
-            accuracy = means.told([order[i]["accuracy"] for i in quarter])
+            accuracy = mean_with_interval([order[i]["accuracy"] for i in quarter])
             accuracy["accuracy"] = accuracy.pop("mean")
             words = float(np.mean([order[i]["words"] for i in quarter]))
             out.append({"words": words, "images": len(quarter)} | accuracy)

@@ -13,7 +13,7 @@ _RESAMPLES = 2000
 _MOST_GROUPS = 100  # of one kind
 
 
-def told(
+def mean_with_interval(
     sums: Sequence[float], counts: Sequence[float] | None = None, seed: int = 0
 ) -> dict[str, float]:
     """Returns the mean over questions with the bootstrap's 95% interval (percentiles; Efron 1979).
@@ -37,10 +37,10 @@ def told(
 
 
 def by_image(values: Sequence[float], images: Sequence[str]) -> dict[str, float]:
-    """Returns `told` of one value a question, whose images may repeat."""
+    """Returns `mean_with_interval` of one value a question, whose images may repeat."""
     order = {name: i for i, name in enumerate(dict.fromkeys(images))}
     at = [order[name] for name in images]
-    return told(np.bincount(at, values), np.bincount(at))
+    return mean_with_interval(np.bincount(at, values), np.bincount(at))
 
 
 def groups(

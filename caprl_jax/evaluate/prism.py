@@ -166,7 +166,7 @@ def chat(question: Question, caption: str, as_released: bool = False) -> Chat:
     return [{"role": role, "content": text} for role, text in turns]
 
 
-def boxed(text: str) -> str | None:
+def extract_boxed(text: str) -> str | None:
     """Returns the content of the last \\boxed{..} of an answer, braces matched; None without one.
 
     The answer is the last <answer>..</answer>, else the text after the judge's thoughts.
@@ -200,7 +200,7 @@ def score(question: Question, text: str, flaws: Iterable[str] = (), path: str = 
       path: of the data, which the flaw "path" reads.
     """
     flaws = set(flaws)
-    said = released.boxed(text) if "box" in flaws else boxed(text) or ""
+    said = released.extract_boxed(text) if "box" in flaws else extract_boxed(text) or ""
     name = released.scorer(path) if "path" in flaws else question.scorer
     known = name in released.SCORERS
     if known and "truth" in flaws and released.truth_is_unreadable(question.answer):
@@ -309,7 +309,10 @@ def _told(
     path: str,
 ) -> dict[str, Any]:
     scores = [score(question, r.text, flaws, path) for r in replies]
-    said = [released.boxed(r.text) if "box" in flaws else boxed(r.text) or "" for r in replies]
+    said = [
+        released.extract_boxed(r.text) if "box" in flaws else extract_boxed(r.text) or ""
+        for r in replies
+    ]
     return {
         "id": question.id,
         "image": question.image,

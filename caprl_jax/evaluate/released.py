@@ -97,7 +97,7 @@ CAPTIONQA = {
 }
 
 
-def boxed(text: str) -> str:
+def extract_boxed(text: str) -> str:
     """Returns the boxed answer as released; empty if it finds none."""
     found = _BOX.findall(text)
     return found[-1] if found else ""

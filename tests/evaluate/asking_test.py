@@ -86,10 +86,10 @@ def test_an_image_counts_by_its_questions_and_is_drawn_whole():
     apart = means.by_image(many, [str(i) for i in range(100)])
     together = means.by_image(many, [str(i // 10) for i in range(100)])
     assert together["high"] - together["low"] > 2 * (apart["high"] - apart["low"])
-    uneven = means.told([9, 0] * 10, [9, 1] * 10)
+    uneven = means.mean_with_interval([9, 0] * 10, [9, 1] * 10)
     assert uneven["mean"] == 0.9 and uneven["low"] > 0.7  # not the mean of the images' means
     with pytest.raises(ValueError, match="of the same images"):
-        means.told([1.0], [0])
+        means.mean_with_interval([1.0], [0])
 
 
 def test_groups_and_differences():

@@ -185,10 +185,10 @@ def test_the_interval_is_scipys():
     values = np.random.default_rng(1).random(200)
     expected = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=0)
     low, high = expected.confidence_interval
-    found = means.told(values)
+    found = means.mean_with_interval(values)
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.004)
-    assert means.told([0.25] * 9) == {"mean": 0.25, "low": 0.25, "high": 0.25}
-    few = means.told(values[:20])
+    assert means.mean_with_interval([0.25] * 9) == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    few = means.mean_with_interval(values[:20])
     assert few["high"] - few["low"] > 2 * (found["high"] - found["low"])
 
 

@@ -52,7 +52,7 @@ def said(answer, before="<think>I count.</think>"):
     ],
 )
 def test_the_boxed_answer(text, ours, theirs):
-    assert ((prism.boxed(text) or ""), released.boxed(text)) == (ours, theirs)
+    assert ((prism.extract_boxed(text) or ""), released.extract_boxed(text)) == (ours, theirs)
 
 
 def test_the_caption_stands_in_the_images_place():
