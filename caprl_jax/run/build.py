@@ -134,21 +134,35 @@ def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader
     return _Reader(model, directory, tokenizer, load.judge_prompt(config, tokenizer), difference)
 
 
+def settle_judge(config: ml_collections.ConfigDict) -> None:
+    """Fills in place the name of a judge behind an endpoint that serves one model.
+
+    Raises:
+      ConfigError: the endpoint can't be used or reached, or it serves several models.
+    """
+    if config.objective == "caprl" and is_url(config.judge.path):
+        config.judge.model = _endpoint(config).model
+
+
+def _endpoint(config: ml_collections.ConfigDict) -> Endpoint:
+    own = config.judge
+    with config_lib.about("judge.path"):
+        endpoint = Endpoint(own.path, own.model, Limits(own.concurrency, own.timeout, own.tries))
+        logging.info("the judge is %s at %s", endpoint.model, own.path)
+    return endpoint
+
+
 def _ask_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
     """Returns a judge behind an endpoint, which must answer now."""
+    endpoint = _endpoint(config)
     if "judge" in needed_models(config_lib.terms(config)):
         raise ConfigError(
             f"config.judge.path={config.judge.path} is an endpoint, and a reward term needs "
             "the judge's weights; give a model's directory, or other rewards"
         )
-    own = config.judge
-    limits = Limits(own.concurrency, own.timeout, own.tries)
-    with config_lib.about("judge.path"):
-        endpoint = Endpoint(own.path, own.model, limits)
-        logging.info("the judge is %s at %s", endpoint.model, own.path)
     with config_lib.about("judge.prompt"):
-        prompt = JudgePrompt.create(policy, own.prompt)
-    asked = EndpointJudge.create(endpoint, prompt, policy, own.temperature)
+        prompt = JudgePrompt.create(policy, config.judge.prompt)
+    asked = EndpointJudge.create(endpoint, prompt, policy, config.judge.temperature)
     return _Reader(None, None, policy, asked.prompt, asked=asked)
 
 
