@@ -74,6 +74,7 @@ class Failure:
     """A question that was given up; `reason` is the last error."""
 
     reason: str
+    permanent: bool = False
 
 
 def is_url(path: str) -> bool:

@@ -78,6 +78,7 @@ def caption(
       UserError: the prompt can't be used.
     """
     about = {"model": str(policy.directory), "images": pictures.count}
+    about |= {"inputs": pictures.digest()}
     about |= dataclasses.asdict(settings) | {"judge": str(judge.directory) if judge else None}
     if not parts.complete(place, about):
         check_prompt(policy, settings.prompt)

@@ -90,6 +90,7 @@ class Part:
           ConfigError: it was begun with other settings.
         """
         path, head = place.part(place.process), json.dumps({"settings": settings}) + "\n"
+        settings = json.loads(json.dumps(settings))
         self.done: set[int] = set()
         self.ended = False
         self._file = path.open("a+b")
@@ -99,11 +100,8 @@ class Part:
             entry = _entry(line)
             if entry is None:
                 break
-            if number == 0 and entry != {"settings": json.loads(json.dumps(settings))}:
-                raise ConfigError(
-                    f"{path} was begun with other settings: give those, or remove it, or give "
-                    "another --out"
-                )
+            if number == 0:
+                _check_head(path, entry, settings)
             whole += len(line)
             self.ended |= "ended" in entry
             self.done |= {entry["index"]} if "index" in entry else set()
@@ -132,6 +130,24 @@ class Part:
         self._file.close()
 
 
+def _check_head(path: Path, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a part's first line has other settings than these."""
+    if head != {"settings": settings}:
+        raise ConfigError(
+            f"{path} was begun with other settings{_differing(head.get('settings'), settings)}: "
+            "give those, or remove it, or give another --out"
+        )
+
+
+def _differing(known: Any, settings: Mapping[str, Any]) -> str:
+    """Names the settings that differ from those known, in brackets; empty if none are known."""
+    if not isinstance(known, dict):
+        return ""
+    names = [n for n in {**settings, **known} if known.get(n) != settings.get(n)]
+    shown = {"inputs": "inputs, the names, sizes or times of the files to work on"}
+    return f" ({'; '.join(shown.get(n, n) for n in names)})" if names else ""
+
+
 def _entry(line: bytes) -> dict[str, Any] | None:
     """Parses a part's line; None if it isn't whole."""
     try:
@@ -153,9 +169,11 @@ def complete(place: Place, settings: Mapping[str, Any]) -> bool:
         known = json.loads(place.about.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         known = None
-    if known != json.loads(json.dumps(settings)):
+    settings = json.loads(json.dumps(settings))
+    if known != settings:
         raise ConfigError(
-            f"{place.out} is there already, with other settings: remove it, or give another --out"
+            f"{place.out} is there already, with other settings{_differing(known, settings)}: "
+            "remove it, or give another --out"
         )
     _remove_parts(place)
     return True
@@ -211,8 +229,11 @@ def put_together(place: Place, settings: Mapping[str, Any], sorter: Sorter | Non
 
     Returns:
       Whether the job is done.
+
+    Raises:
+      ConfigError: another process has begun its part with other settings.
     """
-    sorter = sorter or Captions(place)
+    sorter, settings = sorter or Captions(place), json.loads(json.dumps(settings))
     with _locked(_lock(place)):
         if complete(place, settings):
             return True
@@ -222,7 +243,12 @@ def put_together(place: Place, settings: Mapping[str, Any], sorter: Sorter | Non
             for process in range(place.processes):
                 if not place.part(process).is_file():
                     return False
-                parts.append(stack.enter_context(place.part(process).open("rb")))
+                path = place.part(process)
+                parts.append(stack.enter_context(path.open("rb")))
+                head = _entry(parts[-1].readline())
+                if head is None:  # its process has just begun
+                    return False
+                _check_head(path, head, settings)
                 if not _index(parts[-1], process, where):
                     return False
             _write_in_order(place, parts, where, sorter)
@@ -250,7 +276,7 @@ def _remove_parts(place: Place) -> None:
 
 def _index(file: Any, process: int, where: dict[int, tuple[int, int]]) -> bool:
     """Notes the place of each image's line; returns whether the part has ended."""
-    ended, offset = False, 0
+    ended, offset = False, file.tell()
     for line in file:
         entry = _entry(line) or {}
         if "index" in entry:

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from caprl_jax.data.records import MalformedRecord, Question
 from caprl_jax.data.sources import rows
 from caprl_jax.data.sources.prepared import SPLITS, opened
 from caprl_jax.errors import ConfigError, UserError
+from caprl_jax.files import state
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
@@ -59,10 +61,19 @@ class Pictures:
     Attributes:
       count: number of them, unreadable ones included.
       each: yields them.
+      inputs: yields the id and the state (files.state) of each file that they come from, in order.
     """
 
     count: int
     each: Callable[[], Iterator[Picture]]
+    inputs: Callable[[], Iterator[Sequence[str | int]]]
+
+    def digest(self) -> str:
+        """Returns a digest of the files' ids, paths, sizes and times; no file is read."""
+        digest = hashlib.sha256()
+        for file in self.inputs():
+            digest.update(repr(file).encode(errors="replace"))
+        return digest.hexdigest()
 
 
 def find(path: str, root: str = "") -> Pictures:
@@ -131,7 +142,7 @@ def _of_files(given: Path, files: list[Path]) -> Pictures:
                 name(file), lambda file=file: read_image(file), file=file.absolute().resolve
             )
 
-    return Pictures(len(files), each)
+    return Pictures(len(files), each, lambda: ([name(f), *state(f)] for f in files))
 
 
 def _of_rows(files: list[Path], root: Path | None) -> Pictures:
@@ -151,7 +162,12 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
                     source=rows.data_source(row),
                 )
 
-    return Pictures(sum(map(rows.count, files)), each)
+    def inputs() -> Iterator[Sequence[str | int]]:
+        yield [str(root)]
+        for file, name in zip(files, rows.names(files), strict=True):
+            yield [name, *state(file)]
+
+    return Pictures(sum(map(rows.count, files)), each, inputs)
 
 
 def _whole(row: rows.Row) -> rows.Row:
@@ -181,4 +197,5 @@ def _of_dataset(made: Any) -> Pictures:
                     extras=lambda record=record: record().extras,
                 )
 
-    return Pictures(sum(map(len, sources)), each)
+    files = sorted(Path(made.data_dir).iterdir())
+    return Pictures(sum(map(len, sources)), each, lambda: map(state, files))

@@ -70,7 +70,7 @@ def filter_questions(model: Model, pictures: Pictures, settings: Settings, place
       UserError: the model can't take the prompt, or the endpoint fails for row after row.
     """
     about: dict[str, Any] = {"job": "filter", "model": name(model), "rows": pictures.count}
-    about |= dataclasses.asdict(settings) | {"prompt": INSTRUCTION}
+    about |= {"inputs": pictures.digest(), "prompt": INSTRUCTION} | dataclasses.asdict(settings)
     if isinstance(model, LoadedPolicy) and not parts.complete(place, about):
         job.check_prompt(model, INSTRUCTION)
 

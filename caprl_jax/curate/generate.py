@@ -94,7 +94,8 @@ def generate(model: Model, pictures: Pictures, settings: Settings, place: Folder
       UserError: the model can't take the prompt, or the endpoint fails for image after image.
     """
     about: dict[str, Any] = {"job": "generate", "model": name(model), "images": pictures.count}
-    about |= dataclasses.asdict(settings) | {"prompt": prompt(settings.count)}
+    about |= {"inputs": pictures.digest(), "prompt": prompt(settings.count)}
+    about |= dataclasses.asdict(settings)
     if isinstance(model, LoadedPolicy) and not parts.complete(place, about):
         job.check_prompt(model, prompt(settings.count))
 

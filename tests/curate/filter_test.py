@@ -18,7 +18,7 @@ from caprl_jax.curate.trials import Settings
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import unparse_question
 from caprl_jax.endpoint import Endpoint, Limits
-from caprl_jax.errors import UserError
+from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.parallel import mesh
 
 from ..endpoint_server import FAULTS, serving
@@ -202,6 +202,13 @@ def test_questions_without_an_answer_are_listed_and_can_be_asked_again(given, tm
     assert failed["questions"] == [asked[1]] and "malformed" in failed["reason"]
     (again,) = pictures.find(str(tmp_path / "failed.jsonl"), str(given.parent)).each()
     assert len(again.questions()) == 1 and again.read()
+
+
+def test_as_many_other_rows_are_refused(given, whole):
+    other = given.with_name("other.jsonl")
+    other.write_text(given.read_text().replace("crop-000.png", "crop-001.png"))
+    with serving(answers) as server, pytest.raises(ConfigError, match=r"other settings \(inputs, "):
+        run(Endpoint(server.url), other, whole)
 
 
 def test_a_lost_endpoint_stops_the_job(given, tmp_path):

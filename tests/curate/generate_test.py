@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import shutil
 
 import jax
 import pytest
@@ -190,9 +191,13 @@ def test_an_endpoint_that_is_lost_stops_the_job_and_fails_no_image(whole, corpus
     assert contents(tmp_path) == contents(whole)
 
 
-def test_other_settings_are_refused(whole, corpus):
-    with serving(scripted.writes) as server, pytest.raises(ConfigError, match="other settings"):
-        run(Endpoint(server.url), corpus, whole, Settings(count=3))
+def test_other_settings_and_other_images_are_refused(whole, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "copy")
+    with serving(scripted.writes) as server:
+        with pytest.raises(ConfigError, match=r"other settings \(prompt; count\)"):
+            run(Endpoint(server.url), corpus, whole, Settings(count=3))
+        with pytest.raises(ConfigError, match=r"other settings \(inputs, "):
+            run(Endpoint(server.url), tmp_path / "copy", whole)
 
 
 def test_rows_keep_extras_and_images_within_them(corpus, tmp_path):
