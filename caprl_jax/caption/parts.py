@@ -165,11 +165,7 @@ def complete(place: Place, settings: Mapping[str, Any]) -> bool:
     """
     if not place.out.exists():
         return False
-    try:
-        known = json.loads(place.about.read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = None
-    settings = json.loads(json.dumps(settings))
+    known, settings = _settings_of(place.about), json.loads(json.dumps(settings))
     if known != settings:
         raise ConfigError(
             f"{place.out} is there already, with other settings{_differing(known, settings)}: "
@@ -177,6 +173,35 @@ def complete(place: Place, settings: Mapping[str, Any]) -> bool:
         )
     _remove_parts(place)
     return True
+
+
+def _check_free(place: Place, settings: Mapping[str, Any], sorter: Sorter) -> None:
+    """Checks that the job would overwrite no other's files.
+
+    A file whose name begins with that of `out` is the job's own. Others, such as about.json of a
+    folder, are its own if they say so, or if the job has parts: these are removed last.
+
+    Raises:
+      ConfigError: there are files of another job.
+    """
+    begun = any(place.part(i).exists() for i in range(place.processes))
+    others = [] if begun else [f for f in sorter.files if f.exists()]
+    if place.about.exists() and _settings_of(place.about) != json.loads(json.dumps(settings)):
+        others.append(place.about)
+    names = [f.name for f in others if not f.name.startswith(place.out.name)]
+    if names:
+        raise ConfigError(
+            f"{place.out.parent} holds {', '.join(names)} of another job, which this one would "
+            "overwrite: give another --out"
+        )
+
+
+def _settings_of(about: Path) -> Any:
+    """The settings in a file `about`; None if it is none."""
+    try:
+        return json.loads(about.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # (index, item) of what is left to do; adds the entries of those that are done.
@@ -206,6 +231,7 @@ def share(
 
     if complete(place, settings):
         return True
+    _check_free(place, settings, sorter)
     own = range(place.process, items.count, place.processes)
     with Part(place, settings) as part:
         began, before = time.monotonic(), len(part.done)

@@ -41,7 +41,7 @@ def open_folder(path: str, main: str, process: int, processes: int) -> Folder:
     """Returns the place of a job whose main file is `main`, and makes the folder.
 
     Raises:
-      ConfigError: it can't be written, or there is no such process.
+      ConfigError: it can't be written, or there is no such process, or another job has begun there.
     """
     if not 0 <= process < processes:
         raise ConfigError(
@@ -51,6 +51,9 @@ def open_folder(path: str, main: str, process: int, processes: int) -> Folder:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"can't write {path}: {e.strerror or e}; give another --out") from e
+    parts = [p.name for p in Path(path).glob("*.part-*-of-*")]
+    if others := sorted(p for p in parts if not p.startswith(f"{main}.part-")):
+        raise ConfigError(f"{path} holds {others[0]} of another job: give another --out")
     return Folder(Path(path) / main, process, processes)
 
 
