@@ -133,18 +133,17 @@ def _lettered(logits: np.ndarray) -> list[dict[str, Any]]:
 def _by_endpoint(model: Endpoint, items: Iterator[Item], settings: Settings, add: Add) -> None:
     drawn = Drawn(_ANSWER_TOKENS, seed=settings.seed, letters=settings.logprobs)
 
-    def asked() -> Iterator[folder.Asked]:
+    def chats() -> Iterator[folder.ItemChats]:
         for item in items:
             part = folder.image_part(item.row.image)
-            chats = [_chat(trial, given) for given in (part, None) for trial in item.row.trials]
-            yield item, chats
+            yield item, [_chat(t, image) for image in (part, None) for t in item.row.trials]
 
-    def told(item: Item, replies: Sequence[Reply | Failure]) -> None:
+    def receive(item: Item, replies: Sequence[Reply | Failure]) -> None:
         count = len(item.row.trials)
         answers = [_read(t, r) for t, r in zip(item.row.trials * 2, replies, strict=True)]
         add([_entry(item, [answers[:count], answers[count:]])])
 
-    folder.ask(model, drawn, asked(), told)
+    folder.ask(model, drawn, chats(), receive)
 
 
 def _chat(trial: Trial, image: Mapping[str, Any] | None) -> Chat:

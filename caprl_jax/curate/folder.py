@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -89,44 +90,60 @@ def image_part(image: Image.Image) -> dict[str, Any]:
     return endpoint_lib.image_part(out.getvalue())
 
 
-# What a job knows of an item, its chats, and what becomes of their replies.
-Asked = tuple[Any, Sequence[Chat]]
-Told = Callable[[Any, Sequence[Reply | Failure]], None]
+ItemChats = tuple[Any, Sequence[Chat]]  # an item, and the chats that it needs
+Receive = Callable[[Any, Sequence[Reply | Failure]], None]  # takes an item and its replies
 
 
-def ask(model: Endpoint, drawn: Drawn, asked: Iterable[Asked], told: Told) -> None:
-    """Asks an endpoint each item's chats, and tells each item's replies, in order.
+def ask(model: Endpoint, drawn: Drawn, items: Iterable[ItemChats], receive: Receive) -> None:
+    """Asks an endpoint each item's chats, and passes each item's replies on, in order.
 
     Failures at the end of an item's replies are held back until another reply comes: if many come
-    one after the other, the endpoint is lost, and their items are left for the next start.
+    one after the other, the endpoint is lost, and their items are left for the next start. A
+    permanent failure is a reply: the server works, and refuses this chat.
+
+    Args:
+      model: the endpoint.
+      drawn: settings of the answers.
+      items: each with its chats.
+      receive: called with each item and its replies.
 
     Raises:
       UserError: the endpoint has failed many times in a row, for several items.
     """
-    waiting: deque[Asked] = deque()
+    waiting: deque[ItemChats] = deque()
 
     def chats() -> Iterator[Chat]:
-        for item in asked:
+        for item in items:
             waiting.append(item)
             yield from item[1]
 
     held: list[tuple[Any, Sequence[Reply | Failure]]] = []
     replies: list[Reply | Failure] = []
-    failures = 0  # in a row
+    failures = refused = 0  # in a row
     for reply in model.ask(chats(), drawn):
         replies.append(reply)
-        failures = failures + 1 if isinstance(reply, Failure) else 0
+        failed = isinstance(reply, Failure)
+        failures = failures + 1 if failed and not reply.permanent else 0
+        refused = refused + 1 if failed and reply.permanent else 0
+        if refused == _MOST_FAILURES:
+            logging.warning(
+                "%s refused %d requests one after the other, and the job goes on; failed.jsonl "
+                "will list them: %s",
+                model.url,
+                refused,
+                reply.reason,
+            )
         if len(replies) == len(waiting[0][1]):
             held.append((waiting.popleft()[0], replies))
             replies = []
         if not failures:
-            for known, own in held:
-                told(known, own)
+            for item, item_replies in held:
+                receive(item, item_replies)
             held.clear()
         elif failures >= _MOST_FAILURES and len(held) >= _MOST_HELD:
             raise UserError(
                 f"{model.url} failed {failures} times one after the other: {reply.reason}; mend "
                 "it, and start the same command again: it goes on from there"
             )
-    for known, own in held:
-        told(known, own)
+    for item, item_replies in held:
+        receive(item, item_replies)

@@ -120,7 +120,7 @@ class _Writer:
         how = self._settings
         drawn = Drawn(how.max_tokens, how.temperature, how.seed)
 
-        def asked() -> Iterator[folder.Asked]:
+        def chats() -> Iterator[folder.ItemChats]:
             for index, picture, image in self._readable(left):
                 content = [
                     folder.image_part(image),
@@ -128,14 +128,14 @@ class _Writer:
                 ]
                 yield (index, picture), [[{"role": "user", "content": content}]]
 
-        def told(known: tuple[int, Picture], replies: Any) -> None:
+        def receive(known: tuple[int, Picture], replies: Any) -> None:
             (reply,) = replies
             if isinstance(reply, Failure):
                 self._fail(*known, reply.reason)
             else:
                 self._answer(*known, reply)
 
-        folder.ask(model, drawn, asked(), told)
+        folder.ask(model, drawn, chats(), receive)
 
     def by_policy(self, model: LoadedPolicy, left: Iterator[tuple[int, Picture]]) -> None:
         """Has a policy answer for all images that are left, in batches of one size."""

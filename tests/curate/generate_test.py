@@ -13,7 +13,7 @@ from caprl_jax.caption import parts, pictures
 from caprl_jax.commands.import_data import import_data
 from caprl_jax.curate import folder, generate, parse
 from caprl_jax.curate.generate import Settings
-from caprl_jax.endpoint import Endpoint, Limits
+from caprl_jax.endpoint import Endpoint, Failure, Limits
 from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.parallel import mesh
 
@@ -189,6 +189,39 @@ def test_an_endpoint_that_is_lost_stops_the_job_and_fails_no_image(whole, corpus
         assert run(Endpoint(server.url, limits=QUICK), corpus, tmp_path)
         assert len(server.asked) == 32
     assert contents(tmp_path) == contents(whole)
+
+
+class Refusing(Endpoint):
+    """Refuses some images for good, as a server does that finds them too large."""
+
+    refused: frozenset = frozenset()
+
+    def ask_once(self, chat, drawn):
+        if scripted.picture({"messages": chat}) in self.refused:
+            return Failure("400: too large", permanent=True)
+        return super().ask_once(chat, drawn)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_images_that_a_server_refuses_in_a_row_are_listed_and_stop_no_job(
+    corpus, tmp_path, caplog, lost
+):
+    """30 of 40, whose failures don't add to those of a server that is lost afterwards."""
+    names = sorted(p.name for p in corpus.iterdir() if p.name not in ("bad.jpg", "empty.png"))
+
+    def answer(request):
+        return {"choices": []} if lost else scripted.writes(request)
+
+    with serving(answer) as server:
+        model = Refusing(server.url, limits=Limits(timeout=5.0, tries=1))
+        model.refused = {scripted.pixels((corpus / n).read_bytes()) for n in names[5:35]}
+        assert run(model, corpus, tmp_path)
+        assert run(model, corpus, tmp_path)
+    failed = [f["id"] for f in lines(tmp_path / "failed.jsonl") if "too large" in f["reason"]]
+    assert failed == names[5:35]
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["images"] == 42 and about["failed"] == 32 + 10 * lost
+    assert "refused 24 requests one after the other" in caplog.text
 
 
 def test_other_settings_and_other_images_are_refused(whole, corpus, tmp_path):
