@@ -32,11 +32,6 @@ def main(_: list[str]) -> None:
     set_up_logging()
     given = flags.FLAGS
     with in_one_paragraph():
-        if not 0 <= given.process < given.processes:
-            raise ConfigError(
-                f"--process={given.process} is none of --processes={given.processes}: they count "
-                "from 0"
-            )
         place = Place(Path(given.out), given.process, given.processes)
         if not os.access(place.out.absolute().parent, os.W_OK):
             raise ConfigError(f"can't write {place.out}: its folder must be there, and writable")

@@ -34,6 +34,14 @@ class Place:
     process: int = 0
     processes: int = 1
 
+    def __post_init__(self):
+        """Raises ConfigError if there is no such process."""
+        if not 0 <= self.process < self.processes:
+            raise ConfigError(
+                f"--process={self.process} is none of --processes={self.processes}: they count "
+                "from 0"
+            )
+
     @property
     def errors(self) -> Path:
         """The file of images that could not be captioned, with reasons."""

@@ -157,7 +157,7 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
                     own,
                     lambda row=row: rows.image_bytes(row, root),
                     lambda row=row: rows.questions(_whole(row)),
-                    lambda row=row: _file(row, root),
+                    lambda row=row: rows.image_file(row, root),
                     lambda row=row: records.parse_extras(_whole(row).raw.get("extras")),
                     source=rows.data_source(row),
                 )
@@ -176,12 +176,6 @@ def _whole(row: rows.Row) -> rows.Row:
     return row
 
 
-def _file(row: rows.Row, root: Path | None) -> Path | None:
-    used: list[Path] = []
-    rows.image_bytes(row, root, used.append)
-    return used[0] if used else None
-
-
 def _of_dataset(made: Any) -> Pictures:
     sources = [records.source(made, split) for split in SPLITS]
 
@@ -189,7 +183,7 @@ def _of_dataset(made: Any) -> Pictures:
         for source in sources:
             for i in range(len(source)):
                 element = source[i]
-                record = functools.partial(records.parse, element)
+                record = functools.cache(functools.partial(records.parse, element))
                 yield Picture(
                     element["id"].decode(errors="replace"),
                     lambda record=record: record().image,

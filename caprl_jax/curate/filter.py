@@ -87,21 +87,22 @@ def filter_questions(model: Model, pictures: Pictures, settings: Settings, place
 def _items(left: Iterator[tuple[int, Picture]], settings: Settings, add: Add) -> Iterator[Item]:
     """Yields the rows that can be asked; adds the others' failures."""
     for index, picture in left:
-        asked: tuple[Question, ...] = ()
+        usable: tuple[Question, ...] = ()
+        encoded: bytes | None = None
         try:
-            asked, bad = picture.asked()
+            usable, bad = picture.asked()
             encoded = picture.read()
-            image, stored = decode_image(encoded), folder.row(picture, encoded, asked)
+            image, stored = decode_image(encoded), folder.row(picture, encoded, usable)
         except _Errors as e:
-            failed = folder.failed_row(picture, reason(e), asked)
-            add([{"index": index, "failed": failed, "questions": len(asked)}])
+            failed = folder.failed_row(picture, encoded, reason(e), usable)
+            add([{"index": index, "failed": failed, "questions": len(usable)}])
             continue
         gone = {number for number, _ in bad}
-        numbers = (n for n in range(1, len(asked) + len(bad) + 1) if n not in gone)
-        questions = dict(zip(numbers, asked, strict=True))
+        numbers = (n for n in range(1, len(usable) + len(bad) + 1) if n not in gone)
+        questions = dict(zip(numbers, usable, strict=True))
         draw = trials_lib.trials
-        made = [t for n, q in questions.items() for t in draw(picture.id, n, q, settings)]
-        yield Item(index, stored, list(questions), bad, Row(image, made))
+        trials = [t for n, q in questions.items() for t in draw(picture.id, n, q, settings)]
+        yield Item(index, stored, list(questions), bad, Row(image, trials))
 
 
 def _by_policy(model: LoadedPolicy, items: Iterator[Item], settings: Settings, add: Add) -> None:

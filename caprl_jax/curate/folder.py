@@ -1,6 +1,7 @@
 """The folder of a job's results, and rows as its files hold them."""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import logging
@@ -44,10 +45,7 @@ def open_folder(path: str, main: str, process: int, processes: int) -> Folder:
     Raises:
       ConfigError: it can't be written, or there is no such process, or another job has begun there.
     """
-    if not 0 <= process < processes:
-        raise ConfigError(
-            f"--process={process} is none of --processes={processes}: they count from 0"
-        )
+    place = Folder(Path(path) / main, process, processes)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -55,29 +53,38 @@ def open_folder(path: str, main: str, process: int, processes: int) -> Folder:
     parts = [p.name for p in Path(path).glob("*.part-*-of-*")]
     if others := sorted(p for p in parts if not p.startswith(f"{main}.part-")):
         raise ConfigError(f"{path} holds {others[0]} of another job: give another --out")
-    return Folder(Path(path) / main, process, processes)
+    return place
 
 
 def row(picture: Picture, image: bytes, questions: Sequence[Question] = ()) -> dict[str, Any]:
     """Returns a row as import_data takes it: an image file by its path, other images whole."""
     file, extras = picture.file(), picture.extras()
-    encoded = f"data:;base64,{base64.b64encode(image).decode()}"
-    found: dict[str, Any] = {"id": picture.id, "image": str(file) if file else encoded}
+    shown = str(file) if file else f"data:;base64,{base64.b64encode(image).decode()}"
+    fields: dict[str, Any] = {"id": picture.id, "image": shown}
     if questions:
-        found["questions"] = [unparse_question(q) for q in questions]
+        fields["questions"] = [unparse_question(q) for q in questions]
     if picture.source:
-        found["data_source"] = picture.source
-    return found | ({"extras": extras} if extras else {})
+        fields["data_source"] = picture.source
+    return fields | ({"extras": extras} if extras else {})
 
 
-def failed_row(picture: Picture, why: str, questions: Sequence[Question] = ()) -> dict[str, Any]:
-    """Returns a line of failed.jsonl, with the image if it can be read: it can be tried again."""
-    try:
-        found = row(picture, picture.read(), questions)
-    except (MalformedRecord, UnreadableImage, ValueError):
-        found = {"id": picture.id}
-        found |= {"questions": [unparse_question(q) for q in questions]} if questions else {}
-    return found | {"reason": why}
+def failed_row(
+    picture: Picture, image: bytes | None, why: str, questions: Sequence[Question] = ()
+) -> dict[str, Any]:
+    """Returns a line of failed.jsonl, with the image if it can be read: it can be tried again.
+
+    Args:
+      picture: the image.
+      image: its encoded bytes; None if they have not been read.
+      why: the reason.
+      questions: the usable questions of its row.
+    """
+    failed: dict[str, Any] = {"id": picture.id}
+    if questions:
+        failed["questions"] = [unparse_question(q) for q in questions]
+    with contextlib.suppress(MalformedRecord, UnreadableImage, ValueError):
+        failed = row(picture, picture.read() if image is None else image, questions)
+    return failed | {"reason": why}
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:

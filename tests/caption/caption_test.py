@@ -226,6 +226,12 @@ def test_what_is_there_of_another_job_is_refused(policy, folder, whole, tmp_path
         pictures.find(str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("process", [-1, 2])
+def test_a_process_that_is_not_there_is_refused(tmp_path, process):
+    with pytest.raises(ConfigError, match=f"--process={process} is none of --processes=2"):
+        Place(tmp_path / "x.jsonl", process, 2)
+
+
 @pytest.mark.parametrize("kind", ["rows", "pictures", "root"])
 def test_a_job_goes_on_with_the_same_inputs_only(tmp_path, kind):
     """As many others, or the same names with other content, are refused: begun, shared or done."""
