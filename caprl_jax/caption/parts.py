@@ -147,11 +147,11 @@ def _check_head(path: Path, head: Mapping[str, Any], settings: Mapping[str, Any]
         )
 
 
-def _differing(known: Any, settings: Mapping[str, Any]) -> str:
-    """Names the settings that differ from those known, in brackets; empty if none are known."""
-    if not isinstance(known, dict):
+def _differing(begun: Any, settings: Mapping[str, Any]) -> str:
+    """Names the settings that differ, in brackets; empty if those of the begun job are unknown."""
+    if not isinstance(begun, dict):
         return ""
-    names = [n for n in {**settings, **known} if known.get(n) != settings.get(n)]
+    names = [n for n in {**settings, **begun} if begun.get(n) != settings.get(n)]
     shown = {"inputs": "inputs, the names, sizes or times of the files to work on"}
     return f" ({'; '.join(shown.get(n, n) for n in names)})" if names else ""
 
@@ -173,11 +173,11 @@ def complete(place: Place, settings: Mapping[str, Any]) -> bool:
     """
     if not place.out.exists():
         return False
-    known, settings = _settings_of(place.about), json.loads(json.dumps(settings))
-    if known != settings:
+    begun, settings = _settings_of(place.about), json.loads(json.dumps(settings))
+    if begun != settings:
         raise ConfigError(
-            f"{place.out} is there already, with other settings{_differing(known, settings)}: "
-            "remove it, or give another --out"
+            f"{place.out} is there already, with other settings{_differing(begun, settings)}: "
+            "give another --out, or remove all that was made there"
         )
     _remove_parts(place)
     return True
@@ -240,20 +240,24 @@ def share(
     if complete(place, settings):
         return True
     _check_free(place, settings, sorter)
-    own = range(place.process, items.count, place.processes)
+    indices = range(place.process, items.count, place.processes)
     with Part(place, settings) as part:
         began, before = time.monotonic(), len(part.done)
-        bar = tqdm(total=len(own), initial=before, unit=" images", disable=not sys.stderr.isatty())
+        bar = tqdm(
+            total=len(indices), initial=before, unit=" images", disable=not sys.stderr.isatty()
+        )
 
         def add(entries: list[Mapping[str, Any]]) -> None:
             part.add(entries)
             bar.update(len(entries))
 
         with bar:
-            left = ((i, x) for i, x in enumerate(items.each()) if i in own and i not in part.done)
+            left = (
+                (i, x) for i, x in enumerate(items.each()) if i in indices and i not in part.done
+            )
             work(left, add)
         part.end()
-        count, seconds = len(own) - before, time.monotonic() - began
+        count, seconds = len(indices) - before, time.monotonic() - began
         logging.info("%d images in %.1f s: %.2f images/s", count, seconds, count / seconds)
     return put_together(place, settings, sorter)
 

@@ -19,10 +19,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 
 # (usable questions, (number from 1, reason) of each other one), as records.parse_questions returns.
-Asked = tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]
+ParsedQuestions = tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]
 
 
-def _nothing_asked() -> Asked:
+def _no_questions() -> ParsedQuestions:
     raise MalformedRecord("the image has no questions: give rows that hold some")
 
 
@@ -33,7 +33,7 @@ class Picture:
     Attributes:
       id: its path below the folder, or its row's id.
       read: returns its encoded bytes; raises UnreadableImage or MalformedRecord.
-      asked: returns its row's questions; raises MalformedRecord if none is usable.
+      parse_questions: returns its row's questions; raises MalformedRecord if none is usable.
       file: returns the path of its file, absolute; None if the row holds it.
       extras: returns its row's extras; raises MalformedRecord.
       source: the collection that its row names; empty if it names none.
@@ -41,7 +41,7 @@ class Picture:
 
     id: str
     read: Callable[[], bytes]
-    asked: Callable[[], Asked] = _nothing_asked
+    parse_questions: Callable[[], ParsedQuestions] = _no_questions
     file: Callable[[], Path | None] = lambda: None
     extras: Callable[[], Mapping[str, Any]] = dict
     source: str = ""
@@ -49,7 +49,7 @@ class Picture:
     def questions(self) -> tuple[Question, ...]:
         """Returns its row's usable questions, if it has any."""
         try:
-            return self.asked()[0]
+            return self.parse_questions()[0]
         except MalformedRecord:  # it has none that can be asked
             return ()
 
@@ -98,8 +98,8 @@ def find(path: str, root: str = "") -> Pictures:
         files = [given] if given.suffix.lower() in SUFFIXES else []
     else:
         pattern = given.relative_to(given.anchor) if given.is_absolute() else given
-        found = sorted(Path(given.anchor or ".").glob(str(pattern))) if path else []
-        files = [f for f in found if f.suffix.lower() in SUFFIXES]
+        matches = sorted(Path(given.anchor or ".").glob(str(pattern))) if path else []
+        files = [f for f in matches if f.suffix.lower() in SUFFIXES]
     try:
         of_rows = rows.find(path)
     except ValueError as e:
@@ -150,11 +150,11 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
         for file, name in zip(files, rows.names(files), strict=True):
             for row in rows.rows(file, name):
                 try:
-                    own = rows.identity(row)
+                    identity = rows.identity(row)
                 except MalformedRecord:
-                    own = row.id
+                    identity = row.id
                 yield Picture(
-                    own,
+                    identity,
                     lambda row=row: rows.image_bytes(row, root),
                     lambda row=row: rows.questions(_whole(row)),
                     lambda row=row: rows.image_file(row, root),

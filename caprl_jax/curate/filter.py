@@ -90,15 +90,15 @@ def _items(left: Iterator[tuple[int, Picture]], settings: Settings, add: Add) ->
         usable: tuple[Question, ...] = ()
         encoded: bytes | None = None
         try:
-            usable, bad = picture.asked()
+            usable, bad = picture.parse_questions()
             encoded = picture.read()
             image, stored = decode_image(encoded), folder.row(picture, encoded, usable)
         except _Errors as e:
             failed = folder.failed_row(picture, encoded, reason(e), usable)
             add([{"index": index, "failed": failed, "questions": len(usable)}])
             continue
-        gone = {number for number, _ in bad}
-        numbers = (n for n in range(1, len(usable) + len(bad) + 1) if n not in gone)
+        malformed = {number for number, _ in bad}
+        numbers = (n for n in range(1, len(usable) + len(bad) + 1) if n not in malformed)
         questions = dict(zip(numbers, usable, strict=True))
         draw = trials_lib.trials
         trials = [t for n, q in questions.items() for t in draw(picture.id, n, q, settings)]
@@ -161,14 +161,14 @@ def _read(trial: Trial, reply: Reply | Failure) -> dict[str, Any]:
 
 def _entry(item: Item, answers: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """A row's entry: answers with the image, then without, to all its trials."""
-    told = []
-    for image, own in zip((True, False), answers, strict=True):
-        for trial, answer in zip(item.row.trials, own, strict=False):
-            known = {"question": trial.question, "order": trial.order, "image": image}
+    trials = []
+    for image, image_answers in zip((True, False), answers, strict=True):
+        for trial, answer in zip(item.row.trials, image_answers, strict=False):
+            entry = {"question": trial.question, "order": trial.order, "image": image}
             right = answer["letter"] == LETTERS[trial.truth]
-            told.append(known | {"letter": answer["letter"], "right": right} | answer)
-    known = {"row": item.stored, "numbers": item.numbers, "bad": item.bad}
-    return {"index": item.index, "trials": told} | known
+            trials.append(entry | {"letter": answer["letter"], "right": right} | answer)
+    row = {"row": item.stored, "numbers": item.numbers, "bad": item.bad}
+    return {"index": item.index, "trials": trials} | row
 
 
 class Verdicts:
@@ -228,11 +228,13 @@ class Verdicts:
         """(kept, dropped, failed) questions of a row, each with its verdict or its reason."""
         kept, dropped, failed = [], [], []
         for number, question in zip(entry["numbers"], entry["row"]["questions"], strict=True):
-            own = [t for t in entry["trials"] if t["question"] == number]
-            if faults := [t["failed"] for t in own if "failed" in t]:
+            trials = [t for t in entry["trials"] if t["question"] == number]
+            if faults := [t["failed"] for t in trials if "failed" in t]:
                 failed.append((question, faults[0]))
                 continue
-            rights = [[t["right"] for t in own if t["image"] == image] for image in (True, False)]
+            rights = [
+                [t["right"] for t in trials if t["image"] == image] for image in (True, False)
+            ]
             self.counts["table"][sum(rights[0])][sum(rights[1])] += 1
             size = str(len(question["choices"]))
             self.counts["options"].setdefault(size, 0)

@@ -1,7 +1,8 @@
 """Has a model write multiple-choice questions about images.
 
 A policy's directory writes in batches, as caption does; an endpoint is asked many at a time. A
-sampled answer depends on the model, the settings and the image's id.
+policy's sampled answer depends on the model, the settings and the image's id. An endpoint gets the
+same seed for every image; whether its answers repeat depends on the server.
 """
 
 import collections

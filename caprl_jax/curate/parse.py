@@ -97,16 +97,16 @@ def parse(text: str, truncated: bool = False) -> tuple[tuple[Question, ...], tup
         rejects.append(Reject(reason, "\n".join(before).strip()))
     seen: set[str] = set()
     for number, lines in enumerate(blocks, 1):
-        own, rest = _until_answer(lines)
-        found = _question(own)
-        if isinstance(found, Question) and plain(found.text) in seen:
-            found = DUPLICATE
-        if isinstance(found, Question):
-            questions.append(found)
-            seen.add(plain(found.text))
+        block, rest = _until_answer(lines)
+        parsed = _question(block)
+        if isinstance(parsed, Question) and plain(parsed.text) in seen:
+            parsed = DUPLICATE
+        if isinstance(parsed, Question):
+            questions.append(parsed)
+            seen.add(plain(parsed.text))
         else:
-            last = truncated and number == len(blocks) and found != DUPLICATE
-            rejects.append(Reject(CUT if last else found, "\n".join(own).strip()))
+            last = truncated and number == len(blocks) and parsed != DUPLICATE
+            rejects.append(Reject(CUT if last else parsed, "\n".join(block).strip()))
         if any(not _RULE.fullmatch(line) for line in rest):
             rejects.append(Reject(OUTSIDE, "\n".join(rest).strip()))
     return tuple(questions), tuple(rejects)
