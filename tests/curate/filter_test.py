@@ -61,7 +61,8 @@ def answers(request):
     if kind == "mumbled":
         return "Cannot tell."
     if digest % 3 == 0:
-        return "The answer is hard to say.", {letter: -0.1, " A": -4.0, "The": -5.0}
+        drawn = next(x for x in options if x != letter)  # its probability counts, not the draw
+        return drawn, {letter: -0.1, f" {drawn}": -4.0, "The": -5.0}
     return f"The answer is {letter}." if digest % 3 == 1 else f"{letter}) {options[letter]}"
 
 
