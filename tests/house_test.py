@@ -21,7 +21,7 @@ FLOORS = (
     ("run", "config", "recipes"),
     ("commands",),
     ("train", "plan", "api"),
-    ("adapters", "caption"),
+    ("adapters", "caption", "sweep"),
     ("bench", "main", ""),
     ("__main__",),  # a package's own program, too
 )
