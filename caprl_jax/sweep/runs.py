@@ -105,18 +105,15 @@ def _carry_out_one(run: Run, start: Start, figure: str) -> Outcome | Failure:
         code = start(run)
     finally:
         _record(run, earlier + _children_seconds() - before)
-    ended = _outcome(run, figure)
-    if code and isinstance(ended, Outcome):  # a summary from before the failure
-        ended = None
-    said = f"exit code {code}" if code else ended
-    return ended if isinstance(ended, Outcome) else Failure(run.arm, run.seed, _last(run, said))
+    ended = f"exit code {code}" if code else _outcome(run, figure)
+    return Failure(run.arm, run.seed, _last(run, ended)) if isinstance(ended, str) else ended
 
 
-def _last(run: Run, said: str | None) -> str:
+def _last(run: Run, said: str) -> str:
     """Returns why a run failed, and the last lines of its log."""
     lines = []
     if log(run).is_file():
-        text = log(run).read_text(errors="replace").replace("\r", "\n")
+        text = log(run).read_text(errors="replace")
         lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join([f"{said}; {log(run)} ends:", *lines[-_LAST_LINES:]])
 
