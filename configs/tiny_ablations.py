@@ -68,7 +68,7 @@ def get_sweep():
 def get_config(arm="base"):
     [arm] = choose(arm, tuple(ARMS))
     c = default(objective="sft" if arm.startswith("sft") else "caprl")
-    c.steps = 40
+    c.steps = 32
     c.sampling.max_tokens = 32
     c.caprl.group = 8
     c.caprl.questions = 4
@@ -85,7 +85,7 @@ def get_config(arm="base"):
     c.eval.images = 64
     c.eval.batch = 32
     c.eval.group = 1
-    c.checkpoint.every = 20
+    c.checkpoint.every = 16
     c.export.when = "never"
     if c.objective == "sft":
         c.sft.judged = True

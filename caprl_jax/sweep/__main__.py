@@ -8,8 +8,10 @@ run; runs that fail are listed, and tried again. DIR/results.json and DIR/plot.s
 finished, and the table is printed at the end. --config.KEY=VALUE changes a key in all arms.
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -43,7 +45,7 @@ def main(_: list[str]) -> None:
         sweep = arms.with_seeds(sweep, given.seeds)
         own = arms.chosen(sweep, given.only)
         planned = arms.runs(given.config, sweep, out, _OVERRIDES)
-        with workdir.held(out):
+        with _held(out):
             for ended in runs.carry_out(planned, runs.in_a_process, sweep.figure, own):
                 results = figures.compare(sweep, ended) | {"overrides": _OVERRIDES}
                 with workdir.writing(out):
@@ -53,6 +55,16 @@ def main(_: list[str]) -> None:
     print(f"results: {out / 'results.json'}, {out / 'plot.svg'}")
     if results["failed"]:
         sys.exit(f"error: {len(results['failed'])} runs failed; the same command tries them again")
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Holds --out against another sweep, as a run holds its workdir."""
+    try:
+        with workdir.held(out):
+            yield
+    except workdir.WorkdirError as e:
+        raise ConfigError(str(e).replace("--workdir", "--out")) from e
 
 
 def define_flags() -> None:

@@ -81,7 +81,11 @@ def load(value: str) -> Sweep:
             f"--config={value}: a sweep takes no argument; give --config={file} --only={arm}, or "
             "train that arm alone with caprl_jax.main"
         )
-    sweep = cli.call_config_file(value, "get_sweep")
+    try:
+        sweep = cli.call_config_file(value, "get_sweep")
+    except ConfigError as e:
+        hint = "; configs/tiny_ablations.py has one" if "no function" in str(e) else ""
+        raise ConfigError(f"{e}{hint}") from e
     if not isinstance(sweep, Sweep):
         kind = type(sweep).__name__
         raise ConfigError(
@@ -151,7 +155,8 @@ def runs(value: str, sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> 
     Raises:
       ConfigError: some arms' configs can't run; the message names each.
     """
-    found, wrong = [], []
+    found: list[Run] = []
+    wrong: dict[str, list[str]] = {}  # arms by what is wrong with them
     for seed in sweep.seeds:
         for arm in sweep.arms:
             flags = (f"--config={value}:{arm}", *overrides, f"--config.seed={seed}")
@@ -159,9 +164,16 @@ def runs(value: str, sweep: Sweep, out: Path, overrides: Sequence[str] = ()) -> 
                 config = cli.load_overridden(f"{value}:{arm}", flags[1:])
                 config_lib.validate(config)
             except ConfigError as e:
-                wrong.append(f"arm {arm!r}: {e}")
+                wrong.setdefault(str(e).removeprefix(f"{flags[0]}: "), []).append(arm)
                 continue
             found.append(Run(arm, seed, config, out / f"{arm}-{seed}", flags))
         if wrong:  # the other seeds would tell the same
-            raise ConfigError("; ".join(wrong))
+            raise ConfigError("; ".join(f"{_arms(names)}: {e}" for e, names in wrong.items()))
     return found
+
+
+def _arms(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"arm {names[0]!r}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"arms {', '.join(map(repr, names[:3]))}{more}"

@@ -98,6 +98,8 @@ def test_every_wrong_arm_is_named(sweep_file, tmp_path):
     value = sweep_file(('questions": 1', 'questions": 0'), ('questions": 8', 'questions": -8'))
     with pytest.raises(ConfigError, match=r"arm 'few': .*; arm 'many': "):
         arms.runs(value, arms.load(value), tmp_path)
+    with pytest.raises(ConfigError, match=r"^arms 'base', 'few', 'many': .*did you mean 'group'"):
+        arms.runs(sweep_file(), arms.load(value), tmp_path, ["--config.caprl.gruop=4"])
 
 
 def test_flags_that_name_no_arm_or_seed_are_refused(sweep_file):
