@@ -2,7 +2,8 @@
 
 Argument:  an arm (base by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_ablations.py --out=DIR
-Measured:  not yet
+Measured:  2 CPU cores beside other work, 3 seeds, 48 runs, 34 CPU minutes: tiny_ablations.json and
+           .svg, held-out accuracy after 32 steps of 8 images.
 """
 
 from caprl_jax.config import default
