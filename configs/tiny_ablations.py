@@ -2,8 +2,30 @@
 
 Argument:  an arm (base by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_ablations.py --out=DIR
-Measured:  2 CPU cores beside other work, 3 seeds, 48 runs, 34 CPU minutes: tiny_ablations.json and
-           .svg, held-out accuracy after 32 steps of 8 images.
+Measured:  2 CPU cores beside other work, 4 seeds, 64 runs, 44 CPU minutes: tiny_ablations.json and
+           tiny_ablations.svg. Held-out accuracy of greedy captions is 0.457 before and 0.830 after
+           32 steps of 8 images. Three seeds were planned; the fourth came after a look at them.
+
+The paper's trends (arXiv 2509.22647), as differences to the base with 95% intervals over 4 seeds,
+which are not corrected for their number:
+
+RL beats SFT: on captions that state two or three facts, -0.129 [-0.221, -0.037] for SFT. It does
+  not beat SFT on captions that state all facts, +0.070 [-0.024, +0.164]. Such captions exist only
+  where the truth is known; they tell more than the questions do.
+More questions don't hurt: N = 1 -0.112 [-0.210, -0.015], N = 2 -0.025, N = 8 +0.037 [-0.031,
+  +0.105]. Accuracy rises with N in the mean.
+Filtered beats leaky: with nine leaky questions in ten -0.064 [-0.110, -0.018]; with half of them
+  -0.030 [-0.130, +0.069], too small to see. A group shares its questions, so that a leaky one adds
+  the same reward to all of its captions: it costs as much as asking fewer. The tiny judge answers
+  65% of the leaky questions without a caption, and none of the others (of 20 scenes).
+Not reproduced, since it can't be here: shuffled options help. The embedded world stores options in
+  random order, and the same judge answers without a preference for letters.
+No difference seen: expected against sampled verdicts, and draws shared by a group against its own
+  for each caption; eight captions and four questions average much of that noise.
+LEMON's grid (arXiv 2111.12233), model size x data size: there is one tiny policy, and others can't
+  be trained in minutes. The trained part stands in for the size: all weights, or the decoder's
+  alone. No trend is seen: 256 images are drawn in all, and 16 images, seen 16 times, teach as much
+  (-0.017 [-0.083, +0.049]), since RL asks for facts that the policy sees already.
 """
 
 from caprl_jax.config import default
@@ -62,7 +84,7 @@ def get_sweep():
                 "decoder, 16": "decoder_16",
             },
         },
-        seeds=(0, 1, 2),
+        seeds=(0, 1, 2, 3),
     )
 
 
