@@ -7,25 +7,26 @@ Measured:  2 CPU cores beside other work, 4 seeds, 64 runs, 44 CPU minutes: tiny
            32 steps of 8 images. Three seeds were planned; the fourth came after a look at them.
 
 The paper's trends (arXiv 2509.22647), as differences to the base with 95% intervals over 4 seeds,
-which are not corrected for their number:
+which are not corrected for their number. The reasons are likely ones, and weren't tested alone.
 
-RL beats SFT: on captions that state two or three facts, -0.129 [-0.221, -0.037] for SFT. It does
-  not beat SFT on captions that state all facts, +0.070 [-0.024, +0.164]. Such captions exist only
-  where the truth is known; they tell more than the questions do.
-More questions don't hurt: N = 1 -0.112 [-0.210, -0.015], N = 2 -0.025, N = 8 +0.037 [-0.031,
-  +0.105]. Accuracy rises with N in the mean.
-Filtered beats leaky: with nine leaky questions in ten -0.064 [-0.110, -0.018]; with half of them
-  -0.030 [-0.130, +0.069], too small to see. A group shares its questions, so that a leaky one adds
-  the same reward to all of its captions: it costs as much as asking fewer. The tiny judge answers
-  65% of the leaky questions without a caption, and none of the others (of 20 scenes).
-Not reproduced, since it can't be here: shuffled options help. The embedded world stores options in
-  random order, and the same judge answers without a preference for letters.
-No difference seen: expected against sampled verdicts, and draws shared by a group against its own
-  for each caption; eight captions and four questions average much of that noise.
-LEMON's grid (arXiv 2111.12233), model size x data size: there is one tiny policy, and others can't
-  be trained in minutes. The trained part stands in for the size: all weights, or the decoder's
-  alone. No trend is seen: 256 images are drawn in all, and 16 images, seen 16 times, teach as much
-  (-0.017 [-0.083, +0.049]), since RL asks for facts that the policy sees already.
+RL against SFT: reproduced for captions that state two or three facts of up to five, SFT -0.129
+  [-0.221, -0.037]: SFT can't pass its captions. Not reproduced for captions that state all facts,
+  +0.070 [-0.024, +0.164]: they exist only where the truth is known, and are the best that RL
+  could find.
+More questions don't hurt: reproduced. N = 1 -0.112 [-0.210, -0.015], N = 2 -0.025 [-0.094, +0.045],
+  N = 8 +0.037 [-0.031, +0.105]; the mean rises with N.
+Filtered beats leaky: reproduced with nine leaky questions in ten, -0.064 [-0.110, -0.018]; with
+  half of them -0.030 [-0.130, +0.069] is too small to tell. A group shares its questions, so that a
+  leaky one adds much the same reward to all captions, and costs as much as asking fewer. The tiny
+  judge answers 65% of them without a caption, and none of the others (measured on 20 scenes).
+Shuffled options help: not reproduced, -0.006 [-0.086, +0.075] for the stored order. The embedded
+  world stores options in random order already, so that no letter is a better guess.
+Expected against sampled verdicts, and draws shared by a group against its own for each caption: no
+  difference seen, +0.018 [-0.079, +0.114] and +0.002 [-0.075, +0.079].
+LEMON's grid (arXiv 2111.12233), model size x data size: not reproduced. There is one tiny policy,
+  and others can't be trained in minutes; the trained part, all weights or the decoder's alone,
+  stands in for the size. No trend in either is seen: all five intervals of the difference hold 0.
+  A run draws 256 images, and 16 images seen 16 times teach about as much.
 """
 
 from caprl_jax.config import default
