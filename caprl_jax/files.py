@@ -1,4 +1,4 @@
-"""Writes files so that no reader sees a part of one."""
+"""Writes files so that no reader sees a part of one, and tells whether a file has changed."""
 
 import os
 from pathlib import Path
@@ -22,3 +22,12 @@ def write_whole(path: Path, text: str, errors: str = "strict") -> None:
     except OSError:
         part.unlink(missing_ok=True)  # a full disk needs its room
         raise
+
+
+def state(path: Path) -> list[str | int]:
+    """Returns [path, size, time of the last change in ns] of a file; -1 and 0 if there is none."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return [str(path), -1, 0]
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]

@@ -56,15 +56,16 @@ class Answer(Protocol):
 def likely(answer: Answer, labels: str) -> dict[int, float]:
     """Returns the log-probability of each option's letter, options from 0.
 
-    Empty where letters hold no more than half of the probability, or where the text doesn't name
-    one: "A dog" opens with a likely "A".
+    Empty where letters hold no more than half of the probability, or where the likely letter is a
+    word of the text, as in "A dog".
 
     Args:
       answer: a judge's.
       labels: the options' letters, in order.
     """
-    bare = answer.text.strip(_BARE)
-    if not answer.first or (len(bare) > 1 and place(answer.text, len(LETTERS)) is None):
+    opens = answer.text.strip(_BARE).split(maxsplit=1)
+    a_word = len(opens) == 2 and len(opens[0]) == 1 and place(answer.text, len(LETTERS)) is None
+    if not answer.first or a_word:
         return {}
     letters: dict[int, float] = {}
     for token, logp in answer.first.items():

@@ -103,10 +103,14 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> di
 
 
 def _settle(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Fills in place what a complete config leaves open; refuses another run's workdir."""
+    """Fills in place what a complete config leaves open; refuses another run's workdir.
+
+    A judge behind an endpoint gets its name there, so that a run doesn't go on with another one.
+    """
     saved = saved_config(workdir)
     fit.keep_rollout(config, saved)
     fit.report(fit.settle(config, jax.devices(), fetch=True))
+    build.settle_judge(config)
     require_same(saved, config)
 
 
@@ -208,7 +212,7 @@ class Loop:
                     watch.look()
                 elif step % config.checkpoint.every == 0:
                     watch.look()
-                with pace.paused():
+                with pace.paused(), self._kept(state, watch):
                     self._now_and_then(step, state, writer, whole=not watch.in_a_row)
                 if notice.reached(step):
                     break
@@ -217,14 +221,13 @@ class Loop:
 
     @contextlib.contextmanager
     def _kept(self, state: Any, watch: Skipped) -> Iterator[None]:
-        """Writes a checkpoint if the judge's endpoint doesn't answer: the step was not taken."""
+        """Writes a checkpoint of the state if the judge's endpoint doesn't answer within."""
         try:
             yield
-        except Unanswered:
-            if jax.process_count() == 1:  # others wait for this one's answers, and end with it
-                with jax.transfer_guard("allow"):
-                    watch.look()
-                    self._end(state, stopped=False)
+        except Unanswered:  # in all processes
+            with jax.transfer_guard("allow"):
+                watch.look()
+                self._end(state, stopped=False)
             raise
 
     def _log(self, step: int, measured: Any, pace: dict[str, float], writer, bar) -> dict:

@@ -22,7 +22,7 @@ FLOORS = (
     ("run", "config", "recipes"),
     ("commands",),
     ("train", "plan", "api"),
-    ("adapters", "caption"),
+    ("adapters", "caption", "sweep"),
     ("curate",),
     ("bench", "main", "protocols", ""),
     ("__main__",),  # a package's own program, too

@@ -32,11 +32,6 @@ def main(_: list[str]) -> None:
     set_up_logging()
     given = flags.FLAGS
     with in_one_paragraph():
-        if not 0 <= given.process < given.processes:
-            raise ConfigError(
-                f"--process={given.process} is none of --processes={given.processes}: they count "
-                "from 0"
-            )
         place = Place(Path(given.out), given.process, given.processes)
         if not os.access(place.out.absolute().parent, os.W_OK):
             raise ConfigError(f"can't write {place.out}: its folder must be there, and writable")
@@ -44,10 +39,10 @@ def main(_: list[str]) -> None:
             Sampling, {"max_tokens": given.max_tokens, "temperature": given.temperature}
         )
         settings = Settings(sampling, given.prompt, given.group, given.seed, given.batch)
-        found = pictures.find(given.images)
+        images = pictures.find(given.images)
         policy = load_policy(given.model, revision=given.revision)
         judge = load_judge(given.judge) if given.judge else None
-        done = caption(policy, found, settings, place, judge)
+        done = caption(policy, images, settings, place, judge)
     print(f"made {place.out}" if done else "done; other processes go on")
 
 
@@ -64,8 +59,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_tokens", 512, "Most tokens of a caption.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
     flags.DEFINE_integer("batch", 16, "Images in a batch.", lower_bound=1)
-    flags.DEFINE_integer("processes", 1, "How many processes share the images.", lower_bound=1)
-    flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
+    flags.DEFINE_integer(
+        "processes", 1, "Number of processes that share the images.", lower_bound=1
+    )
+    flags.DEFINE_integer("process", 0, "Number of this process, from 0.")
 
 
 if __name__ == "__main__":

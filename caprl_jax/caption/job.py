@@ -78,6 +78,7 @@ def caption(
       UserError: the prompt can't be used.
     """
     about = {"model": str(policy.directory), "images": pictures.count}
+    about |= {"inputs": pictures.digest()}
     about |= dataclasses.asdict(settings) | {"judge": str(judge.directory) if judge else None}
     if not parts.complete(place, about):
         check_prompt(policy, settings.prompt)
@@ -110,8 +111,8 @@ def draw(
     at = [i % len(ids) for i in range(settings.batch)]
     inputs = policy.inputs([images[i] for i in at], settings.prompt)
     words = np.stack([_words(ids[i]) for i in at])
-    how = {"group": settings.group, "sampling": settings.sampling}
-    return jax.device_get(policy.sample(*inputs, **how, key=_keys(settings.seed, words)))
+    options = {"group": settings.group, "sampling": settings.sampling}
+    return jax.device_get(policy.sample(*inputs, **options, key=_keys(settings.seed, words)))
 
 
 class BySize:
@@ -158,26 +159,26 @@ class _Job:
         except (MalformedRecord, UnreadableImage, ValueError) as e:
             self._add([{"index": index, "id": picture.id, "error": reason(e)}])
             return
-        asked = picture.questions() if self._judge else ()
-        self._sizes.take(size, _Waiting(index, picture.id, image, asked))
+        questions = picture.questions() if self._judge else ()
+        self._sizes.take(size, _Waiting(index, picture.id, image, questions))
 
     def _caption(self, waiting: list[_Waiting]) -> None:
-        how = self._settings
-        found = draw(self._policy, [w.id for w in waiting], [w.image for w in waiting], how)
+        ids, images = [w.id for w in waiting], [w.image for w in waiting]
+        drawn = draw(self._policy, ids, images, self._settings)
         decode = self._policy.tokenizer.decode
-        settings = {k: v for k, v in dataclasses.asdict(how).items() if k != "batch"}
+        settings = {k: v for k, v in dataclasses.asdict(self._settings).items() if k != "batch"}
         lines = []
         for i, one in enumerate(waiting):
-            ids = zip(found.tokens[i], found.mask[i], strict=True)
-            captions = [decode(tokens[real]) for tokens, real in ids]
+            rows = zip(drawn.tokens[i], drawn.mask[i], strict=True)
+            captions = [decode(tokens[mask]) for tokens, mask in rows]
             lines.append(
                 {
                     "index": one.index,
                     "id": one.id,
                     "captions": captions,
-                    "tokens": found.length[i].tolist(),
-                    "truncated": found.truncated[i].tolist(),
-                    "logp": [round(float(x), 4) for x in found.logp[i].sum(axis=-1)],
+                    "tokens": drawn.length[i].tolist(),
+                    "truncated": drawn.truncated[i].tolist(),
+                    "logp": [round(float(x), 4) for x in drawn.logp[i].sum(axis=-1)],
                     "model": Path(self._policy.directory).name,
                     "settings": settings,
                 }

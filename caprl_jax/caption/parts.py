@@ -34,6 +34,14 @@ class Place:
     process: int = 0
     processes: int = 1
 
+    def __post_init__(self):
+        """Raises ConfigError if there is no such process."""
+        if not 0 <= self.process < self.processes:
+            raise ConfigError(
+                f"--process={self.process} is none of --processes={self.processes}: they count "
+                "from 0"
+            )
+
     @property
     def errors(self) -> Path:
         """The file of images that could not be captioned, with reasons."""
@@ -90,6 +98,7 @@ class Part:
           ConfigError: it was begun with other settings.
         """
         path, head = place.part(place.process), json.dumps({"settings": settings}) + "\n"
+        settings = json.loads(json.dumps(settings))
         self.done: set[int] = set()
         self.ended = False
         self._file = path.open("a+b")
@@ -99,11 +108,8 @@ class Part:
             entry = _entry(line)
             if entry is None:
                 break
-            if number == 0 and entry != {"settings": json.loads(json.dumps(settings))}:
-                raise ConfigError(
-                    f"{path} was begun with other settings: give those, or remove it, or give "
-                    "another --out"
-                )
+            if number == 0:
+                _check_head(path, entry, settings)
             whole += len(line)
             self.ended |= "ended" in entry
             self.done |= {entry["index"]} if "index" in entry else set()
@@ -132,6 +138,24 @@ class Part:
         self._file.close()
 
 
+def _check_head(path: Path, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a part's first line has other settings than these."""
+    if head != {"settings": settings}:
+        raise ConfigError(
+            f"{path} was begun with other settings{_differing(head.get('settings'), settings)}: "
+            "give those, or remove it, or give another --out"
+        )
+
+
+def _differing(begun: Any, settings: Mapping[str, Any]) -> str:
+    """Names the settings that differ, in brackets; empty if those of the begun job are unknown."""
+    if not isinstance(begun, dict):
+        return ""
+    names = [n for n in {**settings, **begun} if begun.get(n) != settings.get(n)]
+    shown = {"inputs": "inputs, the names, sizes or times of the files to work on"}
+    return f" ({'; '.join(shown.get(n, n) for n in names)})" if names else ""
+
+
 def _entry(line: bytes) -> dict[str, Any] | None:
     """Parses a part's line; None if it isn't whole."""
     try:
@@ -149,16 +173,43 @@ def complete(place: Place, settings: Mapping[str, Any]) -> bool:
     """
     if not place.out.exists():
         return False
-    try:
-        known = json.loads(place.about.read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = None
-    if known != json.loads(json.dumps(settings)):
+    begun, settings = _settings_of(place.about), json.loads(json.dumps(settings))
+    if begun != settings:
         raise ConfigError(
-            f"{place.out} is there already, with other settings: remove it, or give another --out"
+            f"{place.out} is there already, with other settings{_differing(begun, settings)}: "
+            "give another --out, or remove all that was made there"
         )
     _remove_parts(place)
     return True
+
+
+def _check_free(place: Place, settings: Mapping[str, Any], sorter: Sorter) -> None:
+    """Checks that the job would overwrite no other's files.
+
+    A file whose name begins with that of `out` is the job's own. Others, such as about.json of a
+    folder, are its own if they say so, or if the job has parts: these are removed last.
+
+    Raises:
+      ConfigError: there are files of another job.
+    """
+    begun = any(place.part(i).exists() for i in range(place.processes))
+    others = [] if begun else [f for f in sorter.files if f.exists()]
+    if place.about.exists() and _settings_of(place.about) != json.loads(json.dumps(settings)):
+        others.append(place.about)
+    names = [f.name for f in others if not f.name.startswith(place.out.name)]
+    if names:
+        raise ConfigError(
+            f"{place.out.parent} holds {', '.join(names)} of another job, which this one would "
+            "overwrite: give another --out"
+        )
+
+
+def _settings_of(about: Path) -> Any:
+    """The settings in a file `about`; None if it is none."""
+    try:
+        return json.loads(about.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # (index, item) of what is left to do; adds the entries of those that are done.
@@ -188,20 +239,25 @@ def share(
 
     if complete(place, settings):
         return True
-    own = range(place.process, items.count, place.processes)
+    _check_free(place, settings, sorter)
+    indices = range(place.process, items.count, place.processes)
     with Part(place, settings) as part:
         began, before = time.monotonic(), len(part.done)
-        bar = tqdm(total=len(own), initial=before, unit=" images", disable=not sys.stderr.isatty())
+        bar = tqdm(
+            total=len(indices), initial=before, unit=" images", disable=not sys.stderr.isatty()
+        )
 
         def add(entries: list[Mapping[str, Any]]) -> None:
             part.add(entries)
             bar.update(len(entries))
 
         with bar:
-            left = ((i, x) for i, x in enumerate(items.each()) if i in own and i not in part.done)
+            left = (
+                (i, x) for i, x in enumerate(items.each()) if i in indices and i not in part.done
+            )
             work(left, add)
         part.end()
-        count, seconds = len(own) - before, time.monotonic() - began
+        count, seconds = len(indices) - before, time.monotonic() - began
         logging.info("%d images in %.1f s: %.2f images/s", count, seconds, count / seconds)
     return put_together(place, settings, sorter)
 
@@ -211,8 +267,11 @@ def put_together(place: Place, settings: Mapping[str, Any], sorter: Sorter | Non
 
     Returns:
       Whether the job is done.
+
+    Raises:
+      ConfigError: another process has begun its part with other settings.
     """
-    sorter = sorter or Captions(place)
+    sorter, settings = sorter or Captions(place), json.loads(json.dumps(settings))
     with _locked(_lock(place)):
         if complete(place, settings):
             return True
@@ -222,7 +281,12 @@ def put_together(place: Place, settings: Mapping[str, Any], sorter: Sorter | Non
             for process in range(place.processes):
                 if not place.part(process).is_file():
                     return False
-                parts.append(stack.enter_context(place.part(process).open("rb")))
+                path = place.part(process)
+                parts.append(stack.enter_context(path.open("rb")))
+                head = _entry(parts[-1].readline())
+                if head is None:  # its process has just begun
+                    return False
+                _check_head(path, head, settings)
                 if not _index(parts[-1], process, where):
                     return False
             _write_in_order(place, parts, where, sorter)
@@ -250,7 +314,7 @@ def _remove_parts(place: Place) -> None:
 
 def _index(file: Any, process: int, where: dict[int, tuple[int, int]]) -> bool:
     """Notes the place of each image's line; returns whether the part has ended."""
-    ended, offset = False, 0
+    ended, offset = False, file.tell()
     for line in file:
         entry = _entry(line) or {}
         if "index" in entry:

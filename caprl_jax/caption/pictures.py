@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from caprl_jax.data.records import MalformedRecord, Question
 from caprl_jax.data.sources import rows
 from caprl_jax.data.sources.prepared import SPLITS, opened
 from caprl_jax.errors import ConfigError, UserError
+from caprl_jax.files import state
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
 
 
 # (usable questions, (number from 1, reason) of each other one), as records.parse_questions returns.
-Asked = tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]
+ParsedQuestions = tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]
 
 
-def _nothing_asked() -> Asked:
+def _no_questions() -> ParsedQuestions:
     raise MalformedRecord("the image has no questions: give rows that hold some")
 
 
@@ -31,7 +33,7 @@ class Picture:
     Attributes:
       id: its path below the folder, or its row's id.
       read: returns its encoded bytes; raises UnreadableImage or MalformedRecord.
-      asked: returns its row's questions; raises MalformedRecord if none is usable.
+      parse_questions: returns its row's questions; raises MalformedRecord if none is usable.
       file: returns the path of its file, absolute; None if the row holds it.
       extras: returns its row's extras; raises MalformedRecord.
       source: the collection that its row names; empty if it names none.
@@ -39,7 +41,7 @@ class Picture:
 
     id: str
     read: Callable[[], bytes]
-    asked: Callable[[], Asked] = _nothing_asked
+    parse_questions: Callable[[], ParsedQuestions] = _no_questions
     file: Callable[[], Path | None] = lambda: None
     extras: Callable[[], Mapping[str, Any]] = dict
     source: str = ""
@@ -47,7 +49,7 @@ class Picture:
     def questions(self) -> tuple[Question, ...]:
         """Returns its row's usable questions, if it has any."""
         try:
-            return self.asked()[0]
+            return self.parse_questions()[0]
         except MalformedRecord:  # it has none that can be asked
             return ()
 
@@ -59,10 +61,19 @@ class Pictures:
     Attributes:
       count: number of them, unreadable ones included.
       each: yields them.
+      inputs: yields the id and the state (files.state) of each file that they come from, in order.
     """
 
     count: int
     each: Callable[[], Iterator[Picture]]
+    inputs: Callable[[], Iterator[Sequence[str | int]]]
+
+    def digest(self) -> str:
+        """Returns a digest of the files' ids, paths, sizes and times; no file is read."""
+        digest = hashlib.sha256()
+        for file in self.inputs():
+            digest.update(repr(file).encode(errors="replace"))
+        return digest.hexdigest()
 
 
 def find(path: str, root: str = "") -> Pictures:
@@ -87,8 +98,8 @@ def find(path: str, root: str = "") -> Pictures:
         files = [given] if given.suffix.lower() in SUFFIXES else []
     else:
         pattern = given.relative_to(given.anchor) if given.is_absolute() else given
-        found = sorted(Path(given.anchor or ".").glob(str(pattern))) if path else []
-        files = [f for f in found if f.suffix.lower() in SUFFIXES]
+        matches = sorted(Path(given.anchor or ".").glob(str(pattern))) if path else []
+        files = [f for f in matches if f.suffix.lower() in SUFFIXES]
     try:
         of_rows = rows.find(path)
     except ValueError as e:
@@ -131,7 +142,7 @@ def _of_files(given: Path, files: list[Path]) -> Pictures:
                 name(file), lambda file=file: read_image(file), file=file.absolute().resolve
             )
 
-    return Pictures(len(files), each)
+    return Pictures(len(files), each, lambda: ([name(f), *state(f)] for f in files))
 
 
 def _of_rows(files: list[Path], root: Path | None) -> Pictures:
@@ -139,31 +150,30 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
         for file, name in zip(files, rows.names(files), strict=True):
             for row in rows.rows(file, name):
                 try:
-                    own = rows.identity(row)
+                    identity = rows.identity(row)
                 except MalformedRecord:
-                    own = row.id
+                    identity = row.id
                 yield Picture(
-                    own,
+                    identity,
                     lambda row=row: rows.image_bytes(row, root),
                     lambda row=row: rows.questions(_whole(row)),
-                    lambda row=row: _file(row, root),
+                    lambda row=row: rows.image_file(row, root),
                     lambda row=row: records.parse_extras(_whole(row).raw.get("extras")),
                     source=rows.data_source(row),
                 )
 
-    return Pictures(sum(map(rows.count, files)), each)
+    def inputs() -> Iterator[Sequence[str | int]]:
+        yield [str(root)]
+        for file, name in zip(files, rows.names(files), strict=True):
+            yield [name, *state(file)]
+
+    return Pictures(sum(map(rows.count, files)), each, inputs)
 
 
 def _whole(row: rows.Row) -> rows.Row:
     if isinstance(row.raw, MalformedRecord):
         raise row.raw
     return row
-
-
-def _file(row: rows.Row, root: Path | None) -> Path | None:
-    used: list[Path] = []
-    rows.image_bytes(row, root, used.append)
-    return used[0] if used else None
 
 
 def _of_dataset(made: Any) -> Pictures:
@@ -173,7 +183,7 @@ def _of_dataset(made: Any) -> Pictures:
         for source in sources:
             for i in range(len(source)):
                 element = source[i]
-                record = functools.partial(records.parse, element)
+                record = functools.cache(functools.partial(records.parse, element))
                 yield Picture(
                     element["id"].decode(errors="replace"),
                     lambda record=record: record().image,
@@ -181,4 +191,5 @@ def _of_dataset(made: Any) -> Pictures:
                     extras=lambda record=record: record().extras,
                 )
 
-    return Pictures(sum(map(len, sources)), each)
+    files = sorted(Path(made.data_dir).iterdir())
+    return Pictures(sum(map(len, sources)), each, lambda: map(state, files))

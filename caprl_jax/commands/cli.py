@@ -9,9 +9,9 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags
@@ -82,14 +82,55 @@ def load_config(value: str, entries: Mapping[str, str] | None = None) -> ml_coll
     Raises:
       ConfigError: there is no such file, or it can't make a config.
     """
-    path, _, argument = value.partition(":")
-    if not Path(path).is_file():
-        path = _shipped(value, path)
-    try:
+    path, argument = _located(value)
+    with _about_file(value, path):
         config = _make_config(path, argument)
         for key, name in (entries or {}).items():
             config_lib.choose_entry(config, key, name)
         return config_lib.complete(config).lock()
+
+
+def load_overridden(value: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """Returns the config of --config=FILE[:ARGUMENT] with overrides, as a command would have it.
+
+    Args:
+      value: FILE[:ARGUMENT].
+      overrides: flags --config.KEY=VALUE.
+
+    Raises:
+      ConfigError: there is no such config, or an override is wrong.
+    """
+    config = load_config(value, _overrides(list(overrides)))
+    _override(config, ["", *overrides], flags.FlagValues())
+    return config
+
+
+def call_config_file(value: str, function: str) -> Any:
+    """Returns what a function of a config file returns, which takes no argument.
+
+    Args:
+      value: a file, or the name of one in configs/.
+      function: the function's name.
+
+    Raises:
+      ConfigError: there is no such file or function, or it raises an error.
+    """
+    path, _ = _located(value)
+    with _about_file(value, path):
+        return _function(path, function)()
+
+
+def _located(value: str) -> tuple[str, str]:
+    """Returns (path, argument) of --config."""
+    path, _, argument = value.partition(":")
+    return (path if Path(path).is_file() else _shipped(value, path)), argument
+
+
+@contextlib.contextmanager
+def _about_file(value: str, path: str) -> Iterator[None]:
+    """Turns errors of a config file into a ConfigError that names --config and the line."""
+    try:
+        yield
     except ConfigError as e:
         raise ConfigError(f"--config={value}: {e}") from e
     except SystemExit as e:
@@ -126,12 +167,7 @@ def _shipped(value: str, name: str) -> str:
 
 def _make_config(path: str, argument: str) -> ml_collections.ConfigDict:
     """Returns a Python file's get_config(argument), checked to be a config with all sections."""
-    loader = importlib.machinery.SourceFileLoader("_caprl_jax_config", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise ConfigError(f"{path} defines no function get_config")
+    get_config = _function(path, "get_config")
     given = [argument] if argument else []
     try:
         inspect.signature(get_config).bind(*given)
@@ -148,6 +184,16 @@ def _make_config(path: str, argument: str) -> ml_collections.ConfigDict:
     if missing := [key for key in config_lib.default() if key not in config]:
         raise ConfigError(f"config.{missing[0]} is missing from {path}: {wanted}")
     return config
+
+
+def _function(path: str, name: str) -> Callable:
+    loader = importlib.machinery.SourceFileLoader("_caprl_jax_config", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"{path} defines no function {name}")
+    return function
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -202,15 +248,21 @@ def parse_config_flags(argv: list[str]) -> list[str]:
             raise ConfigError("--config is missing: give a file, or a shipped one: --config=tiny")
         config = load_config(name, _overrides(rest))
         _CONFIG_NAME.append(name)
-        try:
-            config_flags.DEFINE_config_dict("config", config, "The run's config.", sys_argv=rest)
-            rest = flags.FLAGS(rest)
-        except Exception as e:  # ml_collections raises errors of any kind on odd keys and values
-            raise ConfigError(_unknown_override(e, config)) from e
-        rest = _only_flags(rest)
+        rest = _only_flags(_override(config, rest, flags.FLAGS))
     if flags.FLAGS.help_config:
         _show(listing.describe_keys(config_lib.rows(flags.FLAGS.config)))
     return rest
+
+
+def _override(
+    config: ml_collections.ConfigDict, argv: list[str], known: flags.FlagValues
+) -> list[str]:
+    """Sets the keys of --config.KEY=VALUE in place; returns the arguments that are no flags."""
+    try:
+        config_flags.DEFINE_config_dict("config", config, "The run's config.", known, sys_argv=argv)
+        return known(argv)
+    except Exception as e:  # ml_collections raises errors of any kind on odd keys and values
+        raise ConfigError(_unknown_override(e, config)) from e
 
 
 _LONGEST = 300  # characters of another library's message

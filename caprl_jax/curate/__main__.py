@@ -46,15 +46,17 @@ def _settings(kind: type, given: flags.FlagValues, more: dict | None = None) -> 
 def generate(given: flags.FlagValues) -> None:
     """Writes questions, as the flags say."""
     place = folder.open_folder(given.out, generate_lib.ROWS, given.process, given.processes)
-    found = pictures.find(given.images, given.root)
+    images = pictures.find(given.images, given.root)
     settings = _settings(generate_lib.Settings, given)
-    done = generate_lib.generate(_model(given), found, settings, place)
+    done = generate_lib.generate(_model(given), images, settings, place)
     print(f"made {place.out}" if done else "done; other processes go on")
 
 
 def _generate_flags() -> None:
     flags.DEFINE_string("images", None, "A file, a pattern, or a folder.", required=True)
-    flags.DEFINE_integer("count", 5, "Questions to ask for, of each image.", lower_bound=1)
+    flags.DEFINE_integer(
+        "count", 5, "Number of questions to ask for about each image.", lower_bound=1
+    )
     flags.DEFINE_integer("max_tokens", 2048, "Most tokens of an answer.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.1, "Temperature; 0 is greedy.", lower_bound=0)
 
@@ -62,40 +64,54 @@ def _generate_flags() -> None:
 def filter_settings(given: flags.FlagValues) -> Settings:
     """Returns the filter's settings: a preset's, with the flags that are given."""
     preset = PRESETS[given.preset]
-    own = {n: given[n].value for n in preset if given[n].value is not None}
-    return _settings(Settings, given, preset | own)
+    chosen = {n: given[n].value for n in preset if given[n].value is not None}
+    return _settings(Settings, given, preset | chosen)
 
 
 def filter_rows(given: flags.FlagValues) -> None:
     """Filters questions, as the flags say."""
     place = folder.open_folder(given.out, filter_lib.KEPT, given.process, given.processes)
-    found, settings = pictures.find(given.rows, given.root), filter_settings(given)
-    done = filter_lib.filter_questions(_model(given), found, settings, place)
+    rows, settings = pictures.find(given.rows, given.root), filter_settings(given)
+    done = filter_lib.filter_questions(_model(given), rows, settings, place)
     print(f"made {place.out}" if done else "done; other processes go on")
 
 
 def _filter_flags() -> None:
     flags.DEFINE_string("rows", None, "Rows with questions: generate's, or others.", required=True)
-    flags.DEFINE_enum("preset", "paper", list(PRESETS), "Trials and bounds, unless they are given.")
-    flags.DEFINE_integer("trials", None, "Orders of the options that are asked.", lower_bound=1)
-    flags.DEFINE_float("visual", None, "Accuracy with the image must be above; 1: all right.")
-    flags.DEFINE_float("text_only", None, "Accuracy without must be below; 0: none right.")
-    flags.DEFINE_bool("logprobs", True, "Whether an endpoint is asked for log-probabilities.")
+    flags.DEFINE_enum("preset", "paper", list(PRESETS), "Default trials and bounds.")
+    flags.DEFINE_integer(
+        "trials", None, "Number of option orders to ask each question in.", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "visual",
+        None,
+        "Keep a question if accuracy with the image is above this; 1 means all right answers.",
+    )
+    flags.DEFINE_float(
+        "text_only",
+        None,
+        "Keep a question if accuracy without the image is below this; 0 means no right answer.",
+    )
+    flags.DEFINE_bool("logprobs", True, "Ask an endpoint for log-probabilities.")
 
 
 def _model_flags() -> None:
     flags.DEFINE_string("model", None, "A directory, gs:// URL, hub id, or URL.", required=True)
     flags.DEFINE_string("revision", "", "Revision of a hub id.")
-    flags.DEFINE_string("out", None, "Folder of the results.", required=True)
-    flags.DEFINE_string("root", "", "Folder that rows' image files must lie in; empty: their own.")
+    flags.DEFINE_string("out", None, "Folder for the results.", required=True)
+    flags.DEFINE_string(
+        "root", "", "Folder that must hold the rows' image files; empty: the folder of the rows."
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
     flags.DEFINE_integer("batch", 16, "Images in a batch of a local model.", lower_bound=1)
     flags.DEFINE_string("model_name", "", "The model's name at an endpoint that serves several.")
-    flags.DEFINE_integer("concurrency", 8, "Most questions to an endpoint at a time.", 1)
-    flags.DEFINE_float("timeout", 120, "Seconds until an endpoint is asked again.", 0)
-    flags.DEFINE_integer("tries", 6, "How often an endpoint is asked.", 1)
-    flags.DEFINE_integer("processes", 1, "How many processes share the work.", lower_bound=1)
-    flags.DEFINE_integer("process", 0, "Which of them this is, from 0.")
+    flags.DEFINE_integer(
+        "concurrency", 8, "Largest number of requests to an endpoint at a time.", 1
+    )
+    flags.DEFINE_float("timeout", 120, "Seconds to wait for an endpoint's answer.", 0)
+    flags.DEFINE_integer("tries", 6, "Tries for each request to an endpoint.", 1)
+    flags.DEFINE_integer("processes", 1, "Number of processes that share the work.", lower_bound=1)
+    flags.DEFINE_integer("process", 0, "Number of this process, from 0.")
 
 
 def report(given: flags.FlagValues) -> None:

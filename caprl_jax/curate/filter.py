@@ -70,7 +70,7 @@ def filter_questions(model: Model, pictures: Pictures, settings: Settings, place
       UserError: the model can't take the prompt, or the endpoint fails for row after row.
     """
     about: dict[str, Any] = {"job": "filter", "model": name(model), "rows": pictures.count}
-    about |= dataclasses.asdict(settings) | {"prompt": INSTRUCTION}
+    about |= {"inputs": pictures.digest(), "prompt": INSTRUCTION} | dataclasses.asdict(settings)
     if isinstance(model, LoadedPolicy) and not parts.complete(place, about):
         job.check_prompt(model, INSTRUCTION)
 
@@ -87,21 +87,22 @@ def filter_questions(model: Model, pictures: Pictures, settings: Settings, place
 def _items(left: Iterator[tuple[int, Picture]], settings: Settings, add: Add) -> Iterator[Item]:
     """Yields the rows that can be asked; adds the others' failures."""
     for index, picture in left:
-        asked: tuple[Question, ...] = ()
+        usable: tuple[Question, ...] = ()
+        encoded: bytes | None = None
         try:
-            asked, bad = picture.asked()
+            usable, bad = picture.parse_questions()
             encoded = picture.read()
-            image, stored = decode_image(encoded), folder.row(picture, encoded, asked)
+            image, stored = decode_image(encoded), folder.row(picture, encoded, usable)
         except _Errors as e:
-            failed = folder.failed_row(picture, reason(e), asked)
-            add([{"index": index, "failed": failed, "questions": len(asked)}])
+            failed = folder.failed_row(picture, encoded, reason(e), usable)
+            add([{"index": index, "failed": failed, "questions": len(usable)}])
             continue
-        gone = {number for number, _ in bad}
-        numbers = (n for n in range(1, len(asked) + len(bad) + 1) if n not in gone)
-        questions = dict(zip(numbers, asked, strict=True))
+        malformed = {number for number, _ in bad}
+        numbers = (n for n in range(1, len(usable) + len(bad) + 1) if n not in malformed)
+        questions = dict(zip(numbers, usable, strict=True))
         draw = trials_lib.trials
-        made = [t for n, q in questions.items() for t in draw(picture.id, n, q, settings)]
-        yield Item(index, stored, list(questions), bad, Row(image, made))
+        trials = [t for n, q in questions.items() for t in draw(picture.id, n, q, settings)]
+        yield Item(index, stored, list(questions), bad, Row(image, trials))
 
 
 def _by_policy(model: LoadedPolicy, items: Iterator[Item], settings: Settings, add: Add) -> None:
@@ -133,18 +134,17 @@ def _lettered(logits: np.ndarray) -> list[dict[str, Any]]:
 def _by_endpoint(model: Endpoint, items: Iterator[Item], settings: Settings, add: Add) -> None:
     drawn = Drawn(_ANSWER_TOKENS, seed=settings.seed, letters=settings.logprobs)
 
-    def asked() -> Iterator[folder.Asked]:
+    def chats() -> Iterator[folder.ItemChats]:
         for item in items:
             part = folder.image_part(item.row.image)
-            chats = [_chat(trial, given) for given in (part, None) for trial in item.row.trials]
-            yield item, chats
+            yield item, [_chat(t, image) for image in (part, None) for t in item.row.trials]
 
-    def told(item: Item, replies: Sequence[Reply | Failure]) -> None:
+    def receive(item: Item, replies: Sequence[Reply | Failure]) -> None:
         count = len(item.row.trials)
         answers = [_read(t, r) for t, r in zip(item.row.trials * 2, replies, strict=True)]
         add([_entry(item, [answers[:count], answers[count:]])])
 
-    folder.ask(model, drawn, asked(), told)
+    folder.ask(model, drawn, chats(), receive)
 
 
 def _chat(trial: Trial, image: Mapping[str, Any] | None) -> Chat:
@@ -161,14 +161,14 @@ def _read(trial: Trial, reply: Reply | Failure) -> dict[str, Any]:
 
 def _entry(item: Item, answers: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """A row's entry: answers with the image, then without, to all its trials."""
-    told = []
-    for image, own in zip((True, False), answers, strict=True):
-        for trial, answer in zip(item.row.trials, own, strict=False):
-            known = {"question": trial.question, "order": trial.order, "image": image}
+    trials = []
+    for image, image_answers in zip((True, False), answers, strict=True):
+        for trial, answer in zip(item.row.trials, image_answers, strict=False):
+            entry = {"question": trial.question, "order": trial.order, "image": image}
             right = answer["letter"] == LETTERS[trial.truth]
-            told.append(known | {"letter": answer["letter"], "right": right} | answer)
-    known = {"row": item.stored, "numbers": item.numbers, "bad": item.bad}
-    return {"index": item.index, "trials": told} | known
+            trials.append(entry | {"letter": answer["letter"], "right": right} | answer)
+    row = {"row": item.stored, "numbers": item.numbers, "bad": item.bad}
+    return {"index": item.index, "trials": trials} | row
 
 
 class Verdicts:
@@ -228,11 +228,13 @@ class Verdicts:
         """(kept, dropped, failed) questions of a row, each with its verdict or its reason."""
         kept, dropped, failed = [], [], []
         for number, question in zip(entry["numbers"], entry["row"]["questions"], strict=True):
-            own = [t for t in entry["trials"] if t["question"] == number]
-            if faults := [t["failed"] for t in own if "failed" in t]:
+            trials = [t for t in entry["trials"] if t["question"] == number]
+            if faults := [t["failed"] for t in trials if "failed" in t]:
                 failed.append((question, faults[0]))
                 continue
-            rights = [[t["right"] for t in own if t["image"] == image] for image in (True, False)]
+            rights = [
+                [t["right"] for t in trials if t["image"] == image] for image in (True, False)
+            ]
             self.counts["table"][sum(rights[0])][sum(rights[1])] += 1
             size = str(len(question["choices"]))
             self.counts["options"].setdefault(size, 0)

@@ -1,8 +1,10 @@
 """The folder of a job's results, and rows as its files hold them."""
 
 import base64
+import contextlib
 import dataclasses
 import io
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,39 +43,48 @@ def open_folder(path: str, main: str, process: int, processes: int) -> Folder:
     """Returns the place of a job whose main file is `main`, and makes the folder.
 
     Raises:
-      ConfigError: it can't be written, or there is no such process.
+      ConfigError: it can't be written, or there is no such process, or another job has begun there.
     """
-    if not 0 <= process < processes:
-        raise ConfigError(
-            f"--process={process} is none of --processes={processes}: they count from 0"
-        )
+    place = Folder(Path(path) / main, process, processes)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"can't write {path}: {e.strerror or e}; give another --out") from e
-    return Folder(Path(path) / main, process, processes)
+    parts = [p.name for p in Path(path).glob("*.part-*-of-*")]
+    if others := sorted(p for p in parts if not p.startswith(f"{main}.part-")):
+        raise ConfigError(f"{path} holds {others[0]} of another job: give another --out")
+    return place
 
 
 def row(picture: Picture, image: bytes, questions: Sequence[Question] = ()) -> dict[str, Any]:
     """Returns a row as import_data takes it: an image file by its path, other images whole."""
     file, extras = picture.file(), picture.extras()
-    encoded = f"data:;base64,{base64.b64encode(image).decode()}"
-    found: dict[str, Any] = {"id": picture.id, "image": str(file) if file else encoded}
+    shown = str(file) if file else f"data:;base64,{base64.b64encode(image).decode()}"
+    fields: dict[str, Any] = {"id": picture.id, "image": shown}
     if questions:
-        found["questions"] = [unparse_question(q) for q in questions]
+        fields["questions"] = [unparse_question(q) for q in questions]
     if picture.source:
-        found["data_source"] = picture.source
-    return found | ({"extras": extras} if extras else {})
+        fields["data_source"] = picture.source
+    return fields | ({"extras": extras} if extras else {})
 
 
-def failed_row(picture: Picture, why: str, questions: Sequence[Question] = ()) -> dict[str, Any]:
-    """Returns a line of failed.jsonl, with the image if it can be read: it can be tried again."""
-    try:
-        found = row(picture, picture.read(), questions)
-    except (MalformedRecord, UnreadableImage, ValueError):
-        found = {"id": picture.id}
-        found |= {"questions": [unparse_question(q) for q in questions]} if questions else {}
-    return found | {"reason": why}
+def failed_row(
+    picture: Picture, image: bytes | None, why: str, questions: Sequence[Question] = ()
+) -> dict[str, Any]:
+    """Returns a line of failed.jsonl, with the image if it can be read: it can be tried again.
+
+    Args:
+      picture: the image.
+      image: its encoded bytes; None if they have not been read.
+      why: the reason.
+      questions: the usable questions of its row.
+    """
+    failed: dict[str, Any] = {"id": picture.id}
+    if questions:
+        failed["questions"] = [unparse_question(q) for q in questions]
+    with contextlib.suppress(MalformedRecord, UnreadableImage, ValueError):
+        failed = row(picture, picture.read() if image is None else image, questions)
+    return failed | {"reason": why}
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:
@@ -86,44 +97,60 @@ def image_part(image: Image.Image) -> dict[str, Any]:
     return endpoint_lib.image_part(out.getvalue())
 
 
-# What a job knows of an item, its chats, and what becomes of their replies.
-Asked = tuple[Any, Sequence[Chat]]
-Told = Callable[[Any, Sequence[Reply | Failure]], None]
+ItemChats = tuple[Any, Sequence[Chat]]  # an item, and the chats that it needs
+Receive = Callable[[Any, Sequence[Reply | Failure]], None]  # takes an item and its replies
 
 
-def ask(model: Endpoint, drawn: Drawn, asked: Iterable[Asked], told: Told) -> None:
-    """Asks an endpoint each item's chats, and tells each item's replies, in order.
+def ask(model: Endpoint, drawn: Drawn, items: Iterable[ItemChats], receive: Receive) -> None:
+    """Asks an endpoint each item's chats, and passes each item's replies on, in order.
 
     Failures at the end of an item's replies are held back until another reply comes: if many come
-    one after the other, the endpoint is lost, and their items are left for the next start.
+    one after the other, the endpoint is lost, and their items are left for the next start. A
+    permanent failure is a reply: the server works, and refuses this chat.
+
+    Args:
+      model: the endpoint.
+      drawn: settings of the answers.
+      items: each with its chats.
+      receive: called with each item and its replies.
 
     Raises:
       UserError: the endpoint has failed many times in a row, for several items.
     """
-    waiting: deque[Asked] = deque()
+    waiting: deque[ItemChats] = deque()
 
     def chats() -> Iterator[Chat]:
-        for item in asked:
+        for item in items:
             waiting.append(item)
             yield from item[1]
 
     held: list[tuple[Any, Sequence[Reply | Failure]]] = []
     replies: list[Reply | Failure] = []
-    failures = 0  # in a row
+    failures = refused = 0  # in a row
     for reply in model.ask(chats(), drawn):
         replies.append(reply)
-        failures = failures + 1 if isinstance(reply, Failure) else 0
+        failed = isinstance(reply, Failure)
+        failures = failures + 1 if failed and not reply.permanent else 0
+        refused = refused + 1 if failed and reply.permanent else 0
+        if refused == _MOST_FAILURES:
+            logging.warning(
+                "%s refused %d requests one after the other, and the job goes on; failed.jsonl "
+                "will list them: %s",
+                model.url,
+                refused,
+                reply.reason,
+            )
         if len(replies) == len(waiting[0][1]):
             held.append((waiting.popleft()[0], replies))
             replies = []
         if not failures:
-            for known, own in held:
-                told(known, own)
+            for item, item_replies in held:
+                receive(item, item_replies)
             held.clear()
         elif failures >= _MOST_FAILURES and len(held) >= _MOST_HELD:
             raise UserError(
                 f"{model.url} failed {failures} times one after the other: {reply.reason}; mend "
                 "it, and start the same command again: it goes on from there"
             )
-    for known, own in held:
-        told(known, own)
+    for item, item_replies in held:
+        receive(item, item_replies)

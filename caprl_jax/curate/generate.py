@@ -1,7 +1,8 @@
 """Has a model write multiple-choice questions about images.
 
 A policy's directory writes in batches, as caption does; an endpoint is asked many at a time. A
-sampled answer depends on the model, the settings and the image's id.
+policy's sampled answer depends on the model, the settings and the image's id. An endpoint gets the
+same seed for every image; whether its answers repeat depends on the server.
 """
 
 import collections
@@ -94,7 +95,8 @@ def generate(model: Model, pictures: Pictures, settings: Settings, place: Folder
       UserError: the model can't take the prompt, or the endpoint fails for image after image.
     """
     about: dict[str, Any] = {"job": "generate", "model": name(model), "images": pictures.count}
-    about |= dataclasses.asdict(settings) | {"prompt": prompt(settings.count)}
+    about |= {"inputs": pictures.digest(), "prompt": prompt(settings.count)}
+    about |= dataclasses.asdict(settings)
     if isinstance(model, LoadedPolicy) and not parts.complete(place, about):
         job.check_prompt(model, prompt(settings.count))
 
@@ -108,6 +110,21 @@ def generate(model: Model, pictures: Pictures, settings: Settings, place: Folder
     return parts.share(place, about, pictures, work, Rows(place))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """An image to be asked about.
+
+    Attributes:
+      index: of the image.
+      picture: where it comes from.
+      encoded: its bytes; None if they can't be read.
+    """
+
+    index: int
+    picture: Picture
+    encoded: bytes | None = None
+
+
 class _Writer:
     """Asks a model about images, and adds an entry for each."""
 
@@ -116,71 +133,72 @@ class _Writer:
 
     def by_endpoint(self, model: Endpoint, left: Iterator[tuple[int, Picture]]) -> None:
         """Asks an endpoint about all images that are left."""
-        how = self._settings
-        drawn = Drawn(how.max_tokens, how.temperature, how.seed)
+        settings = self._settings
+        drawn = Drawn(settings.max_tokens, settings.temperature, settings.seed)
 
-        def asked() -> Iterator[folder.Asked]:
-            for index, picture, image in self._readable(left):
+        def chats() -> Iterator[folder.ItemChats]:
+            for item, image in self._readable(left):
                 content = [
                     folder.image_part(image),
-                    {"type": "text", "text": prompt(how.count)},
+                    {"type": "text", "text": prompt(settings.count)},
                 ]
-                yield (index, picture), [[{"role": "user", "content": content}]]
+                yield item, [[{"role": "user", "content": content}]]
 
-        def told(known: tuple[int, Picture], replies: Any) -> None:
+        def receive(item: _Item, replies: Any) -> None:
             (reply,) = replies
             if isinstance(reply, Failure):
-                self._fail(*known, reply.reason)
+                self._fail(item, reply.reason)
             else:
-                self._answer(*known, reply)
+                self._answer(item, reply)
 
-        folder.ask(model, drawn, asked(), told)
+        folder.ask(model, drawn, chats(), receive)
 
     def by_policy(self, model: LoadedPolicy, left: Iterator[tuple[int, Picture]]) -> None:
         """Has a policy answer for all images that are left, in batches of one size."""
-        how = self._settings
-        sampling = Sampling(how.max_tokens, temperature=how.temperature)
-        settings = job.Settings(sampling, prompt(how.count), 1, how.seed, how.batch)
+        chosen = self._settings
+        sampling = Sampling(chosen.max_tokens, temperature=chosen.temperature)
+        settings = job.Settings(sampling, prompt(chosen.count), 1, chosen.seed, chosen.batch)
 
-        def run(waiting: list[tuple[int, Picture, Image.Image]]) -> None:
-            ids, images = [p.id for _, p, _ in waiting], [image for _, _, image in waiting]
-            found = job.draw(model, ids, images, settings)
-            for i, (index, picture, _) in enumerate(waiting):
-                text = model.tokenizer.decode(found.tokens[i, 0][found.mask[i, 0]])
-                self._answer(index, picture, Reply(text, bool(found.truncated[i, 0])))
+        def run(waiting: list[tuple[_Item, Image.Image]]) -> None:
+            ids, images = [x.picture.id for x, _ in waiting], [image for _, image in waiting]
+            drawn = job.draw(model, ids, images, settings)
+            for i, (item, _) in enumerate(waiting):
+                text = model.tokenizer.decode(drawn.tokens[i, 0][drawn.mask[i, 0]])
+                self._answer(item, Reply(text, bool(drawn.truncated[i, 0])))
 
-        sizes = BySize(how.batch, run)
-        for index, picture, image in self._readable(left):
+        sizes = BySize(settings.batch, run)
+        for item, image in self._readable(left):
             try:
                 size = model.padded_size(image, settings.prompt)
             except ValueError as e:
-                self._fail(index, picture, reason(e))
+                self._fail(item, reason(e))
                 continue
-            sizes.take(size, (index, picture, image))
+            sizes.take(size, (item, image))
         sizes.flush()
 
-    def _readable(
-        self, left: Iterator[tuple[int, Picture]]
-    ) -> Iterator[tuple[int, Picture, Image.Image]]:
+    def _readable(self, left: Iterator[tuple[int, Picture]]) -> Iterator[tuple[_Item, Image.Image]]:
         for index, picture in left:
+            item = _Item(index, picture)
             try:
-                image = decode_image(picture.read())
+                item = _Item(index, picture, picture.read())
+                image = decode_image(item.encoded)
             except (MalformedRecord, UnreadableImage, ValueError) as e:
-                self._fail(index, picture, reason(e))
+                self._fail(item, reason(e))
                 continue
-            yield index, picture, image
+            yield item, image
 
-    def _fail(self, index: int, picture: Picture, why: str) -> None:
-        self._add([{"index": index, "failed": folder.failed_row(picture, why)}])
+    def _fail(self, item: _Item, why: str) -> None:
+        failed = folder.failed_row(item.picture, item.encoded, why)
+        self._add([{"index": item.index, "failed": failed}])
 
-    def _answer(self, index: int, picture: Picture, reply: Reply) -> None:
+    def _answer(self, item: _Item, reply: Reply) -> None:
         questions, rejects = parse(reply.text, reply.truncated)
-        entry: dict[str, Any] = {"index": index, "id": picture.id}
+        entry: dict[str, Any] = {"index": item.index, "id": item.picture.id}
         if questions:
             try:
-                entry["row"] = folder.row(picture, picture.read(), questions)
-            except (MalformedRecord, UnreadableImage, ValueError) as e:  # it has changed since
-                return self._fail(index, picture, reason(e))
+                entry["row"] = folder.row(item.picture, item.encoded, questions)
+            except (MalformedRecord, UnreadableImage, ValueError) as e:  # its extras
+                return self._fail(item, reason(e))
         entry["rejects"] = [dataclasses.asdict(r) for r in rejects]
         return self._add([entry])
 

@@ -42,7 +42,11 @@ class Row:
 
 
 def last_hidden(
-    modules: Policy, params: Params, past: KV, start: jax.Array, asked: tuple[jax.Array, jax.Array]
+    modules: Policy,
+    params: Params,
+    past: KV,
+    start: jax.Array,
+    branches: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
     """Returns the hidden state of each branch's last token, which predicts the letter.
 
@@ -51,12 +55,12 @@ def last_hidden(
       params: its parameters.
       past: keys and values of the text before, batch axes (b,), or () where all share them.
       start: int32 [b], position of a branch's first token.
-      asked: (int32 tokens, bool mask), [b, n, q], padded on the right.
+      branches: (int32 tokens, bool mask), [b, n, q], padded on the right.
 
     Returns:
       [b, n, e].
     """
-    tokens, mask = asked
+    tokens, mask = branches
     b, n, q = tokens.shape
     decoder = {"params": params["decoder"]}
     x = modules.decoder.apply(decoder, tokens, method=Decoder.embed)
@@ -152,9 +156,9 @@ class Reader:
         policy, vision = self.policy, self.policy.modules.vision.config
         windows, length, n, q = self.size(rows[0])
         filled = [rows[i % len(rows)] for i in range(self.batch)]
-        found = [policy.processor(row.image) for row in filled]
-        images = batch_images([pad_to_windows(p, grid, vision, windows) for p, grid in found])
-        prompts = [self._prompt.fill(grid, length) for _, grid in found]
+        processed = [policy.processor(row.image) for row in filled]
+        images = batch_images([pad_to_windows(p, grid, vision, windows) for p, grid in processed])
+        prompts = [self._prompt.fill(grid, length) for _, grid in processed]
         tokens = np.zeros((len(filled), n, q), np.int32)
         mask, count = np.zeros(tokens.shape, bool), np.ones(tokens.shape[:2], np.int32)
         for i, row in enumerate(filled):

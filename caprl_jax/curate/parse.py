@@ -42,10 +42,25 @@ _CAPTION = re.compile(
 )
 _SHUFFLED = re.compile(
     r"\b(?i:options?|choices?|answers?) \(?[A-D](?![\w-])"
-    r"|\b(?i:all|none|both|any|which) (?i:of the) (?i:above|below|options|choices|answers)\b"
+    r"|\b(?i:all|none|both|neither|either|any|one|two|three|which) (?i:of the) "
+    r"(?i:above|below|options|choices|answers)\b"
+    r"|\b(?i:all|none|both|neither|either|any|two|three) (?i:the )?(?i:above|below)(?=\W*$)"
     r"|\b(?i:following|above|below|given) (?i:options|choices|answers)\b"
     r"|\b(?i:both|either|neither) [A-D] (?i:and|or|nor) [A-D]\b"
-    r"|^(?i:all|none|both) (?i:of these|of them)\W*$"
+)
+_AND_LETTER = r"(?:\s*(?:,\s*(?:and|or)\b|,|&|\+|\b(?:and|or|nor)\b)\s*\(?[A-D]\)?)"
+# Options that say nothing without the others. A letter alone may be what a sign shows.
+_SHUFFLED_OPTION = re.compile(
+    rf"(?:(?:both |either |neither )?\(?[A-D]\)?{_AND_LETTER}+(?: only)?"
+    rf"|only \(?[A-D]\)?{_AND_LETTER}*|\(?[A-D]\)? only"
+    r"|(?:the )?same as [A-D]"
+    r"|(?:all|any|none|everything|anything|nothing)(?: of them)? (?:but|except) [A-D]"
+    r"|both|neither|either"
+    r"|(?:all|none|both|neither|either|any) (?:of )?(?:these|those|them)"
+    r"|(?:two|three) (?:of )?(?:these|those)"
+    r"|(?:not|none) (?:listed|mentioned|given)(?: above| below| here)?"
+    r"|(?:not )?(?:in|on|among) the (?:list|options|choices))\W*",
+    re.IGNORECASE,
 )
 
 
@@ -82,16 +97,16 @@ def parse(text: str, truncated: bool = False) -> tuple[tuple[Question, ...], tup
         rejects.append(Reject(reason, "\n".join(before).strip()))
     seen: set[str] = set()
     for number, lines in enumerate(blocks, 1):
-        own, rest = _until_answer(lines)
-        found = _question(own)
-        if isinstance(found, Question) and plain(found.text) in seen:
-            found = DUPLICATE
-        if isinstance(found, Question):
-            questions.append(found)
-            seen.add(plain(found.text))
+        block, rest = _until_answer(lines)
+        parsed = _question(block)
+        if isinstance(parsed, Question) and plain(parsed.text) in seen:
+            parsed = DUPLICATE
+        if isinstance(parsed, Question):
+            questions.append(parsed)
+            seen.add(plain(parsed.text))
         else:
-            last = truncated and number == len(blocks) and found != DUPLICATE
-            rejects.append(Reject(CUT if last else found, "\n".join(own).strip()))
+            last = truncated and number == len(blocks) and parsed != DUPLICATE
+            rejects.append(Reject(CUT if last else parsed, "\n".join(block).strip()))
         if any(not _RULE.fullmatch(line) for line in rest):
             rejects.append(Reject(OUTSIDE, "\n".join(rest).strip()))
     return tuple(questions), tuple(rejects)
@@ -178,7 +193,7 @@ def _answered(text: str, texts: tuple[str, ...], answer: re.Match | None) -> Que
         return CONTRADICTS
     if _CAPTION.search(text):
         return OF_CAPTION
-    if any(_SHUFFLED.search(part) for part in (text, *texts)):
+    if any(map(_SHUFFLED.search, (text, *texts))) or any(map(_SHUFFLED_OPTION.fullmatch, texts)):
         return OF_OPTIONS
     question = Question(text, texts, truth)
     try:  # as those who read the rows will

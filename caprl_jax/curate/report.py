@@ -60,9 +60,9 @@ def write(folder: Path) -> Path:
             "--out of generate or filter"
         ) from e
     failed, failures = _examples(folder / generate_lib.FAILED, _LISTED)
-    own = {"job": kind, "about": about, "settings": about["settings"]}
-    own |= {"failed": failed, "failures": failures}
-    page = parts.template("curate.html.j2").render(own | content)
+    common = {"job": kind, "about": about, "settings": about["settings"]}
+    common |= {"failed": failed, "failures": failures}
+    page = parts.template("curate.html.j2").render(common | content)
     write_whole(folder / PAGE, page, errors="replace")
     return folder / PAGE
 
@@ -70,9 +70,9 @@ def write(folder: Path) -> Path:
 def _generated(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     examples: dict[str, list[str]] = {}
     for line in _lines(folder / generate_lib.REJECTS):
-        own = examples.setdefault(line["reason"], [])
-        if len(own) < _EXAMPLES:
-            own.append(_cut(line["text"]))
+        texts = examples.setdefault(line["reason"], [])
+        if len(texts) < _EXAMPLES:
+            texts.append(_cut(line["text"]))
     by_reason = sorted(about["rejects_by_reason"].items(), key=lambda item: (-item[1], item[0]))
     written = about["questions"] + about["rejects"]
     images = _share(about["with_questions"], about["images"])

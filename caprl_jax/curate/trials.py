@@ -38,8 +38,18 @@ class Settings:
     trials: int = setting(
         4, "orders of the options that are asked, with the image and without", least=1
     )
-    visual: float = setting(0.75, "accuracy with the image must be above", least=0, most=1)
-    text_only: float = setting(0.25, "accuracy without it must be below", least=0, most=1)
+    visual: float = setting(
+        0.75,
+        "keep a question if accuracy with the image is above this; 1 means all right answers",
+        least=0,
+        most=1,
+    )
+    text_only: float = setting(
+        0.25,
+        "keep a question if accuracy without it is below this; 0 means no right answer",
+        least=0,
+        most=1,
+    )
     seed: int = setting(0, "seed of the orders", least=0)
     logprobs: bool = setting(True, "whether an endpoint is asked for log-probabilities")
     batch: int = setting(16, "images in a batch", least=1)
@@ -106,11 +116,11 @@ def trials(identity: str, number: int, question: Question, settings: Settings) -
         while order in orders[drawn - new : drawn]:
             order = tuple(rng.permutation(count).tolist())
         orders.append(order)
-    found = []
+    made = []
     for order in orders:
         options = tuple(question.choices[i] for i in order)
-        found.append(Trial(number, question.text, options, order, order.index(question.answer)))
-    return found
+        made.append(Trial(number, question.text, options, order, order.index(question.answer)))
+    return made
 
 
 def letter(reply: Reply, options: int) -> str | None:

@@ -178,6 +178,15 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def of_first(arrays: Any) -> Any:
+    """Returns the arrays of process 0, numpy, in all processes; all give the same shapes."""
+    if jax.process_count() == 1:
+        return arrays
+    from jax.experimental import multihost_utils
+
+    return jax.device_get(multihost_utils.broadcast_one_to_all(arrays))
+
+
 def all_say(value: bool) -> bool:
     """Tells whether the value is true in every process."""
     if jax.process_count() == 1:

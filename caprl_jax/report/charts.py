@@ -105,8 +105,8 @@ def _running_mean(points: list[Point]) -> list[Point]:
     return list(zip(x[shown].tolist(), means[shown].tolist(), strict=True))
 
 
-def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """Round numbers from at most low to at least high, about `count` of them."""
+def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+    """Returns round numbers from at most low to at least high, about `count` of them."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
@@ -167,11 +167,11 @@ def _svg(title: str, curves: Sequence[Series], size: tuple[int, int]) -> Markup:
     width, height = size
     ys = [y for s in curves for _, y in s.points]
     low, high = min([0.0, *ys]), max([0.0, *ys])
-    y_ticks = _ticks(low, high if high > low else low + 1, max(height // 50, 3))
+    y_ticks = ticks(low, high if high > low else low + 1, max(height // 50, 3))
     xs = [x for s in curves for x in (*(x for x, _ in s.points), *s.lost)]
     end = max([1, *xs])
     # The axis ends where the run ends; leave out ticks beyond it.
-    x_ticks = [t for t in _ticks(0, end, max(width // 90, 3), whole=True) if t <= end]
+    x_ticks = [t for t in ticks(0, end, max(width // 90, 3), whole=True) if t <= end]
 
     def place(x: float, y: float) -> Point:
         across, up = x / end, (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])

@@ -11,11 +11,13 @@ _MEANINGS = {
     "reward_std": "all captions of an image get the same reward, so that nothing is learned",
     "truncation_rate": "captions don't end within sampling.max_tokens: they grow without bound, or "
     "the limit is too low",
+    "no_letter": "the judge's answers name no option, and count as abstaining: it thinks aloud, or "
+    "refuses; switch its thinking off at the server",
     "grad_norm": "gradients have vanished: nothing is learned",
     "logp_gap": "rollout and update disagree about the probabilities of the same tokens: dtype, or "
     "a way to compute that only one of them takes",
 }
-_UPPER = ("truncation_rate", "logp_gap")  # bounds that a metric should stay below
+_UPPER = ("truncation_rate", "no_letter", "logp_gap")  # bounds that a metric should stay below
 
 
 @dataclasses.dataclass

@@ -134,21 +134,35 @@ def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader
     return _Reader(model, directory, tokenizer, load.judge_prompt(config, tokenizer), difference)
 
 
+def settle_judge(config: ml_collections.ConfigDict) -> None:
+    """Fills in place the name of a judge behind an endpoint that serves one model.
+
+    Raises:
+      ConfigError: the endpoint can't be used or reached, or it serves several models.
+    """
+    if config.objective == "caprl" and is_url(config.judge.path):
+        config.judge.model = _endpoint(config).model
+
+
+def _endpoint(config: ml_collections.ConfigDict) -> Endpoint:
+    own = config.judge
+    with config_lib.about("judge.path"):
+        endpoint = Endpoint(own.path, own.model, Limits(own.concurrency, own.timeout, own.tries))
+        logging.info("the judge is %s at %s", endpoint.model, own.path)
+    return endpoint
+
+
 def _ask_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
     """Returns a judge behind an endpoint, which must answer now."""
+    endpoint = _endpoint(config)
     if "judge" in needed_models(config_lib.terms(config)):
         raise ConfigError(
             f"config.judge.path={config.judge.path} is an endpoint, and a reward term needs "
             "the judge's weights; give a model's directory, or other rewards"
         )
-    own = config.judge
-    limits = Limits(own.concurrency, own.timeout, own.tries)
-    with config_lib.about("judge.path"):
-        endpoint = Endpoint(own.path, own.model, limits)
-        logging.info("the judge is %s at %s", endpoint.model, own.path)
     with config_lib.about("judge.prompt"):
-        prompt = JudgePrompt.create(policy, own.prompt)
-    asked = EndpointJudge.create(endpoint, prompt, policy, own.temperature)
+        prompt = JudgePrompt.create(policy, config.judge.prompt)
+    asked = EndpointJudge.create(endpoint, prompt, policy, config.judge.temperature)
     return _Reader(None, None, policy, asked.prompt, asked=asked)
 
 
@@ -309,7 +323,7 @@ def sft(
     one, traces = counted(lambda state, batch: step(model.policy, optimizer, state, batch))
     program = compile_lib.jit_step(one, state, model.rules)
     build = _sft_judge if config.sft.task == "judge" else _sft_policy
-    example, evaluate = build(config, model, stored, set_aside)
+    example, parts = build(config, model, stored, set_aside)
     return Task(
         policy=model.policy,
         source=model.directory,
@@ -317,7 +331,7 @@ def sft(
         traces=traces,
         data=_feed(config, stored, example, set_aside, model.rules),
         place=lambda batch: _put_examples(batch, model.rules),
-        evaluate=evaluate,
+        **parts,
     ), state
 
 
@@ -327,22 +341,25 @@ def _put_examples(batch, rules: ShardRules):
 
 
 def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
-    """Returns (record -> example, evaluation) of the embedded world's policy."""
+    """Returns (record -> example, parts of the Task) of the embedded world's policy."""
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
     grid, own = (config.data.rows, config.data.columns), config.sft
     task = digits_sft.PolicyTask(grid, own.probes, own.captions, tuple(own.stated), own.count)
     example = pipeline.SftExamples(
         task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens
     )
-    # The facts that captions state show the progress; this needs no judge.
-    prompt = load.judge_prompt(config, model.tokenizer)
+    reader = _read_judge(config, model.tokenizer) if own.judged else None
+    prompt = reader.prompt if reader else load.judge_prompt(config, model.tokenizer)
     held = pipeline.held_out(stored["heldout"], inputs, prompt, _size(config), set_aside)
     sampling = compile_lib.sampling(config)
     decoding = Decoding(config.eval.group, model.tokenizer.stop, sampling)
     cuts = compile_lib.eval_slices(config, model.rules)
     writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, model.rules, cuts)
     sight = Sight(model.policy, held, model.rules, cuts)
+    if reader:
+        return example, _judged(config, model, reader, held, (writer, sight))
 
+    # The facts that captions state show the progress; this needs no judge.
     def evaluate(params):
         metrics: dict[str, float] = {}
         for name in ("greedy", "sampled"):
@@ -353,11 +370,31 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
         warn_if_blind(metrics)
         return metrics, {}
 
-    return example, evaluate
+    return example, {"evaluate": evaluate}
+
+
+def _judged(config, model: _Model, reader: _Reader, held: HeldOut, tools: tuple):
+    """Returns the parts of a Task whose held-out captions the judge reads; tools: writer, sight."""
+    (writer, sight), judge = tools, _judge(config, reader, model.rules)
+    cuts = compile_lib.eval_slices(config, model.rules)
+    reads = heldout.Reader(held, reader.tokenizer, model.rules, cuts, reader.through_text)
+
+    def evaluate(params):
+        seed = config.seed
+        metrics, sets = heldout.evaluate(held, writer, reads, params=params, model=judge, seed=seed)
+        metrics |= sight.measure(params, [j.caption for j in sets["sampled"]])
+        warn_if_blind(metrics)
+        return metrics, sets
+
+    return {
+        "evaluate": evaluate,
+        "ceiling": lambda: heldout.ceiling(held, reads, judge),
+        "heldout": held,
+    }
 
 
 def _sft_judge(config, model: _Model, stored: Stored, set_aside: SetAside):
-    """Returns (record -> example, evaluation) of the embedded world's text-only judge."""
+    """Returns (record -> example, parts of the Task) of the embedded world's text-only judge."""
     del stored, set_aside
     if model.policy.vision is not None:
         raise ConfigError(f"config.policy.path={config.policy.path} is no text-only model")
@@ -379,4 +416,4 @@ def _sft_judge(config, model: _Model, stored: Stored, set_aside: SetAside):
         wrong = heldout.disagreement(held, reader.read_texts(judge, captions))
         return {f"disagreement_{k.replace(' ', '_').lower()}": v for k, v in wrong.items()}, {}
 
-    return example, evaluate
+    return example, {"evaluate": evaluate}

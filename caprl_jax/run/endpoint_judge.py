@@ -5,9 +5,10 @@ the host, the endpoint answers, and its letters' log-probabilities enter the sec
 the letter logits that a judge on the mesh has (rl.judge.letter_logits).
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from caprl_jax.endpoint import Drawn, Endpoint, Failure, Reply
 from caprl_jax.errors import UserError
 from caprl_jax.evaluate.heldout import Judged, Written
 from caprl_jax.letters import likely, named
-from caprl_jax.parallel import mesh
+from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import Batch, Captions, Metrics, State
@@ -29,18 +30,32 @@ from caprl_jax.run.through_text import keys
 
 ABSENT = -1e4  # logit of a letter that the answer leaves out; finite, so that nothing becomes NaN
 _TOKENS = 8  # of an answer: a letter, or a few words that hold one
-_MOST = 2**31  # seeds that servers take are below
+_SEED_LIMIT = 2**31  # servers take seeds below it
 
 
 class Unanswered(UserError):
     """Questions that the endpoint didn't answer in all tries; the step was not taken."""
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raises Unanswered in all processes if one of them does within."""
+    error = None
+    try:
+        yield
+    except Unanswered as e:
+        error = e
+    with jax.transfer_guard("allow"):
+        answered = processes.all_say(error is None)
+    if not answered:
+        raise error or Unanswered("the judge's endpoint left a question of another process open")
+
+
 def letter_logits(reply: Reply, letters: int) -> np.ndarray | None:
     """Returns logits of the letters from an answer; None if it names no option.
 
-    Log-probabilities of the first token count where letters hold most of the probability. Else the
-    letter that the text names counts, alone.
+    Log-probabilities count where the answer's letter has them, and letters hold most of the
+    probability. Else the letter that the text names counts, alone.
 
     Args:
       reply: the answer.
@@ -50,15 +65,13 @@ def letter_logits(reply: Reply, letters: int) -> np.ndarray | None:
       float32 [letters].
     """
     logits = np.full(letters, ABSENT, np.float32)
-    found = likely(reply, LETTERS[:letters])
-    for letter, logp in found.items():
-        logits[letter] = logp
-    if not found:
+    logps = likely(reply, LETTERS[:letters])
+    if not logps:
         chosen = named(reply.text, letters)
-        if chosen is None:
-            return None
-        logits[chosen] = 0
-    return logits
+        logps = {} if chosen is None else {chosen: 0.0}
+    for letter, logp in logps.items():
+        logits[letter] = logp
+    return logits if logps else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +98,7 @@ class EndpointJudge:
         return cls(endpoint, dataclasses.replace(prompt, head="", foot=""), tokenizer, temperature)
 
     def ask(
-        self, texts: Sequence[str], letters: Sequence[int], seed: int
+        self, texts: Sequence[str], letters: Sequence[int], seed: int, temperature: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Asks for answers; equal texts are asked once.
 
@@ -93,34 +106,37 @@ class EndpointJudge:
           texts: whole user turns.
           letters: number of options of each.
           seed: of drawn letters.
+          temperature: of letters that are drawn, where the server gives no log-probabilities.
 
         Returns:
           (logits float32 [texts, letters], bool [texts] whether the answer named no option, which
           counts as abstaining).
 
         Raises:
-          Unanswered: some have no answer.
+          Unanswered: one has no answer; the others that are under way are given up.
         """
-        drawn = Drawn(_TOKENS, self.temperature, seed=seed % _MOST, letters=True)
+        drawn = Drawn(_TOKENS, temperature, seed=seed % _SEED_LIMIT, letters=True)
         unique = list(dict.fromkeys(texts))
         chats = ([{"role": "user", "content": text}] for text in unique)
-        replies = dict(zip(unique, self.endpoint.ask(chats, drawn), strict=True))
-        failed = [r.reason for r in replies.values() if isinstance(r, Failure)]
-        if failed:
-            raise Unanswered(
-                f"{self.endpoint.url} left {len(failed)} of {len(unique)} questions without an "
-                f"answer after {self.endpoint.limits.tries} tries each, the last with: "
-                f"{failed[-1]}. Start again with the same command when it answers, or change "
-                "judge.timeout, judge.tries or judge.concurrency"
-            )
+        replies: dict[str, Reply] = {}
+        with contextlib.closing(self.endpoint.ask(chats, drawn)) as answers:
+            for text, reply in zip(unique, answers, strict=True):
+                if isinstance(reply, Failure):
+                    raise Unanswered(
+                        f"{self.endpoint.url} left a question without an answer after "
+                        f"{self.endpoint.limits.tries} tries: {reply.reason}. Start again with the "
+                        "same command when it answers, or change judge.timeout, judge.tries or "
+                        "judge.concurrency"
+                    )
+                replies[text] = reply
         logits = np.full((len(texts), len(LETTERS)), ABSENT, np.float32)
         silent = np.zeros(len(texts), bool)
         for i, (text, count) in enumerate(zip(texts, letters, strict=True)):
-            own = letter_logits(replies[text], count)
-            if own is None:
+            row = letter_logits(replies[text], count)
+            if row is None:
                 silent[i], logits[i, count - 1] = True, 0
             else:
-                logits[i, :count] = own
+                logits[i, :count] = row
         return logits, silent
 
     def text(self, caption: str, tail: str) -> str:
@@ -152,7 +168,8 @@ class EndpointJudge:
             self.text(written[i, j], tail)
             for (i, j, _), tail in zip(real.tolist(), tails, strict=True)
         ]
-        found, none = self.ask(texts, [int(asked.letters[*at]) for at in real], seed)
+        counts = [int(asked.letters[*at]) for at in real]
+        found, none = self.ask(texts, counts, seed, self.temperature)
         logits = np.zeros((*asked.valid.shape, len(LETTERS)), np.float32)
         silent = np.zeros(asked.valid.shape, bool)
         at = tuple(real.T)
@@ -204,7 +221,7 @@ class EndpointReader:
             for p in own
         ]
         counts = [len(p.options) for own in shown for p in own]
-        logits, _ = self._judge.ask(texts, counts, 0)
+        logits, _ = self._asked_once(texts, counts)
         p = np.exp((logits - logits.max(axis=1, keepdims=True)) / self._temperature)
         p /= p.sum(axis=1, keepdims=True)
         out, start = [], 0
@@ -215,6 +232,18 @@ class EndpointReader:
             truths = [float(p[i, q.truth]) for i, q in zip(rows, own, strict=True)]
             out.append(Judged(caption, letters, truths))
         return out
+
+    def _asked_once(
+        self, texts: Sequence[str], counts: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Asks in process 0 for all processes, greedily."""
+        answers = None
+        with together():
+            if processes.is_first():
+                answers = self._judge.ask(texts, counts, 0, temperature=0.0)
+        if answers is None:
+            answers = np.zeros((len(texts), len(LETTERS)), np.float32), np.zeros(len(texts), bool)
+        return processes.of_first(answers)
 
     def read_texts(self, model: Any, texts: Sequence[str]) -> list[Judged]:
         """Judges one given caption for each image."""
@@ -243,7 +272,8 @@ def step_with_endpoint(
         tokens, mask = host["captions"]
         asked = batch.replace(questions=host["questions"], valid=host["valid"])
         seed = int(jax.device_get(jax.random.key_data(judge_key)).ravel()[-1])
-        found = judge.of_batch(asked, Captions(tokens, mask), seed)
+        with together():
+            found = judge.of_batch(asked, Captions(tokens, mask), seed)
         return finish(run, state, batch, captions, mesh.put_batch(found, rules), judge_key)
 
     return step

@@ -79,13 +79,16 @@ class JudgeSettings(Judging):
     revision: str = setting("", "branch, tag or commit of a hub id")
     model: str = setting("", "a model's name at an endpoint; empty: the only one that it serves")
     concurrency: int = setting(
-        32, "questions that an endpoint is asked at a time", least=1, resume=True
+        32, "most requests of a process to an endpoint at a time", least=1, resume=True
     )
     timeout: float = setting(
-        120.0, "seconds until an endpoint is asked again", above=0, resume=True
+        120.0, "seconds until a request without a whole answer is sent again", above=0, resume=True
     )
     tries: int = setting(
-        6, "times an endpoint is asked before the run ends, with a checkpoint", least=1, resume=True
+        10,
+        "times an endpoint is asked before the run ends, with a checkpoint",
+        least=1,
+        resume=True,
     )
     prompt: str = setting(
         "",
@@ -127,6 +130,13 @@ class Alarms:
     truncation_rate: float = setting(
         0.9,
         "length explosion: no fewer than this share of captions is truncated; above 1 is off",
+        least=0,
+        resume=True,
+    )
+    no_letter: float = setting(
+        0.5,
+        "an endpoint's judge that doesn't answer: no fewer than this share of its answers names no "
+        "option; above 1 is off",
         least=0,
         resume=True,
     )

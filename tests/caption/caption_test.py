@@ -1,7 +1,9 @@
 """Captions of a corpus depend on the image alone, and no interruption loses or doubles any."""
 
 import base64
+import itertools
 import json
+import os
 import shutil
 
 import jax
@@ -214,11 +216,67 @@ def test_what_is_there_of_another_job_is_refused(policy, folder, whole, tmp_path
     assert not run(policy, folder, out, 1, 2)
     with pytest.raises(ConfigError, match="was begun with other settings"):
         run(policy, folder, out, 1, 2, settings=other)
+    shutil.copytree(folder, tmp_path / "corpus")
+    with pytest.raises(ConfigError, match=r"other settings \(inputs"):
+        run(policy, tmp_path / "corpus", whole)
     bad = Settings(Sampling(max_tokens=9), prompt="Describe <|image_pad|>.")
     with pytest.raises(UserError, match="image_pad"):
         run(policy, folder, tmp_path / "other.jsonl", settings=bad)
     with pytest.raises(ConfigError, match="names no picture"):
         pictures.find(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("process", [-1, 2])
+def test_a_process_that_is_not_there_is_refused(tmp_path, process):
+    with pytest.raises(ConfigError, match=f"--process={process} is none of --processes=2"):
+        Place(tmp_path / "x.jsonl", process, 2)
+
+
+@pytest.mark.parametrize("kind", ["rows", "pictures", "root"])
+def test_a_job_goes_on_with_the_same_inputs_only(tmp_path, kind):
+    """As many others, or the same names with other content, are refused: begun, shared or done."""
+
+    def find(name):
+        if kind == "root":
+            return pictures.find(str(tmp_path / "same.jsonl"), str(tmp_path / name))
+        return pictures.find(str(tmp_path / (f"{name}.jsonl" if kind == "rows" else name)))
+
+    for name in ("a", "b", "same"):
+        lines = "".join(json.dumps({"id": f"{name}{i}", "image": "x"}) + "\n" for i in range(4))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            (tmp_path / name / f"{i}.png").write_bytes(b"x" * (i + (name == "b")))
+
+    def run(name, out, process=0, processes=1, most=9):
+        def work(left, add):
+            for index, picture in itertools.islice(left, most):
+                add([{"index": index, "id": picture.id}])
+            if most < 9:
+                raise InterruptedError
+
+        place, found = Place(tmp_path / out, process, processes), find(name)
+        settings = {"images": found.count, "inputs": found.digest()}
+        return parts.share(place, settings, found, work, parts.Captions(place))
+
+    with pytest.raises(InterruptedError):
+        run("a", "begun", most=2)
+    assert run("a", "done") and not run("a", "shared", 0, 2)
+    for refused in (("begun",), ("done",), ("shared", 1, 2)):
+        with pytest.raises(ConfigError, match=r"other settings \(inputs, the names"):
+            run("b", *refused)
+    assert run("a", "begun") and run("a", "done")
+    assert (tmp_path / "begun").read_bytes() == (tmp_path / "done").read_bytes()
+
+
+def test_pictures_are_told_apart_without_reading_them(tmp_path):
+    """By name, size and time: a pipe, which would be read for ever, does."""
+    os.mkfifo(tmp_path / "7.png")
+    found = pictures.find(str(tmp_path))
+    before = found.digest()
+    assert found.digest() == before == pictures.find(str(tmp_path)).digest()
+    os.utime(tmp_path / "7.png", (1, 1))
+    assert found.digest() != before
 
 
 @pytest.mark.parametrize("keep", range(0, 400, 37))

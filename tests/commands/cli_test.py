@@ -21,6 +21,7 @@ COMMANDS = (
     "random_model",
     "tiny_models",
     "plan_table",
+    "sweep",
     "picture",
 )
 DEFAULT = "from caprl_jax.config import default\n"

@@ -13,12 +13,12 @@ import pytest
 import caprl_jax
 from caprl_jax.caption import parts, pictures
 from caprl_jax.curate import filter as filtering
-from caprl_jax.curate import folder, trials
+from caprl_jax.curate import folder, generate, trials
 from caprl_jax.curate.trials import Settings
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import unparse_question
 from caprl_jax.endpoint import Endpoint, Limits
-from caprl_jax.errors import UserError
+from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.parallel import mesh
 
 from ..endpoint_server import FAULTS, serving
@@ -61,7 +61,8 @@ def answers(request):
     if kind == "mumbled":
         return "Cannot tell."
     if digest % 3 == 0:
-        return "The answer is hard to say.", {letter: -0.1, " A": -4.0, "The": -5.0}
+        drawn = next(x for x in options if x != letter)  # its probability counts, not the draw
+        return drawn, {letter: -0.1, f" {drawn}": -4.0, "The": -5.0}
     return f"The answer is {letter}." if digest % 3 == 1 else f"{letter}) {options[letter]}"
 
 
@@ -202,6 +203,34 @@ def test_questions_without_an_answer_are_listed_and_can_be_asked_again(given, tm
     assert failed["questions"] == [asked[1]] and "malformed" in failed["reason"]
     (again,) = pictures.find(str(tmp_path / "failed.jsonl"), str(given.parent)).each()
     assert len(again.questions()) == 1 and again.read()
+
+
+def test_as_many_other_rows_are_refused(given, whole):
+    other = given.with_name("other.jsonl")
+    other.write_text(given.read_text().replace("crop-000.png", "crop-001.png"))
+    with serving(answers) as server, pytest.raises(ConfigError, match=r"other settings \(inputs, "):
+        run(Endpoint(server.url), other, whole)
+
+
+@pytest.mark.parametrize("left", [(generate.ROWS, "about.json"), ("failed.jsonl",), ("begun",)])
+def test_the_files_of_generate_are_not_overwritten(given, tmp_path, left):
+    """All of them, one that a kill has left, or a part that was begun."""
+    generating = folder.open_folder(str(tmp_path), generate.ROWS, 0, 1)
+    for name in left:
+        path = generating.part(0) if name == "begun" else tmp_path / name
+        path.write_text('{"settings": {"job": "generate"}}\n')
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with serving(answers) as server, pytest.raises(ConfigError, match=r"of another job.*--out"):
+        run(Endpoint(server.url, limits=QUICK), given, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_job_that_was_begun_overwrites_no_folder_that_another_has_filled(given, tmp_path):
+    with serving(answers) as server:
+        assert not run(Endpoint(server.url, limits=QUICK), given, tmp_path, shared=(0, 2))
+        (tmp_path / "about.json").write_text('{"settings": {"job": "generate"}}\n')
+        with pytest.raises(ConfigError, match=r"about\.json of another job"):
+            run(Endpoint(server.url, limits=QUICK), given, tmp_path, shared=(1, 2))
 
 
 def test_a_lost_endpoint_stops_the_job(given, tmp_path):

@@ -1,8 +1,10 @@
 """Every image has its questions, its rejects or its failure: once, whatever happens."""
 
+import base64
 import collections
 import json
 import os
+import shutil
 
 import jax
 import pytest
@@ -10,14 +12,17 @@ import pytest
 import caprl_jax
 from caprl_jax.caption import parts, pictures
 from caprl_jax.commands.import_data import import_data
+from caprl_jax.curate import filter as filtering
 from caprl_jax.curate import folder, generate, parse
 from caprl_jax.curate.generate import Settings
-from caprl_jax.endpoint import Endpoint, Limits
+from caprl_jax.data import images as images_lib
+from caprl_jax.data.sources import rows
+from caprl_jax.endpoint import Endpoint, Failure, Limits
 from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.parallel import mesh
 
 from ..endpoint_server import FAULTS, serving
-from . import scripted
+from . import filter_test, scripted
 
 ASKED = Settings()
 QUICK = Limits(concurrency=8, timeout=1.0, tries=4)
@@ -190,9 +195,82 @@ def test_an_endpoint_that_is_lost_stops_the_job_and_fails_no_image(whole, corpus
     assert contents(tmp_path) == contents(whole)
 
 
-def test_other_settings_are_refused(whole, corpus):
-    with serving(scripted.writes) as server, pytest.raises(ConfigError, match="other settings"):
-        run(Endpoint(server.url), corpus, whole, Settings(count=3))
+class Refusing(Endpoint):
+    """Refuses some images for good, as a server does that finds them too large."""
+
+    refused: frozenset = frozenset()
+
+    def ask_once(self, chat, drawn):
+        if scripted.picture({"messages": chat}) in self.refused:
+            return Failure("400: too large", permanent=True)
+        return super().ask_once(chat, drawn)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_images_that_a_server_refuses_in_a_row_are_listed_and_stop_no_job(
+    corpus, tmp_path, caplog, lost
+):
+    """30 of 40, whose failures don't add to those of a server that is lost afterwards."""
+    names = sorted(p.name for p in corpus.iterdir() if p.name not in ("bad.jpg", "empty.png"))
+
+    def answer(request):
+        return {"choices": []} if lost else scripted.writes(request)
+
+    with serving(answer) as server:
+        model = Refusing(server.url, limits=Limits(timeout=5.0, tries=1))
+        model.refused = {scripted.pixels((corpus / n).read_bytes()) for n in names[5:35]}
+        assert run(model, corpus, tmp_path)
+        assert run(model, corpus, tmp_path)
+    failed = [f["id"] for f in lines(tmp_path / "failed.jsonl") if "too large" in f["reason"]]
+    assert failed == names[5:35]
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["images"] == 42 and about["failed"] == 32 + 10 * lost
+    assert "refused 24 requests one after the other" in caplog.text
+
+
+def test_other_settings_and_other_images_are_refused(whole, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "copy")
+    with serving(scripted.writes) as server:
+        with pytest.raises(ConfigError, match=r"other settings \(prompt; count\)"):
+            run(Endpoint(server.url), corpus, whole, Settings(count=3))
+        with pytest.raises(ConfigError, match=r"other settings \(inputs, "):
+            run(Endpoint(server.url), tmp_path / "copy", whole)
+
+
+@pytest.mark.parametrize("job", ["generate", "filter"])
+def test_each_image_is_read_and_decoded_from_base64_once(corpus, tmp_path, monkeypatch, job):
+    """A row's file, an image within a row, one that no model answers, and one that is no image."""
+    within = base64.b64encode((corpus / "crop-001.png").read_bytes()).decode()
+    images = ["crop-000.png", f"data:;base64,{within}", "crop-002.png", "bad.jpg"]
+    given = [
+        {"image": str(corpus / x) if "," not in x else x, "questions": [filter_test.question(y, 0)]}
+        for x, y in zip(images, ("seen", "seen", "broken", "seen"), strict=True)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    refused = scripted.pixels((corpus / "crop-002.png").read_bytes())
+
+    def answer(request):
+        if job == "filter":
+            return filter_test.answers(request)
+        return {"choices": []} if scripted.picture(request) == refused else scripted.GOOD
+
+    read = []
+
+    def counted(inner):
+        return lambda image: read.append(str(image)) or inner(image)
+
+    for module, name in ((rows, "_from_base64"), (images_lib, "read_image")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    with serving(answer) as server:
+        model = Endpoint(server.url, limits=Limits(timeout=5.0, tries=1))
+        if job == "generate":
+            assert run(model, tmp_path / "in.jsonl", tmp_path / "out", root=str(corpus))
+        else:
+            found = pictures.find(str(tmp_path / "in.jsonl"), str(corpus))
+            place = folder.open_folder(str(tmp_path / "out"), filtering.KEPT, 0, 1)
+            assert filtering.filter_questions(model, found, filtering.Settings(), place)
+    assert len(lines(tmp_path / "out" / "failed.jsonl")) == 2
+    assert len(read) == len(set(read)) == 4
 
 
 def test_rows_keep_extras_and_images_within_them(corpus, tmp_path):

@@ -1,5 +1,7 @@
 """The parser refuses what is no usable question, by name, and loses no line of an answer."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,7 @@ REFUSED = {
     "all of the above": (changed("white", "all of the above"), parsing.OF_OPTIONS),
     "none of these": (changed("white", "None of these"), parsing.OF_OPTIONS),
     "both": (changed("white", "both A and B"), parsing.OF_OPTIONS),
+    "A and B in the question": (changed("door?", "door, both A and B?"), parsing.OF_OPTIONS),
     "which of the options": (changed("Which color", "Which of the options"), parsing.OF_OPTIONS),
     "abstains": (changed("white", "Cannot tell."), parsing.UNUSABLE),
 }
@@ -80,6 +83,21 @@ def test_each_fault_has_its_reason_and_takes_no_other_question_along(name):
     assert [q.text for q in questions] == [f"Which color is the {x}?" for x in ("sky", "roof")]
 
 
+SHUFFLED = """All of the above; All the above; All above; None of the above; None the above.
+Neither of the above; Neither of these; Either of the above; Both of the above; Both; Both of those
+Two of the above; More than one of the above; Any of these; All of them; All these; Two of these
+Neither; Either.; Either of them; A and B; A or B; B & C; A, B and C; A, B, and D; (A) and (C)
+a and b; A + B; Only A; Only A and B; C only; A and C only; Both A & B; Neither A nor B; Same as A
+Not listed; Not listed above; None listed; Not given; Not among the options; All but C
+Everything except D"""
+
+
+@pytest.mark.parametrize("option", re.split(r"; |\n", SHUFFLED))
+def test_options_that_shuffling_would_break_are_refused(option):
+    questions, (reject,) = parse(changed("white", option))
+    assert not questions and reject.reason == parsing.OF_OPTIONS
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -87,7 +105,26 @@ def test_each_fault_has_its_reason_and_takes_no_other_question_along(name):
         ("color is the door?", "answers does the screen give, and in what order?"),
         ("white", "an answer A-list stars give"),
         ("color is the door?", "line is a description of the door?"),
-        ("red", "A and B"),
+        ("white", "A"),
+        ("white", "None"),
+        ("white", "Two"),
+        ("white", "Two of the three"),
+        ("white", "Only a door"),
+        ("white", "A, as on the door"),
+        ("white", "All the way above the door"),
+        ("white", "Both of the dogs"),
+        ("white", "Neither hot nor cold"),
+        ("white", "Not on the table"),
+        ("white", "Not above the door"),
+        ("white", "Two of them"),
+        ("white", "None of these lamps"),
+        ("white", "All of them wear hats"),
+        ("white", "It is given to the child"),
+        ("white", "Vitamin A and B"),
+        ("white", "D & G"),
+        ("white", "A" + " ," * 40 + " x"),  # read without trying all splits
+        ("color is the door?", "boat is above the two houses?"),
+        ("color is the door?", "lamp hangs from the beam, and which one above the door?"),
     ],
 )
 def test_words_that_only_look_like_faults_are_kept(old, new):

@@ -34,11 +34,11 @@ def _labels(svg, kind):
     ],
 )
 def test_ticks_are_round_and_enclose_the_data(low, high, count, ticks):
-    assert curves._ticks(low, high, count) == ticks
+    assert curves.ticks(low, high, count) == ticks
 
 
 def test_steps_have_whole_ticks():
-    assert curves._ticks(0, 3, 6, whole=True) == [0, 1, 2, 3]
+    assert curves.ticks(0, 3, 6, whole=True) == [0, 1, 2, 3]
 
 
 def test_value_is_at_the_height_of_its_tick():

@@ -1,6 +1,7 @@
 """A judge behind an endpoint trains as the same judge on the mesh does; no step is half scored."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -11,12 +12,12 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax import train
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.endpoint import Reply
+from caprl_jax.endpoint import Endpoint, Limits, Reply
 from caprl_jax.errors import ConfigError
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import build
 from caprl_jax.run.checkpoint import Checkpoints
-from caprl_jax.run.endpoint_judge import ABSENT, Unanswered, letter_logits
+from caprl_jax.run.endpoint_judge import ABSENT, EndpointJudge, Unanswered, letter_logits
 
 from ..endpoint_server import FAULTS, serving
 from ..train_test import tiny
@@ -79,7 +80,7 @@ def test_steps_are_those_of_the_judge_on_the_mesh_whatever_the_server_does(tmp_p
     same = {"sampling.max_tokens": 24, "steps": 2, "data.max_question": 64}
     initial, one, metrics, held = two_steps(tiny(tmp_path, **same))
     served_judge.logits(served_judge.TEMPLATE.format(caption="digits: none", question="Any?"))
-    with serving(served_judge.answer, FAULTS, slow=40) as server:
+    with serving(served_judge.answer, FAULTS, slow=25) as server:
         _, two, other, elsewhere = two_steps(tiny(tmp_path, **settings(server.url, **same)))
     assert set(server.faults) - {""} == set(FAULTS)
     assert other.pop("no_letter")[0] == 0
@@ -97,20 +98,21 @@ def test_steps_are_those_of_the_judge_on_the_mesh_whatever_the_server_does(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
-def test_without_answers_the_run_ends_with_a_checkpoint_and_goes_on_later(tmp_path, monkeypatch):
-    """The server fails for good in the third step."""
-    down, asked = [], []
+@pytest.mark.parametrize("within", ["step", "evaluation"])
+def test_without_answers_the_run_ends_with_a_checkpoint_and_goes_on_later(
+    tmp_path, monkeypatch, within
+):
+    """The server fails for good in the third step, or in the evaluation after the second one."""
+    down, calls = [], []
 
     def answer(request):
-        if down:
-            raise ConnectionResetError
-        return served_judge.answer(request)
+        return (401, "closed") if down else served_judge.answer(request)
 
-    def counted(step):
+    def counted(function, last):
         def later(*args):
-            asked.append(1)
-            down.extend([1] * (len(asked) == 3))
-            return step(*args)
+            calls.append(1)
+            down.extend([1] * (len(calls) == last))
+            return function(*args)
 
         return later
 
@@ -118,18 +120,37 @@ def test_without_answers_the_run_ends_with_a_checkpoint_and_goes_on_later(tmp_pa
 
     def breaking(*args):
         task, state = made(*args)
-        return dataclasses.replace(task, step=counted(task.step)), state
+        changes = {"step": counted(task.step, 3)}
+        if within == "evaluation":  # that before the first step is the first
+            changes = {"evaluate": counted(task.evaluate, 2)}
+        return dataclasses.replace(task, **changes), state
 
     with serving(answer) as server:
-        config = tiny(tmp_path, **settings(server.url, **{"checkpoint.every": 100}))
+        more = {"checkpoint.every": 100, "eval.every": 2}
+        config = tiny(tmp_path, **settings(server.url, **more))
         monkeypatch.setitem(train.OBJECTIVES, "caprl", (breaking, caprl_step))
-        with pytest.raises(Unanswered, match="without an answer after 3 tries"):
+        with pytest.raises(Unanswered, match=r"without an answer after 3 tries: .*closed"):
             train.run(config.copy_and_resolve_references(), tmp_path / "run")
         with Checkpoints(tmp_path / "run", 2) as checkpoints:
             assert checkpoints.latest() == 2
         down.clear()
         monkeypatch.undo()
         assert train.run(config, tmp_path / "run")["steps"] == 4
+        assert json.loads((tmp_path / "run/config.json").read_text())["judge"]["model"] == "tiny"
+
+
+def test_a_question_without_an_answer_ends_the_asking():
+    def answer(request):
+        return (401, "closed") if "3" in request["messages"][0]["content"] else "B"
+
+    with serving(answer) as server:
+        judge = EndpointJudge(Endpoint(server.url, "tiny", Limits(2)), None, None, 0.6)
+        logits, silent = judge.ask(["0", "1", "0"], [3, 4, 5], 0, 0.6)
+        assert np.argmax(logits, -1).tolist() == [1, 1, 1] and not silent.any()
+        assert sum(server.asked.values()) == 2  # equal texts are asked once
+        with pytest.raises(Unanswered, match="closed"):
+            judge.ask([f"{i:04x}" for i in range(256)], [3] * 256, 0, 0.6)
+        assert sum(server.asked.values()) < 20
 
 
 def test_what_can_not_be_reached_is_told_before_anything_is_loaded(tmp_path):

@@ -6,6 +6,7 @@ each. The precision and recall of a caption, and a perfect judge's answers, can 
 computed.
 """
 
+import dataclasses
 import functools
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -213,12 +214,38 @@ def lookup(text: str, question: Question) -> int | None:
     return question.choices.index(found[0]) if found and found[0] in question.choices else None
 
 
+def leaking(asked: Sequence[Question], facts: Sequence[Fact]) -> list[Question]:
+    """Returns questions whose texts state their answers, so that they need no caption.
+
+    Args:
+      asked: what `questions` returns.
+      facts: of the scene.
+    """
+    told = [f"total {NUMBERS[len(facts)]}", *(statement(f) for f in facts for _ in range(3))]
+    return [
+        dataclasses.replace(q, text=f"digits: {t}\n{q.text}")
+        for q, t in zip(asked, told, strict=True)
+    ]
+
+
 def scenes(
-    split: str, count: int, grid: tuple[int, int], digits: tuple[int, int]
+    split: str, count: int, grid: tuple[int, int], digits: tuple[int, int], leaky: float = 0.0
 ) -> Iterator[Record]:
-    """Yields the records of a split, which are the same on every machine."""
+    """Yields the records of a split, which are the same on every machine.
+
+    Args:
+      split: "train" or "heldout", which show different instances of handwriting.
+      count: number of records.
+      grid: rows and columns.
+      digits: least and most digits of a scene.
+      leaky: share of the questions that state their own answer.
+    """
     for i in range(count):
         rng = np.random.default_rng([i, split == "heldout", *grid])
         facts = random_facts(rng, grid, digits)
         image = draw(facts, rng, grid, split)
-        yield Record(f"{split}-{i:05d}", image, questions(facts, grid, rng), facts)
+        asked = questions(facts, grid, rng)
+        drawn = rng.random(len(asked)) < leaky
+        both = zip(asked, leaking(asked, facts), drawn, strict=True)
+        asked = tuple(leak if chosen else q for q, leak, chosen in both)
+        yield Record(f"{split}-{i:05d}", image, asked, facts)

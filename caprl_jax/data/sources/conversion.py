@@ -21,6 +21,7 @@ from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.sources.rows import count, find, names, parse_row, rows
+from caprl_jax.files import state
 
 VERSION = "1.2.0"
 
@@ -79,7 +80,7 @@ class Conversion:
         """
         held_out = np.zeros(self.total, bool)
         held_out[np.random.default_rng(0).permutation(self.total)[: self.heldout]] = True
-        content = [_state(f) for f in self.sources]
+        content = [state(f) for f in self.sources]
         digest = hashlib.sha256(repr((content, self.heldout, self.root)).encode()).hexdigest()
         inputs = _Inputs(digest)
         seen: set[str] = set()
@@ -180,16 +181,7 @@ class _Inputs:
 
     def add(self, path: Path) -> None:
         """Notes an image file as it is now."""
-        self.file.write(json.dumps(_state(path)) + "\n")
-
-
-def _state(path: Path) -> list:
-    """Returns [path, size, time of the last change in ns] of a file; -1 and 0 if there is none."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return [str(path), -1, 0]
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+        self.file.write(json.dumps(state(path)) + "\n")
 
 
 def _unchanged(inputs: Path, **last_line: int | str) -> bool:
@@ -199,7 +191,7 @@ def _unchanged(inputs: Path, **last_line: int | str) -> bool:
         for line in lines:
             try:
                 last = json.loads(line)
-                if isinstance(last, list) and _state(Path(last[0])) != last:
+                if isinstance(last, list) and state(Path(last[0])) != last:
                     return False
             except (ValueError, TypeError, IndexError, RecursionError):  # a damaged line
                 return False

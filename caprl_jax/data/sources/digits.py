@@ -22,6 +22,12 @@ class Digits:
     columns: int = setting(3, "columns of the grid", least=1)
     digits: tuple = setting((2, 5), "least and most digits of a scene")
     train: int = setting(4096, "scenes to train on", least=1)
+    leaky: float = setting(
+        0.0,
+        "share of the training questions whose text states the answer: they need no caption",
+        least=0,
+        most=1,
+    )
 
 
 def digits(
@@ -41,6 +47,9 @@ def digits(
         split: functools.partial(world.scenes, split, count, grid, least_most)
         for split, count in counts.items()
     }
+    if options.leaky:
+        name += f"_leaky{options.leaky:g}".replace(".", "p")
+        splits["train"] = functools.partial(splits["train"], leaky=options.leaky)
     made = records.builder(name, VERSION, splits, settings.data_dir or None)
     if not Path(made.data_dir).is_dir():
         logging.info("preparing %d + %d scenes", options.train, settings.heldout)

@@ -167,6 +167,27 @@ def image_bytes(
     """Returns the encoded bytes of a row's image; arguments and errors as parse_row's."""
     from caprl_jax.data.images import read_image
 
+    image = _image(row, root)
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str):
+        return _from_base64(image)
+    if used is not None:
+        used(image)
+    return read_image(image)
+
+
+def image_file(row: Row, root: Path | None = None) -> Path | None:
+    """Returns the path of a row's image file, or None if the row holds the image; reads nothing.
+
+    Arguments and errors are parse_row's.
+    """
+    image = _image(row, root)
+    return image if isinstance(image, Path) else None
+
+
+def _image(row: Row, root: Path | None) -> bytes | str | Path:
+    """Returns a row's image as it is given: its bytes, base64 text, or a file, links resolved."""
     if isinstance(row.raw, MalformedRecord):
         raise row.raw
     if not isinstance(row.raw, Mapping):
@@ -184,11 +205,8 @@ def image_bytes(
     if not isinstance(given, str) or not given:
         raise MalformedRecord("the row has no image: neither bytes nor a path")
     if given.startswith("data:") or len(given) > _LONGEST_PATH:
-        return _from_base64(given)
-    path = _inside(given, row.beside, root or row.beside)
-    if used is not None:
-        used(path)
-    return read_image(path)
+        return given
+    return _inside(given, row.beside, root or row.beside)
 
 
 def _from_base64(text: str) -> bytes:

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caprl_jax.data import records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import Question
+from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.settings import Data
+from caprl_jax.data.sources.digits import Digits
+from caprl_jax.data.sources.digits import digits as source
 
 GRID, COUNTS = (3, 3), (2, 5)
 FACTS = [("north", "red", 3), ("center", "blue", 3), ("southeast", "red", 7)]
@@ -38,6 +43,35 @@ def test_records_are_what_they_always_were():
         for r in scenes(split, 50):
             seen.update(repr((r.id, r.questions, [tuple(f) for f in r.facts])).encode())
     assert seen.hexdigest() == "8c829e32b3bdcdc79853e55f3601a47714950a7bb155513f3f939b4a9dea8b0e"
+
+
+def test_a_leaky_question_states_its_answer_and_nothing_else_changes():
+    plain, all_, some = (list(digits.scenes("train", 20, GRID, COUNTS, s)) for s in (0, 1, 0.5))
+    assert plain == scenes("train")
+    for before, after in zip(plain, all_, strict=True):
+        assert (before.image, before.facts) == (after.image, after.facts)
+        for question, leaky in zip(before.questions, after.questions, strict=True):
+            told, text = leaky.text.split("\n")
+            assert (text, leaky.choices) == (question.text, question.choices)
+            assert digits.lookup(told, question) == question.answer == leaky.answer
+    leaks = [q.text.startswith("digits:") for r in some for q in r.questions]
+    assert 0.4 < np.mean(leaks) < 0.6
+
+
+def test_the_sources_held_out_questions_never_leak(tmp_path):
+    """Nor does a source with leaks use what one without has prepared."""
+    settings = Data(heldout=3, data_dir=str(tmp_path))
+    plain, leaky = (
+        source(settings, SetAside(), Digits(train=3, leaky=share)) for share in (0.0, 1.0)
+    )
+    texts = {
+        (name, split): {q.text for raw in found[split] for q in records.parse(raw).questions}
+        for name, found in (("plain", plain), ("leaky", leaky))
+        for split in ("train", "heldout")
+    }
+    assert texts["plain", "heldout"] == texts["leaky", "heldout"]
+    assert all("\n" in t for t in texts["leaky", "train"])
+    assert not any("\n" in t for t in texts["plain", "train"])
 
 
 @pytest.mark.parametrize("options", [(2, 2), (3, 3), (5, 5), (6, 6), (2, 6)])
