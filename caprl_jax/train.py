@@ -26,6 +26,7 @@ from caprl_jax.run import (
     export,
     fit,
     host,
+    judges,
     memory,
     metrics,
     sinks,
@@ -110,7 +111,7 @@ def _settle(config: ml_collections.ConfigDict, workdir: Path) -> None:
     saved = saved_config(workdir)
     fit.keep_rollout(config, saved)
     fit.report(fit.settle(config, jax.devices(), fetch=True))
-    build.settle_judge(config)
+    judges.settle(config)
     require_same(saved, config)
 
 

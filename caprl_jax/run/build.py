@@ -12,15 +12,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
-from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
+from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.decode.loop import Decoding
-from caprl_jax.endpoint import Endpoint, Limits, is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout, injections
 from caprl_jax.evaluate.hygiene import Hygiene
@@ -31,12 +28,12 @@ from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.jit import counted
 from caprl_jax.rl.judge import Judge
-from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import State
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import load
-from caprl_jax.run.endpoint_judge import EndpointJudge, EndpointReader
+from caprl_jax.run import judges, load
+from caprl_jax.run.endpoint_judge import EndpointReader
+from caprl_jax.run.judges import Reader
 from caprl_jax.run.through_text import Retokeniser
 
 Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # stored elements by split
@@ -92,92 +89,6 @@ def _read_policy(config: ml_collections.ConfigDict) -> _Model:
     return _Model(policy, directory, tokenizer, rules)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """A judge, read without parameters, with its prompt.
-
-    Attributes:
-      model: modules.
-      directory: the directory they came from.
-      tokenizer: the directory's tokenizer.
-      prompt: the text around captions and questions.
-      difference: why captions must pass to the judge as text; None if their ids are the judge's.
-      asked: a judge behind an endpoint, which has no model here; the tokenizer is the policy's.
-    """
-
-    model: Policy | None
-    directory: Path | None
-    tokenizer: Tokenizer
-    prompt: JudgePrompt
-    difference: str | None = None
-    asked: EndpointJudge | None = None
-
-    @property
-    def through_text(self) -> bool:
-        """Tells whether captions must pass to the judge as text."""
-        return self.difference is not None
-
-
-def _read_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
-    if is_url(config.judge.path):
-        return _ask_judge(config, policy)
-    dtype = compile_lib.compute_dtype(config)
-    path, revision = config.judge.path, config.judge.revision
-    model, directory, tokenizer = load.read_with_tokenizer(path, revision, dtype)
-    difference = vocabulary_difference(policy, tokenizer)
-    if difference is not None:
-        logging.warning(
-            "policy and judge tokenizers differ (%s): captions pass through text on the host, and "
-            "a step is two programs",
-            difference,
-        )
-    return _Reader(model, directory, tokenizer, load.judge_prompt(config, tokenizer), difference)
-
-
-def settle_judge(config: ml_collections.ConfigDict) -> None:
-    """Fills in place the name of a judge behind an endpoint that serves one model.
-
-    Raises:
-      ConfigError: the endpoint can't be used or reached, or it serves several models.
-    """
-    if config.objective == "caprl" and is_url(config.judge.path):
-        config.judge.model = _endpoint(config).model
-
-
-def _endpoint(config: ml_collections.ConfigDict) -> Endpoint:
-    own = config.judge
-    with config_lib.about("judge.path"):
-        endpoint = Endpoint(own.path, own.model, Limits(own.concurrency, own.timeout, own.tries))
-        logging.info("the judge is %s at %s", endpoint.model, own.path)
-    return endpoint
-
-
-def _ask_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> _Reader:
-    """Returns a judge behind an endpoint, which must answer now."""
-    endpoint = _endpoint(config)
-    if "judge" in needed_models(config_lib.terms(config)):
-        raise ConfigError(
-            f"config.judge.path={config.judge.path} is an endpoint, and a reward term needs "
-            "the judge's weights; give a model's directory, or other rewards"
-        )
-    with config_lib.about("judge.prompt"):
-        prompt = JudgePrompt.create(policy, config.judge.prompt)
-    asked = EndpointJudge.create(endpoint, prompt, policy, config.judge.temperature)
-    return _Reader(None, None, policy, asked.prompt, asked=asked)
-
-
-def _judge(config: ml_collections.ConfigDict, reader: _Reader, rules: ShardRules) -> Judge | None:
-    """Returns the judge with its parameters on the mesh, and its instruction read."""
-    if reader.asked:
-        return None
-    logging.info("loading the judge, %s", config.judge.path)
-    dtype, decoder = compile_lib.compute_dtype(config), reader.model.decoder
-    params = load.load_frozen(reader.model, reader.directory, rules, dtype)["decoder"]
-    instruction = jax.device_put(reader.prompt.instruction(), mesh.replicated(rules))
-    read = compile_lib.read_instruction(decoder, params, instruction, rules)
-    return Judge(decoder, params, read)
-
-
 def caprl(
     config: ml_collections.ConfigDict, set_aside: SetAside, step: Callable
 ) -> tuple[Task, State]:
@@ -197,7 +108,7 @@ def caprl(
     model = _read_policy(config)
     if model.policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
-    reader = _read_judge(config, model.tokenizer)
+    reader = judges.read(config, model.tokenizer)
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
     example = load.examples(config, inputs, reader.prompt)
     stored = load.dataset(config, set_aside)
@@ -223,9 +134,9 @@ def caprl(
     ), state
 
 
-def _start(config, model: _Model, reader: _Reader) -> tuple[Run, State]:
+def _start(config, model: _Model, reader: Reader) -> tuple[Run, State]:
     """Returns the run with its judge and reference on the mesh, and the initial state."""
-    judge = _judge(config, reader, model.rules)
+    judge = judges.load_judge(config, reader, model.rules)
     reference = None
     if compile_lib.needs_reference(config):
         logging.info("loading the reference policy, %s", config.policy.path)
@@ -237,7 +148,7 @@ def _start(config, model: _Model, reader: _Reader) -> tuple[Run, State]:
     return run, load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
 
 
-def _programs(config, run, state, model: _Model, reader: _Reader, step) -> compile_lib.Program:
+def _programs(config, run, state, model: _Model, reader: Reader, step) -> compile_lib.Program:
     """Compiles one program, or two if captions pass to the judge as text."""
     if reader.asked:
         return compile_lib.endpoint_programs(config, state, model.rules, reader.asked)
@@ -248,22 +159,29 @@ def _programs(config, run, state, model: _Model, reader: _Reader, step) -> compi
     return compile_lib.two_programs(config, state, model.rules, retokenise)
 
 
+def _heldout_reader(
+    config, reader: Reader, held: HeldOut, rules: ShardRules
+) -> heldout.Reader | EndpointReader:
+    """Returns what lets the judge answer the questions of held-out captions."""
+    if reader.asked:
+        return EndpointReader(reader.asked, held, heldout.GREEDY.temperature)
+    cuts = compile_lib.eval_slices(config, rules)
+    return heldout.Reader(held, reader.tokenizer, rules, cuts, reader.through_text)
+
+
 class _Evaluation:
     """Held-out evaluation of a policy by the run's judge."""
 
-    def __init__(self, config, model: _Model, reader: _Reader, held: HeldOut, run: Run):
+    def __init__(self, config, model: _Model, reader: Reader, held: HeldOut, run: Run):
         rules, cuts = model.rules, compile_lib.eval_slices(config, model.rules)
         decoding = dataclasses.replace(run.decoding, group=config.eval.group, slots=0)
         self._held, self._judge, self._seed = held, run.judge, config.seed
         self._tokenizer = model.tokenizer
         self._writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, rules, cuts)
-        options = rules, cuts, reader.through_text
-        if reader.asked:
-            self._reader = EndpointReader(reader.asked, held, heldout.GREEDY.temperature)
-            self._splicing = None  # the server puts the texts together
-        else:
-            self._reader = heldout.Reader(held, reader.tokenizer, *options)
-            self._splicing = Splicing(held, reader.prompt, *options)
+        self._reader = _heldout_reader(config, reader, held, rules)
+        self._splicing = None  # at an endpoint, the server puts the texts together
+        if not reader.asked:
+            self._splicing = Splicing(held, reader.prompt, rules, cuts, reader.through_text)
         self._sight = Sight(model.policy, held, rules, cuts)
         self._hygiene = Hygiene(held, self._reader, reader.prompt)
 
@@ -348,7 +266,7 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
     example = pipeline.SftExamples(
         task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens
     )
-    reader = _read_judge(config, model.tokenizer) if own.judged else None
+    reader = judges.read(config, model.tokenizer) if own.judged else None
     prompt = reader.prompt if reader else load.judge_prompt(config, model.tokenizer)
     held = pipeline.held_out(stored["heldout"], inputs, prompt, _size(config), set_aside)
     sampling = compile_lib.sampling(config)
@@ -373,11 +291,10 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
     return example, {"evaluate": evaluate}
 
 
-def _judged(config, model: _Model, reader: _Reader, held: HeldOut, tools: tuple):
+def _judged(config, model: _Model, reader: Reader, held: HeldOut, tools: tuple):
     """Returns the parts of a Task whose held-out captions the judge reads; tools: writer, sight."""
-    (writer, sight), judge = tools, _judge(config, reader, model.rules)
-    cuts = compile_lib.eval_slices(config, model.rules)
-    reads = heldout.Reader(held, reader.tokenizer, model.rules, cuts, reader.through_text)
+    (writer, sight), judge = tools, judges.load_judge(config, reader, model.rules)
+    reads = _heldout_reader(config, reader, held, model.rules)
 
     def evaluate(params):
         seed = config.seed
