@@ -71,6 +71,15 @@ def test_log_probabilities_are_those_of_the_letter_that_the_text_names():
     assert reply.first == {" B": -0.4, " A": -1.2}
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a program; pytest's processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_closing_waits_for_no_request():
     with serving(echo, ("slow",), slow=20) as server:
         asked = Endpoint(server.url, "tiny", Limits(4, timeout=60)).ask(chats(9))

@@ -200,10 +200,10 @@ class Refusing(Endpoint):
 
     refused: frozenset = frozenset()
 
-    def ask_once(self, chat, drawn):
+    def ask_once(self, chat, drawn, stop=None):
         if scripted.picture({"messages": chat}) in self.refused:
             return Failure("400: too large", permanent=True)
-        return super().ask_once(chat, drawn)
+        return super().ask_once(chat, drawn, stop)
 
 
 @pytest.mark.parametrize("lost", [False, True])

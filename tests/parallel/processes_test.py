@@ -156,7 +156,7 @@ def test_two_processes_equal_one(whole, fsdp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [pytest.param(1, marks=pytest.mark.kills), 0])
 def test_run_with_a_killed_process_ends_and_resumes_elsewhere(whole, victim):
     """The other process ends within 90 s and names the lost one; 1 x 2 devices resume."""
     run = start(whole.workdir.parent / f"killed-{victim}", 2, 4, steps=10**6)

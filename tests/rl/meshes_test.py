@@ -102,12 +102,14 @@ def single(eight):
     return go(start(eight), None)
 
 
-QUICK = ("fsdp=4, tensor=2", "decoding over tensor, as on a TPU")  # the others run in CI
+# Some run by hand only, and the others in CI.
+MARKS = {"fsdp=4, tensor=2": (), "decoding over tensor, as on a TPU": ()}
+MARKS |= dict.fromkeys(("fsdp=8", "decoding over tensor"), (pytest.mark.slow, pytest.mark.kills))
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MESHES],
+    [pytest.param(n, marks=MARKS.get(n, pytest.mark.slow)) for n in MESHES],
 )
 def test_five_steps_on_any_mesh_are_those_on_one_device(eight, single, name, monkeypatch):
     rules, shape = rules_of(name, monkeypatch), MESHES[name][0]

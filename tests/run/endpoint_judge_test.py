@@ -97,8 +97,8 @@ def test_steps_are_those_of_the_judge_on_the_mesh_whatever_the_server_does(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("within", ["step", "evaluation"])
+@pytest.mark.usefixtures("one_device", "programs_kept")
+@pytest.mark.parametrize("within", [pytest.param("step", marks=pytest.mark.kills), "evaluation"])
 def test_without_answers_the_run_ends_with_a_checkpoint_and_goes_on_later(
     tmp_path, monkeypatch, within
 ):

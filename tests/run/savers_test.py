@@ -59,6 +59,7 @@ def test_a_save_that_fails_in_one_process_is_a_warning_in_all(tmp_path):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # no half ones
 
 
+@pytest.mark.kills
 def test_a_process_killed_within_a_save_ends_the_other_for_a_restart(tmp_path):
     """The exit codes are those that launchers start again, and a restart finds the last one."""
     (code, told, said), (killed, _, _) = two_savers(tmp_path, "2:kill")
