@@ -4,12 +4,11 @@
 evaluate/prism.py and evaluate/captionqa.py; here their captions and judges are made.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from caprl_jax.data.questions import JudgePrompt, Presented, own_prompt
 from caprl_jax.data.records import LETTERS
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply, is_url
-from caprl_jax.errors import ConfigError, UserError
-from caprl_jax.evaluate import captionqa, page, prism, released, results, tables
+from caprl_jax.errors import ConfigError
+from caprl_jax.evaluate import captionqa, captionqa_rows, page, prism, released, results, tables
 from caprl_jax.evaluate.asking import Speak
 from caprl_jax.evaluate.letters import Asker
 
@@ -58,7 +57,7 @@ def evaluate(given: Any) -> None:
     if others:
         about["against"] = results.compare(measured, others, paired)
     whole = about | measured
-    page.finish(out, whole, others, lambda ids: read_images(images, ids))
+    page.finish(out, whole, others, lambda ids: pictures.read(images, ids))
     show_flaws(whole)
 
 
@@ -145,7 +144,7 @@ def _prism(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
 
 def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
     """(results, the images)."""
-    data = captionqa.read(given.data, given.split)
+    data = captionqa_rows.read(given.data, given.split)
     images = images_of(data.files)
     sampling = Sampling(captionqa.MAX_TOKENS, temperature=captionqa.TEMPERATURE)
     captions = _captions(given, out, images, job.Settings(sampling, batch=given.batch))
@@ -159,7 +158,7 @@ def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
         judge = with_prompt(load_judge(given.judge))
         name = judge_version(judge)
 
-        def choose(shown: Sequence[captionqa.Shown], texts: Sequence[str]) -> list[Any]:
+        def choose(shown: Sequence[captionqa_rows.Shown], texts: Sequence[str]) -> list[Any]:
             return chosen_by_logits(judge, shown, texts, given.batch)
 
     measured = captionqa.measure(data, captions, choose, given.as_released)
@@ -196,22 +195,6 @@ def images_of(files: Mapping[Path, str]) -> Pictures:
 def _each_of(generators: Sequence[Callable[[], Iterator]]) -> Iterator:
     for generate in generators:
         yield from generate()
-
-
-def read_images(found: Pictures, ids: Collection[str]) -> dict[str, bytes]:
-    """Returns the encoded bytes of the images with these ids; those that can't be read are missing.
-
-    Raises:
-      OSError, ValueError: a file of rows can't be read.
-    """
-    out: dict[str, bytes] = {}
-    for picture in found.each():
-        if picture.id in ids and picture.id not in out:
-            with contextlib.suppress(UserError, OSError):
-                out[picture.id] = picture.read()
-        if len(out) == len(ids):
-            break
-    return out
 
 
 def with_prompt(judge: LoadedJudge) -> LoadedJudge:
@@ -272,7 +255,7 @@ def make_text_judge(given: Any) -> TextJudge:
 
 
 def chosen_by_logits(
-    judge: LoadedJudge, shown: Sequence[captionqa.Shown], texts: Sequence[str], batch: int
+    judge: LoadedJudge, shown: Sequence[captionqa_rows.Shown], texts: Sequence[str], batch: int
 ) -> list[int | Failure]:
     """Returns the likeliest letter of each question of CaptionQA, from 0, by a judge on the mesh.
 
@@ -301,7 +284,7 @@ def chosen_by_logits(
     return found
 
 
-def _place(shown: captionqa.Shown) -> int:
+def _place(shown: captionqa_rows.Shown) -> int:
     return shown.order.index(shown.question.answer)
 
 

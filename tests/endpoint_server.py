@@ -42,6 +42,96 @@ class Served:
 Answer = Callable[[dict], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """What a server does; see serving."""
+
+    answer: Answer
+    faults: tuple[str, ...]
+    most_faults: int
+    slow: float
+
+    def fault(self, digest: str, tried: int) -> str:
+        """The fault of a request's try; "" for none."""
+        if not self.faults or tried >= self.most_faults:
+            return ""
+        return self.faults[(int(digest, 16) + tried) % len(self.faults)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by the server's `script`, and notes it in its `served`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+    def do_GET(self) -> None:
+        """Lists the one model."""
+        model = {"id": self.server.served.model, "object": "model"}
+        self._send(200, {"object": "list", "data": [model]})
+
+    def do_POST(self) -> None:
+        """Answers a chat, or shows a fault."""
+        served, body = self.server.served, self.rfile.read(int(self.headers["Content-Length"]))
+        digest = hashlib.sha256(body).hexdigest()
+        with served.lock:
+            served.keys.add(self.headers.get("Authorization"))
+            fault = self.server.script.fault(digest, served.asked[digest])
+            served.faults[fault] += bool(fault)
+            served.asked[digest] += 1
+            served.now += 1
+            served.most = max(served.most, served.now)
+        try:
+            self._answer(json.loads(body), fault)
+        finally:
+            with served.lock:
+                served.now -= 1
+
+    def _answer(self, request: dict, fault: str) -> None:
+        script = self.server.script
+        if fault == "500":
+            return self._send(500, {"error": {"message": "out of memory"}})
+        if fault == "429":
+            return self._send(429, {"error": {"message": "busy"}}, {"Retry-After": "0.2"})
+        if fault == "slow":
+            time.sleep(script.slow)
+        reply = script.answer(request)
+        if isinstance(reply, tuple) and isinstance(reply[0], int):
+            return self._send(reply[0], {"error": {"message": reply[1]}})
+        text, logps = reply if isinstance(reply, tuple) else (reply, None)
+        logps = logps if request.get("logprobs") else None
+        whole = reply if isinstance(reply, dict) else chat(text, logps)
+        if fault == "no_choices":
+            whole["choices"] = []
+        if fault == "no_text":
+            whole["choices"][0]["message"] = {"role": "assistant", "content": None}
+        return self._send(200, whole, fault=fault)
+
+    def _send(
+        self, status: int, content: dict, headers: dict | None = None, fault: str = ""
+    ) -> None:
+        data = json.dumps(content).encode()
+        data = data[: len(data) // 2] if fault == "malformed" else data
+        with contextlib.suppress(OSError):  # the client may have gone
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self._write(data, fault)
+
+    def _write(self, data: bytes, fault: str) -> None:
+        if fault == "drip":
+            for i in range(20):
+                self.wfile.write(data[i : i + 1])
+                time.sleep(self.server.script.slow / 10)
+            data = data[20:]
+        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        self.close_connection |= fault == "cut"
+
+
 @contextlib.contextmanager
 def serving(
     answer: Answer, faults: tuple[str, ...] = (), most_faults: int = 1, slow: float = 1.5
@@ -55,84 +145,13 @@ def serving(
       slow: seconds that a slow answer takes, and half of those of a dripping one; give the client
         less.
     """
-    served = Served()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            self._send(200, {"object": "list", "data": [{"id": served.model, "object": "model"}]})
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            digest = hashlib.sha256(body).hexdigest()
-            with served.lock:
-                served.keys.add(self.headers.get("Authorization"))
-                tried = served.asked[digest]
-                served.asked[digest] += 1
-                served.now += 1
-                served.most = max(served.most, served.now)
-            try:
-                fault = faults[(int(digest, 16) + tried) % len(faults)] if faults else ""
-                if tried >= most_faults:
-                    fault = ""
-                with served.lock:
-                    served.faults[fault] += bool(fault)
-                self._answer(json.loads(body), fault)
-            finally:
-                with served.lock:
-                    served.now -= 1
-
-        def _answer(self, request: dict, fault: str) -> None:
-            if fault == "500":
-                return self._send(500, {"error": {"message": "out of memory"}})
-            if fault == "429":
-                return self._send(429, {"error": {"message": "busy"}}, {"Retry-After": "0.2"})
-            if fault == "slow":
-                time.sleep(slow)
-            reply = answer(request)
-            if isinstance(reply, tuple) and isinstance(reply[0], int):
-                return self._send(reply[0], {"error": {"message": reply[1]}})
-            text, first = reply if isinstance(reply, tuple) else (reply, None)
-            asked = first if request.get("logprobs") else None
-            found = reply if isinstance(reply, dict) else chat(text, asked)
-            if fault == "no_choices":
-                found["choices"] = []
-            if fault == "no_text":
-                found["choices"][0]["message"] = {"role": "assistant", "content": None}
-            return self._send(200, found, **{fault: True})
-
-        def _send(
-            self, status: int, content: dict, headers: dict | None = None, **how: bool
-        ) -> None:
-            data = json.dumps(content).encode()
-            data = data[: len(data) // 2] if how.get("malformed") else data
-            with contextlib.suppress(OSError):  # the client may have gone
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                for name, value in (headers or {}).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if how.get("drip"):
-                    for i in range(20):
-                        self.wfile.write(data[i : i + 1])
-                        time.sleep(slow / 10)
-                    data = data[20:]
-                self.wfile.write(data[: len(data) // 2] if how.get("cut") else data)
-                if how.get("cut"):
-                    self.close_connection = True
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    served.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    server.script = Script(answer, faults, most_faults, slow)
+    server.served = Served(url=f"http://127.0.0.1:{server.server_port}/v1")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield served
+        yield server.served
     finally:
         server.shutdown()
         server.server_close()

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from caprl_jax.api import loading
+from caprl_jax.api import draws, loading
 from caprl_jax.api.loading import Loaded
 from caprl_jax.data import questions as questions_lib
 from caprl_jax.data import records
@@ -204,9 +203,10 @@ class LoadedJudge(Loaded):
                 part = at[start : start + batch]
                 filled = [part[i % len(part)] for i in range(batch)]
                 prompt = _prompt([ids[i] for i in filled], length)
-                words = np.stack([_words(texts[i]) for i in filled])
-                arrays = loading.put((prompt, words), self.rules)
-                found = _write(self.rules, self.modules, decoding, self.params, *arrays, seed)
+                digests = draws.digests([texts[i] for i in filled])
+                prompt, digests = loading.put((prompt, digests), self.rules)
+                keys = draws.keys(seed, digests)
+                found = _write(self.rules, self.modules, decoding, self.params, prompt, keys)
                 arrays = found.tokens, found.mask, found.truncated, found.logp
                 tokens, mask, cut, logp = jax.device_get(arrays)
                 _require_finite(logp[mask], self.directory)
@@ -244,19 +244,11 @@ def _prompt(ids: Sequence[Sequence[int]], length: int) -> Prompt:
     )
 
 
-def _words(text: str) -> np.ndarray:
-    """A text's digest, uint32 [2]."""
-    return np.frombuffer(hashlib.sha256(text.encode(errors="replace")).digest()[:8], np.uint32)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _write(rules, modules, decoding, params, prompt, words, seed):
-    def key(pair):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1])
-
-    batch = Batch(None, prompt, questions=None, valid=jnp.ones(len(words), bool))
+def _write(rules, modules, decoding, params, prompt, keys):
+    batch = Batch(None, prompt, questions=None, valid=jnp.ones(len(keys), bool))
     with axes.using(rules):
-        return rollout(modules, params, batch, decoding=decoding, key=jax.vmap(key)(words))
+        return rollout(modules, params, batch, decoding=decoding, key=keys)
 
 
 def require_finite(verdicts: Verdicts, judge: str | Path) -> None:

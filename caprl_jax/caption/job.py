@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from caprl_jax.api import LoadedJudge, LoadedPolicy
+from caprl_jax.api import LoadedJudge, LoadedPolicy, draws
 from caprl_jax.api.policy import PROMPT
 from caprl_jax.caption import parts
 from caprl_jax.caption.parts import Add, Place
@@ -110,9 +109,9 @@ def draw(
     """
     at = [i % len(ids) for i in range(settings.batch)]
     inputs = policy.inputs([images[i] for i in at], settings.prompt)
-    words = np.stack([_words(ids[i]) for i in at])
+    keys = draws.keys(settings.seed, draws.digests([ids[i] for i in at]))
     options = {"group": settings.group, "sampling": settings.sampling}
-    return jax.device_get(policy.sample(*inputs, **options, key=_keys(settings.seed, words)))
+    return jax.device_get(policy.sample(*inputs, **options, key=keys))
 
 
 class BySize:
@@ -192,18 +191,3 @@ class _Job:
             return {}
         rewards = self._judge.score_texts([captions], [questions]).reward[0]
         return {"rewards": [round(float(r), 4) for r in rewards], "best": int(np.argmax(rewards))}
-
-
-def _words(identity: str) -> np.ndarray:
-    """An id's digest, uint32 [2]."""
-    return np.frombuffer(hashlib.sha256(identity.encode(errors="replace")).digest()[:8], np.uint32)
-
-
-@jax.jit
-def _keys(seed: int, words: jax.Array) -> jax.Array:
-    """The keys of images' draws [b], from their ids' digests uint32 [b, 2]."""
-
-    def key(words):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), words[0]), words[1])
-
-    return jax.vmap(key)(words)

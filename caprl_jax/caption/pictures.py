@@ -114,20 +114,20 @@ def find(path: str, root: str = "") -> Pictures:
     return _of_files(given, files) if files else _of_rows(of_rows, Path(root) if root else None)
 
 
-def read(path: str, ids: Collection[str]) -> dict[str, bytes]:
+def read(images: Pictures, ids: Collection[str]) -> dict[str, bytes]:
     """Returns the encoded bytes of the images with these ids; those that can't be read are missing.
 
     Raises:
-      ConfigError: as `find`.
+      OSError, ValueError: a file of rows can't be read.
     """
-    out: dict[str, bytes] = {}
-    for picture in find(path).each():
-        if picture.id in ids and picture.id not in out:
+    encoded: dict[str, bytes] = {}
+    for picture in images.each():
+        if picture.id in ids and picture.id not in encoded:
             with contextlib.suppress(UserError, OSError):
-                out[picture.id] = picture.read()
-        if len(out) == len(ids):
+                encoded[picture.id] = picture.read()
+        if len(encoded) == len(ids):
             break
-    return out
+    return encoded
 
 
 def _of_files(given: Path, files: list[Path]) -> Pictures:

@@ -7,7 +7,6 @@ to its keys and values. Without the image, the instruction alone is their shared
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +71,13 @@ def last_hidden(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _answers(rules, modules, params, root, letters, images, prompt, tokens, mask, count):
-    """Letters' logits with the images and without, float32 [2, b, n, letters]."""
+def _answers(rules, modules, params, shared, seen, asked):
+    """Letters' logits with the images and without, float32 [2, b, n, letters].
+
+    shared: (keys and values of the instruction, letters' ids); seen: (images, prompt); asked:
+    (tokens, mask, number of options) of the branches.
+    """
+    (root, letters), (images, prompt), (tokens, mask, count) = shared, seen, asked
     with axes.using(rules):
         trunk = modules.trunk(params, images, prompt)
         start = jnp.full(tokens.shape[0], root.mask.shape[-1], jnp.int32)
@@ -167,6 +171,6 @@ class Reader:
                 tokens[i, j, : len(ids)], mask[i, j, : len(ids)] = ids, True
                 count[i, j] = len(trial.options)
         prompt = jax.tree.map(lambda *a: np.stack(a), *prompts)
-        arrays: Any = loading.put((images, prompt, tokens, mask, count), policy.rules)
-        made = _answers(policy.rules, policy.modules, policy.params, *self._shared, *arrays)
+        seen, asked = loading.put(((images, prompt), (tokens, mask, count)), policy.rules)
+        made = _answers(policy.rules, policy.modules, policy.params, self._shared, seen, asked)
         return np.asarray(jax.device_get(made))[:, : len(rows)]

@@ -31,7 +31,7 @@ from caprl_jax.decode.sampling import Sampling
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import mcq, page, tables
-from caprl_jax.evaluate.captionqa import SPLITS
+from caprl_jax.evaluate.captionqa_rows import SPLITS
 from caprl_jax.evaluate.scorers import SCORERS
 
 # Flags that one protocol alone uses.
@@ -137,7 +137,7 @@ def evaluate(given: Any) -> None:
         "by_length": mcq.by_length(found),
         "each": found,
     } | about
-    page.finish(out, measured, others, lambda ids: pictures.read(given.data, ids))
+    page.finish(out, measured, others, lambda ids: pictures.read(pictures.find(given.data), ids))
     if at_endpoint:
         protocols.show_flaws(measured)
 

@@ -171,11 +171,7 @@ def own_name(name: str) -> str:
 
 def agreed(value: bool) -> bool:
     """Returns the value of process 0, in all processes."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return bool(of_first(np.asarray(value)))
 
 
 def of_first(arrays: Any) -> Any:

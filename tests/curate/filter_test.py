@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import re
 
 import jax
@@ -91,19 +90,9 @@ def run(model, rows, out, settings=PAPER, shared=(0, 1)):
     return filtering.filter_questions(model, pictures.find(str(rows)), settings, place)
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(out):
-    """Bytes of the files, which are all that is there."""
-    assert sorted(os.listdir(out)) == sorted(FILES)
-    return {name: (out / name).read_bytes() for name in FILES}
-
-
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
-    """What an uninterrupted job makes behind a server that misbehaves."""
+    """Folder of an uninterrupted job behind a server that misbehaves."""
     out = tmp_path_factory.mktemp("whole")
     with serving(answers, FAULTS) as server:
         assert run(Endpoint(server.url, limits=QUICK), given, out)
@@ -112,10 +101,14 @@ def whole(given, tmp_path_factory):
 
 
 def test_each_question_is_kept_or_dropped_for_its_reason(given, whole):
-    kept = {(r["id"], q["question"]) for r in lines(whole / "kept.jsonl") for q in r["questions"]}
+    kept = {
+        (r["id"], q["question"])
+        for r in scripted.lines(whole / "kept.jsonl")
+        for q in r["questions"]
+    }
     dropped = {
         (r["id"], q["question"]): v["why"]
-        for r in lines(whole / "dropped.jsonl")
+        for r in scripted.lines(whole / "dropped.jsonl")
         for q, v in zip(r["questions"], r["verdicts"], strict=True)
     }
     count = 0
@@ -132,7 +125,7 @@ def test_each_question_is_kept_or_dropped_for_its_reason(given, whole):
             elif why:
                 assert dropped[name] == why
     assert len(kept) + len(dropped) == count == 42
-    (row, *_) = lines(whole / "kept.jsonl")
+    (row, *_) = scripted.lines(whole / "kept.jsonl")
     assert row["image"] == str((given.parent / "crop-000.png").resolve())
     assert row["verdicts"] == [{"question": 1, "visual": 1.0, "text_only": 0.0}]
 
@@ -140,8 +133,10 @@ def test_each_question_is_kept_or_dropped_for_its_reason(given, whole):
 def test_counts_add_up_and_every_trial_is_there_once(given, whole):
     about = json.loads((whole / "about.json").read_text())
     assert about["rows"] == 16 == about["with_kept"] + about["without_kept"] + about["failed"]
-    assert about["failed"] == len(lines(whole / "failed.jsonl")) == 4
-    malformed = [m for row in lines(whole / "dropped.jsonl") for m in row.get("malformed", ())]
+    assert about["failed"] == len(scripted.lines(whole / "failed.jsonl")) == 4
+    malformed = [
+        m for row in scripted.lines(whole / "dropped.jsonl") for m in row.get("malformed", ())
+    ]
     assert len(malformed) == 2 == about["dropped_by_reason"][filtering.MALFORMED]
     assert {m["question"] for m in malformed} == {1}
     # 42 asked, 2 malformed, and 2 of the row without its image
@@ -149,7 +144,7 @@ def test_counts_add_up_and_every_trial_is_there_once(given, whole):
     assert about["kept"] + about["dropped"] + about["failed_questions"] == 46
     assert sum(about["dropped_by_reason"].values()) == about["dropped"]
     assert sum(map(sum, about["table"])) == sum(about["options"].values()) == 42
-    found = lines(whole / "trials.jsonl")
+    found = scripted.lines(whole / "trials.jsonl")
     keys = {(t["id"], t["question"], t["image"]) for t in found}
     assert len(found) == 42 * 4 * 2 and len(keys) == 42 * 2
     for name, image in (("image", True), ("text_only", False)):
@@ -185,7 +180,7 @@ def test_stopped_and_shared_jobs_give_the_same_files(given, whole, tmp_path):
         part.write_bytes(part.read_bytes()[:-5])
         assert run(model, given, tmp_path, shared=(0, 2))
         assert run(model, given, tmp_path, shared=(1, 2))
-    assert contents(tmp_path) == contents(whole)
+    assert scripted.contents(tmp_path, FILES) == scripted.contents(whole, FILES)
 
 
 def test_questions_without_an_answer_are_listed_and_can_be_asked_again(given, tmp_path):
@@ -199,7 +194,7 @@ def test_questions_without_an_answer_are_listed_and_can_be_asked_again(given, tm
     about = json.loads((tmp_path / "about.json").read_text())
     assert (about["kept"], about["dropped"], about["failed_questions"]) == (1, 1, 1)
     assert about["image"]["failed"] == about["text_only"]["failed"] == 4
-    (failed,) = lines(tmp_path / "failed.jsonl")
+    (failed,) = scripted.lines(tmp_path / "failed.jsonl")
     assert failed["questions"] == [asked[1]] and "malformed" in failed["reason"]
     (again,) = pictures.find(str(tmp_path / "failed.jsonl"), str(given.parent)).each()
     assert len(again.questions()) == 1 and again.read()
@@ -259,13 +254,13 @@ def test_the_tiny_policy_measures_the_embedded_world(tiny, tmp_path):
     about = json.loads((tmp_path / "one" / "about.json").read_text())
     assert about["questions"] == 10 == about["kept"] + about["dropped"]
     assert about["image"]["answers"] == about["text_only"]["answers"] == 20
-    found = lines(tmp_path / "one" / "trials.jsonl")
+    found = scripted.lines(tmp_path / "one" / "trials.jsonl")
     assert len(found) == 40 and all(t["letter"] in "ABCD" for t in found)
     orders = {(t["id"], t["question"], t["image"]): t["order"] for t in found}
     assert all(orders[i, n, True] == orders[i, n, False] for i, n, _ in orders)
     assert not run(tiny, rows, tmp_path / "two", settings, (1, 2))
     assert run(tiny, rows, tmp_path / "two", settings, (0, 2))
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert scripted.contents(tmp_path / "two", FILES) == scripted.contents(tmp_path / "one", FILES)
 
 
 def test_a_model_whose_logits_are_not_numbers_answers_nothing():

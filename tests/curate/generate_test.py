@@ -3,7 +3,6 @@
 import base64
 import collections
 import json
-import os
 import shutil
 
 import jax
@@ -45,19 +44,9 @@ def run(model, images, out, settings=ASKED, shared=(0, 1), root=""):
     return generate.generate(model, pictures.find(str(images), root), settings, place)
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(out):
-    """Bytes of the files, which are all that is there."""
-    assert sorted(os.listdir(out)) == sorted(FILES)
-    return {name: (out / name).read_bytes() for name in FILES}
-
-
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """What an uninterrupted job makes behind a server that misbehaves."""
+    """Folder of an uninterrupted job behind a server that misbehaves."""
     out = tmp_path_factory.mktemp("whole")
     with serving(scripted.writes, FAULTS) as server:
         assert run(Endpoint(server.url, limits=QUICK), corpus, out)
@@ -74,22 +63,22 @@ def test_nothing_is_lost_or_doubled_behind_a_server_that_misbehaves(whole, corpu
     assert {e[0] if isinstance(e[0], str) else "" for e in expected.values()} == {
         e[0] if isinstance(e[0], str) else "" for e in scripted.SCRIPT
     }  # every answer of the script was given
-    rows = {row["id"]: row for row in lines(whole / "rows.jsonl")}
+    rows = {row["id"]: row for row in scripted.lines(whole / "rows.jsonl")}
     assert list(rows) == sorted(n for n, (_, count, _) in expected.items() if count)
     rejects = collections.defaultdict(list)
-    for reject in lines(whole / "rejects.jsonl"):
+    for reject in scripted.lines(whole / "rejects.jsonl"):
         rejects[reject["id"]].append(reject["reason"])
     for name, (_, count, reasons) in expected.items():
         assert len(rows[name]["questions"] if name in rows else ()) == count, name
         assert rejects[name] == list(reasons), name
-    assert [f["id"] for f in lines(whole / "failed.jsonl")] == ["bad.jpg", "empty.png"]
+    assert [f["id"] for f in scripted.lines(whole / "failed.jsonl")] == ["bad.jpg", "empty.png"]
 
 
 def test_counts_add_up(whole):
     about = json.loads((whole / "about.json").read_text())
     assert about["images"] == about["settings"]["images"] == 42 and about["failed"] == 2
     assert about["with_questions"] + about["without_questions"] + about["failed"] == 42
-    rows, rejects = lines(whole / "rows.jsonl"), lines(whole / "rejects.jsonl")
+    rows, rejects = scripted.lines(whole / "rows.jsonl"), scripted.lines(whole / "rejects.jsonl")
     assert about["with_questions"] == len(rows)
     assert about["questions"] == sum(len(row["questions"]) for row in rows)
     assert about["rejects"] == len(rejects) == sum(about["rejects_by_reason"].values())
@@ -112,7 +101,7 @@ def test_two_processes_give_the_files_of_one(whole, corpus, tmp_path):
         assert run(model, corpus, tmp_path, shared=(0, 2))
         assert run(model, corpus, tmp_path)  # done already
         assert len(server.asked) == 40
-    assert contents(tmp_path) == contents(whole)
+    assert scripted.contents(tmp_path, FILES) == scripted.contents(whole, FILES)
 
 
 class Killed(BaseException):
@@ -150,7 +139,7 @@ def test_a_job_that_is_stopped_anywhere_goes_on_to_the_same_files(
                 run(model, corpus, tmp_path)
         assert run(model, corpus, tmp_path)
         assert run(model, corpus, tmp_path)
-    assert contents(tmp_path) == contents(whole)
+    assert scripted.contents(tmp_path, FILES) == scripted.contents(whole, FILES)
 
 
 def test_what_fails_for_good_is_listed_and_can_be_asked_again(corpus, tmp_path):
@@ -165,7 +154,7 @@ def test_what_fails_for_good_is_listed_and_can_be_asked_again(corpus, tmp_path):
     limits = Limits(timeout=1.0, tries=2)
     with serving(answer) as server:
         assert run(Endpoint(server.url, limits=limits), corpus, tmp_path / "one")
-    failed = lines(tmp_path / "one" / "failed.jsonl")
+    failed = scripted.lines(tmp_path / "one" / "failed.jsonl")
     assert len(failed) == 2 + sum(refused) / 2 > 2 and all(f["reason"] for f in failed)
     assert "malformed" in next(f["reason"] for f in failed if f["id"].startswith("crop"))
     again = tmp_path / "one" / "failed.jsonl"
@@ -192,7 +181,7 @@ def test_an_endpoint_that_is_lost_stops_the_job_and_fails_no_image(whole, corpus
     with serving(scripted.writes) as server:
         assert run(Endpoint(server.url, limits=QUICK), corpus, tmp_path)
         assert len(server.asked) == 32
-    assert contents(tmp_path) == contents(whole)
+    assert scripted.contents(tmp_path, FILES) == scripted.contents(whole, FILES)
 
 
 class Refusing(Endpoint):
@@ -221,7 +210,9 @@ def test_images_that_a_server_refuses_in_a_row_are_listed_and_stop_no_job(
         model.refused = {scripted.pixels((corpus / n).read_bytes()) for n in names[5:35]}
         assert run(model, corpus, tmp_path)
         assert run(model, corpus, tmp_path)
-    failed = [f["id"] for f in lines(tmp_path / "failed.jsonl") if "too large" in f["reason"]]
+    failed = [
+        f["id"] for f in scripted.lines(tmp_path / "failed.jsonl") if "too large" in f["reason"]
+    ]
     assert failed == names[5:35]
     about = json.loads((tmp_path / "about.json").read_text())
     assert about["images"] == 42 and about["failed"] == 32 + 10 * lost
@@ -269,7 +260,7 @@ def test_each_image_is_read_and_decoded_from_base64_once(corpus, tmp_path, monke
             found = pictures.find(str(tmp_path / "in.jsonl"), str(corpus))
             place = folder.open_folder(str(tmp_path / "out"), filtering.KEPT, 0, 1)
             assert filtering.filter_questions(model, found, filtering.Settings(), place)
-    assert len(lines(tmp_path / "out" / "failed.jsonl")) == 2
+    assert len(scripted.lines(tmp_path / "out" / "failed.jsonl")) == 2
     assert len(read) == len(set(read)) == 4
 
 
@@ -282,9 +273,9 @@ def test_rows_keep_extras_and_images_within_them(corpus, tmp_path):
     with serving(lambda _: scripted.GOOD) as server:
         model = Endpoint(server.url, limits=QUICK)
         assert run(model, tmp_path / "in.jsonl", tmp_path / "out", root=str(corpus))
-    (row,) = lines(tmp_path / "out" / "rows.jsonl")
+    (row,) = scripted.lines(tmp_path / "out" / "rows.jsonl")
     assert row["extras"] == {"hue": 1} and row["image"] == str((corpus / "china.jpg").resolve())
-    (failed,) = lines(tmp_path / "out" / "failed.jsonl")
+    (failed,) = scripted.lines(tmp_path / "out" / "failed.jsonl")
     assert failed["image"] == given[1]["image"] and "can't be decoded" in failed["reason"]
 
 
@@ -295,7 +286,7 @@ def test_the_tiny_policy_writes_no_questions_about_photographs_and_none_is_lost(
     model = caprl_jax.load_policy("asset:tiny/policy", mesh=mesh.make_mesh({}, jax.devices()[:1]))
     settings = Settings(max_tokens=24, batch=1)
     assert run(model, tmp_path / "in", tmp_path / "out", settings)
-    rejects = lines(tmp_path / "out" / "rejects.jsonl")
+    rejects = scripted.lines(tmp_path / "out" / "rejects.jsonl")
     assert [r["id"] for r in rejects] == sorted(names)
     assert all("digits:" in r["text"] and r["reason"] == parse.OUTSIDE for r in rejects)
     about = json.loads((tmp_path / "out" / "about.json").read_text())

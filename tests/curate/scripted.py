@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import io
+import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +86,14 @@ def writes(request: dict) -> Any:
         reply["choices"][0]["finish_reason"] = "length"
         return reply
     return text
+
+
+def lines(path: Path) -> list[dict]:
+    """A file's lines of JSON."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(out: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Bytes of the files with these names, which are all that is there."""
+    assert sorted(os.listdir(out)) == sorted(names)
+    return {name: (out / name).read_bytes() for name in names}

@@ -2,7 +2,6 @@
 
 import json
 import random
-import types
 
 import pyarrow
 import pyarrow.parquet
@@ -13,10 +12,11 @@ from caprl_jax import endpoint, protocols
 from caprl_jax.data.digits import world as digits
 from caprl_jax.endpoint import Limits, Reply
 from caprl_jax.errors import ConfigError
-from caprl_jax.evaluate import captionqa, released, tables
-from caprl_jax.evaluate.captionqa import ABSTAIN, Question, Shown
+from caprl_jax.evaluate import captionqa, captionqa_rows, released, tables
+from caprl_jax.evaluate.captionqa_rows import ABSTAIN, Question, Shown
 
 from ..endpoint_server import FAULTS, serving
+from . import by_protocol
 
 COLOUR = Question("a", 0, "Which colour?", ("red", "blue", "green"), 1, "colour")
 YES_NO = Question("a", 1, "Red or not?", ("Yes", "No"), 0, "presence")
@@ -27,11 +27,11 @@ EVERY = (COLOUR, YES_NO, ASKS, FALSE, AFTER)
 
 
 def test_yes_no_questions_are_told_from_options_that_hold_the_letters():
-    assert [captionqa.is_yes_no(q) for q in EVERY] == [False, True, True, False, False]
+    assert [captionqa_rows.is_yes_no(q) for q in EVERY] == [False, True, True, False, False]
     theirs = [released.is_yes_no(q.text, q.choices) for q in EVERY]
     assert theirs == [False, True, True, True, False]  # "eYES" and "NOne"
     more = Question("d", 0, "Which?", ("yes, two", "no, none", "unclear"), 0)
-    assert captionqa.is_yes_no(more)
+    assert captionqa_rows.is_yes_no(more)
 
 
 def test_one_generator_goes_through_all_in_order():
@@ -40,9 +40,9 @@ def test_one_generator_goes_through_all_in_order():
         order = list(range(count))
         rng.shuffle(order)
         expected.append(tuple(order))
-    theirs = captionqa.orders(EVERY, frozenset("abc"))
+    theirs = captionqa_rows.orders(EVERY, frozenset("abc"))
     assert [s.order for s in theirs.values()] == expected
-    ours = captionqa.orders(EVERY)
+    ours = captionqa_rows.orders(EVERY)
     assert list(ours) == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0)]
     at = [ours[k].order == theirs[k].order for k in ours]
     assert at == [True, True, True, False, True]  # only that question differs, none after it
@@ -50,9 +50,9 @@ def test_one_generator_goes_through_all_in_order():
 
 
 def test_an_image_without_a_caption_shifts_no_order_but_as_released():
-    whole, theirs = captionqa.orders(EVERY), captionqa.orders(EVERY, frozenset("bc"))
+    whole, theirs = captionqa_rows.orders(EVERY), captionqa_rows.orders(EVERY, frozenset("bc"))
     assert theirs["c", 0].order != whole["c", 0].order
-    alone = captionqa.orders((AFTER,))
+    alone = captionqa_rows.orders((AFTER,))
     assert alone["c", 0].order != whole["c", 0].order  # a domain alone draws otherwise
 
 
@@ -127,22 +127,8 @@ def data(tmp_path):
 
 
 def evaluate(folder, url, **changes):
-    given = {
-        "protocol": "captionqa",
-        "judge": url,
-        "judge_model": "",
-        "data": str(folder / "data"),
-        "captions": str(folder / "captions.jsonl"),
-        "model": "",
-        "out": str(folder / "out"),
-        "against": [],
-        "as_released": False,
-        "scorer": "",
-        "split": "",
-        "batch": 4,
-    }
-    protocols.evaluate(types.SimpleNamespace(**(given | changes)))
-    return json.loads((folder / "out" / "results.json").read_text())
+    given = {"data": str(folder / "data")} | changes
+    return by_protocol.evaluate("captionqa", folder, url, **given)
 
 
 SAYS = {"Is the cat": "blue", "Which part": "None of it", "How many": ABSTAIN}
@@ -258,11 +244,11 @@ def test_a_splits_images_are_found_wherever_its_name_is(tmp_path, files):
         if split:
             asked = row("a", ASKS, FALSE) | {"id": None, "images": [f"{file.stem}.png"]}
             file.write_text(json.dumps(asked) + "\n")
-    data = captionqa.read(str(tmp_path / "data"), "all")
+    data = captionqa_rows.read(str(tmp_path / "data"), "all")
     found = protocols.images_of(data.files)
     (image,) = found.each()
     assert {image.id} == data.own and image.read() == png and found.count == 1
-    assert protocols.read_images(found, {image.id, "other"}) == {image.id: png}
+    assert protocols.pictures.read(found, {image.id, "other"}) == {image.id: png}
 
 
 def test_released_scores_have_four_digits():

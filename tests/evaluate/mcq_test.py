@@ -315,7 +315,7 @@ def test_groups_are_those_of_the_rows_and_their_questions(world, complete, short
 
 
 def test_the_page_holds_each_figure(world, complete, short, capsys):
-    """Of a table and the page alike: means, intervals and differences, to one decimal."""
+    """The table and the page show the same means, intervals and differences, to one decimal."""
     again = results.read(str(world / "of-short" / "results.json"))
     results.write(world / "of-short", again)
     printed = capsys.readouterr().out

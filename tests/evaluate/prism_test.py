@@ -14,6 +14,7 @@ from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import prism, released
 
 from ..endpoint_server import FAULTS, serving
+from . import by_protocol
 
 SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
 CHAT = (
@@ -184,22 +185,8 @@ def answer(request):
 
 
 def evaluate(rows, url, **changes):
-    given = {
-        "protocol": "prism",
-        "judge": url,
-        "judge_model": "",
-        "data": str(rows / "rows.jsonl"),
-        "captions": str(rows / "captions.jsonl"),
-        "model": "",
-        "out": str(rows / "out"),
-        "against": [],
-        "as_released": False,
-        "scorer": "",
-        "split": "",
-        "batch": 4,
-    }
-    protocols.evaluate(types.SimpleNamespace(**(given | changes)))
-    return json.loads((rows / "out" / "results.json").read_text())
+    given = {"data": str(rows / "rows.jsonl")} | changes
+    return by_protocol.evaluate("prism", rows, url, **given)
 
 
 @pytest.fixture
@@ -310,7 +297,7 @@ def test_a_page_without_images_is_no_error(rows, quick, monkeypatch, caplog):
     def lost(*_):
         raise ConfigError("the rows are gone")
 
-    monkeypatch.setattr(protocols, "read_images", lost)
+    monkeypatch.setattr(protocols.pictures, "read", lost)
     with serving(answer) as server:
         assert evaluate(rows, server.url)["images"] == 2
     assert "the page shows no images: the rows are gone" in caplog.text

@@ -4,21 +4,16 @@ import json
 import logging
 import shutil
 
-import jax
 import numpy as np
-import optax
 import pytest
 
-from caprl_jax import config as config_lib
 from caprl_jax.data.digits.world import JUDGE_PROMPT
-from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.models.hf import download as sources
-from caprl_jax.rl.step import caprl_step
-from caprl_jax.run import build
 from caprl_jax.run.through_text import Retokeniser
 
 from ..train_test import tiny
+from . import two_steps
 
 POLICY, JUDGE = sources.fetch("asset:tiny/policy"), sources.fetch("asset:tiny/judge")
 
@@ -43,11 +38,6 @@ def renumbered(tmp_path_factory):
     return directory
 
 
-def built(config):
-    """(task, initial state) of a config."""
-    return build.caprl(config_lib.complete(config), SetAside(), caprl_step)
-
-
 def test_retokenising_gives_the_judges_ids_and_says_what_it_cut(renumbered):
     policy, other = (Tokenizer.from_pretrained(d, 512) for d in (POLICY, renumbered))
     texts = ["digits: west red three", "digits: east blue one, west red two, total two"]
@@ -69,38 +59,13 @@ def test_two_programs_equal_one(tmp_path, renumbered, caplog):
     """With the same judge under other ids, a step through text is the step on device."""
     # Greedy letters and captions that stop early: nothing is cut or drawn in between.
     settings = {"sampling.max_tokens": 24, "steps": 2, "judge.max_caption": 40}
-    results = []
-    for judge in ("asset:tiny/judge", str(renumbered)):
-        c = tiny(tmp_path, **settings, **{"judge.path": judge})
-        with caplog.at_level(logging.WARNING):
-            task, state = built(c)
-        initial = jax.device_get(state.params)
-        key = jax.device_put(jax.random.key(0), state.step.sharding)
-        data = task.data(0)
-        for _ in range(2):
-            batch = task.place(next(data))
-            with jax.transfer_guard("disallow"):
-                state, metrics = task.step(state, batch, key)
-        data.close()
-        assert task.traces() == 1
-        evaluated, _ = task.evaluate(state.params)
-        results.append((jax.device_get((state.params, metrics)), evaluated))
+    one = two_steps.take(tiny(tmp_path, **settings))
+    with caplog.at_level(logging.WARNING):
+        two = two_steps.take(tiny(tmp_path, **settings, **{"judge.path": str(renumbered)}))
     assert "tokenizers differ" in caplog.text and "two programs" in caplog.text
-    (one, metrics), evaluated = results[0]
-    (two, other), evaluated_two = results[1]
-    cut = other.pop("captions_cut")
+    cut = two.metrics.pop("captions_cut")
     assert cut[0] == 0 and cut[1] == 16
-    for gap in (metrics.pop("logp_gap"), other.pop("logp_gap")):  # itself rounding noise
-        assert gap[0] / gap[1] < 1e-5
-    assert metrics.keys() == other.keys()
-    for name, (total, count) in metrics.items():
-        np.testing.assert_allclose(other[name], (total, count), rtol=1e-3, atol=1e-5, err_msg=name)
-    # Where a gradient is nearly zero Adam makes a step of its noise: so all together, not each.
-    apart = optax.tree.norm(jax.tree.map(np.subtract, two, one))
-    moved = optax.tree.norm(jax.tree.map(np.subtract, one, initial))
-    assert moved > 0.1 and apart < 2e-3 * moved
-    for name in ("accuracy_greedy", "accuracy_sampled"):
-        assert abs(evaluated[name] - evaluated_two[name]) < 0.02
+    two_steps.assert_same(one, two)
 
 
 @pytest.mark.slow
@@ -108,11 +73,11 @@ def test_two_programs_equal_one(tmp_path, renumbered, caplog):
 def test_splicing_is_measured_and_catches_a_boundary_that_moves(tmp_path):
     """The shipped prompt splices cleanly; one with a space before the caption does not."""
     c = tiny(tmp_path)
-    task, state = built(c)
+    task, state = two_steps.built(c)
     found, _ = task.evaluate(state.params)
     assert found["splice_ids_differ"] == 0 and found["splice_letters_differ"] == 0
     # A space joins the word after it, in whole text.
     c.judge.prompt = JUDGE_PROMPT.replace("\n{caption}", " {caption}")
-    task, state = built(c)
+    task, state = two_steps.built(c)
     found, _ = task.evaluate(state.params)
     assert found["splice_ids_differ"] > 0.5
