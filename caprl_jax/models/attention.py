@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from caprl_jax.models import places
+from caprl_jax.models import blocks, places
 from caprl_jax.models.places import Places
 
 SCORE_BYTES = 2**28  # upper bound on one image's scores at a time; more queries go in slices
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
 KEPT = "attention"  # checkpoint name of the residuals that attention keeps beside its inputs
-_MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
 @flax.struct.dataclass
@@ -54,11 +53,12 @@ class Row:
 
     Attributes:
       places: Places [*batch, t], which say which of them a token sees.
-      span: a token sees none that stands `span` or more before it; the most tokens of one text.
+      packed: whether several texts lie end to end, so that most tokens don't see each other. Rows
+        then have one batch axis.
     """
 
     places: Places
-    span: int = flax.struct.field(pytree_node=False)
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def mask(self) -> jax.Array:
@@ -68,7 +68,7 @@ class Row:
 
 def text(mask: jax.Array) -> Row:
     """Returns the row of one text whose tokens see the real ones up to them: bool [*batch, t]."""
-    return Row(places.causal(mask), mask.shape[-1])
+    return Row(places.causal(mask))
 
 
 @flax.struct.dataclass
@@ -82,7 +82,7 @@ class Segment:
       keys: the keys' places [*batch, length], if the queries are tokens of the same row; None if
         every query sees all real keys.
       queries: the queries' places [*batch, t], with `keys` only.
-      span: with `keys`, as for Row.
+      packed: as for Row.
     """
 
     k: jax.Array
@@ -90,12 +90,12 @@ class Segment:
     mask: jax.Array
     keys: Places | None = None
     queries: Places | None = None
-    span: int = flax.struct.field(pytree_node=False, default=0)
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
     """Returns the segment of a row's own keys and values, for queries of all of its tokens."""
-    return Segment(k, v, row.mask, row.places, row.places, row.span)
+    return Segment(k, v, row.mask, row.places, row.places, row.packed)
 
 
 def align_right(a: jax.Array, ndim: int) -> jax.Array:
@@ -131,11 +131,6 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
             raise ValueError(
                 f"places of queries {segment.queries.order.shape} don't fit queries {q.shape}"
             )
-    banded = [
-        s.keys is not None and s.keys is s.queries and 2 * s.span < q.shape[-3] for s in segments
-    ]
-    if any(banded):
-        return _attend_in_bands(q, segments, banded.index(True))
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
         return _attend(q, segments)
@@ -156,38 +151,6 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     return jax.lax.slice_in_dim(out, 0, t, axis=out.ndim - 3)
 
 
-def _attend_in_bands(q: jax.Array, segments: tuple[Segment, ...], which: int) -> jax.Array:
-    """Attends in bands of a row: the tokens of a band of `span` see its keys and the band before's.
-
-    Scores are those of two bands of keys, however long the row is.
-    """
-    row, t = segments[which], q.shape[-3]
-    size = row.span
-    padded = -(-t // size) * size
-
-    def cut(a, axis):
-        a, axis = _pad_axis(a, padded, axis), axis % a.ndim
-        return a.reshape(*a.shape[:axis], padded // size, size, *a.shape[axis + 1 :])
-
-    def before(a, axis):
-        """Joins each band of keys with the one before it."""
-        a, axis = cut(a, axis), axis % a.ndim
-        first = jnp.zeros_like(jax.lax.slice_in_dim(a, 0, 1, axis=axis))
-        earlier = jnp.concatenate([first, jax.lax.slice_in_dim(a, 0, -1, axis=axis)], axis=axis)
-        return jnp.concatenate([earlier, a], axis=axis + 1)
-
-    # Padding is 0, and so is the first band's predecessor: groups are shifted to make 0 padding.
-    places = row.keys.replace(group=row.keys.group + 1)
-    keys = jax.tree.map(lambda a: before(a, -1), places)
-    queries = jax.tree.map(lambda a: cut(a, -1), places)
-    keys, queries = (p.replace(group=p.group - 1) for p in (keys, queries))
-    bands = Segment(before(row.k, -3), before(row.v, -3), keys.group >= 0, keys, queries, 2 * size)
-    segments = [*segments[:which], bands, *segments[which + 1 :]]
-    out = attend(cut(q, -3), segments)
-    out = out.reshape(*out.shape[:-4], padded, *out.shape[-2:])
-    return jax.lax.slice_in_dim(out, 0, t, axis=out.ndim - 3)
-
-
 def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
     """Pads an axis with zeros to the given size."""
     pad = [(0, 0)] * a.ndim
@@ -202,7 +165,7 @@ def _pad_places(queries: Places | None, size: int) -> Places | None:
 
 def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
     """Queries in a slice: even slices whose scores for one image stay within SCORE_BYTES."""
-    keys = sum(s.k.shape[-3] for s in segments)
+    keys = sum(s.k.shape[-3] for s in segments if not s.packed) or 1
     row_bytes = 4 * keys * q.shape[-2] * math.prod(q.shape[1:-3])  # a token's float32 scores
     slices = -(-q.shape[-3] // max(SCORE_BYTES // row_bytes, 1))
     return -(-q.shape[-3] // slices)
@@ -216,14 +179,14 @@ def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> jax.Array:
 def _forward(q, segments):
     """(attention of q, residuals for the gradient)."""
     grouped = _grouped(q, segments)
-    parts = [_partial(grouped, segment) for segment in segments]
+    parts = [(_packed if s.packed else _partial)(grouped, s) for s in segments]
     top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
     scales = [jnp.exp(part_top - top) for _, part_top, _ in parts]
     values = sum(value * s[..., None] for (value, _, _), s in zip(parts, scales, strict=True))
     total = sum(total * s for (_, _, total), s in zip(parts, scales, strict=True))
     out = (values / total[..., None]).astype(q.dtype).reshape(q.shape)
     # A query that has nothing to attend to gets weights of 0 in the gradient.
-    log_total = jnp.where(top > _MASKED / 2, top + jnp.log(total), 0)
+    log_total = jnp.where(top > blocks.MASKED / 2, top + jnp.log(total), 0)
     out, log_total = checkpoint_name((out, log_total), KEPT)
     return out, (q, segments, out, log_total)
 
@@ -233,7 +196,12 @@ def _backward(residuals, grad_out):
     grouped, grad_out = _grouped(q, segments), _grouped(grad_out, segments)
     product = grad_out.astype(jnp.float32) * _grouped(out, segments).astype(jnp.float32)
     delta = jnp.sum(product, axis=-1)  # D of flash attention's algorithm 4
-    parts = [_partial_backward(grouped, s, grad_out, delta, log_total) for s in segments]
+    parts = [
+        (_packed_backward if s.packed else _partial_backward)(
+            grouped, s, grad_out, delta, log_total
+        )
+        for s in segments
+    ]
     grad_q = sum(part for part, _, _ in parts).astype(q.dtype).reshape(q.shape)
     grads = zip(segments, parts, strict=True)
     return grad_q, tuple(
@@ -285,6 +253,25 @@ def _partial_backward(
     return unfold(grad_q), grad_k.astype(segment.k.dtype), grad_v.astype(segment.v.dtype)
 
 
+def _packed(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes _partial for the keys of a packed row."""
+    return blocks.forward(_blocks(q, segment), q.shape[1])
+
+
+def _packed_backward(
+    q: jax.Array, segment: Segment, grad_out: jax.Array, delta: jax.Array, log_total: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes _partial_backward for the keys of a packed row."""
+    found = _blocks(q, segment)
+    grad_q, *grads = blocks.backward(found, grad_out, delta, log_total, segment.k.shape[1])
+    return grad_q, *(grad.astype(segment.k.dtype) for grad in grads)
+
+
+def _blocks(q: jax.Array, segment: Segment) -> blocks.Blocks:
+    chex.assert_rank(q, 5)  # packed rows have one batch axis
+    return blocks.cut(q, segment.k, segment.v, segment.queries, segment.keys)
+
+
 def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
     """Functions (fold, unfold) between [*batch, t, k, r, ..] and [*shared, k, r, x, ..].
 
@@ -312,7 +299,7 @@ def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
     mask = segment.mask[..., None, :]
     if segment.keys is not None:
         mask = places.visible(segment.queries, segment.keys)
-    return jnp.where(mask[..., None, None, :, :], scores, _MASKED)
+    return jnp.where(mask[..., None, None, :, :], scores, blocks.MASKED)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

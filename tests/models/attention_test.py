@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.models import attention
+from caprl_jax.models import attention, blocks
 from caprl_jax.models.attention import Row, Segment, attend, own, text
 from caprl_jax.models.places import Places, visible
 
@@ -109,10 +109,13 @@ def packed_row():
     group = np.repeat([0, 1, 2, 3, -1], [5, 2, 4, 5, 2])
     leaf = np.concatenate([[0, 0, 1, 1, 2], [0, 1], [0, 1, 2, 2], [0, 0, 0, 1, 2], [0, 0]])
     places = Places(*(np.tile(a, (2, 1)).astype(np.int32) for a in (group, leaf, np.arange(18))))
-    return Row(jax.tree.map(jnp.asarray, places), span=5)
+    return Row(jax.tree.map(jnp.asarray, places), packed=True)
 
 
-def test_bands_of_a_row_are_the_whole_row():
+@pytest.mark.parametrize("queries_at_once", [18, 7])
+def test_blocks_of_a_row_are_the_whole_row(monkeypatch, queries_at_once):
+    monkeypatch.setattr(blocks, "SIZE", 4)
+    monkeypatch.setattr(attention, "SCORE_BYTES", queries_at_once * 4 * 3 * 4)
     rng, row = np.random.default_rng(0), packed_row()
     q, k, v, *root = (
         jnp.asarray(rng.normal(size=(2, n, h, 4)), jnp.float32)
@@ -120,20 +123,26 @@ def test_bands_of_a_row_are_the_whole_row():
     )
     shared = Segment(*root, jnp.ones((2, 3), bool))
 
-    def run(span, q, k, v):
-        return attend(q, [shared, own(k, v, row.replace(span=span))])
+    def run(packed, q, k, v, segments):
+        return attend(q, [*segments, own(k, v, row.replace(packed=packed))])
 
-    whole, back = jax.vjp(lambda *a: run(18, *a), q, k, v)
-    banded, back_of_bands = jax.vjp(lambda *a: run(5, *a), q, k, v)
-    real = np.asarray(row.mask)
-    np.testing.assert_allclose(banded[real], whole[real], atol=1e-6)
-    grad = jnp.where(real[..., None, None], jnp.sin(whole), 0)
-    for a, b in zip(back_of_bands(grad), back(grad), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    for segments in ([shared], []):
+        whole, back = jax.vjp(lambda *a, s=segments: run(False, *a, s), q, k, v)
+        found, back_of_blocks = jax.vjp(lambda *a, s=segments: run(True, *a, s), q, k, v)
+        real = np.asarray(row.mask)
+        np.testing.assert_allclose(found[real], whole[real], atol=1e-6)
+        assert np.all(np.isfinite(found))
+        grad = jnp.where(real[..., None, None], jnp.sin(whole), 0)
+        for a, b in zip(back_of_blocks(grad), back(grad), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_bands_hold_the_scores_of_two_bands_of_keys():
-    row, q = packed_row(), jnp.zeros((2, 18, 4, 4))
-    k = v = jnp.zeros((2, 18, 2, 4))
-    shapes = str(jax.make_jaxpr(lambda q, k, v: attend(q, [own(k, v, row)]))(q, k, v))
-    assert "5,10]" in shapes and "18,18]" not in shapes
+def test_only_blocks_that_see_each_other_are_computed(monkeypatch):
+    monkeypatch.setattr(blocks, "SIZE", 3)
+    row = packed_row()
+    q, k = jnp.zeros((2, 18, 2, 2, 4)), jnp.zeros((2, 18, 2, 4))
+    found = blocks.cut(q, k, k, row.places, row.places)
+    seen = visible(row.places, row.places)[0].reshape(6, 3, 6, 3).any((1, 3))
+    assert found.count < 36 // 2
+    computed = set(np.asarray(found.pairs[: found.count]).tolist())
+    assert set(np.flatnonzero(seen).tolist()) <= computed
