@@ -55,10 +55,13 @@ class Row:
       places: Places [*batch, t], which say which of them a token sees.
       packed: whether several texts lie end to end, so that most tokens don't see each other. Rows
         then have one batch axis.
+      seen: bool [*batch, t, t], places.visible, which all layers share; None for packed rows, where
+        it would be large.
     """
 
     places: Places
     packed: bool = flax.struct.field(pytree_node=False, default=False)
+    seen: jax.Array | None = None
 
     @property
     def mask(self) -> jax.Array:
@@ -68,7 +71,8 @@ class Row:
 
 def text(mask: jax.Array) -> Row:
     """Returns the row of one text whose tokens see the real ones up to them: bool [*batch, t]."""
-    return Row(places.causal(mask))
+    found = places.causal(mask)
+    return Row(found, seen=places.visible(found, found))
 
 
 @flax.struct.dataclass
@@ -83,6 +87,7 @@ class Segment:
         every query sees all real keys.
       queries: the queries' places [*batch, t], with `keys` only.
       packed: as for Row.
+      seen: bool [*batch, t, length], as for Row.
     """
 
     k: jax.Array
@@ -91,11 +96,17 @@ class Segment:
     keys: Places | None = None
     queries: Places | None = None
     packed: bool = flax.struct.field(pytree_node=False, default=False)
+    seen: jax.Array | None = None
+
+    def rows(self, take: Callable) -> "Segment":
+        """Applies take(array, axis) to what the queries have: to keep, cut or pad some of them."""
+        queries, seen = jax.tree.map(lambda a: take(a, -1), self.queries), self.seen
+        return self.replace(queries=queries, seen=None if seen is None else take(seen, -2))
 
 
 def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
     """Returns the segment of a row's own keys and values, for queries of all of its tokens."""
-    return Segment(k, v, row.mask, row.places, row.places, row.packed)
+    return Segment(k, v, row.mask, row.places, row.places, row.packed, row.seen)
 
 
 def align_right(a: jax.Array, ndim: int) -> jax.Array:
@@ -136,15 +147,14 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         return _attend(q, segments)
     padded = -(-t // size) * size
     q = _pad_axis(q, padded, -3)
-    segments = [s.replace(queries=_pad_places(s.queries, padded)) for s in segments]
+    segments = [s.rows(lambda a, axis: _pad_axis(a, padded, axis)) for s in segments]
 
     # Memory holds the scores of one slice of the queries at a time.
     def attend_slice(start):
         def cut(a, axis):
             return jax.lax.dynamic_slice_in_dim(a, start, size, axis % a.ndim)
 
-        seen = [s.replace(queries=jax.tree.map(lambda a: cut(a, -1), s.queries)) for s in segments]
-        return _attend(cut(q, -3), tuple(seen))
+        return _attend(cut(q, -3), tuple(s.rows(cut) for s in segments))
 
     out = jnp.moveaxis(jax.lax.map(attend_slice, jnp.arange(0, padded, size)), 0, -4)
     out = out.reshape(*out.shape[:-4], padded, *out.shape[-2:])
@@ -156,11 +166,6 @@ def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
     pad = [(0, 0)] * a.ndim
     pad[axis] = (0, size - a.shape[axis])
     return jnp.pad(a, pad)
-
-
-def _pad_places(queries: Places | None, size: int) -> Places | None:
-    """Pads queries' places to the given number; what is added sees and means nothing."""
-    return jax.tree.map(lambda a: _pad_axis(a, size, -1), queries)
 
 
 def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
@@ -296,9 +301,7 @@ def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
     """Masked scores of folded queries: [*shared, k, r, x, d] -> float32 [*shared, k, r, x, s]."""
     # Scaling the queries instead would round each of them once more in bfloat16.
     scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
-    mask = segment.mask[..., None, :]
-    if segment.keys is not None:
-        mask = places.visible(segment.queries, segment.keys)
+    mask = segment.mask[..., None, :] if segment.keys is None else segment.seen
     return jnp.where(mask[..., None, None, :, :], scores, blocks.MASKED)
 
 

@@ -170,9 +170,8 @@ class Block(nn.Module):
         if not where.shape[-1]:
             return x, (k, v)
         q = self._queries(y, tuple(rotation))
-        own = attention.own(k, v, context.own)
-        queries = jax.tree.map(lambda a: jnp.take_along_axis(a, where, axis=-1), context.own.places)
-        segments = [*self._ancestors(context, past), own.replace(queries=queries)]
+        own = attention.own(k, v, context.own).rows(functools.partial(_take_rows, where))
+        segments = [*self._ancestors(context, past), own]
         return self._attend_and_mlp(x, q, segments), (k, v)
 
     def decode(
@@ -242,7 +241,13 @@ def _to_caches(a: jax.Array, kind: str) -> jax.Array:
 
 def _take(a: jax.Array, where: jax.Array) -> jax.Array:
     """Entries of a [*batch, t, d] at int [*batch, n] -> [*batch, n, d]."""
-    return jnp.take_along_axis(a, where[..., None], axis=-2)
+    return _take_rows(where, a, -2)
+
+
+def _take_rows(where: jax.Array, a: jax.Array, axis: int) -> jax.Array:
+    """Entries of a [*batch, t(, s)], whose axis t is `axis`, at int [*batch, n]."""
+    index = where if axis == -1 else where[..., None]
+    return jnp.take_along_axis(a, index, axis=axis)
 
 
 def put_heads_first(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:

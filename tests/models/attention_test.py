@@ -109,7 +109,8 @@ def packed_row():
     group = np.repeat([0, 1, 2, 3, -1], [5, 2, 4, 5, 2])
     leaf = np.concatenate([[0, 0, 1, 1, 2], [0, 1], [0, 1, 2, 2], [0, 0, 0, 1, 2], [0, 0]])
     places = Places(*(np.tile(a, (2, 1)).astype(np.int32) for a in (group, leaf, np.arange(18))))
-    return Row(jax.tree.map(jnp.asarray, places), packed=True)
+    places = jax.tree.map(jnp.asarray, places)
+    return Row(places, packed=True, seen=visible(places, places))
 
 
 @pytest.mark.parametrize("queries_at_once", [18, 7])
