@@ -172,9 +172,7 @@ def _sharded(function: Callable, inputs: Inputs) -> Callable:
     images, _, heads, _ = rules.spec(("images", None, "heads", None), inputs.k.shape)
 
     def specs(tree):
-        return jax.tree.map(
-            lambda a: PartitionSpec(images, None, heads if a.ndim > 2 else None), tree
-        )
+        return jax.tree.map(lambda a: PartitionSpec(*(images, None, heads)[: a.ndim]), tree)
 
     def call(*args):
         shapes = jax.eval_shape(function, *args)

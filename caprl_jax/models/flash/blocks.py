@@ -164,7 +164,8 @@ def shape_of(shape: tuple[int, ...], dtype: jnp.dtype, folded: Folded) -> jax.Sh
     """Returns a result's shape, varying over the axes of a caller's shard_map as the inputs do."""
     probe = sum(a.ravel()[0].astype(jnp.float32) for a in jax.tree.leaves(folded))
     varying = getattr(jax.typeof(probe), "manual_axis_type", None)
-    return jax.ShapeDtypeStruct(shape, dtype, **({"manual_axis_type": varying} if varying else {}))
+    known = {} if varying is None else {"manual_axis_type": varying}
+    return jax.ShapeDtypeStruct(shape, dtype, **known)
 
 
 def seen(queries: jax.Array, keys: jax.Array) -> jax.Array:
