@@ -16,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from caprl_jax.models import places
+from caprl_jax.models.places import Places
+
 SCORE_BYTES = 2**28  # upper bound on one image's scores at a time; more queries go in slices
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
 KEPT = "attention"  # checkpoint name of the residuals that attention keeps beside its inputs
@@ -42,28 +45,57 @@ class KV:
         start = (index, *[0] * (self.k.ndim - 1))
         size = (1, *self.mask.shape, *self.k.shape[-2:])
         k, v = (jax.lax.dynamic_slice(a, start, size)[0] for a in (self.k, self.v))
-        return Segment(k, v, self.mask[..., None, :])
+        return Segment(k, v, self.mask)
+
+
+@flax.struct.dataclass
+class Row:
+    """Tokens that are read together: one text, or several end to end.
+
+    Attributes:
+      places: Places [*batch, t], which say which of them a token sees.
+      span: a token sees none that stands `span` or more before it; the most tokens of one text.
+    """
+
+    places: Places
+    span: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def mask(self) -> jax.Array:
+        """Returns bool [*batch, t], True for real tokens."""
+        return self.places.group >= 0
+
+
+def text(mask: jax.Array) -> Row:
+    """Returns the row of one text whose tokens see the real ones up to them: bool [*batch, t]."""
+    return Row(places.causal(mask), mask.shape[-1])
 
 
 @flax.struct.dataclass
 class Segment:
-    """One layer's keys and values, with the mask of the queries that see them.
+    """One layer's keys and values, and who sees them.
 
     Attributes:
       k: [*batch, length, kv_heads, head_dim].
       v: [*batch, length, kv_heads, head_dim].
-      mask: bool [*batch, queries or 1, length].
+      mask: bool [*batch, length], True for real keys.
+      keys: the keys' places [*batch, length], if the queries are tokens of the same row; None if
+        every query sees all real keys.
+      queries: the queries' places [*batch, t], with `keys` only.
+      span: with `keys`, as for Row.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    keys: Places | None = None
+    queries: Places | None = None
+    span: int = flax.struct.field(pytree_node=False, default=0)
 
 
-def causal_mask(mask: jax.Array) -> jax.Array:
-    """Causal mask of real tokens: bool [*batch, t] -> bool [*batch, t, t], queries first."""
-    t = mask.shape[-1]
-    return jnp.tril(jnp.broadcast_to(mask[..., None, :], (*mask.shape, t)))
+def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
+    """Returns the segment of a row's own keys and values, for queries of all of its tokens."""
+    return Segment(k, v, row.mask, row.places, row.places, row.span)
 
 
 def align_right(a: jax.Array, ndim: int) -> jax.Array:
@@ -90,33 +122,68 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
 
     Raises:
       AssertionError: a segment's batch axes are not a prefix of q's.
-      ValueError: a segment's mask is for another number of queries.
+      ValueError: a segment's places are for another number of queries.
     """
     segments = tuple(segments)
     for segment in segments:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
+        if segment.queries is not None and segment.queries.order.shape != q.shape[:-2]:
+            raise ValueError(
+                f"places of queries {segment.queries.order.shape} don't fit queries {q.shape}"
+            )
+    banded = [
+        s.keys is not None and s.keys is s.queries and 2 * s.span < q.shape[-3] for s in segments
+    ]
+    if any(banded):
+        return _attend_in_bands(q, segments, banded.index(True))
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
         return _attend(q, segments)
     padded = -(-t // size) * size
     q = _pad_axis(q, padded, -3)
-    segments = [
-        s if s.mask.shape[-2] == 1 else s.replace(mask=_pad_axis(s.mask, padded, -2))
-        for s in segments
-    ]
+    segments = [s.replace(queries=_pad_places(s.queries, padded)) for s in segments]
 
     # Memory holds the scores of one slice of the queries at a time.
     def attend_slice(start):
         def cut(a, axis):
             return jax.lax.dynamic_slice_in_dim(a, start, size, axis % a.ndim)
 
-        own = tuple(
-            Segment(s.k, s.v, s.mask if s.mask.shape[-2] == 1 else cut(s.mask, -2))
-            for s in segments
-        )
-        return _attend(cut(q, -3), own)
+        seen = [s.replace(queries=jax.tree.map(lambda a: cut(a, -1), s.queries)) for s in segments]
+        return _attend(cut(q, -3), tuple(seen))
 
     out = jnp.moveaxis(jax.lax.map(attend_slice, jnp.arange(0, padded, size)), 0, -4)
+    out = out.reshape(*out.shape[:-4], padded, *out.shape[-2:])
+    return jax.lax.slice_in_dim(out, 0, t, axis=out.ndim - 3)
+
+
+def _attend_in_bands(q: jax.Array, segments: tuple[Segment, ...], which: int) -> jax.Array:
+    """Attends in bands of a row: the tokens of a band of `span` see its keys and the band before's.
+
+    Scores are those of two bands of keys, however long the row is.
+    """
+    row, t = segments[which], q.shape[-3]
+    size = row.span
+    padded = -(-t // size) * size
+
+    def cut(a, axis):
+        a, axis = _pad_axis(a, padded, axis), axis % a.ndim
+        return a.reshape(*a.shape[:axis], padded // size, size, *a.shape[axis + 1 :])
+
+    def before(a, axis):
+        """Joins each band of keys with the one before it."""
+        a, axis = cut(a, axis), axis % a.ndim
+        first = jnp.zeros_like(jax.lax.slice_in_dim(a, 0, 1, axis=axis))
+        earlier = jnp.concatenate([first, jax.lax.slice_in_dim(a, 0, -1, axis=axis)], axis=axis)
+        return jnp.concatenate([earlier, a], axis=axis + 1)
+
+    # Padding is 0, and so is the first band's predecessor: groups are shifted to make 0 padding.
+    places = row.keys.replace(group=row.keys.group + 1)
+    keys = jax.tree.map(lambda a: before(a, -1), places)
+    queries = jax.tree.map(lambda a: cut(a, -1), places)
+    keys, queries = (p.replace(group=p.group - 1) for p in (keys, queries))
+    bands = Segment(before(row.k, -3), before(row.v, -3), keys.group >= 0, keys, queries, 2 * size)
+    segments = [*segments[:which], bands, *segments[which + 1 :]]
+    out = attend(cut(q, -3), segments)
     out = out.reshape(*out.shape[:-4], padded, *out.shape[-2:])
     return jax.lax.slice_in_dim(out, 0, t, axis=out.ndim - 3)
 
@@ -126,6 +193,11 @@ def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
     pad = [(0, 0)] * a.ndim
     pad[axis] = (0, size - a.shape[axis])
     return jnp.pad(a, pad)
+
+
+def _pad_places(queries: Places | None, size: int) -> Places | None:
+    """Pads queries' places to the given number; what is added sees and means nothing."""
+    return jax.tree.map(lambda a: _pad_axis(a, size, -1), queries)
 
 
 def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
@@ -163,7 +235,11 @@ def _backward(residuals, grad_out):
     delta = jnp.sum(product, axis=-1)  # D of flash attention's algorithm 4
     parts = [_partial_backward(grouped, s, grad_out, delta, log_total) for s in segments]
     grad_q = sum(part for part, _, _ in parts).astype(q.dtype).reshape(q.shape)
-    return grad_q, tuple(Segment(grad_k, grad_v, None) for _, grad_k, grad_v in parts)
+    grads = zip(segments, parts, strict=True)
+    return grad_q, tuple(
+        jax.tree.map(lambda _: None, s).replace(k=grad_k, v=grad_v)
+        for s, (_, grad_k, grad_v) in grads
+    )
 
 
 _attend.defvjp(_forward, _backward)
@@ -217,8 +293,6 @@ def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
     """
     batch, shared = q.ndim - 4, segment.k.ndim - 3
     inner = q.shape[shared : batch + 1]
-    if segment.mask.shape[-2] not in (1, math.prod(inner)):
-        raise ValueError(f"segment mask {segment.mask.shape} does not fit queries {q.shape}")
 
     def fold(a):
         a = a.reshape(*a.shape[:shared], math.prod(inner), *a.shape[batch + 1 :])
@@ -235,7 +309,10 @@ def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
     """Masked scores of folded queries: [*shared, k, r, x, d] -> float32 [*shared, k, r, x, s]."""
     # Scaling the queries instead would round each of them once more in bfloat16.
     scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
-    return jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
+    mask = segment.mask[..., None, :]
+    if segment.keys is not None:
+        mask = places.visible(segment.queries, segment.keys)
+    return jnp.where(mask[..., None, None, :, :], scores, _MASKED)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
