@@ -10,7 +10,7 @@ from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.hardware import Chip
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.plan.hlo.costs import Collective, Costs
-from caprl_jax.rl import length_buckets
+from caprl_jax.rl import packing
 
 PHASES = ("prefill", "decode", "score", "update")
 _PRODUCTS = re.compile(
@@ -135,7 +135,7 @@ def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     full = len(vision.full_layers) / vision.layers
 
     def weights(op_name: str, branches: int) -> Any:
-        if re.search(rf"{length_buckets.SCOPE}(/cond)?$", op_name):
+        if re.search(rf"{packing.SCOPE}(/cond)?$", op_name):
             return (*[0.0] * (branches - 1), 1.0)
         tower = "VisionTower" in op_name and branches == 2
         return (1 - full, full) if tower else None
