@@ -16,13 +16,13 @@ from jax.experimental.pallas import triton
 from caprl_jax.models.flash import blocks
 from caprl_jax.models.flash.blocks import GROUP, LEAF, MASKED, NOTHING, ORDER, Folded, Sizes
 
-_KEY_KERNEL_QUERIES = 64  # a block of keys keeps two sums, which leaves fewer registers
+_STEP = 64  # rows of the other side in a turn of a program's loop
 
 
 def sizes(x: int, s: int, d: int) -> Sizes:
     """Returns the blocks for x folded queries, s keys and a head dimension d."""
     del x, s
-    return Sizes(128, 64, max(16, pl.next_power_of_2(d)))
+    return Sizes(128, 128, max(16, pl.next_power_of_2(d)))
 
 
 def forward(folded: Folded, size: Sizes) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +67,6 @@ def key_gradient(
     Returns:
       Two [b, kv_heads, s, d] in k's and v's dtypes.
     """
-    size = dataclasses.replace(size, x=_KEY_KERNEL_QUERIES)
     return _launch(_key_kernel, folded, size, rows, (folded.k, folded.v))
 
 
@@ -76,6 +75,7 @@ def _launch(
 ) -> tuple[jax.Array, ...]:
     """Calls a kernel for each block of its results; outs have their shapes and dtypes."""
     by_keys = kernel is _key_kernel
+    size = dataclasses.replace(size, **{"x" if by_keys else "s": _STEP})
     met = (blocks.query_range if by_keys else blocks.key_range)(folded, size)
     b, kv_heads, x, d = folded.q.shape
     length, step = (folded.k.shape[2], size.s) if by_keys else (x, size.x)

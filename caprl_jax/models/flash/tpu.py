@@ -106,7 +106,9 @@ def _launch(
 
         def place(n, h, i, turn, first, count):
             at = i if own else first[n, i] + jnp.clip(turn, 0, jnp.maximum(count[n, i] - 1, 0))
-            return (n, 0, at) if a.ndim == 3 else (n, h, 0, at) if a.shape[2] == 1 else (n, h, at, 0)
+            return (
+                (n, 0, at) if a.ndim == 3 else (n, h, 0, at) if a.shape[2] == 1 else (n, h, at, 0)
+            )
 
         if a.ndim == 3:
             return pl.BlockSpec((None, a.shape[1], block), place)
@@ -120,7 +122,8 @@ def _launch(
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, kv_heads, length // step, turns),
-            in_specs=[spec(a, not by_keys) for a in of_queries] + [spec(a, by_keys) for a in of_keys],
+            in_specs=[spec(a, not by_keys) for a in of_queries]
+            + [spec(a, by_keys) for a in of_keys],
             out_specs=[spec(a, True) for a in outs],
             scratch_shapes=scratch,
         ),
