@@ -4,6 +4,9 @@ A query attends to its own tokens and to the tokens of its ancestors. An ancesto
 are stored once: a segment whose batch axes are a prefix of the query's batch axes is broadcast by
 folding the remaining axes into the query axis of one matrix product, so nothing is repeated in
 memory. The softmax statistics of the segments merge them exactly.
+
+On GPUs and TPUs kernels compute long segments, without scores in memory (models/flash); elsewhere
+XLA does, for some of the queries at a time.
 """
 
 import math
@@ -17,11 +20,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from caprl_jax.models import blocks, places
+from caprl_jax.models.flash import calls, merge
+from caprl_jax.models.flash.merge import KEPT
 from caprl_jax.models.places import Places
 
 SCORE_BYTES = 2**28  # upper bound on one image's scores at a time; more queries go in slices
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
-KEPT = "attention"  # checkpoint name of the residuals that attention keeps beside its inputs
 
 
 @flax.struct.dataclass
@@ -142,6 +146,8 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
             raise ValueError(
                 f"places of queries {segment.queries.order.shape} don't fit queries {q.shape}"
             )
+    if kernel := calls.kernel(q, [s.k for s in segments]):
+        return merge.attend(q, tuple(_part(q, s) for s in segments), kernel)
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
         return _attend(q, segments)
@@ -159,6 +165,15 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     out = jnp.moveaxis(jax.lax.map(attend_slice, jnp.arange(0, padded, size)), 0, -4)
     out = out.reshape(*out.shape[:-4], padded, *out.shape[-2:])
     return jax.lax.slice_in_dim(out, 0, t, axis=out.ndim - 3)
+
+
+def _part(q: jax.Array, segment: Segment) -> merge.Part:
+    """Returns the segment with places for all of its keys and queries."""
+    keys, queries = segment.keys, segment.queries
+    if keys is None:
+        everywhere = jnp.zeros(q.shape[:-2], jnp.int32)
+        keys, queries = places.shared(segment.mask), Places(*[everywhere] * 3)
+    return merge.Part(segment.k, segment.v, keys, queries)
 
 
 def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
