@@ -15,10 +15,11 @@ class Caprl:
     """Settings of a CapRL step."""
 
     group: int = setting(8, "captions per image, G; advantages compare them", least=2)
-    slots: int = setting(
+    usual_tokens: int = setting(
         0,
-        "captions of an image that are drawn at the same time, the next one beginning as one ends; "
-        "0 is all. Faster where FLOPs bound decoding and lengths differ",
+        "length that most captions stay within, as 640 where their mean is 500 and the limit 4096; "
+        "longer ones go on in fewer rows, which hold and read fewer caches. 0: any may be the "
+        "longest allowed",
         least=0,
     )
     questions: int = setting(4, "questions per caption, N", least=1)

@@ -158,7 +158,7 @@ def make_run(
     return Run(
         learner=Learner(policy, optimizer(config, caprl.updates), objective, reference),
         judge=judge,
-        decoding=Decoding(caprl.group, stop, sampling(config), caprl.slots),
+        decoding=Decoding(caprl.group, stop, sampling(config), caprl.usual_tokens),
         judging=Judging(config.judge.mode, config.judge.temperature),
         rewards=config_lib.terms(config),
         advantage=config_lib.choice(config, "advantage"),

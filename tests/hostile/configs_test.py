@@ -90,7 +90,7 @@ VALUES = [
     ("caprl.kl_estimator", "k9", "config.caprl.kl_estimator"),
     ("caprl.updates", 0, "config.caprl.updates=0"),
     ("caprl.micro_batches", 3, "not a multiple"),
-    ("caprl.slots", -1, "config.caprl.slots=-1"),
+    ("caprl.usual_tokens", -1, "config.caprl.usual_tokens=-1"),
     ("caprl.length_buckets", 0, "config.caprl.length_buckets=0"),
     ("caprl.rewards.accuracy.wight", 1, "did you mean 'weight'"),
     ("caprl.rewards.accuracy.weight", NAN, "weight=nan must be a number, and finite"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.decode import caches, loop
+from caprl_jax.decode import caches, scheduling
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.rl.rollout import rollout
@@ -47,7 +47,7 @@ def test_without_a_stop_token_the_bucket_truncates(world):
 
 def decoded(world, monkeypatch, stage, platform):
     """(captions of 8 tokens, FLOPs of their decoding), stages so long, layers as on a platform."""
-    monkeypatch.setattr(loop, "STAGE", stage)
+    monkeypatch.setattr(scheduling, "STAGE", stage)
     monkeypatch.setattr(caches, "_platform", lambda: platform)
     decoding = Decoding(2, (5,), Sampling(8))
     run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
@@ -66,7 +66,6 @@ def assert_same_captions(found, expected):
 def test_in_stages_less_of_the_cache_is_read_and_captions_are_the_same(
     world, monkeypatch, platform
 ):
-    assert loop.stages(1000) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
     (whole, more), (staged, less) = (
         decoded(world, monkeypatch, stage, platform) for stage in (8, 2)
     )

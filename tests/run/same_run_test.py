@@ -46,10 +46,10 @@ def test_what_results_do_not_depend_on_may_change(changes):
 def test_a_run_from_before_a_key_did_what_its_default_says():
     c = config_lib.default()
     before = values(c)
-    del before["caprl"]["slots"]
+    del before["caprl"]["usual_tokens"]
     assert same_run.differences(before, c) == []
-    c.caprl.slots = 2
-    assert same_run.differences(before, c) == ["caprl.slots was 0, is 2"]
+    c.caprl.usual_tokens = 2
+    assert same_run.differences(before, c) == ["caprl.usual_tokens was 0, is 2"]
 
 
 @pytest.mark.parametrize(
