@@ -86,7 +86,8 @@ def decode(
       trunk: prompts that have been read, batch axes (b,).
       decoding: group size, stop tokens, sampling and usual length.
       valid: bool [b], False for rows that only fill up the batch. Their captions are empty, and no
-        other caption waits for them.
+        other caption waits for them. Or int32 [b, g], the most tokens of each caption, all 0 in
+        such rows: a caption ends there as if it had met the limit (benchmarks draw given lengths).
       key: a key, or keys [b], one for each image; token i is drawn with fold_in(key, i). With
         decoding.usual, each caption has a key of its own made of it.
 
@@ -117,13 +118,16 @@ def decode_with(
     (b, width), group, t = trunk.last.shape, decoding.group, decoding.sampling.max_tokens
     if decoding.usual:
         key = _of_captions(key, b, group)
+    most = valid if valid.ndim == 2 else jnp.where(valid, t, 0)[:, None]
+    most = jnp.broadcast_to(most, (b, group))
     blocks = scheduling.blocks(b, axes.current())
     stages = scheduling.stages(b // blocks, group, t, decoding.usual)
     zeros = jnp.zeros((b, group, t), jnp.float32)
     image = jnp.broadcast_to(jnp.arange(b // blocks, dtype=jnp.int32), (blocks, b // blocks))
     rows = _Rows(
         image=image,
-        open=jnp.broadcast_to(valid[:, None], (b, group)),
+        open=most > 0,
+        most=most,
         hidden=jnp.broadcast_to(trunk.last[:, None], (b, group, width)),
         out=Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None),
         at=jnp.int32(0),
@@ -136,7 +140,7 @@ def decode_with(
     stopped = jnp.isin(out.tokens, jnp.asarray(decoding.stop, jnp.int32)) & out.mask
     return out.replace(
         length=jnp.sum(out.mask, axis=-1),
-        truncated=valid[:, None] & ~jnp.any(stopped, axis=-1),
+        truncated=(most > 0) & ~jnp.any(stopped, axis=-1),
         computed=jnp.broadcast_to(computed, (b, group)),
     )
 
@@ -148,6 +152,7 @@ class _Rows:
     Attributes:
       image: int32 [d, cells], as in scheduling.Cells.
       open: bool [c, w], True where a caption is being drawn.
+      most: int32 [c, w], limit of each caption's tokens.
       hidden: [c, w, e], from which the next tokens are drawn.
       out: Rollout [c, w, t] of the captions in these rows.
       at: int32 [], place of the next token in every open caption.
@@ -158,6 +163,7 @@ class _Rows:
 
     image: jax.Array
     open: jax.Array
+    most: jax.Array
     hidden: jax.Array
     out: Rollout
     at: jax.Array
@@ -182,6 +188,7 @@ class _Rows:
         return self.replace(
             image=cells.image,
             open=cells.taken.reshape(-1, cells.taken.shape[-1]),
+            most=move(self.most),
             hidden=move(self.hidden),
             key=move(self.key),
             out=jax.tree.map(move, self.out),
@@ -301,7 +308,7 @@ def _iterate(
         )
         hidden, cache = loop.read(new.tokens, rows.cache, caches.Write(at, stage))
         return i + 1, rows.replace(
-            open=open_ & ~ends,
+            open=open_ & ~ends & (at + 1 < rows.most),
             hidden=hidden,
             out=out,
             at=at + 1,
