@@ -130,8 +130,8 @@ def test_letters_in_rows_are_those_of_padded_captions_and_questions(eight):
 
 @pytest.fixture
 def two_lengths(monkeypatch):
-    """Fewer lengths to compile: rows of 8 and 13 tokens, if captions usually have 4."""
-    monkeypatch.setattr(packing, "USUAL", (0.5, 0.8))
+    """Fewer lengths to compile: rows of 8 and 12 tokens, if captions usually have 4."""
+    monkeypatch.setattr(packing, "USUAL", (0.5, 0.7))
 
 
 @pytest.mark.slow
