@@ -7,7 +7,7 @@ tiny configs, beats that roofline. HFU is a phase's share of the large product's
 recomputation counted. MFU doesn't count work that the update computes twice (bench/model_flops.py);
 it is a share of the chip's published FLOP/s where they are known. With natural lengths, the work is
 still that of captions of the largest length (caprl.length_buckets do less: HFU and MFU are then too
-high), and the share of decoding's slots that waited is reported.
+high), and the share of decoding's tokens that are no caption's is reported.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import ml_collections
 
 from caprl_jax.bench import model_flops, synthetic
 from caprl_jax.config import validate
-from caprl_jax.decode import loop, scheduling
+from caprl_jax.decode import loop
 from caprl_jax.parallel import hardware
 from caprl_jax.parallel.hardware import Chip
 from caprl_jax.parallel.jit import bind
@@ -55,7 +55,7 @@ class Timing:
       roofline: its work, and the seconds that the measured ceilings allow it.
       temporaries: bytes that it holds besides arguments and results.
       mfu: FLOPs without recomputation, per second of the median, over the chip's peak.
-      wasted: share of slots that waited for longer captions, if natural lengths are decoded.
+      wasted: share of computed tokens that are no caption's, if natural lengths are decoded.
     """
 
     seconds: list[float]
@@ -203,8 +203,7 @@ def measure(
     count = max(1, round(2 * vocab / config.sampling.max_tokens)) if natural else 0
     stop = tuple(range(count)) if natural else (vocab,)
     top = ceilings(compile_lib.compute_dtype(config))
-    c = config.caprl
-    iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
+    iterations = config.sampling.max_tokens
     needed = model_flops.update(config, built) / built.rules.mesh.size
     known = hardware.chip(jax.devices()[0])
     peak = known.flops if known else top.flops
@@ -230,14 +229,9 @@ def measure(
             mfu=useful / peak / (phase.runs * statistics.median(seconds)),
         )
         if natural and phase.name == "decode":
-            out["decode"].wasted = _wasted(compiled(*phase.args).length, c.slots)
+            drawn = compiled(*phase.args)
+            out["decode"].wasted = float(1 - jnp.sum(drawn.length) / jnp.sum(drawn.computed))
     return out
-
-
-def _wasted(length: jax.Array, count: int) -> float:
-    """Returns the share of slots that waited, for captions drawn at once in an image's slots."""
-    waited, whole = scheduling.wasted(length, jnp.ones(len(length), bool), 1, count)
-    return float(waited / whole)
 
 
 def tell(timings: dict[str, Timing]) -> str:
@@ -257,7 +251,7 @@ def tell(timings: dict[str, Timing]) -> str:
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )
         if t.wasted is not None:
-            lines.append(f"  {t.wasted:.0%} of its slots waited for longer captions")
+            lines.append(f"  {t.wasted:.0%} of its tokens are no caption's")
         if t.roofline.uncounted:
             lines.append(f"  without the work of {', '.join(sorted(set(t.roofline.uncounted)))}")
     return "\n".join(lines)

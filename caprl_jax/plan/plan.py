@@ -20,7 +20,6 @@ import jax
 import ml_collections
 
 from caprl_jax.config import complete, validate
-from caprl_jax.decode import scheduling
 from caprl_jax.errors import UserError
 from caprl_jax.parallel import hardware, mesh
 from caprl_jax.plan import roofline, shapes
@@ -110,11 +109,9 @@ def make(
         cached = reckon.caches(config, built.policy.decoder, built.rules)
         memory = _memory(built, compiled.memory_analysis(), cached)
         text, vision = hlo_costs.hlo_text(compiled), built.policy.vision.config
-        c = config.caprl
-        iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
         slices = len({hardware.slice_of(d) for d in devices})
         each = len(devices) // slices if slices > 1 else 0
-        found = roofline.phases(text, known, iterations, vision, each)
+        found = roofline.phases(text, known, config.sampling.max_tokens, vision, each)
     spread = mesh.batch_multiple(built.rules)
     return Plan(
         fits=compiled is not None and _inside(memory, devices[0]),
