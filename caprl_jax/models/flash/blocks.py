@@ -44,7 +44,7 @@ class Inputs:
 
 @flax.struct.dataclass
 class Gradient:
-    """What the gradient of one segment takes from the whole softmax, over all segments.
+    """The attention's gradient and the statistics of its softmax, which span all segments.
 
     Attributes:
       out: the gradient of the attention's result, [b, t, heads, d].

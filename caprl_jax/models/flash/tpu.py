@@ -140,7 +140,7 @@ def _launch(
 
 
 def _turn(count_ref) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether this turn is the first, whether it has a block to compute, whether it is the last."""
+    """Tells of a turn whether it is the first, has a block to compute, and is the last."""
     turn = pl.program_id(3)
     count = count_ref[pl.program_id(0), pl.program_id(2)]
     return turn == 0, turn < count, turn == pl.num_programs(3) - 1
