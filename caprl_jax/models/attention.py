@@ -61,11 +61,13 @@ class Row:
         then have one batch axis.
       seen: bool [*batch, t, t], places.visible, which all layers share; None for packed rows, where
         it would be large.
+      texts: how many texts a row holds at most; for plans, which count what tokens see.
     """
 
     places: Places
     packed: bool = flax.struct.field(pytree_node=False, default=False)
     seen: jax.Array | None = None
+    texts: int = flax.struct.field(pytree_node=False, default=1)
 
     @property
     def mask(self) -> jax.Array:
@@ -92,6 +94,7 @@ class Segment:
       queries: the queries' places [*batch, t], with `keys` only.
       packed: as for Row.
       seen: bool [*batch, t, length], as for Row.
+      texts: as for Row.
     """
 
     k: jax.Array
@@ -101,6 +104,7 @@ class Segment:
     queries: Places | None = None
     packed: bool = flax.struct.field(pytree_node=False, default=False)
     seen: jax.Array | None = None
+    texts: int = flax.struct.field(pytree_node=False, default=1)
 
     def rows(self, take: Callable) -> "Segment":
         """Applies take(array, axis) to what the queries have: to keep, cut or pad some of them."""
@@ -110,7 +114,7 @@ class Segment:
 
 def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
     """Returns the segment of a row's own keys and values, for queries of all of its tokens."""
-    return Segment(k, v, row.mask, row.places, row.places, row.packed, row.seen)
+    return Segment(k, v, row.mask, row.places, row.places, row.packed, row.seen, row.texts)
 
 
 def align_right(a: jax.Array, ndim: int) -> jax.Array:
@@ -169,11 +173,11 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
 
 def _part(q: jax.Array, segment: Segment) -> merge.Part:
     """Returns the segment with places for all of its keys and queries."""
-    keys, queries = segment.keys, segment.queries
-    if keys is None:
-        everywhere = jnp.zeros(q.shape[:-2], jnp.int32)
-        keys, queries = places.shared(segment.mask), Places(*[everywhere] * 3)
-    return merge.Part(segment.k, segment.v, keys, queries)
+    if segment.keys is None:
+        everywhere = Places(*[jnp.zeros(q.shape[:-2], jnp.int32)] * 3)
+        return merge.Part(segment.k, segment.v, places.shared(segment.mask), everywhere)
+    share = 0.5 / segment.texts
+    return merge.Part(segment.k, segment.v, segment.keys, segment.queries, share)
 
 
 def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:

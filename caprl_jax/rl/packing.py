@@ -59,7 +59,7 @@ class Packing:
         real = order < jnp.sum(self.mask, axis=(1, 2), dtype=jnp.int32)[:, None]
         group = jnp.where(real, self.source // texts, PAD_KEY)
         leaf = jnp.zeros_like(order) if leaf is None else self.row(leaf)
-        return Row(Places(group, leaf, order), packed=True)
+        return Row(Places(group, leaf, order), packed=True, texts=self.mask.shape[1])
 
 
 def pack(mask: jax.Array, length: int) -> Packing:

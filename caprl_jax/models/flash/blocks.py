@@ -6,6 +6,7 @@ whole blocks; padding has places that see nothing and that nobody sees.
 """
 
 import dataclasses
+from contextlib import AbstractContextManager
 
 import flax.struct
 import jax
@@ -30,6 +31,7 @@ class Inputs:
       v: [b, s, kv_heads, d].
       queries: places [b, t].
       keys: places [b, s].
+      share: about which share of pairs of queries and keys see each other; for plans alone.
     """
 
     q: jax.Array
@@ -37,11 +39,12 @@ class Inputs:
     v: jax.Array
     queries: Places
     keys: Places
+    share: float = flax.struct.field(pytree_node=False, default=1.0)
 
 
 @flax.struct.dataclass
 class Gradient:
-    """What the gradient of one segment takes from the whole softmax, over all segments.
+    """The attention's gradient and the statistics of its softmax, which span all segments.
 
     Attributes:
       out: the gradient of the attention's result, [b, t, heads, d].
@@ -65,6 +68,7 @@ class Folded:
       queries: int32 [b, PLACE_ROWS, x].
       keys: int32 [b, PLACE_ROWS, s].
       scale: factor of the scores, 1 / sqrt of the unpadded d.
+      share: as of Inputs.
     """
 
     q: jax.Array
@@ -73,6 +77,7 @@ class Folded:
     queries: jax.Array
     keys: jax.Array
     scale: float = flax.struct.field(pytree_node=False)
+    share: float = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,7 @@ def fold(inputs: Inputs, sizes: Sizes) -> Folded:
         _place_rows(queries, sizes.x, PAD_QUERY),
         _place_rows(inputs.keys, sizes.s, PAD_KEY),
         inputs.q.shape[-1] ** -0.5,
+        inputs.share,
     )
 
 
@@ -158,6 +164,11 @@ def key_range(folded: Folded, sizes: Sizes) -> Range:
 def query_range(folded: Folded, sizes: Sizes) -> Range:
     """Returns the blocks of queries that each block of keys meets."""
     return _range(jnp.swapaxes(_meeting(folded, sizes), 1, 2))
+
+
+def priced(folded: Folded) -> AbstractContextManager:
+    """Returns a scope that tells plan/hlo which share of the pairs a kernel computes."""
+    return jax.named_scope(f"share_{folded.share:.4g}")
 
 
 def shape_of(shape: tuple[int, ...], dtype: jnp.dtype, folded: Folded) -> jax.ShapeDtypeStruct:

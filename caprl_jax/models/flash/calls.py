@@ -134,10 +134,8 @@ def _backward(inputs: Inputs, gradient: Gradient, kernel: str) -> tuple[jax.Arra
 
 def _module(inputs: Inputs, kernel: str) -> tuple[ModuleType, Sizes]:
     """The kernel's module and block sizes."""
-    module, kv_heads = _KERNELS[kernel], inputs.k.shape[2]
-    _, t, heads, d = inputs.q.shape
-    size = module.sizes(t * heads // kv_heads, inputs.k.shape[1], d)
-    return module, dataclasses.replace(size, interpret=_platform() not in _PLATFORMS)
+    module, interpret = _KERNELS[kernel], _platform() not in _PLATFORMS
+    return module, dataclasses.replace(module.sizes(inputs), interpret=interpret)
 
 
 def _platform() -> str:

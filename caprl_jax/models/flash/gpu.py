@@ -14,15 +14,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from caprl_jax.models.flash import blocks
-from caprl_jax.models.flash.blocks import GROUP, LEAF, MASKED, NOTHING, ORDER, Folded, Sizes
+from caprl_jax.models.flash.blocks import GROUP, LEAF, MASKED, NOTHING, ORDER, Folded, Inputs, Sizes
 
-_STEP = 64  # rows of the other side in a turn of a program's loop
+# Rows of a program's own block, and of the other side's in a turn of its loop. Exact products of
+# float32 take the multiprocessor's registers, not its matrix units.
+_BLOCK, _STEP = 128, 64
+_FLOAT32_BLOCK = 32
 
 
-def sizes(x: int, s: int, d: int) -> Sizes:
-    """Returns the blocks for x folded queries, s keys and a head dimension d."""
-    del x, s
-    return Sizes(128, 128, max(16, pl.next_power_of_2(d)))
+def sizes(inputs: Inputs) -> Sizes:
+    """Returns the blocks for inputs."""
+    block = _FLOAT32_BLOCK if inputs.q.dtype == jnp.float32 else _BLOCK
+    return Sizes(block, block, max(16, pl.next_power_of_2(inputs.q.shape[-1])))
 
 
 def forward(folded: Folded, size: Sizes) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +78,7 @@ def _launch(
 ) -> tuple[jax.Array, ...]:
     """Calls a kernel for each block of its results; outs have their shapes and dtypes."""
     by_keys = kernel is _key_kernel
-    size = dataclasses.replace(size, **{"x" if by_keys else "s": _STEP})
+    size = dataclasses.replace(size, **{"x" if by_keys else "s": min(_STEP, size.x)})
     met = (blocks.query_range if by_keys else blocks.key_range)(folded, size)
     b, kv_heads, x, d = folded.q.shape
     length, step = (folded.k.shape[2], size.s) if by_keys else (x, size.x)
@@ -93,7 +96,7 @@ def _launch(
 
     number = pl.BlockSpec((1, 1), lambda i, h, n: (n, i))
     of_queries, of_keys = (folded.q, folded.queries, *rows), (folded.k, folded.v, folded.keys)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, size=size, scale=folded.scale),
         grid=(length // step, kv_heads, b),
         in_specs=[number, number]
@@ -101,10 +104,14 @@ def _launch(
         + [spec(a, by_keys) for a in of_keys],
         out_specs=[spec(a, True) for a in outs],
         out_shape=[blocks.shape_of(a.shape, a.dtype, folded) for a in outs],
-        compiler_params=triton.CompilerParams(num_warps=8 if d > 64 else 4, num_stages=2),
+        compiler_params=triton.CompilerParams(
+            num_warps=8 if d * step >= 2**14 else 4, num_stages=2
+        ),
         interpret=size.interpret,
         name="flash" + kernel.__name__.removesuffix("_kernel"),
-    )(met.first, met.count, *of_queries, *of_keys)
+    )
+    with blocks.priced(folded):
+        return call(met.first, met.count, *of_queries, *of_keys)
 
 
 def _read_places(ref, at=slice(None)) -> list[jax.Array]:

@@ -24,12 +24,14 @@ class Part:
       v: [*shared, s, kv_heads, d].
       keys: places [*shared, s].
       queries: places [*batch, t].
+      share: about which share of pairs of queries and keys see each other; for plans alone.
     """
 
     k: jax.Array
     v: jax.Array
     keys: Places
     queries: Places
+    share: float = flax.struct.field(pytree_node=False, default=1.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -101,6 +103,7 @@ def _inputs(q: jax.Array, part: Part) -> Inputs:
         keys(part.v, 3),
         jax.tree.map(lambda a: a.reshape(shape), part.queries),
         jax.tree.map(lambda a: keys(a, 1), part.keys),
+        part.share,
     )
 
 

@@ -14,14 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from caprl_jax.models.flash import blocks
-from caprl_jax.models.flash.blocks import GROUP, LEAF, MASKED, NOTHING, ORDER, Folded, Sizes
+from caprl_jax.models.flash.blocks import GROUP, LEAF, MASKED, NOTHING, ORDER, Folded, Inputs, Sizes
 
 _LANES = 128
 
 
-def sizes(x: int, s: int, d: int) -> Sizes:
-    """Returns the blocks for x folded queries, s keys and a head dimension d."""
-    return Sizes(_block_of(x), _block_of(s), _LANES)
+def sizes(inputs: Inputs) -> Sizes:
+    """Returns the blocks for inputs."""
+    (_, t, heads, _), (_, s, kv_heads, _) = inputs.q.shape, inputs.k.shape
+    return Sizes(_block_of(t * heads // kv_heads), _block_of(s), _LANES)
 
 
 def _block_of(length: int) -> int:
@@ -117,7 +118,7 @@ def _launch(
     of_queries, of_keys = (folded.q, folded.queries, *rows), (folded.k, folded.v, folded.keys)
     outs, scratch = results
     turns = jnp.maximum(jnp.max(met.count), 1)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, scale=folded.scale),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -133,11 +134,13 @@ def _launch(
         ),
         interpret=size.interpret,
         name="flash" + kernel.__name__.removesuffix("_kernel"),
-    )(met.first, met.count, *of_queries, *of_keys)
+    )
+    with blocks.priced(folded):
+        return call(met.first, met.count, *of_queries, *of_keys)
 
 
 def _turn(count_ref) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whether this turn is the first, whether it has a block to compute, whether it is the last."""
+    """Tells of a turn whether it is the first, has a block to compute, and is the last."""
     turn = pl.program_id(3)
     count = count_ref[pl.program_id(0), pl.program_id(2)]
     return turn == 0, turn < count, turn == pl.num_programs(3) - 1

@@ -14,9 +14,10 @@ from caprl_jax.plan.hlo.text import HBM, Array, Computation, Instruction
 Dims = tuple[int, ...]
 
 # Attention: products of queries with keys, of weights with values, and their gradients. The
-# kernels of models/flash are calls within scopes of their names.
+# kernels of models/flash are calls within scopes of their names, and before it of the share of the
+# pairs of queries and keys that see each other.
 _ATTENTION = {"flash_forward": 2, "flash_query": 3, "flash_key": 4}
-_KERNEL = re.compile(rf"\b({'|'.join(_ATTENTION)})/pallas_call")
+_KERNEL = re.compile(rf"\b(?:share_([\d.e-]+)/)?({'|'.join(_ATTENTION)})/pallas_call")
 _SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]')
 _SAME = {"bitcast", "convert", "copy", "reshape", "transpose"}
 _NO_PRODUCTS = ("AsyncCollective", "AllocateBuffer", "ConcatBitcast")
@@ -85,7 +86,8 @@ def _call_flops(computation: Computation, call: Instruction) -> int | None:
         return given
     if kernel:  # queries come first and values last of those with four axes
         full = [dims for dims in shapes if len(dims) == 4]
-        return 2 * _ATTENTION[kernel[1]] * math.prod(full[0]) * full[-1][2]
+        share = float(kernel[1] or 1)
+        return round(share * 2 * _ATTENTION[kernel[2]] * math.prod(full[0]) * full[-1][2])
     if name.startswith("__cublas"):
         contracted = [shapes[0][axis] for axis in _axes(call, "lhs_contracting_dimensions")]
         return 2 * call.arrays[0].size * math.prod(contracted) if contracted else None
