@@ -74,6 +74,14 @@ def test_no_weights_are_gathered_in_the_decode_loop(tables):
     assert largest_gather(decode_text(jax.devices(), tables)) < SMALLEST
 
 
+def gpu(topology):
+    """Devices of NVIDIA's compiler; the test is skipped where that isn't installed."""
+    try:
+        return hardware.devices(topology)
+    except ConfigError as e:
+        pytest.skip(f"no compiler for GPUs: {e}")
+
+
 def tpu(topology):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'caprl_jax[plan]'")
     try:
