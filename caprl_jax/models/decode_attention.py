@@ -42,6 +42,23 @@ class Part:
     filled: jax.Array | int
 
 
+def part(
+    kv: tuple[jax.Array, jax.Array], mask: jax.Array | None = None, filled: jax.Array | None = None
+) -> Part:
+    """Returns the part of a layer's keys and values.
+
+    Args:
+      kv: [c, kv_heads, s, d] of cells, or [c, w, kv_heads, s, d] of rows, which see all their own
+        that are filled.
+      mask: bool [c, s], what rows see of their cell's; not used for rows.
+      filled: int32 [], number of keys to look at; None is all.
+    """
+    k, v = kv
+    if k.ndim == 5:
+        k, v, mask = *(a.reshape(-1, *a.shape[2:]) for a in kv), None
+    return Part(k, v, mask, k.shape[2] if filled is None else filled)
+
+
 def suits(q: jax.Array) -> bool:
     """Tells whether the kernel computes attention of these queries [.., d] on these devices.
 

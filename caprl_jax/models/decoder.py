@@ -202,8 +202,13 @@ class Block(nn.Module):
         cached = CACHED[: x.ndim - 2]
         cache = tuple(constrain(a, *cached, "kv_heads", None, None) for a in updated)
         if decode_attention.suits(q):
-            parts = [_part(kv, mask) for kv, mask in zip(past, context.past_masks, strict=True)]
-            y = decode_attention.attend(q[..., 0, :, :], [*parts, _part(cache, filled=at + 1)])
+            parts = [
+                decode_attention.part(kv, mask)
+                for kv, mask in zip(past, context.past_masks, strict=True)
+            ]
+            y = decode_attention.attend(
+                q[..., 0, :, :], [*parts, decode_attention.part(cache, filled=at + 1)]
+            )
             return self._after_attention(x, y[..., None, :, :]), cache
         own = Segment(*(jnp.swapaxes(a, -3, -2) for a in cache), context.mask)
         past = (tuple(jnp.swapaxes(a, -3, -2) for a in kv) for kv in past)
@@ -240,16 +245,6 @@ class Block(nn.Module):
         x = x + self.o(y)
         y = self.mlp_norm(x)
         return x + self.down(nn.silu(self.gate(y)) * self.up(y))
-
-
-def _part(
-    kv: LayerKV, mask: jax.Array | None = None, filled: jax.Array | None = None
-) -> decode_attention.Part:
-    """Returns a cell's prompt, or the rows' own keys and values: they see all that are filled."""
-    k, v = kv
-    if k.ndim > 4:
-        k, v, mask = *(a.reshape(-1, *a.shape[-3:]) for a in kv), None
-    return decode_attention.Part(k, v, mask, k.shape[2] if filled is None else filled)
 
 
 def _to_caches(a: jax.Array, kind: str) -> jax.Array:
