@@ -31,10 +31,8 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
             With fixed values, compiled ahead of time (caprl_jax.plan; seconds by roofline,
             real steps take longer), GiB a device: v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s a step;
             v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
-            (v5p:4x4x4) 11.9 of 95, 2.9 s; h200 (one) 94.0 of 131, 80.6 s; h200_8 23.0 of 131,
-            10.7 s. h200 captions its batch in slices, whose draws differ: a run begun on other
-            devices can't continue with that argument. With `found` it can, in the slices that it
-            began with.
+            (v5p:4x4x4) 11.9 of 95, 2.9 s; h200 (one) 100.7 of 131, 70.2 s; h200_8 23.0 of
+            131, 10.7 s.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 

@@ -17,7 +17,7 @@ import numpy as np
 from caprl_jax.models import attention, decode_attention
 from caprl_jax.models.attention import KV, Rotation, Segment
 from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialise, transposed_product
-from caprl_jax.parallel.axes import BATCH, CACHED, constrain, varied_as
+from caprl_jax.parallel.axes import BATCH, CACHED, constrain, constrain_last, varied_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,7 +386,13 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens: int [*batch, t] -> [*batch, t, e]."""
-        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        x = jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        # Rows come in the columns that each device holds, and so do their gradients. Left to
+        # itself, the compiler gathers the whole batch's gradients where images are cut over more
+        # axes than columns are.
+        names = BATCH[: tokens.ndim - 1]
+        x = constrain_last(x, *names, None, "embed")
+        return constrain(x, *names, None, None)
 
     def head(self) -> jax.Array:
         """Output rows [vocab, e]; their products with a hidden state are the logits."""

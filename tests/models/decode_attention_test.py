@@ -12,10 +12,12 @@ from caprl_jax.models.attention import Segment
 from caprl_jax.models.decode_attention import Part
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.jit import bind
+from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Decoding
 
 from ..conftest import make_world
+from ..plan.plan_test import gpu
 
 
 def drawn(key, *shape):
@@ -44,6 +46,22 @@ def test_the_kernel_equals_plain_attention(filled, heads, kv_heads):
     segments = [segment(prompt, mask[:, None], c), segment(own, seen, c, w)]
     expected = attention.attend(q[:, :, None], segments)[:, :, 0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_prices_the_kernel_by_its_shapes():
+    """64 rows of 2 heads of 16 for each of 2 key-value heads, over 128 keys: two products."""
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": 1}, gpu("h200:1")))
+
+    def of(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh.replicated(rules))
+
+    def attend(q, k, v, filled):
+        return decode_attention.attend(q, [Part(k, v, None, filled)])
+
+    args = of(8, 8, 4, 16), of(64, 2, 128, 16), of(64, 2, 128, 16), of(dtype=jnp.int32)
+    text = hlo_costs.hlo_text(jax.jit(bind(attend, rules)).lower(*args).compile())
+    found = hlo_costs.costs(hlo_costs.parse(text), ())["other"]
+    assert found.flops == 2 * 2 * 64 * 4 * 16 * 128
 
 
 def test_float32_and_odd_sizes_are_left_to_xla(monkeypatch):

@@ -26,6 +26,7 @@ from caprl_jax.plan.hlo.costs import Collective
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Batch, Decoding
 from caprl_jax.run import reckon
+from caprl_jax.run.models import init_decoder
 
 TEXT = DecoderConfig(512, 256, 2, 8, 2, 32, 512, 1e4, 1e-6, True, (8, 4, 4))
 VISION = VisionConfig(12, 64, 2, 4, 64, 256, 4, 2, (1,))
@@ -103,6 +104,29 @@ def test_slices_are_cut_along_data_alone():
     assert [len({d.slice_index for d in part.flat}) for part in on.devices] == [1, 1]
     with pytest.raises(UserError, match=r"mesh\.data=1 is no multiple of the 2 slices"):
         mesh.make_mesh({"fsdp": -1}, devices)
+
+
+def test_a_batch_cut_over_more_axes_than_the_embedding_is_never_gathered():
+    """Images over data and fsdp, the embedding's columns over fsdp alone."""
+    rules = mesh.shard_rules(mesh.make_mesh({"data": 2, "fsdp": 4}))
+    decoder = Decoder(TEXT)
+    params = shapes.params(lambda key: init_decoder(decoder, key), rules)
+    lies = rules.sharding("images")
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=lies)
+    weights = jax.ShapeDtypeStruct((8, 16, TEXT.width), jnp.float32, sharding=lies)
+
+    def loss(params, tokens, weights):
+        x = decoder.apply({"params": params}, tokens, method=Decoder.embed)
+        return jnp.sum(jnp.where(weights > 0, jnp.tanh(x) * weights, 0))
+
+    def grads(*args):
+        found = jax.grad(loss)(*args)["embedding"]
+        return jax.lax.with_sharding_constraint(found, params["embedding"].sharding)
+
+    compiled = jax.jit(bind(grads, rules)).lower(params, tokens, weights).compile()
+    found = hlo_costs.collectives(hlo_costs.parse(hlo_costs.hlo_text(compiled)))
+    largest = max(c.bytes for c in found if c.kind == "all-gather")
+    assert largest < 8 * 16 * TEXT.width * 4 // 2
 
 
 def small():

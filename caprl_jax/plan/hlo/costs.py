@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from caprl_jax.plan.flops import BranchWeights
+from caprl_jax.plan.hlo import products
 from caprl_jax.plan.hlo import work as hlo_work
 from caprl_jax.plan.hlo.loops import Loop, make_loop
 from caprl_jax.plan.hlo.text import Computation, Instruction, Program, parse, replica_groups
@@ -209,7 +210,7 @@ def _bytes(visits: Iterable[Visit]) -> float:
 def _products(visit: Visit) -> Iterator[tuple[str, int]]:
     """Yields (op_name, operations) of a visit's products."""
     for computation, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
-        flops = hlo_work.flops(computation, inner)
+        flops = products.flops(computation, inner)
         if flops:
             yield inner.op_name, flops
 
@@ -225,6 +226,8 @@ def _collectives(visits: Iterable[Visit], phase: Callable[[str], str]) -> Iterat
         for computation, inner in hlo_work.inside(
             visit.program, visit.computation, visit.instruction
         ):
+            if inner.opcode == "send" and "_xla_megascale_target" in inner.attributes:
+                yield _between_slices(visit, inner, phase)
             kind = hlo_work.collective_kind(inner.opcode)
             if not kind:
                 continue
@@ -268,6 +271,34 @@ def _collective(
     )
 
 
+def _between_slices(visit: Visit, send: Instruction, phase: Callable[[str], str]) -> Collective:
+    """Returns a collective over slices of TPUs, which a program of one slice hands to its host.
+
+    Numbers of devices go on from slice to slice.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)[1]
+    kind = kind.lower().replace("_", "-")
+    slices = len(_numbers(re.search(r'_xla_megascale_target="\{([^}]*)\}', send.attributes)[1]))
+    moved = send.arrays[0]
+    return Collective(
+        kind=kind,
+        bytes=moved.bytes * (slices if kind == "all-gather" else 1),
+        executions=visit.executions,
+        groups=(tuple(visit.program.devices * k for k in range(slices)),),
+        shapes=(f"{moved.dtype}{list(moved.dims)}",),
+        phase=phase(send.op_name) or visit.phase,
+        op_name=send.op_name or visit.instruction.op_name,
+        name=send.name,
+        loops=visit.loops,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    """Reads numbers and ranges: "1,4:6" is 1, 4, 5, 6."""
+    ends = [[int(n) for n in part.split(":")] for part in text.split(",")]
+    return [n for first, *last in ends for n in range(first, (last or [first])[0] + 1)]
+
+
 def costs(
     program: Program,
     phases: Sequence[str] = (),
@@ -302,7 +333,7 @@ def costs(
         notes[visit.phase] += [visit.note] if visit.note else []
         for op_name, work in _products(visit):
             flops[walk.phase(op_name) or visit.phase] += visit.executions * work
-        calls[visit.phase].update(_targets(visit))
+        calls[visit.phase].update(_unpriced(visit))
     found = list(_collectives(seen, walk.phase))
     return {
         phase: Costs(
@@ -317,13 +348,11 @@ def costs(
     }
 
 
-def _targets(visit: Visit) -> Iterator[str]:
-    for _, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
-        if inner.opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]*)"', inner.attributes)
-            # These have no work of their own: they mark memory and collectives.
-            if not target[1].startswith(("AsyncCollective", "AllocateBuffer", "ConcatBitcast")):
-                yield target[1]
+def _unpriced(visit: Visit) -> Iterator[str]:
+    for place, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
+        name = products.unpriced(place, inner)
+        if name:
+            yield name
 
 
 def collectives(
