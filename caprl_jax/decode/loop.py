@@ -80,7 +80,8 @@ def decode(
       trunk: prompts that have been read, batch axes (b,).
       decoding: group size, stop tokens, sampling and slots.
       valid: bool [b], False for rows that only fill up the batch. Their captions are empty, and no
-        other caption waits for them.
+        other caption waits for them. Or int32 [b, g], the most tokens of each caption, all 0 in
+        such rows: a caption ends there as if it had met the limit (benchmarks draw given lengths).
       key: iteration i of the loop draws with fold_in(key, i); or keys [b], one for each image.
 
     Returns:
@@ -106,9 +107,16 @@ def decode_with(
     variant = caches.variant(policy, weights)
     loop = _Loop(policy, weights, trunk, key, decoding, variant, variant.prompt(trunk.kv))
     slots = scheduling.number_of_slots(decoding.group, decoding.slots)
-    if slots < decoding.group:
-        return _draw_in_slots(loop, slots, valid)
-    return _draw_together(loop, valid)
+    if valid.ndim == 1:
+        limit = jnp.where(valid[:, None], decoding.sampling.max_tokens, 0)
+        valid = jnp.broadcast_to(limit, (len(valid), decoding.group))
+    drawn = (
+        _draw_in_slots(loop, slots, valid)
+        if slots < decoding.group
+        else _draw_together(loop, valid)
+    )
+    stopped = jnp.isin(drawn.tokens, jnp.asarray(decoding.stop, jnp.int32)) & drawn.mask
+    return drawn.replace(truncated=(valid > 0) & ~jnp.any(stopped, axis=-1))
 
 
 _fold_each = jax.vmap(jax.random.fold_in, in_axes=(0, None))
@@ -153,8 +161,8 @@ class _Loop:
         return jnp.broadcast_to(self.trunk.last[:, None], (b, slots, width)), out
 
 
-def _draw_together(loop: _Loop, valid: jax.Array) -> Rollout:
-    """Draws all captions at the same time: iteration i draws token i of each."""
+def _draw_together(loop: _Loop, most: jax.Array) -> Rollout:
+    """Draws all captions, of `most` tokens [b, g], at the same time: iteration i draws token i."""
     t, group = loop.decoding.sampling.max_tokens, loop.decoding.group
 
     def step(carry, i, stage):
@@ -163,20 +171,20 @@ def _draw_together(loop: _Loop, valid: jax.Array) -> Rollout:
         new = new.replace(mask=~done)
         out = jax.tree.map(lambda a, x: a.at[:, :, i].set(jnp.where(done, a[:, :, i], x)), out, new)
         hidden, cache = loop.read(new.tokens, i, cache, caches.Write(i, stage))
-        return done | ends, hidden, out, cache
+        return done | ends | (i + 1 >= most), hidden, out, cache
 
     hidden, out = loop.empty(group, t)
-    done = jnp.broadcast_to(~valid[:, None], out.mask.shape[:2])
+    done = most <= 0
     cache = loop.variant.empty(loop.prompt, group, t)
     for stage in stages(t):
         carry = done, hidden, out, loop.variant.opened(cache, loop.prompt, group, stage)
         step_of_stage = functools.partial(step, stage=stage)
         done, hidden, out, cache = _while_any_is_open(step_of_stage, carry, *stage)
-    return out.replace(length=jnp.sum(out.mask, axis=-1), truncated=~done)
+    return out.replace(length=jnp.sum(out.mask, axis=-1))
 
 
-def _draw_in_slots(loop: _Loop, slots: int, valid: jax.Array) -> Rollout:
-    """Draws captions one after another in fewer slots than there are captions.
+def _draw_in_slots(loop: _Loop, slots: int, most: jax.Array) -> Rollout:
+    """Draws captions, of `most` tokens [b, g], one after another in fewer slots than captions.
 
     A slot's cache is a ring: iteration i writes at i modulo the longest caption's tokens. When a
     new caption begins, the tokens left by the caption before are masked. Until the ring is full,
@@ -192,13 +200,14 @@ def _draw_in_slots(loop: _Loop, slots: int, valid: jax.Array) -> Rollout:
         out = jax.tree.map(lambda a, x: a.at[:, :, i].set(x), out, new)
         write = caches.Write(i % t, stage, fresh=state.at == 0)
         hidden, cache = loop.read(new.tokens, state.at, cache, write)
-        ends = state.busy & (ends | (state.at + 1 == t))
+        last = jnp.take_along_axis(most, jnp.minimum(state.caption, group - 1), axis=1)
+        ends = state.busy & (ends | (state.at + 1 >= last))
         hidden = jnp.where(ends[..., None], loop.trunk.last[:, None], hidden)
         state = state.after(ends, i)
         return ~state.busy, state, hidden, out, cache
 
     hidden, out = loop.empty(slots, iterations)
-    state = scheduling.filled(valid, slots, group)
+    state = scheduling.filled(jnp.any(most > 0, axis=1), slots, group)
     *carry, cache = ~state.busy, state, hidden, out, loop.variant.empty(loop.prompt, slots, t)
     parts = stages(t)
     for stage in parts:
@@ -213,9 +222,7 @@ def _draw_in_slots(loop: _Loop, slots: int, valid: jax.Array) -> Rollout:
         *carry, _ = _while_any_is_open(whole, carry, t, iterations)
     _, state, _, out = carry
     found = jax.tree.map(lambda a: state.by_caption(a, t), out)
-    stopped = jnp.isin(found.tokens, jnp.asarray(loop.decoding.stop, jnp.int32)) & found.mask
-    truncated = valid[:, None] & ~jnp.any(stopped, axis=-1)
-    return found.replace(length=state.length, truncated=truncated)
+    return found.replace(length=state.length)
 
 
 def stages(tokens: int) -> list[tuple[int, int]]:

@@ -99,3 +99,20 @@ def test_the_platform_decides_the_variant_of_the_weights(world, monkeypatch):
     assert prepared("cpu") == (caches.PerLayer, (c.feed_forward, c.width))
     assert prepared("tpu", True) == prepared("gpu")
     assert prepared("cpu", False) == prepared("tpu")
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_captions_end_at_limits_of_their_own(world, slots):
+    """Benchmarks draw captions of given lengths; a stop token still ends one earlier."""
+    limits = np.asarray([[1, 5, 3], [6, 2, 6], [0, 0, 0], [4, 4, 1]])
+    batch = world.batch.replace(valid=jnp.asarray(limits))
+    for stop in ((), tuple(range(20))):
+        decoding = Decoding(3, stop, Sampling(max_tokens=6), slots)
+        run = jax.jit(lambda params, batch, d=decoding: sample(world, params, batch, d))
+        found = jax.device_get(run(world.params, batch))
+        ends = np.isin(found.tokens, stop) & found.mask
+        own = np.where(ends.any(-1), ends.argmax(-1) + 1, limits)
+        np.testing.assert_array_equal(found.length, own)
+        np.testing.assert_array_equal(found.mask, np.arange(6) < own[..., None])
+        np.testing.assert_array_equal(found.truncated, (limits > 0) & ~ends.any(-1))
+    assert np.any(own < limits)
