@@ -1,7 +1,7 @@
 """Times a config's step on this device, phase by phase, with random weights.
 
 python -m caprl_jax.bench --config=configs/3b.py:h200 [--phases=prefill,decode,score,update,step]
-    [--repeats=5] [--lengths=fixed|natural] [--json=FILE]
+    [--repeats=5] [--lengths=fixed|natural|MEAN,DEVIATION] [--json=FILE]
 python -m caprl_jax.bench --config=FILE --scaling=group,caption,questions,image [--repeats=5]
     [--json=FILE]    (how the cost grows with captions, their tokens, questions, image tokens)
 python -m caprl_jax.bench --config=FILE --images [--repeats=5]    (the data pipeline alone)
@@ -24,7 +24,7 @@ import jax
 import ml_collections
 from absl import flags
 
-from caprl_jax.bench import naive, peers, scaling
+from caprl_jax.bench import lengths, naive, peers, scaling, synthetic
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
@@ -37,7 +37,12 @@ def define_flags() -> None:
     """Defines this command's flags."""
     flags.DEFINE_list("phases", ",".join(PHASES), f"Some of {', '.join(PHASES)}.")
     flags.DEFINE_integer("repeats", 5, "Repeats of each phase.", lower_bound=1)
-    flags.DEFINE_enum("lengths", "fixed", ["fixed", "natural"], "Whether captions end early.")
+    flags.DEFINE_string(
+        "lengths",
+        "fixed",
+        "Tokens of captions: fixed (the limit), natural (log-normal; mean 500 and deviation 300 of "
+        "4096, in proportion for other limits), or MEAN,DEVIATION.",
+    )
     flags.DEFINE_list(
         "scaling", [], f"Time at several sizes of these: {', '.join(scaling.SWEEPS)}."
     )
@@ -83,14 +88,18 @@ def write(found: Any) -> None:
 def time_phases(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:
     """Times phases and prints the results."""
     require_known("phases", wanted, PHASES)
-    timings = measure(config, wanted, repeats, flags.FLAGS.lengths == "natural")
+    wished = lengths.parse(flags.FLAGS.lengths, config.sampling.max_tokens)
+    timings = measure(config, wanted, repeats, wished)
     device = jax.devices()[0]
     print(f"{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}")
+    described = lengths.tell(wished, synthetic.caption_lengths(config, wished))
+    print(described)
     print(tell(timings))
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
-    write({name: dataclasses.asdict(t) | {"median": t.median} for name, t in timings.items()})
+    also = {"lengths": described}
+    write({n: dataclasses.asdict(t) | {"median": t.median} | also for n, t in timings.items()})
 
 
 def scale(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:

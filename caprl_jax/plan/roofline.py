@@ -33,6 +33,16 @@ class Roofline:
     seconds: Mapping[str, float]
     uncounted: tuple[str, ...] = ()
 
+    def scaled(self, share: float) -> "Roofline":
+        """Returns the roofline of this share of the work."""
+        link_bytes, seconds = (
+            {name: share * value for name, value in found.items()}
+            for found in (self.link_bytes, self.seconds)
+        )
+        return Roofline(
+            share * self.flops, share * self.hbm_bytes, link_bytes, seconds, self.uncounted
+        )
+
     @property
     def bound(self) -> str:
         """Names the resource that takes longest."""

@@ -1,0 +1,116 @@
+"""Padding's share of FLOPs: by hand, and against what compiled programs compute."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from caprl_jax.bench import padding, phases, synthetic
+from caprl_jax.bench.padding import Part
+from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.vision import VisionConfig
+from caprl_jax.parallel.slices import Slices
+from caprl_jax.plan import roofline, shapes
+from caprl_jax.plan.hlo import costs
+from caprl_jax.run import fit
+
+from .. import shipped
+
+DECODER = DecoderConfig(60, 32, 2, 4, 2, 8, 48, 1e4, 1e-6, False)
+TOKEN = 2 * 2 * (32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48)  # 2 layers: q, k, v, o; SwiGLU
+PAIR = 2 * 2 * 2 * 4 * 8  # 2 layers: scores and values of 4 heads of 8 channels
+HEAD = 2 * 32 * 60
+VISION = VisionConfig(12, 16, 2, 4, 24, 32, 4, 2, (1,))
+SIZES = padding.Sizes(DECODER, VISION, DECODER, (32, 32), (10, 10), 3, 6, 7, 8)
+DRAWN = np.asarray([[2, 8], [4, 4]])
+
+
+def test_a_decoders_flops_are_those_of_its_products():
+    assert padding.token_flops(DECODER) == TOKEN
+    assert padding.pair_flops(DECODER) == PAIR
+
+
+def test_captions_as_long_as_their_limit_have_padding_only_in_the_cache():
+    found = padding.phases(SIZES, np.full((2, 2), 8), Slices(), 0)
+    decode = found.pop("decode")
+    assert 0 < decode.share < 0.05
+    assert decode.computed - decode.real == 4 * PAIR * (8 * 8 - 8 * 9 / 2)
+    found.pop("step")
+    assert all(part.share == 0 for part in found.values())
+
+
+def test_decoding_computes_rows_until_the_last_caption_of_a_slice_ends():
+    def tokens(slots, count, drawn=DRAWN):
+        found = padding.decode(SIZES, drawn, count, slots)
+        rows = found.computed / (TOKEN + HEAD + PAIR * (10 + 8))
+        assert found.real == drawn.sum() * (TOKEN + HEAD + 10 * PAIR) + PAIR * np.sum(
+            drawn * (drawn + 1) // 2
+        )
+        return rows
+
+    assert tokens(0, 1) == 4 * 8
+    assert tokens(0, 2) == 2 * 8 + 2 * 4  # slices of one image each
+    assert tokens(1, 1, np.asarray([[2, 3], [4, 4]])) == pytest.approx(2 * 8)
+
+
+def test_a_long_cache_is_read_in_stages():
+    longer = dataclasses.replace(SIZES, limit=512)
+    found = padding.decode(longer, np.full((1, 1), 200), 1, 0)
+    read = 128 * 128 + 72 * 256
+    assert found.computed == 200 * (TOKEN + HEAD + 10 * PAIR) + read * PAIR
+
+
+def test_the_judge_reads_captions_up_to_their_bucket_and_questions_whole():
+    rows = padding.padded_rows(DRAWN, 8, 2, 2)
+    assert rows.tokens.tolist() == [2 * 8, 2 * 4]
+    found = padding.score(SIZES, DRAWN, rows)
+
+    def one(length):
+        asked = 3 * 6
+        return length * (TOKEN + PAIR * (7 + length)) + asked * (TOKEN + PAIR * (7 + length + 6))
+
+    assert found == Part(2 * one(8) + 2 * one(4), sum(map(one, DRAWN.ravel().tolist())))
+
+
+def test_the_update_reads_prompts_once_and_captions_up_to_their_bucket():
+    found = padding.update(SIZES, DRAWN, padded := padding.padded_rows(DRAWN, 8, 1, 1))
+    assert padded.tokens.tolist() == [16, 16]
+
+    def one(length):
+        return length * (TOKEN + HEAD + PAIR * (10 + length))
+
+    prompts = padding.prefill(SIZES, 2).real
+    assert found == Part(prompts + 4 * one(8), prompts + sum(map(one, DRAWN.ravel().tolist())))
+
+
+def test_padding_of_images_and_prompts_counts():
+    half = dataclasses.replace(SIZES, patches=(32, 16), prompt=(10, 5))
+    found = padding.prefill(half, 1)
+    assert found.computed == padding.prefill(SIZES, 1).real
+    assert 0.5 < found.share < 0.6  # attention's pairs are less than half
+
+
+def test_shares_of_parts_add_up_by_their_flops():
+    assert (Part(10, 5) + Part(30, 30).times(3)).share == pytest.approx(0.05)
+
+
+@pytest.mark.slow
+def test_programs_compute_what_is_reckoned(one_device):
+    """But for the last layers of the judge, which compute only what is asked for."""
+    config = shipped.module("tiny").get_config()
+    config.update_from_flattened_dict(
+        {"data.batch": 2, "caprl.group": 4, "sampling.max_tokens": 64, "policy.remat": "none"}
+    )
+    fit.settle(config, jax.devices())
+    built = shapes.build(config, jax.devices())
+    drawn = synthetic.caption_lengths(config, None)
+    expected = padding.of_config(config, built, drawn)
+    within = {"prefill": 0.1, "decode": 0.02, "score": 0.3}
+    for phase in phases.phases(config, built, drawn):
+        if phase.name not in within:
+            return
+        text = costs.hlo_text(jax.jit(phase.function).lower(*phase.args).compile())
+        work = roofline.phases(text, None, 64, built.policy.vision.config)[phase.name]
+        reckoned = expected[phase.name].computed
+        assert work.flops == pytest.approx(reckoned, rel=within[phase.name]), phase.name
