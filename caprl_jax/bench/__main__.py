@@ -8,8 +8,10 @@ python -m caprl_jax.bench --config=FILE --images [--repeats=5]    (the data pipe
 python -m caprl_jax.bench --config=configs/3b.py --naive    (runs nothing: what the tree saves)
 python -m caprl_jax.bench --config=configs/peers.py --peer=transformers|trl [--models=DIR]
     [--repeats=5] [--json=FILE]
+python -m caprl_jax.bench --config=configs/peers.py --peer=vllm --vllm_python=VENV/bin/python
+    [--lengths=natural] [--models=DIR] [--repeats=5] [--json=FILE]
 
-The last form compares with another library, on the same weights and work (bench/peers.py).
+The last two compare with another library, on the same weights and work (bench/peers.py).
 Without --peer and --images it needs JAX, Flax, optax, ml_collections and absl only.
 """
 
@@ -49,6 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("naive", False, "Compare the step's work with a step that shares nothing.")
     flags.DEFINE_bool("images", False, "Time the data pipeline alone.")
     flags.DEFINE_enum("peer", None, list(peers.NEEDS), "Compare with this library instead.")
+    flags.DEFINE_string("vllm_python", None, "Python of an environment with vLLM's CPU build.")
     flags.DEFINE_string("models", None, "Where a peer's random models lie; default temporary.")
     flags.DEFINE_string("json", None, "Where to write the figures as JSON too.")
 
@@ -123,13 +126,25 @@ def compare(config: ml_collections.ConfigDict, peer: str, repeats: int) -> None:
     peers.require_cpu()
     validate(config)
     fit.settle(config, jax.devices())
-    if peer == "trl":  # each reads models and data, which phases don't need
-        from caprl_jax.bench import trl_peer as other
-    else:
-        from caprl_jax.bench import generate_peer as other
+    wished = lengths.parse(flags.FLAGS.lengths, config.sampling.max_tokens)
+    if wished is not None and peer != "vllm":
+        raise ConfigError(f"--peer={peer} draws captions of one length: leave out --lengths")
+    if peer == "vllm" and not flags.FLAGS.vllm_python:
+        raise ConfigError("--peer=vllm needs --vllm_python=VENV/bin/python (bench/README.md)")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(flags.FLAGS.models or temporary)
-        found = other.compare(config, folder, repeats)
+        if peer == "vllm":  # each reads models and data, which phases don't need
+            from caprl_jax.bench import vllm_peer
+
+            found = vllm_peer.compare(config, folder, repeats, wished, flags.FLAGS.vllm_python)
+        elif peer == "trl":
+            from caprl_jax.bench import trl_peer
+
+            found = trl_peer.compare(config, folder, repeats)
+        else:
+            from caprl_jax.bench import generate_peer
+
+            found = generate_peer.compare(config, folder, repeats)
     print(peers.tell(found))
     write(found.as_json())
 

@@ -100,7 +100,7 @@ def test_tokens_are_those_of_captions_as_long_as_drawn(lengths, one_device):
     assert found["decode"].tokens == found["decode"].generated == written
     assert found["score"].tokens == written + captions * asked
     assert found["step"].tokens == written + captions * config.data.max_prompt
-    assert all((t.padding > 0.2) == bool(lengths) for t in found.values())
+    assert all((t.padding > 0.05) == bool(lengths) for t in found.values()), found
     rate = written / found["step"].median
     assert f"{rate:,.0f} generated tokens/s" in phases.tell(found)
 
