@@ -255,7 +255,7 @@ class PerLayer:
         rotation = jax.lax.optimization_barrier(rotation)
         *full, mask = (write.own(mask) for mask in cache.masks)
         mask, written = mask.at[:, :, at].set(True), []
-        context = Context(rotation, mask[..., None, :], (*prompt.masks, *full))
+        context = Context(rotation, mask, (*prompt.masks, *full))
         for n, params in enumerate(layers):
             past = tuple(
                 tuple(jnp.swapaxes(a, -3, -2) for a in kv[n]) for kv in (*prompt.kv, *cache.kv[:-1])

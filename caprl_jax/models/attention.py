@@ -4,6 +4,9 @@ A query attends to its own tokens and to the tokens of its ancestors. An ancesto
 are stored once: a segment whose batch axes are a prefix of the query's batch axes is broadcast by
 folding the remaining axes into the query axis of one matrix product, so nothing is repeated in
 memory. The softmax statistics of the segments merge them exactly.
+
+On GPUs and TPUs kernels compute long segments, without scores in memory (models/flash); elsewhere
+XLA does, for some of the queries at a time.
 """
 
 import math
@@ -16,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from caprl_jax.models import blocks, places
+from caprl_jax.models.flash import calls, merge
+from caprl_jax.models.flash.merge import KEPT
+from caprl_jax.models.places import Places
+
 SCORE_BYTES = 2**28  # upper bound on one image's scores at a time; more queries go in slices
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
-KEPT = "attention"  # checkpoint name of the residuals that attention keeps beside its inputs
-_MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
 
 
 @flax.struct.dataclass
@@ -42,28 +48,69 @@ class KV:
         start = (index, *[0] * (self.k.ndim - 1))
         size = (1, *self.mask.shape, *self.k.shape[-2:])
         k, v = (jax.lax.dynamic_slice(a, start, size)[0] for a in (self.k, self.v))
-        return Segment(k, v, self.mask[..., None, :])
+        return Segment(k, v, self.mask)
+
+
+@flax.struct.dataclass
+class Row:
+    """Tokens that are read together: one text, or several end to end.
+
+    Attributes:
+      places: Places [*batch, t], which say which of them a token sees.
+      packed: whether several texts lie end to end, so that most tokens don't see each other. Rows
+        then have one batch axis.
+      seen: bool [*batch, t, t], places.visible, which all layers share; None for packed rows, where
+        it would be large.
+    """
+
+    places: Places
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
+    seen: jax.Array | None = None
+
+    @property
+    def mask(self) -> jax.Array:
+        """Returns bool [*batch, t], True for real tokens."""
+        return self.places.group >= 0
+
+
+def text(mask: jax.Array) -> Row:
+    """Returns the row of one text whose tokens see the real ones up to them: bool [*batch, t]."""
+    found = places.causal(mask)
+    return Row(found, seen=places.visible(found, found))
 
 
 @flax.struct.dataclass
 class Segment:
-    """One layer's keys and values, with the mask of the queries that see them.
+    """One layer's keys and values, and who sees them.
 
     Attributes:
       k: [*batch, length, kv_heads, head_dim].
       v: [*batch, length, kv_heads, head_dim].
-      mask: bool [*batch, queries or 1, length].
+      mask: bool [*batch, length], True for real keys.
+      keys: the keys' places [*batch, length], if the queries are tokens of the same row; None if
+        every query sees all real keys.
+      queries: the queries' places [*batch, t], with `keys` only.
+      packed: as for Row.
+      seen: bool [*batch, t, length], as for Row.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    keys: Places | None = None
+    queries: Places | None = None
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
+    seen: jax.Array | None = None
+
+    def rows(self, take: Callable) -> "Segment":
+        """Applies take(array, axis) to what the queries have: to keep, cut or pad some of them."""
+        queries, seen = jax.tree.map(lambda a: take(a, -1), self.queries), self.seen
+        return self.replace(queries=queries, seen=None if seen is None else take(seen, -2))
 
 
-def causal_mask(mask: jax.Array) -> jax.Array:
-    """Causal mask of real tokens: bool [*batch, t] -> bool [*batch, t, t], queries first."""
-    t = mask.shape[-1]
-    return jnp.tril(jnp.broadcast_to(mask[..., None, :], (*mask.shape, t)))
+def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
+    """Returns the segment of a row's own keys and values, for queries of all of its tokens."""
+    return Segment(k, v, row.mask, row.places, row.places, row.packed, row.seen)
 
 
 def align_right(a: jax.Array, ndim: int) -> jax.Array:
@@ -90,35 +137,43 @@ def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
 
     Raises:
       AssertionError: a segment's batch axes are not a prefix of q's.
-      ValueError: a segment's mask is for another number of queries.
+      ValueError: a segment's places are for another number of queries.
     """
     segments = tuple(segments)
     for segment in segments:
         chex.assert_equal_shape_prefix([q, segment.k], segment.k.ndim - 3)
+        if segment.queries is not None and segment.queries.order.shape != q.shape[:-2]:
+            raise ValueError(
+                f"places of queries {segment.queries.order.shape} don't fit queries {q.shape}"
+            )
+    if kernel := calls.kernel(q, [s.k for s in segments]):
+        return merge.attend(q, tuple(_part(q, s) for s in segments), kernel)
     t, size = q.shape[-3], _queries_at_once(q, segments)
     if size == t:
         return _attend(q, segments)
     padded = -(-t // size) * size
     q = _pad_axis(q, padded, -3)
-    segments = [
-        s if s.mask.shape[-2] == 1 else s.replace(mask=_pad_axis(s.mask, padded, -2))
-        for s in segments
-    ]
+    segments = [s.rows(lambda a, axis: _pad_axis(a, padded, axis)) for s in segments]
 
     # Memory holds the scores of one slice of the queries at a time.
     def attend_slice(start):
         def cut(a, axis):
             return jax.lax.dynamic_slice_in_dim(a, start, size, axis % a.ndim)
 
-        own = tuple(
-            Segment(s.k, s.v, s.mask if s.mask.shape[-2] == 1 else cut(s.mask, -2))
-            for s in segments
-        )
-        return _attend(cut(q, -3), own)
+        return _attend(cut(q, -3), tuple(s.rows(cut) for s in segments))
 
     out = jnp.moveaxis(jax.lax.map(attend_slice, jnp.arange(0, padded, size)), 0, -4)
     out = out.reshape(*out.shape[:-4], padded, *out.shape[-2:])
     return jax.lax.slice_in_dim(out, 0, t, axis=out.ndim - 3)
+
+
+def _part(q: jax.Array, segment: Segment) -> merge.Part:
+    """Returns the segment with places for all of its keys and queries."""
+    keys, queries = segment.keys, segment.queries
+    if keys is None:
+        everywhere = jnp.zeros(q.shape[:-2], jnp.int32)
+        keys, queries = places.shared(segment.mask), Places(*[everywhere] * 3)
+    return merge.Part(segment.k, segment.v, keys, queries)
 
 
 def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
@@ -130,7 +185,7 @@ def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
 
 def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
     """Queries in a slice: even slices whose scores for one image stay within SCORE_BYTES."""
-    keys = sum(s.k.shape[-3] for s in segments)
+    keys = sum(s.k.shape[-3] for s in segments if not s.packed) or 1
     row_bytes = 4 * keys * q.shape[-2] * math.prod(q.shape[1:-3])  # a token's float32 scores
     slices = -(-q.shape[-3] // max(SCORE_BYTES // row_bytes, 1))
     return -(-q.shape[-3] // slices)
@@ -144,14 +199,14 @@ def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> jax.Array:
 def _forward(q, segments):
     """(attention of q, residuals for the gradient)."""
     grouped = _grouped(q, segments)
-    parts = [_partial(grouped, segment) for segment in segments]
+    parts = [(_packed if s.packed else _partial)(grouped, s) for s in segments]
     top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
     scales = [jnp.exp(part_top - top) for _, part_top, _ in parts]
     values = sum(value * s[..., None] for (value, _, _), s in zip(parts, scales, strict=True))
     total = sum(total * s for (_, _, total), s in zip(parts, scales, strict=True))
     out = (values / total[..., None]).astype(q.dtype).reshape(q.shape)
     # A query that has nothing to attend to gets weights of 0 in the gradient.
-    log_total = jnp.where(top > _MASKED / 2, top + jnp.log(total), 0)
+    log_total = jnp.where(top > blocks.MASKED / 2, top + jnp.log(total), 0)
     out, log_total = checkpoint_name((out, log_total), KEPT)
     return out, (q, segments, out, log_total)
 
@@ -161,9 +216,18 @@ def _backward(residuals, grad_out):
     grouped, grad_out = _grouped(q, segments), _grouped(grad_out, segments)
     product = grad_out.astype(jnp.float32) * _grouped(out, segments).astype(jnp.float32)
     delta = jnp.sum(product, axis=-1)  # D of flash attention's algorithm 4
-    parts = [_partial_backward(grouped, s, grad_out, delta, log_total) for s in segments]
+    parts = [
+        (_packed_backward if s.packed else _partial_backward)(
+            grouped, s, grad_out, delta, log_total
+        )
+        for s in segments
+    ]
     grad_q = sum(part for part, _, _ in parts).astype(q.dtype).reshape(q.shape)
-    return grad_q, tuple(Segment(grad_k, grad_v, None) for _, grad_k, grad_v in parts)
+    grads = zip(segments, parts, strict=True)
+    return grad_q, tuple(
+        jax.tree.map(lambda _: None, s).replace(k=grad_k, v=grad_v)
+        for s, (_, grad_k, grad_v) in grads
+    )
 
 
 _attend.defvjp(_forward, _backward)
@@ -209,6 +273,25 @@ def _partial_backward(
     return unfold(grad_q), grad_k.astype(segment.k.dtype), grad_v.astype(segment.v.dtype)
 
 
+def _packed(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes _partial for the keys of a packed row."""
+    return blocks.forward(_blocks(q, segment), q.shape[1])
+
+
+def _packed_backward(
+    q: jax.Array, segment: Segment, grad_out: jax.Array, delta: jax.Array, log_total: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes _partial_backward for the keys of a packed row."""
+    found = _blocks(q, segment)
+    grad_q, *grads = blocks.backward(found, grad_out, delta, log_total, segment.k.shape[1])
+    return grad_q, *(grad.astype(segment.k.dtype) for grad in grads)
+
+
+def _blocks(q: jax.Array, segment: Segment) -> blocks.Blocks:
+    chex.assert_rank(q, 5)  # packed rows have one batch axis
+    return blocks.cut(q, segment.k, segment.v, segment.queries, segment.keys)
+
+
 def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
     """Functions (fold, unfold) between [*batch, t, k, r, ..] and [*shared, k, r, x, ..].
 
@@ -217,8 +300,6 @@ def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
     """
     batch, shared = q.ndim - 4, segment.k.ndim - 3
     inner = q.shape[shared : batch + 1]
-    if segment.mask.shape[-2] not in (1, math.prod(inner)):
-        raise ValueError(f"segment mask {segment.mask.shape} does not fit queries {q.shape}")
 
     def fold(a):
         a = a.reshape(*a.shape[:shared], math.prod(inner), *a.shape[batch + 1 :])
@@ -235,7 +316,8 @@ def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
     """Masked scores of folded queries: [*shared, k, r, x, d] -> float32 [*shared, k, r, x, s]."""
     # Scaling the queries instead would round each of them once more in bfloat16.
     scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
-    return jnp.where(segment.mask[..., None, None, :, :], scores, _MASKED)
+    mask = segment.mask[..., None, :] if segment.keys is None else segment.seen
+    return jnp.where(mask[..., None, None, :, :], scores, blocks.MASKED)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.models import attention
-from caprl_jax.models.attention import KV, Rotation, Segment
+from caprl_jax.models.attention import KV, Rotation, Row, Segment
 from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialise, transposed_product
 from caprl_jax.parallel.axes import BATCH, CACHED, constrain, varied_as
 
@@ -82,14 +82,14 @@ class Context:
 
     Attributes:
       rotation: cosine and sine of RoPE's angles, [*batch, t, head_dim / 2] each.
-      mask: bool [*batch, t, length], the tokens' own keys that each query sees.
+      own: Row of the tokens; in decoding bool [*batch, length], the tokens of the cache.
       past_masks: bool [*ancestor's batch, length] for each ancestor.
       deep: [n, *batch, t, e], added to the outputs of the first n layers; or None.
       caches: ancestors whose arrays hold all layers, and may be longer than their masks.
     """
 
     rotation: Rotation
-    mask: jax.Array
+    own: Row | jax.Array
     past_masks: tuple[jax.Array, ...] = ()
     deep: jax.Array | None = None
     caches: tuple[KV, ...] = ()
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
         Args:
           x: [*batch, t, e].
-          context: its mask is [*batch, t, t].
+          context: its `own` is these tokens' Row.
           past: this layer's keys and values of each ancestor, [*batch, length, kv_heads, head_dim].
           layer: int [], this layer's index, for context.deep and context.caches.
 
@@ -143,7 +143,7 @@ class Block(nn.Module):
         q = self._queries(y, context.rotation)
         segments = self._ancestors(context, past)
         segments += [cache.layer(layer) for cache in context.caches]
-        x = self._attend_and_mlp(x, q, [*segments, Segment(k, v, context.mask)])
+        x = self._attend_and_mlp(x, q, [*segments, attention.own(k, v, context.own)])
         if (deep := context.deep) is not None:
             # dynamic_index clamps the index of the layers after the first n.
             added = jax.lax.dynamic_index_in_dim(deep, layer, keepdims=False)
@@ -166,11 +166,12 @@ class Block(nn.Module):
         """
         x, y = self._normed(x)
         k, v = self._keys_and_values(y, context.rotation)
-        x, y, mask, *rotation = (_take(a, where) for a in (x, y, context.mask, *context.rotation))
+        x, y, *rotation = (_take(a, where) for a in (x, y, *context.rotation))
         if not where.shape[-1]:
             return x, (k, v)
         q = self._queries(y, tuple(rotation))
-        segments = [*self._ancestors(context, past), Segment(k, v, mask)]
+        own = attention.own(k, v, context.own).rows(functools.partial(_take_rows, where))
+        segments = [*self._ancestors(context, past), own]
         return self._attend_and_mlp(x, q, segments), (k, v)
 
     def decode(
@@ -185,7 +186,7 @@ class Block(nn.Module):
 
         Args:
           x: [*batch, 1, e].
-          context: its mask is [*batch, 1, length], the tokens of the cache that the query sees.
+          context: its `own` is bool [*batch, length], the tokens of the cache that the query sees.
           past: as in __call__.
           cache: keys and values of the captions, [*batch, kv_heads, length, head_dim].
           at: int [], index in the cache to write to.
@@ -199,7 +200,7 @@ class Block(nn.Module):
         updated = (put_heads_first(a, token, at) for a, token in zip(cache, new, strict=True))
         cached = CACHED[: x.ndim - 2]
         cache = tuple(constrain(a, *cached, "kv_heads", None, None) for a in updated)
-        own = Segment(*(jnp.swapaxes(a, -3, -2) for a in cache), context.mask)
+        own = Segment(*(jnp.swapaxes(a, -3, -2) for a in cache), context.own)
         return self._attend_and_mlp(x, q, [*self._ancestors(context, past), own]), cache
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -218,8 +219,7 @@ class Block(nn.Module):
         return _to_caches(q, "heads")
 
     def _ancestors(self, context: Context, past: tuple[LayerKV, ...]) -> list[Segment]:
-        masks = (mask[..., None, :] for mask in context.past_masks)
-        return [Segment(*kv, mask) for kv, mask in zip(past, masks, strict=True)]
+        return [Segment(*kv, mask) for kv, mask in zip(past, context.past_masks, strict=True)]
 
     def _attend_and_mlp(self, x: jax.Array, q: jax.Array, segments: list[Segment]) -> jax.Array:
         """Adds attention of q over the segments to x [*batch, t, e], then the MLP's output."""
@@ -241,13 +241,24 @@ def _to_caches(a: jax.Array, kind: str) -> jax.Array:
 
 def _take(a: jax.Array, where: jax.Array) -> jax.Array:
     """Entries of a [*batch, t, d] at int [*batch, n] -> [*batch, n, d]."""
-    return jnp.take_along_axis(a, where[..., None], axis=-2)
+    return _take_rows(where, a, -2)
+
+
+def _take_rows(where: jax.Array, a: jax.Array, axis: int) -> jax.Array:
+    """Entries of a [*batch, t(, s)], whose axis t is `axis`, at int [*batch, n]."""
+    index = where if axis == -1 else where[..., None]
+    return jnp.take_along_axis(a, index, axis=axis)
 
 
 def put_heads_first(held: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
     """Writes new [*batch, t, kv_heads, d] into held [*batch, kv_heads, length, d] from `at` on."""
     new = jnp.swapaxes(new, -3, -2)
     return jax.lax.dynamic_update_slice_in_dim(held, new, at, axis=held.ndim - 2)
+
+
+def _row(own: jax.Array | Row) -> Row:
+    """Returns the tokens' row; a mask means one text a row."""
+    return own if isinstance(own, Row) else attention.text(own)
 
 
 def _put(stacks: tuple, entries: tuple, i: jax.Array | int) -> tuple:
@@ -292,7 +303,7 @@ class Decoder(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        own: jax.Array | Row,
         past: tuple[KV, ...] = (),
         deep: jax.Array | None = None,
         caches: tuple[KV, ...] = (),
@@ -302,7 +313,7 @@ class Decoder(nn.Module):
         Args:
           x: [*batch, t, e] embeddings.
           positions: int [*batch, t], or [*batch, t, 3] (time, row, column) with M-RoPE.
-          mask: bool [*batch, t], False for padding.
+          own: bool [*batch, t], False for padding, if these are one text a row; or their Row.
           past: ancestors' keys and values; the batch axes of each are a prefix of x's.
           deep: [n, *batch, t, e], added to the outputs of the first n layers (DeepStack, arXiv
             2406.04334); zero for text.
@@ -311,25 +322,25 @@ class Decoder(nn.Module):
         Returns:
           (hidden [*batch, t, e] after the final norm, KV of these tokens).
         """
-        chex.assert_equal_shape_prefix([x, mask], mask.ndim)
+        own = _row(own)
+        chex.assert_equal_shape_prefix([x, own.mask], own.mask.ndim)
         if deep is not None:
             deep = deep.astype(self.dtype)
-        context = self._context(positions, mask, past, deep, caches)
+        context = self._context(positions, own, past, deep, caches)
         past = tuple((kv.k, kv.v) for kv in past)
         layers = jnp.arange(self.config.layers)
         x, (k, v) = self.layers(x.astype(self.dtype), context, past, layers)
-        return self.norm(x), KV(k, v, mask)
+        return self.norm(x), KV(k, v, own.mask)
 
-    def _context(self, positions, mask, past, deep=None, caches=()) -> Context:
+    def _context(self, positions, own, past, deep=None, caches=()) -> Context:
         past_masks = tuple(kv.mask for kv in past)
-        rotation = self.rotation(positions, mask)
-        return Context(rotation, attention.causal_mask(mask), past_masks, deep, caches)
+        return Context(self.rotation(positions, own.mask), own, past_masks, deep, caches)
 
     def hidden_at(
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        own: jax.Array | Row,
         past: tuple[KV, ...],
         where: jax.Array,
     ) -> tuple[jax.Array, KV]:
@@ -342,19 +353,20 @@ class Decoder(nn.Module):
         Args:
           x: as in __call__.
           positions: as in __call__.
-          mask: as in __call__.
+          own: as in __call__.
           past: as in __call__.
           where: int [*batch, n], indices of the tokens whose hidden states to return; n may be 0.
 
         Returns:
           (hidden [*batch, n, e] after the final norm, KV of all tokens).
         """
+        own = _row(own)
         block, stacked = Block(self.config, parent=None), self.variables["params"]["layers"]
-        context, pasts = self._context(positions, mask, past), tuple((kv.k, kv.v) for kv in past)
+        context, pasts = self._context(positions, own, past), tuple((kv.k, kv.v) for kv in past)
 
         def layer(x, i, last, method):
-            own, past = jax.tree.map(lambda a: a[i], (stacked, pasts))
-            return block.apply({"params": own}, x, context, past, last, method=method)
+            params, past = jax.tree.map(lambda a: a[i], (stacked, pasts))
+            return block.apply({"params": params}, x, context, past, last, method=method)
 
         # The carry holds the stacks: appending the last layer to scan's outputs would copy them.
         def step(carry, i):
@@ -363,11 +375,11 @@ class Decoder(nn.Module):
             return (x, _put(stacks, kv, i)), None
 
         c, last = self.config, self.config.layers - 1
-        zeros = jnp.zeros((c.layers, *mask.shape, c.kv_heads, c.head_dim), self.dtype)
+        zeros = jnp.zeros((c.layers, *own.mask.shape, c.kv_heads, c.head_dim), self.dtype)
         carry = x.astype(self.dtype), (varied_as(zeros, x),) * 2
         (x, stacks), _ = jax.lax.scan(step, carry, jnp.arange(last))
         x, kv = layer(x, last, where, Block.outputs_at)
-        return self.norm(x), KV(*_put(stacks, kv, last), mask)
+        return self.norm(x), KV(*_put(stacks, kv, last), own.mask)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens: int [*batch, t] -> [*batch, t, e]."""

@@ -186,7 +186,7 @@ class VisionBlock(nn.Module):
             def split(a):
                 return a.reshape(a.shape[0], -1, size, *a.shape[2:])
 
-            keys = Segment(split(k), split(v), split(mask)[..., None, :])
+            keys = Segment(split(k), split(v), split(mask))
             return attention.attend(split(q), [keys]).reshape(q.shape)
 
         if len(c.full_layers) == c.layers:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax.models.attention import KV
+from caprl_jax.models.attention import KV, Row
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vision import Images, VisionTower
 
@@ -143,6 +143,30 @@ class Policy:
         hidden, _ = self.decoder.apply(decoder, x, positions, mask, (*past, trunk.kv))
         first = jnp.broadcast_to(trunk.last[:, None, None], (b, g, 1, hidden.shape[-1]))
         return jnp.concatenate([first, hidden[..., :-1, :]], axis=2)
+
+    def packed(
+        self, params: Params, trunk: Trunk, tokens: jax.Array, index: jax.Array, row: Row
+    ) -> jax.Array:
+        """Computes `branches` for captions that are packed into one row per image.
+
+        Args:
+          params: the policy's parameters.
+          trunk: as for branches.
+          tokens: int32 [b, r].
+          index: int32 [b, r], each token's place in its caption.
+          row: Row [b, r] of the captions.
+
+        Returns:
+          [b, r, e]; entry i predicts token i.
+        """
+        decoder = {"params": params["decoder"]}
+        x = self.decoder.apply(decoder, tokens, method=Decoder.embed)
+        positions = trunk.next_position[:, None] + index
+        if self.decoder.config.mrope_section is not None:
+            positions = jnp.repeat(positions[..., None], 3, axis=-1)
+        hidden, _ = self.decoder.apply(decoder, x, positions, row, (trunk.kv,))
+        before = jnp.concatenate([trunk.last[:, None], hidden[:, :-1]], axis=1)
+        return jnp.where(index[..., None] == 0, trunk.last[:, None], before)
 
     def head(self, params: Params) -> jax.Array:
         """Output rows [vocab, e] in the compute dtype."""

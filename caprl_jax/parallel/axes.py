@@ -28,16 +28,18 @@ class ShardRules:
       mesh: the devices.
       table: mesh axes of each logical axis.
       decode_table: the same, while captions are decoded.
+      attention: how attention is computed: "auto", "plain" or "flash" (models/flash/calls.py).
     """
 
     mesh: Mesh
     table: Table
     decode_table: Table
+    attention: str = "auto"
 
     def __hash__(self) -> int:
         """Hashes the tables' items, so that the rules can be a static argument of jit."""
         tables = (tuple(sorted(table.items())) for table in (self.table, self.decode_table))
-        return hash((self.mesh, *tables))
+        return hash((self.mesh, *tables, self.attention))
 
     @property
     def decoding(self) -> "ShardRules":

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from caprl_jax.errors import UserError
+from caprl_jax.parallel import hardware
 from caprl_jax.parallel.axes import ShardRules, Table
 
 AXES = ("data", "fsdp", "tensor")
@@ -61,6 +62,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
     On TPUs neighbours on the mesh are neighbours on the interconnect. Devices of several slices
     are cut along data, the only axis whose traffic may cross the slower network between them.
+    GPUs lie node by node: data crosses nodes first, and other axes only if they are longer than
+    a node.
 
     Args:
       shape: size of each axis; one may be -1, which takes the devices that are left.
@@ -98,8 +101,8 @@ def axis_sizes(shape: Mapping[str, int], count: int) -> list[int]:
 
 def _arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu":
-        return np.asarray(devices).reshape(sizes)
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+        return np.asarray(sorted(devices, key=hardware.slice_of)).reshape(sizes)
+    slices = len({hardware.slice_of(d) for d in devices})
     if sizes[0] % slices:
         raise UserError(
             f"mesh.data={sizes[0]} is no multiple of the {slices} slices: only data may cross the "

@@ -39,3 +39,10 @@ class MeshSettings:
         "there once before",
         resume=True,
     )
+    attention: str = setting(
+        "auto",
+        "how attention is computed: by a kernel that keeps scores on chip (flash), by XLA (plain), "
+        "or by a kernel on GPUs and TPUs where shapes suit (auto)",
+        choices=("auto", "plain", "flash"),
+        resume=True,
+    )

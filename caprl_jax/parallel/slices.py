@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from caprl_jax.parallel import axes
+
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
@@ -25,8 +27,7 @@ class Slices:
         the rollout.
       score: slices in which the judge reads captions.
       update: slices whose gradients are summed.
-      lengths: length buckets that judge and update are compiled for. Each of their slices is cut to
-        the shortest bucket that holds its captions.
+      lengths: lengths of packed rows that judge and update are compiled for (rl/packing.py).
     """
 
     rollout: int = 1
@@ -87,6 +88,42 @@ def map_slices(function: Callable, tree: Any, count: int, key: jax.Array | None 
     return jax.tree.map(
         lambda a: jnp.swapaxes(a, 0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:]), out
     )
+
+
+def alike(size: jax.Array, count: int) -> jax.Array:
+    """Returns an order of images, int32 [b], in which each of `count` slices has alike sizes.
+
+    Every device sorts its own images, so `ordered` moves none between devices.
+
+    Args:
+      size: int32 [b], a number of tokens, say.
+      count: slices, as for `split`.
+    """
+    devices = _devices()
+    order = jnp.argsort(size.reshape(devices, -1), axis=1).reshape(devices, count, -1)
+    return jnp.swapaxes(order, 1, 2).reshape(size.shape)
+
+
+def ordered(tree: Any, order: jax.Array) -> Any:
+    """Puts arrays [b, ..] into an order of `alike`."""
+    devices = _devices()
+    order = order.reshape(devices, -1)
+
+    def take(a):
+        own = a.reshape(*order.shape, *a.shape[1:])
+        return jax.vmap(lambda a, order: a[order])(own, order).reshape(a.shape)
+
+    return jax.tree.map(take, tree)
+
+
+def inverse(order: jax.Array) -> jax.Array:
+    """Returns the order that undoes an order of `alike`."""
+    return jnp.argsort(order.reshape(_devices(), -1), axis=1).reshape(order.shape)
+
+
+def _devices() -> int:
+    rules = axes.current()
+    return 1 if rules is None else rules.size("images")
 
 
 def split(tree: Any, count: int) -> Any:

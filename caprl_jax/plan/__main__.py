@@ -19,7 +19,7 @@ from caprl_jax.plan.plan import as_json, make, suggest, tell
 
 def define_flags() -> None:
     """This command's flags."""
-    flags.DEFINE_string("topology", "local", "v5e:4x4, v5p:2x2x2, cpu:8, .., or local.")
+    flags.DEFINE_string("topology", "local", "v5e:4x4, h100:8, h100:8*4, cpu:8, .., or local.")
     flags.DEFINE_string("json", None, "Where to write the plan as JSON too.")
     flags.DEFINE_bool("suggest", False, "Try changes until one fits.")
 

@@ -44,6 +44,7 @@ class Plan:
       chip: the chip's name, as published or from JAX.
       chips: number of chips.
       hbm: the chip's published bytes; 0 if unknown.
+      usable: bytes of it that programs can use; on a GPU the share that JAX takes; 0 if unknown.
       mesh: the mesh's sizes by axis.
       tokens: tokens of a step's prompts and captions; every caption counts its own prompt, as in
         EasyR1.
@@ -67,6 +68,7 @@ class Plan:
     next: list[dict[str, Any]]
     reckoned: int = 0
     choice: str = ""
+    usable: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -106,7 +108,9 @@ def make(
         text, vision = hlo_costs.hlo_text(compiled), built.policy.vision.config
         c = config.caprl
         iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
-        found = roofline.phases(text, known, iterations, vision)
+        slices = len({hardware.slice_of(d) for d in devices})
+        each = len(devices) // slices if slices > 1 else 0
+        found = roofline.phases(text, known, iterations, vision, each)
     captions = config.data.batch * config.caprl.group
     spread = mesh.batch_multiple(built.rules)
     return Plan(
@@ -124,6 +128,7 @@ def make(
         next=list(changes(config, spread)),
         reckoned=reckon.reckon(config, devices).total,
         choice=choice,
+        usable=hardware.usable(devices[0]) or 0.0,
     )
 
 
@@ -143,7 +148,7 @@ def _inside(memory: dict[str, int], device: Any) -> bool | None:
     """Tells whether memory suffices; a TPU's compiler checks it, for others sizes are compared."""
     if device.platform == "tpu":
         return True
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = hardware.usable(device)
     return None if limit is None else sum(memory.values()) <= limit
 
 
@@ -190,7 +195,8 @@ def tell(name: str, topology: str, plan: Plan) -> str:
     total = sum(plan.memory.values())
     lines += ["", f"{'per chip':24}{'GiB':>8}"]
     lines += [f"{what:24}{size / GIB:8.2f}" for what, size in plan.memory.items() if size]
-    of = f" of {plan.hbm / GIB:.0f}" if plan.hbm else ""
+    of = f" of {plan.usable / GIB:.1f}" if plan.usable else ""
+    of += f" usable, {plan.hbm / GIB:.0f} in all" if plan.hbm else ""
     verdict = {True: "fits", False: "too much", None: "what there is isn't known"}[plan.fits]
     lines += [f"{'total':24}{total / GIB:8.2f}{of}: {verdict}"]
     if plan.reckoned:
@@ -201,13 +207,16 @@ def tell(name: str, topology: str, plan: Plan) -> str:
 
 
 def _roofline_lines(plan: Plan) -> list[str]:
-    head = f"{'phase':10}{'TFLOP':>9}{'HBM GB':>9}{'links GB':>9}{'roofline':>9}  {'bound by':9}"
-    lines = [head + " received by kind, GB"]
+    far = any(f.network_bytes for f in plan.rooflines.values())
+    head = f"{'phase':10}{'TFLOP':>9}{'HBM GB':>9}{'links GB':>9}"
+    head += f"{'netw. GB':>9}" if far else ""
+    lines = [f"{head}{'roofline':>9}  {'bound by':9} received by kind, GB"]
     for name, f in plan.rooflines.items():
-        kinds = ", ".join(f"{k} {b / 1e9:.1f}" for k, b in f.link_bytes.items() if b > 5e7)
+        network = f"{sum(f.network_bytes.values()) / 1e9:9.1f}" if far else ""
         lines.append(
             f"{name:10}{f.flops / 1e12:9.1f}{f.hbm_bytes / 1e9:9.1f}"
-            f"{sum(f.link_bytes.values()) / 1e9:9.1f}{f.time:9.2f}  {f.bound:9} {kinds}"
+            f"{sum(f.link_bytes.values()) / 1e9:9.1f}{network}{f.time:9.2f}  {f.bound:9} "
+            + ", ".join((*_kinds(f.link_bytes), *_kinds(f.network_bytes, " by network")))
         )
     missed = sorted({what for f in plan.rooflines.values() for what in f.uncounted})
     if missed:
@@ -218,10 +227,14 @@ def _roofline_lines(plan: Plan) -> list[str]:
     used = sum(f.seconds["compute"] for f in plan.rooflines.values()) / plan.step_seconds
     return [
         *lines,
-        f"{'step':10}{'':27}{plan.step_seconds:9.2f}  by roofline, with captions as long as "
-        f"their bucket: {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, {used:.0%} of its "
-        "peak FLOP/s",
+        f"{'step':10}{'':{36 if far else 27}}{plan.step_seconds:9.2f}  by roofline, with captions "
+        f"as long as their bucket: {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, "
+        f"{used:.0%} of its peak FLOP/s",
     ]
+
+
+def _kinds(received: dict[str, float], where: str = "") -> list[str]:
+    return [f"{kind}{where} {count / 1e9:.1f}" for kind, count in received.items() if count > 5e7]
 
 
 def as_json(name: str, topology: str, plan: Plan) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Rooflines of a compiled step: each phase's work against a chip's published peaks."""
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -9,9 +10,12 @@ from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.hardware import Chip
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.plan.hlo.costs import Collective, Costs
-from caprl_jax.rl import length_buckets
+from caprl_jax.rl import packing
 
 PHASES = ("prefill", "decode", "score", "update")
+_PRODUCTS = re.compile(
+    "gemm|matmul|conv|attention|fmha|cublas|cudnn|triton|mosaic|tpu_custom_call", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +26,10 @@ class Roofline:
       flops: operations of matrix products.
       hbm_bytes: bytes from and to memory.
       link_bytes: bytes that the chip receives over its links, by kind of collective.
-      seconds: seconds by resource (compute, memory, links), each at its peak; empty for a chip
-        whose peaks are unknown.
+      seconds: seconds by resource (compute, memory, links, network), each at its peak; empty for
+        a chip whose peaks are unknown. Network is there if bytes cross it.
       uncounted: calls whose work isn't known here, and loops of unknown length.
+      network_bytes: bytes that the chip receives from other slices or nodes, by kind.
     """
 
     flops: float
@@ -32,6 +37,7 @@ class Roofline:
     link_bytes: Mapping[str, float]
     seconds: Mapping[str, float]
     uncounted: tuple[str, ...] = ()
+    network_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def scaled(self, share: float) -> "Roofline":
         """Returns the roofline of this share of the work."""
@@ -50,7 +56,7 @@ class Roofline:
 
     @property
     def time(self) -> float:
-        """Returns the seconds if the three overlap perfectly."""
+        """Returns the seconds if all of them overlap perfectly."""
         return max(self.seconds.values(), default=0.0)
 
 
@@ -60,32 +66,74 @@ def received(collective: Collective) -> float:
     Each of n devices lacks (n - 1) / n of the gathered array, or of the parts that it sums. An
     all-reduce sums a part and gathers the others.
     """
-    n = collective.group_size
-    share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
-    part = share.get(collective.kind, (n - 1) / n)
-    return collective.bytes * collective.executions * part
+    return _lacking(collective, collective.group_size)
 
 
-def roofline(costs: Costs, chip: Chip | None) -> Roofline:
-    """Returns the roofline of a phase's costs."""
-    links: dict[str, float] = {}
-    for c in costs.collectives:
-        links[c.kind] = links.get(c.kind, 0.0) + received(c)
-    seconds = (
-        {}
-        if chip is None
-        else {
-            "compute": costs.flops / chip.flops,
-            "memory": costs.hbm_bytes / chip.hbm_bytes,
-            "links": sum(links.values()) / chip.link_bytes,
-        }
+def from_network(collective: Collective, each: int) -> float:
+    """Returns the part of the received bytes that must come from other slices or nodes.
+
+    A node's m devices of a group share what the node lacks: of k nodes each lacks (k - 1) / k of
+    the array, once. In an all-to-all nothing is shared.
+
+    Args:
+      collective: its groups hold numbers of devices, node by node.
+      each: devices of a slice or node.
+    """
+    return collective.executions * max(
+        _from_network(collective, collections.Counter(d // each for d in group))
+        for group in collective.groups
     )
-    # Some custom calls compute nothing: checks of indices, and the like.
-    unknown = [
-        name for name in costs.unpriced if re.search(r"gemm|matmul|conv|attention|fmha", name)
-    ]
+
+
+def _from_network(collective: Collective, members: collections.Counter) -> float:
+    if len(members) == 1:
+        return 0.0
+    own, whole = min(members.values()), sum(members.values())
+    once = dataclasses.replace(collective, executions=1)
+    if collective.kind == "collective-permute":
+        return float(collective.bytes)
+    if "all-to-all" in collective.kind:
+        return collective.bytes * (whole - own) / whole
+    return _lacking(once, len(members)) / own
+
+
+def _lacking(collective: Collective, parts: int) -> float:
+    part = (parts - 1) / parts
+    share = {"all-reduce": 2 * part, "collective-permute": 1.0}.get(collective.kind, part)
+    return collective.bytes * collective.executions * share
+
+
+def roofline(costs: Costs, chip: Chip | None, each: int = 0) -> Roofline:
+    """Returns the roofline of a phase's costs.
+
+    Args:
+      costs: the work of one device.
+      chip: peaks; None if unknown.
+      each: devices of a slice or node, if there are several of these; else 0.
+    """
+    links: dict[str, float] = {}
+    network: dict[str, float] = {}
+    for c in costs.collectives:
+        outside = from_network(c, each) if each else 0.0
+        links[c.kind] = links.get(c.kind, 0.0) + received(c) - outside
+        if outside:
+            network[c.kind] = network.get(c.kind, 0.0) + outside
+    seconds = {} if chip is None else _seconds(costs, chip, sum(links.values()))
+    if chip is not None and network:
+        rate = chip.network_bytes or chip.link_bytes
+        seconds["network"] = sum(network.values()) / rate
+    # Some custom calls compute no products: checks of indices, sorts, and the like.
+    unknown = [name for name in costs.unpriced if _PRODUCTS.search(name)]
     unknown += [f"the costlier branch of {c.name}" for c in costs.conditionals]
-    return Roofline(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown))
+    return Roofline(costs.flops, costs.hbm_bytes, links, seconds, tuple(unknown), network)
+
+
+def _seconds(costs: Costs, chip: Chip, links: float) -> dict[str, float]:
+    return {
+        "compute": costs.flops / chip.flops,
+        "memory": costs.hbm_bytes / chip.hbm_bytes,
+        "links": links / chip.link_bytes,
+    }
 
 
 def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
@@ -97,7 +145,7 @@ def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     full = len(vision.full_layers) / vision.layers
 
     def weights(op_name: str, branches: int) -> Any:
-        if re.search(rf"{length_buckets.SCOPE}(/cond)?$", op_name):
+        if re.search(rf"{packing.SCOPE}(/cond)?$", op_name):
             return (*[0.0] * (branches - 1), 1.0)
         tower = "VisionTower" in op_name and branches == 2
         return (1 - full, full) if tower else None
@@ -106,7 +154,7 @@ def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
 
 
 def phases(
-    text: str, chip: Chip | None, iterations: int, vision: VisionConfig
+    text: str, chip: Chip | None, iterations: int, vision: VisionConfig, each: int = 0
 ) -> dict[str, Roofline]:
     """Returns the roofline of each phase of a compiled step; work outside of them is "other".
 
@@ -115,21 +163,27 @@ def phases(
       chip: peaks.
       iterations: assumed iterations of the decoding loop, without early stop.
       vision: the tower's sizes, which tell how many of its layers attend over the whole image.
+      each: as for `roofline`.
     """
     found = hlo_costs.costs(hlo_costs.parse(text), PHASES, iterations, branch_weights(vision))
-    return {name: roofline(costs, chip) for name, costs in found.items()}
+    return {name: roofline(costs, chip, each) for name, costs in found.items()}
 
 
 def together(parts: Iterable[Roofline]) -> Roofline:
-    """Merges several phases into one, whose compute, memory traffic and links may overlap."""
+    """Merges several phases into one, whose resources may be used at the same time."""
     flops = hbm = 0.0
     uncounted: tuple[str, ...] = ()
     links: dict[str, float] = {}
+    network: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for part in parts:
         flops, hbm = flops + part.flops, hbm + part.hbm_bytes
         uncounted += part.uncounted
-        for total, own in ((links, part.link_bytes), (seconds, part.seconds)):
+        for total, own in (
+            (links, part.link_bytes),
+            (network, part.network_bytes),
+            (seconds, part.seconds),
+        ):
             for name, value in own.items():
                 total[name] = total.get(name, 0.0) + value
-    return Roofline(flops, hbm, links, seconds, uncounted)
+    return Roofline(flops, hbm, links, seconds, uncounted, network)

@@ -6,6 +6,7 @@ instruction -> caption -> question; each node is computed once (CapRL, arXiv 250
 """
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
 import chex
@@ -17,7 +18,7 @@ from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vlm import Params, root_kv, text_positions
 from caprl_jax.parallel import slices
-from caprl_jax.rl import length_buckets
+from caprl_jax.rl import packing
 from caprl_jax.rl.types import Captions, Instruction, Questions, Rollout, Verdicts
 from caprl_jax.settings import setting
 
@@ -77,67 +78,143 @@ def judge(
       Verdicts [b, g, n].
     """
 
-    def read(length, model, tokens, mask, questions):
-        return letter_logits(model, Captions(tokens[..., :length], mask[..., :length]), questions)
+    def read(row, model, tokens, mask, questions):
+        return letter_logits(model, Captions(tokens, mask), questions, row)
 
     def read_slice(part):
-        return length_buckets.by_length(read, part[1], model, *part)
+        texts = _texts(model, *part)
+        return packing.by_length(read, functools.partial(read, None), texts.mask, model, *part)
 
+    count, cuts = slices.current().score, slices.current().lengths > 1
     with jax.named_scope("score"):
-        logits = slices.map_slices(
-            read_slice, (captions.tokens, captions.mask, questions), slices.current().score
-        )
+        whole = captions.tokens, captions.mask, questions
+        if cuts:  # slices of texts that are alike have little padding
+            size = jnp.sum(_texts(model, *whole).mask, axis=(1, 2))
+            order = slices.alike(size, count)
+            whole = slices.ordered(whole, order)
+        logits = slices.map_slices(read_slice, whole, count)
+        if cuts:
+            logits = slices.ordered(logits, slices.inverse(order))
         return verdicts(logits, questions, judging=judging, key=key)
 
 
-def letter_logits(model: Judge, captions: Captions | Rollout, questions: Questions) -> jax.Array:
+def letter_logits(
+    model: Judge, captions: Captions | Rollout, questions: Questions, row: int | None = None
+) -> jax.Array:
     """Returns the logits of the letters after each question.
 
     Args:
       model: the judge.
       captions: [b, g, t]; special tokens, and ids that the judge lacks, count as absent.
       questions: shared by an image's captions, or one set for each.
+      row: tokens of the row that an image's captions are packed into, each with its questions; None
+        computes them padded.
 
     Returns:
       float32 [b, g, n, letters].
     """
     decoder, variables = model.decoder, {"params": model.params}
-    tokens, mask = captions.tokens, captions.mask
-    b, g, _ = tokens.shape
-    # A policy may have more rows than the judge. Ids that no tokenizer writes count as absent too,
-    # and must not be looked up, since what lies outside of the table is NaN.
-    special, known = model.instruction.special, decoder.config.known
-    mask = mask & ~jnp.isin(tokens, special) & (tokens < known)
-    tokens = jnp.minimum(tokens, known - 1)
-    past, after = _caption_kv(model, tokens, mask)
-    q_tokens, q_mask = questions.tokens, questions.mask
-    if q_tokens.ndim == 3:
-        q_tokens, q_mask = (
-            jnp.broadcast_to(a[:, None], (b, g, *a.shape[1:])) for a in (q_tokens, q_mask)
-        )
-    chex.assert_shape(q_tokens, (b, g, None, None))
-    n, q = q_tokens.shape[-2:]
-    positions = text_positions(jnp.broadcast_to(after[..., None], (b, g, n)), q, False)
-    x = decoder.apply(variables, q_tokens, method=Decoder.embed)
-    end = jnp.maximum(jnp.sum(q_mask, axis=-1) - 1, 0)[..., None]
-    hidden, _ = decoder.apply(variables, x, positions, q_mask, past, end, method=Decoder.hidden_at)
-    last = hidden[..., 0, :]
+    last = (_last_padded if row is None else functools.partial(_last_packed, row))(
+        model, _texts(model, captions.tokens, captions.mask, questions)
+    )
     head = decoder.apply(variables, method=Decoder.head)[model.instruction.letters]
     return jnp.einsum(
         "bgne,le->bgnl", last, head.astype(last.dtype), preferred_element_type=jnp.float32
     )
 
 
+@flax.struct.dataclass
+class _Texts:
+    """Captions as the judge reads them, and their questions.
+
+    Attributes:
+      tokens: int32 [b, g, t].
+      real: bool [b, g, t]; may have holes.
+      asked: int32 [b, g, n, q].
+      asked_real: bool [b, g, n, q].
+    """
+
+    tokens: jax.Array
+    real: jax.Array
+    asked: jax.Array
+    asked_real: jax.Array
+
+    @property
+    def mask(self) -> jax.Array:
+        """Returns bool [b, g, t + n * q], True for a caption's and its questions' tokens."""
+        return _joined(self.real, self.asked_real)
+
+    @property
+    def end(self) -> jax.Array:
+        """Returns the index of each question's last token, int32 [b, g, n]."""
+        return jnp.maximum(jnp.sum(self.asked_real, axis=-1) - 1, 0)
+
+
+def _joined(caption: jax.Array, questions: jax.Array) -> jax.Array:
+    """Joins [b, g, t] and [b, g, n, q] to [b, g, t + n * q]."""
+    return jnp.concatenate([caption, questions.reshape(*caption.shape[:2], -1)], axis=-1)
+
+
+def _texts(model: Judge, tokens: jax.Array, mask: jax.Array, questions: Questions) -> _Texts:
+    # A policy may have more rows than the judge. Ids that no tokenizer writes count as absent too,
+    # and must not be looked up, since what lies outside of the table is NaN.
+    special, known = model.instruction.special, model.decoder.config.known
+    mask = mask & ~jnp.isin(tokens, special) & (tokens < known)
+    asked, asked_real = questions.tokens, questions.mask
+    if asked.ndim == 3:
+        shape = (*tokens.shape[:2], *asked.shape[1:])
+        asked, asked_real = (jnp.broadcast_to(a[:, None], shape) for a in (asked, asked_real))
+    chex.assert_shape(asked, (*tokens.shape[:2], None, None))
+    return _Texts(jnp.minimum(tokens, known - 1), mask, asked, asked_real)
+
+
+def _last_padded(model: Judge, texts: _Texts) -> jax.Array:
+    """Returns the hidden state at each question's end, [b, g, n, e], over padded texts."""
+    decoder, variables = model.decoder, {"params": model.params}
+    past, after = _caption_kv(model, texts.tokens, texts.real)
+    b, g, n, q = texts.asked.shape
+    positions = text_positions(jnp.broadcast_to(after[..., None], (b, g, n)), q, False)
+    x = decoder.apply(variables, texts.asked, method=Decoder.embed)
+    where, method = texts.end[..., None], Decoder.hidden_at
+    hidden, _ = decoder.apply(variables, x, positions, texts.asked_real, past, where, method=method)
+    return hidden[..., 0, :]
+
+
+def _last_packed(length: int, model: Judge, texts: _Texts) -> jax.Array:
+    """Returns what _last_padded does, over rows of captions, each followed by its questions."""
+    decoder, variables = model.decoder, {"params": model.params}
+    (b, g, n, q), t = texts.asked.shape, texts.tokens.shape[-1]
+    packed, root = packing.pack(texts.mask, length), _root(model)
+    own = jnp.cumsum(texts.real, axis=-1, dtype=jnp.int32)  # holes take no position
+    after = own[..., -1:, None] + jax.lax.broadcasted_iota(jnp.int32, (b, g, n, q), 3)
+    positions = root.mask.shape[0] + packed.row(_joined(own - 1, after))
+    question = jax.lax.broadcasted_iota(jnp.int32, (b, g, n, q), 2) + 1
+    row = packed.seen(_joined(jnp.zeros((b, g, t), jnp.int32), question))
+    tokens = packed.row(_joined(texts.tokens, texts.asked))
+    x = decoder.apply(variables, tokens, method=Decoder.embed)
+    end = t + jax.lax.broadcasted_iota(jnp.int32, (b, g, n), 2) * q + texts.end
+    where = jnp.maximum(jnp.take_along_axis(packed.place, end, axis=-1), 0).reshape(b, g * n)
+    hidden, _ = decoder.apply(
+        variables, x, positions, row, (root,), where, method=Decoder.hidden_at
+    )
+    return hidden.reshape(b, g, n, -1)
+
+
+def _root(model: Judge) -> KV:
+    """Returns the instruction's keys and values."""
+    root = model.instruction.kv
+    if root is None:
+        root = root_kv(model.decoder, model.params, model.instruction.tokens)
+    chex.assert_shape(root.mask, model.instruction.tokens.shape)
+    return root
+
+
 def _caption_kv(
     model: Judge, tokens: jax.Array, mask: jax.Array
 ) -> tuple[tuple[KV, KV], jax.Array]:
     """Returns ((instruction's KV, captions' KV), position after each caption int32 [b, g])."""
-    decoder, instruction = model.decoder, model.instruction
-    s = instruction.tokens.shape[0]
-    root = instruction.kv
-    if root is None:
-        root = root_kv(decoder, model.params, instruction.tokens)
-    chex.assert_shape(root.mask, (s,))
+    decoder, root = model.decoder, _root(model)
+    s = root.mask.shape[0]
     variables = {"params": model.params}
     x = decoder.apply(variables, tokens, method=Decoder.embed)
     positions = s - 1 + jnp.cumsum(mask, axis=-1)  # holes take no position

@@ -68,8 +68,8 @@ class Caprl:
     )
     length_buckets: int = setting(
         1,
-        "padded lengths that judge and update are compiled for, in even steps up to "
-        "sampling.max_tokens: a slice takes the shortest that holds its captions",
+        "lengths that judge and update are compiled for, each 0.79 of the next: an image's "
+        "captions are packed into a row of the shortest that holds them; 1 pads every caption",
         least=1,
         resume=True,
     )

@@ -1,6 +1,7 @@
 """The update: it turns captions and their advantages into gradients and new parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from caprl_jax.models import logprobs
 from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import axes, mesh, slices
 from caprl_jax.registry import Choice
-from caprl_jax.rl import length_buckets
+from caprl_jax.rl import packing
 from caprl_jax.rl.types import Batch, Metrics, Rollout, State
 
 
@@ -63,11 +64,6 @@ class _Example:
     advantages: jax.Array
     reference_logp: jax.Array | None
 
-    def cut(self, tokens: int) -> "_Example":
-        """Truncates captions to the first `tokens` tokens; none may be longer."""
-        reference = jax.tree.map(lambda a: a[..., :tokens], self.reference_logp)
-        return self.replace(captions=self.captions.cut(tokens), reference_logp=reference)
-
 
 def update(
     learner: Learner, state: State, batch: Batch, *, captions: Rollout, advantages: jax.Array
@@ -88,6 +84,9 @@ def update(
       with a reference.
     """
     with jax.named_scope("update"):
+        if slices.current().lengths > 1:  # slices of captions that are alike have little padding
+            order = slices.alike(jnp.sum(captions.mask, axis=(1, 2)), slices.current().update)
+            batch, captions, advantages = slices.ordered((batch, captions, advantages), order)
         reference_logp = None
         if learner.objective.kl:
             reference_logp = slices.map_slices(
@@ -105,8 +104,8 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
     _, count = learner.objective.aggregation(jnp.zeros(mask.shape), mask)
     count = jnp.maximum(count, 1)
 
-    def loss(params, part):
-        total, metrics = _slice_loss(learner, params, part)
+    def loss(params, part, row):
+        total, metrics = _slice_loss(learner, params, part, row)
         return total / count, metrics
 
     def one(carry, _):
@@ -126,7 +125,7 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
 
 
 def caption_logps(
-    policy: Policy, params: Params, batch: Batch, captions: Rollout
+    policy: Policy, params: Params, batch: Batch, captions: Rollout, row: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-probabilities at temperature 1 and entropies of given captions.
 
@@ -135,25 +134,33 @@ def caption_logps(
       params: the policy's parameters.
       batch: Batch [b, ..]; images and prompts are read.
       captions: tokens and mask [b, g, t].
+      row: tokens of the row that an image's captions are packed into; None computes them padded.
 
     Returns:
       (log-probabilities, entropies in nats), float32 [b, g, t], 0 outside the mask.
     """
     trunk = policy.trunk(params, batch.images, batch.prompt)
-    hidden = policy.branches(params, trunk, captions.tokens, captions.mask)
-    known = policy.decoder.config.known
-    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), captions.tokens, known)
-    return jnp.where(captions.mask, logp, 0), jnp.where(captions.mask, entropy, 0)
+    tokens, mask, known = captions.tokens, captions.mask, policy.decoder.config.known
+    if row is None:
+        hidden = policy.branches(params, trunk, tokens, mask)
+        logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), tokens, known)
+        return jnp.where(mask, logp, 0), jnp.where(mask, entropy, 0)
+    packed = packing.pack(mask, row)
+    index = packed.row(jax.lax.broadcasted_iota(jnp.int32, mask.shape, 2))
+    tokens = packed.row(tokens)
+    hidden = policy.packed(params, trunk, tokens, index, packed.seen())
+    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), tokens, known)
+    return packed.texts(logp), packed.texts(entropy)
 
 
 def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.Array:
     """Returns the reference policy's caption_logps, without gradient: float32 [b, g, t]."""
 
-    def of_length(length, params, batch, captions):
-        logp, _ = caption_logps(learner.policy, params, batch, captions.cut(length))
-        return jnp.pad(logp, [(0, 0), (0, 0), (0, captions.mask.shape[-1] - length)])
+    def logps(row, params, batch, captions):
+        return caption_logps(learner.policy, params, batch, captions, row)[0]
 
-    return length_buckets.by_length(of_length, captions.mask, learner.reference, batch, captions)
+    args = learner.reference, batch, captions
+    return packing.by_length(logps, functools.partial(logps, None), captions.mask, *args)
 
 
 def _real_tokens(example: _Example) -> jax.Array:
@@ -161,10 +168,12 @@ def _real_tokens(example: _Example) -> jax.Array:
     return example.captions.mask & example.batch.valid[:, None, None]
 
 
-def _slice_loss(learner: Learner, params: Params, example: _Example) -> tuple[jax.Array, Metrics]:
+def _slice_loss(
+    learner: Learner, params: Params, example: _Example, row: int | None
+) -> tuple[jax.Array, Metrics]:
     """Returns one slice's (loss summed by the aggregation float32 [], metrics as (sum, count))."""
     objective, captions = learner.objective, example.captions
-    logp, entropy = caption_logps(learner.policy, params, example.batch, captions)
+    logp, entropy = caption_logps(learner.policy, params, example.batch, captions, row)
     advantages = jnp.broadcast_to(example.advantages[..., None], logp.shape)
     tokens = _real_tokens(example)
     loss, shown = objective.loss(logp, captions.logp, advantages, tokens)
@@ -185,14 +194,15 @@ def _slice_loss(learner: Learner, params: Params, example: _Example) -> tuple[ja
 def _sum_gradients(
     loss: Callable, params: Params, parts: _Example, like_params: Callable[[Params], Params]
 ) -> tuple[Params, Metrics]:
-    """Sums float32 gradients and metrics of loss(params, part) over parts [slices, ..]."""
+    """Sums float32 gradients and metrics of loss(params, part, row) over parts [slices, ..]."""
 
-    def of_length(length, params, part):
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part.cut(length))
+    def gradients(row, params, part):
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part, row)
         return like_params(grads), metrics
 
     def run(part):
-        return length_buckets.by_length(of_length, part.captions.mask, params, part)
+        padded = functools.partial(gradients, None)
+        return packing.by_length(gradients, padded, part.captions.mask, params, part)
 
     def add(total, part):
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(part)), None
@@ -200,7 +210,7 @@ def _sum_gradients(
     one = jax.tree.map(lambda a: a[0], parts)
     if jax.tree.leaves(parts)[0].shape[0] == 1:  # one slice needs no sums beside its gradients
         return jax.tree.map(lambda a: a.astype(jnp.float32), run(one))
-    first = jax.eval_shape(jax.grad(loss, has_aux=True), params, one)
+    first = jax.eval_shape(functools.partial(gradients, None), params, one)
     zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
     (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), parts)
     return grads, metrics

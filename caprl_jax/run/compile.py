@@ -53,7 +53,7 @@ def shard_rules(
             mesh.make_mesh(config.mesh, devices), config.mesh.rules, config.mesh.decode_rules
         )
     check_batch(config, rules)
-    return rules
+    return dataclasses.replace(rules, attention=config.mesh.attention)
 
 
 def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:

@@ -19,7 +19,6 @@ from caprl_jax.config import get, open_keys
 from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.models.layers import REMAT
 from caprl_jax.parallel import hardware, mesh
-from caprl_jax.parallel.hardware import StandIn
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import reckon
 from caprl_jax.run.memory import as_flags
@@ -171,7 +170,7 @@ def _meshes(
 
     All devices that other axes leave are fsdp's; if fsdp is given, they are data's.
     """
-    count, slices = len(devices), len({getattr(d, "slice_index", 0) for d in devices})
+    count, slices = len(devices), len({hardware.slice_of(d) for d in devices})
     given = {axis: int(config.mesh[axis]) for axis in mesh.AXES if config.mesh[axis]}
     for tensor in tensors if "tensor" not in given else tensors[:1]:
         own = {"tensor": tensor} | given
@@ -355,7 +354,7 @@ def _would_fit(
 
     first = devices[0]
     for count in (len(devices) * factor for factor in (2, 4, 8, 16, 32)):
-        more = [StandIn(i, first.device_kind, first.platform) for i in range(count)]
+        more = hardware.stand_ins(first, count)
         if fits(config, more):
             yield _name(more)
             break

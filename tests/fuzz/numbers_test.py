@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from caprl_jax.decode.lengths import bucket, even_buckets
-from caprl_jax.rl import kl, length_buckets
+from caprl_jax.rl import kl, packing
 from caprl_jax.rl.advantages import ADVANTAGES, advantage
 from caprl_jax.rl.losses import AGGREGATIONS, LOSSES, caption_means
 
@@ -48,9 +48,10 @@ def test_even_buckets_rise_to_the_longest_in_even_steps(longest, count):
 
 
 @given(hnp.arrays(bool, (2, 3, 9)))
-def test_the_longest_caption_ends_at_the_last_token_of_any(mask):
-    places = np.flatnonzero(mask.any((0, 1)))
-    assert int(length_buckets.longest(jnp.asarray(mask))) == (places[-1] + 1 if len(places) else 0)
+def test_packed_texts_come_back(mask):
+    packed = packing.pack(jnp.asarray(mask), 27)
+    values = jnp.asarray(np.random.default_rng(0).normal(size=mask.shape))
+    assert np.array_equal(packed.texts(packed.row(values)), np.where(mask, values, 0))
 
 
 @given(rewards, st.sampled_from(ADVANTAGES.names()))

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.models import attention
-from caprl_jax.models.attention import Segment, attend, causal_mask
+from caprl_jax.models import attention, blocks
+from caprl_jax.models.attention import Row, Segment, attend, own, text
+from caprl_jax.models.places import Places, visible
 
 
 def problem(t, kv_heads=2):
@@ -15,15 +16,19 @@ def problem(t, kv_heads=2):
     heads = 4, kv_heads, kv_heads
     q, k, v = (rng.normal(size=(2, 3, t, h, 4)).astype(np.float32) for h in heads)
     root = [rng.normal(size=(2, 5, kv_heads, 4)).astype(np.float32) for _ in range(2)]
-    real = rng.random((2, 1, 5)) < 0.7
-    own = causal_mask(jnp.asarray(np.arange(t) < np.asarray([t, t - 1, t - 3])[None, :, None]))
-    own = jnp.broadcast_to(own, (2, 3, t, t))
-    return jnp.asarray(q), (root, (k, v)), (jnp.asarray(real), own)
+    real = rng.random((2, 5)) < 0.7
+    mask = jnp.asarray(np.arange(t) < np.asarray([t, t - 1, t - 3])[None, :, None])
+    row = text(jnp.broadcast_to(mask, (2, 3, t)))
+    return jnp.asarray(q), (root, (k, v)), (jnp.asarray(real), row)
+
+
+def segments(kvs, masks):
+    (root, branch), (real, row) = kvs, masks
+    return [Segment(*root, real), own(*branch, row)]
 
 
 def loss(q, kvs, masks):
-    (root, own), (real, causal) = kvs, masks
-    out = attend(q, [Segment(*root, real), Segment(*own, causal)])
+    out = attend(q, segments(kvs, masks))
     return jnp.sum(jnp.sin(out)), out
 
 
@@ -46,8 +51,7 @@ def test_gradient_equals_plain_attention_and_keeps_no_scores(kv_heads):
     q, kvs, masks = problem(64, kv_heads)
 
     def run(q, kvs):
-        (root, own), (real, causal) = kvs, masks
-        return attend(q, [Segment(*root, real), Segment(*own, causal)])
+        return attend(q, segments(kvs, masks))
 
     out, back = jax.vjp(run, q, kvs)
     largest = max(a.size for a in jax.tree.leaves(back) if a.dtype == jnp.float32)
@@ -66,8 +70,7 @@ def test_bfloat16_gradients_equal_float32_up_to_rounding():
         return jax.grad(lambda *a: jnp.sum(attend(*a).astype(jnp.float32) ** 2), (0, 1))(q, kvs)
 
     def ours(q, kvs):
-        (root, own), (real, causal) = kvs, masks
-        return attend(q, [Segment(*root, real), Segment(*own, causal)])
+        return attend(q, segments(kvs, masks))
 
     full = jax.tree.map(lambda a: a.astype(jnp.float32), low)
     expected = gradients(lambda *a: attend_plainly(*a, masks), *full)
@@ -77,24 +80,70 @@ def test_bfloat16_gradients_equal_float32_up_to_rounding():
 
 
 def test_query_that_sees_nothing_is_finite_without_gradient():
-    q, (_, own), _ = problem(8)
-    none = jnp.zeros((2, 3, 8, 8), bool)
-    out, back = jax.vjp(lambda q, k, v: attend(q, [Segment(k, v, none)]), q, *map(jnp.asarray, own))
+    q, (_, branch), _ = problem(8)
+    none = text(jnp.zeros((2, 3, 8), bool))
+    out, back = jax.vjp(lambda q, k, v: attend(q, [own(k, v, none)]), q, *map(jnp.asarray, branch))
     assert np.all(np.isfinite(out))
     assert not any(np.any(a) for a in back(jnp.ones_like(out)))
 
 
 def attend_plainly(q, kvs, masks):
     """Attention over the repeated and concatenated segments, as an oracle for attend."""
-    (root, own), (real, causal) = kvs, masks
+    (root, branch), (real, row) = kvs, masks
+    causal = visible(row.places, row.places)
     g = q.shape[1]
-    repeat = q.shape[3] // own[0].shape[3]
+    repeat = q.shape[3] // branch[0].shape[3]
     k, v = (
         jnp.repeat(jnp.concatenate([jnp.repeat(r[:, None], g, axis=1), o], axis=2), repeat, axis=3)
-        for r, o in zip(root, own, strict=True)
+        for r, o in zip(root, branch, strict=True)
     )
-    real = jnp.broadcast_to(real[:, None], (*causal.shape[:-1], real.shape[-1]))
+    real = jnp.broadcast_to(real[:, None, None], (*causal.shape[:-1], real.shape[-1]))
     seen = jnp.concatenate([real, causal], axis=-1)[:, :, None]
     scores = jnp.einsum("bgthd,bgshd->bghts", q, k) / np.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
     return jnp.einsum("bghts,bgshd->bgthd", weights, v)
+
+
+def packed_row():
+    """Four texts of at most 5 tokens end to end in a row of 18, the last of it padding."""
+    group = np.repeat([0, 1, 2, 3, -1], [5, 2, 4, 5, 2])
+    leaf = np.concatenate([[0, 0, 1, 1, 2], [0, 1], [0, 1, 2, 2], [0, 0, 0, 1, 2], [0, 0]])
+    places = Places(*(np.tile(a, (2, 1)).astype(np.int32) for a in (group, leaf, np.arange(18))))
+    places = jax.tree.map(jnp.asarray, places)
+    return Row(places, packed=True, seen=visible(places, places))
+
+
+@pytest.mark.parametrize("queries_at_once", [18, 7])
+def test_blocks_of_a_row_are_the_whole_row(monkeypatch, queries_at_once):
+    monkeypatch.setattr(blocks, "SIZE", 4)
+    monkeypatch.setattr(attention, "SCORE_BYTES", queries_at_once * 4 * 3 * 4)
+    rng, row = np.random.default_rng(0), packed_row()
+    q, k, v, *root = (
+        jnp.asarray(rng.normal(size=(2, n, h, 4)), jnp.float32)
+        for n, h in ((18, 4), (18, 2), (18, 2), (3, 2), (3, 2))
+    )
+    shared = Segment(*root, jnp.ones((2, 3), bool))
+
+    def run(packed, q, k, v, segments):
+        return attend(q, [*segments, own(k, v, row.replace(packed=packed))])
+
+    for segments in ([shared], []):
+        whole, back = jax.vjp(lambda *a, s=segments: run(False, *a, s), q, k, v)
+        found, back_of_blocks = jax.vjp(lambda *a, s=segments: run(True, *a, s), q, k, v)
+        real = np.asarray(row.mask)
+        np.testing.assert_allclose(found[real], whole[real], atol=1e-6)
+        assert np.all(np.isfinite(found))
+        grad = jnp.where(real[..., None, None], jnp.sin(whole), 0)
+        for a, b in zip(back_of_blocks(grad), back(grad), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_only_blocks_that_see_each_other_are_computed(monkeypatch):
+    monkeypatch.setattr(blocks, "SIZE", 3)
+    row = packed_row()
+    q, k = jnp.zeros((2, 18, 2, 2, 4)), jnp.zeros((2, 18, 2, 4))
+    found = blocks.cut(q, k, k, row.places, row.places)
+    seen = visible(row.places, row.places)[0].reshape(6, 3, 6, 3).any((1, 3))
+    assert found.count < 36 // 2
+    computed = set(np.asarray(found.pairs[: found.count]).tolist())
+    assert set(np.flatnonzero(seen).tolist()) <= computed

@@ -51,7 +51,7 @@ def test_decoder_blocks_and_logits_equal_transformers(text_pair, within):
     decoder, theirs = text_pair.ours.decoder, text_pair.theirs
     mask, positions = np.ones(ids.shape, bool), np.broadcast_to(np.arange(500), ids.shape)
     rotation = decoder.apply(variables, positions, mask, method=Decoder.rotation)
-    context = Context(rotation, attention.causal_mask(jnp.asarray(mask)))
+    context = Context(rotation, attention.text(jnp.asarray(mask)))
     block = jax.jit(lambda p, x: Block(decoder.config).apply(p, x, context, (), 0)[0])
     for i, (x, y) in enumerate(layers_seen(theirs.model.layers, lambda: theirs(torch.tensor(ids)))):
         ours = block(layer_params(variables["params"]["layers"], i), x)

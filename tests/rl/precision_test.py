@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.models.attention import Segment, attend, causal_mask
+from caprl_jax.models.attention import attend, own, text
 from caprl_jax.rl import update
 from caprl_jax.rl.judge import letter_logits
 from caprl_jax.rl.rollout import rollout
@@ -74,10 +74,10 @@ def losses(world):
 
 def test_the_gradient_of_attention_has_its_softmax_in_float32():
     q, k, v = (jnp.ones((2, 5, heads, 4), jnp.bfloat16) for heads in (4, 2, 2))
-    own = causal_mask(jnp.ones((2, 5), bool))
+    row = text(jnp.ones((2, 5), bool))
 
     def loss(*qkv):
-        return jnp.sum(attend(qkv[0], [Segment(*qkv[1:], own)]).astype(jnp.float32))
+        return jnp.sum(attend(qkv[0], [own(*qkv[1:], row)]).astype(jnp.float32))
 
     found = computed_in(jax.grad(loss, (0, 1, 2)), q, k, v)
     assert found["exp"] == found["log"] == {jnp.dtype("float32")}

@@ -1,0 +1,252 @@
+"""Attention kernels for TPUs, in Mosaic.
+
+The last grid axis runs over the blocks that a block of the results meets; its sums stay in VMEM
+meanwhile. The grid is as long as the longest such run; the ranges are known before a block is
+fetched, so that blocks which a shorter run doesn't meet are neither fetched nor computed.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+
+from caprl_jax.models.flash import blocks
+from caprl_jax.models.flash.blocks import GROUP, LEAF, MASKED, NOTHING, ORDER, Folded, Sizes
+
+_LANES = 128
+
+
+def sizes(x: int, s: int, d: int) -> Sizes:
+    """Returns the blocks for x folded queries, s keys and a head dimension d."""
+    return Sizes(_block_of(x), _block_of(s), _LANES)
+
+
+def _block_of(length: int) -> int:
+    """Large blocks fetch less; short axes take small ones, so that padding stays short."""
+    return 512 if length >= 1024 else 256 if length > 128 else _LANES
+
+
+def forward(folded: Folded, size: Sizes) -> tuple[jax.Array, jax.Array]:
+    """Attention of each query over the keys, and its log-sum-exp.
+
+    Args:
+      folded: the inputs.
+      size: what `sizes` returned.
+
+    Returns:
+      ([b, kv_heads, x, d] in q's dtype, float32 [b, kv_heads, 1, x]).
+    """
+    b, kv_heads, x, d = folded.q.shape
+    lse = jax.ShapeDtypeStruct((b, kv_heads, 1, x), jnp.float32)
+    column = _scratch(size.x, _LANES)
+    scratch = [_scratch(size.x, d), column, column, _scratch(size.x, _LANES, jnp.int32)]
+    return _launch(_forward_kernel, folded, size, (), ((folded.q, lse), scratch))
+
+
+def query_gradient(folded: Folded, size: Sizes, rows: Sequence[jax.Array]) -> jax.Array:
+    """Gradient of the queries.
+
+    Args:
+      folded: the inputs.
+      size: what `sizes` returned.
+      rows: the result's gradient [b, kv_heads, x, d], lse and delta float32 [b, kv_heads, 1, x].
+
+    Returns:
+      [b, kv_heads, x, d] in q's dtype.
+    """
+    column = _scratch(size.x, _LANES)
+    scratch = [_scratch(size.x, folded.q.shape[3]), column, column]
+    scratch.append(_scratch(size.x, _LANES, jnp.int32))
+    return _launch(_query_kernel, folded, size, rows, ((folded.q,), scratch))[0]
+
+
+def key_gradient(
+    folded: Folded, size: Sizes, rows: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of the keys and values, summed over the queries that share them.
+
+    Args:
+      folded: the inputs.
+      size: what `sizes` returned.
+      rows: the result's gradient [b, kv_heads, x, d], lse and delta float32 [b, kv_heads, 1, x].
+
+    Returns:
+      Two [b, kv_heads, s, d] in k's and v's dtypes.
+    """
+    total = _scratch(size.s, folded.q.shape[3])
+    scratch = [total, total, _scratch(size.s, _LANES, jnp.int32)]
+    return _launch(_key_kernel, folded, size, rows, ((folded.k, folded.v), scratch))
+
+
+def _scratch(rows: int, columns: int, dtype=jnp.float32):
+    return tpu.VMEM((rows, columns), dtype)
+
+
+def _launch(
+    kernel: Callable,
+    folded: Folded,
+    size: Sizes,
+    rows: Sequence[jax.Array],
+    results: tuple[Sequence, Sequence],
+) -> tuple[jax.Array, ...]:
+    """Calls a kernel; results are (shapes and dtypes of what it returns, its scratch)."""
+    by_keys = kernel is _key_kernel
+    met = (blocks.query_range if by_keys else blocks.key_range)(folded, size)
+    b, kv_heads, x, d = folded.q.shape
+    length, step, other = folded.k.shape[2], size.s, size.x
+    if not by_keys:
+        length, step, other = x, size.x, size.s
+
+    def spec(a, own):
+        """Spec of a's block of this side, or of the other side's block of this turn."""
+        block = step if own else other
+
+        def place(n, h, i, turn, first, count):
+            at = i if own else first[n, i] + jnp.clip(turn, 0, jnp.maximum(count[n, i] - 1, 0))
+            return (
+                (n, 0, at) if a.ndim == 3 else (n, h, 0, at) if a.shape[2] == 1 else (n, h, at, 0)
+            )
+
+        if a.ndim == 3:
+            return pl.BlockSpec((None, a.shape[1], block), place)
+        return pl.BlockSpec((None, None, *((1, block) if a.shape[2] == 1 else (block, d))), place)
+
+    of_queries, of_keys = (folded.q, folded.queries, *rows), (folded.k, folded.v, folded.keys)
+    outs, scratch = results
+    turns = jnp.maximum(jnp.max(met.count), 1)
+    return pl.pallas_call(
+        functools.partial(kernel, scale=folded.scale),
+        grid_spec=tpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(b, kv_heads, length // step, turns),
+            in_specs=[spec(a, not by_keys) for a in of_queries]
+            + [spec(a, by_keys) for a in of_keys],
+            out_specs=[spec(a, True) for a in outs],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[blocks.shape_of(a.shape, a.dtype, folded) for a in outs],
+        compiler_params=tpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        interpret=size.interpret,
+        name="flash" + kernel.__name__.removesuffix("_kernel"),
+    )(met.first, met.count, *of_queries, *of_keys)
+
+
+def _turn(count_ref) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether this turn is the first, whether it has a block to compute, whether it is the last."""
+    turn = pl.program_id(3)
+    count = count_ref[pl.program_id(0), pl.program_id(2)]
+    return turn == 0, turn < count, turn == pl.num_programs(3) - 1
+
+
+def _columns(rows: jax.Array) -> jax.Array:
+    """Transposes [1 or 8, n] to [n, 128], whose first columns are the rows."""
+    return jnp.transpose(jnp.tile(rows, (_LANES // rows.shape[0], 1)))
+
+
+def _as_columns(ref) -> list[jax.Array]:
+    return [ref[:, row : row + 1] for row in (GROUP, LEAF, ORDER)]
+
+
+def _as_rows(ref) -> list[jax.Array]:
+    return [ref[row : row + 1, :] for row in (GROUP, LEAF, ORDER)]
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Matrix product over one axis of each, in float32; exact for float32 operands."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision, jnp.float32)
+
+
+def _forward_kernel(_, count_ref, *refs, scale):
+    q_ref, queries_ref, k_ref, v_ref, keys_ref, out_ref, lse_ref, *refs = refs
+    sum_ref, top_ref, total_ref, columns_ref = refs
+    is_first, has_block, is_last = _turn(count_ref)
+
+    @pl.when(is_first)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        top_ref[...] = jnp.full_like(top_ref, NOTHING)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        columns_ref[...] = _columns(queries_ref[...])
+
+    @pl.when(has_block)
+    def _():
+        shown = blocks.seen(_as_columns(columns_ref), _as_rows(keys_ref))
+        scores = jnp.where(shown, _product(q_ref[...], k_ref[...], (1, 1)) * scale, MASKED)
+        top = top_ref[:, :1]
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+        weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        v = v_ref[...]
+        sum_ref[...] = sum_ref[...] * shrink + _product(weights.astype(v.dtype), v, (1, 0))
+        total = total_ref[:, :1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        top_ref[...] = jnp.broadcast_to(new_top, top_ref.shape)
+        total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+
+    @pl.when(is_last)
+    def _():
+        total = jnp.maximum(total_ref[...], 1e-30)  # at least 1 for a query that sees a key
+        out_ref[...] = (sum_ref[...] / total[:, :1]).astype(out_ref.dtype)
+        lse_ref[...] = jnp.transpose(top_ref[...] + jnp.log(total))[:1]
+
+
+def _query_kernel(_, count_ref, *refs, scale):
+    q_ref, queries_ref, grad_out_ref, lse_ref, delta_ref, *refs = refs
+    k_ref, v_ref, keys_ref, grad_q_ref, *refs = refs
+    sum_ref, lse_column_ref, delta_column_ref, columns_ref = refs
+    is_first, has_block, is_last = _turn(count_ref)
+
+    @pl.when(is_first)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        columns_ref[...] = _columns(queries_ref[...])
+        lse_column_ref[...] = _columns(lse_ref[...])
+        delta_column_ref[...] = _columns(delta_ref[...])
+
+    @pl.when(has_block)
+    def _():
+        k = k_ref[...]
+        shown = blocks.seen(_as_columns(columns_ref), _as_rows(keys_ref))
+        scores = jnp.where(shown, _product(q_ref[...], k, (1, 1)) * scale, MASKED)
+        weights = jnp.exp(scores - lse_column_ref[:, :1])
+        grad = _product(grad_out_ref[...], v_ref[...], (1, 1)) - delta_column_ref[:, :1]
+        grad = (weights * grad * scale).astype(k.dtype)
+        sum_ref[...] += _product(grad, k, (1, 0))
+
+    @pl.when(is_last)
+    def _():
+        grad_q_ref[...] = sum_ref[...].astype(grad_q_ref.dtype)
+
+
+def _key_kernel(_, count_ref, *refs, scale):
+    q_ref, queries_ref, grad_out_ref, lse_ref, delta_ref, *refs = refs
+    k_ref, v_ref, keys_ref, grad_k_ref, grad_v_ref, *refs = refs
+    k_sum_ref, v_sum_ref, columns_ref = refs
+    is_first, has_block, is_last = _turn(count_ref)
+
+    @pl.when(is_first)
+    def _():
+        k_sum_ref[...] = jnp.zeros_like(k_sum_ref)
+        v_sum_ref[...] = jnp.zeros_like(v_sum_ref)
+        columns_ref[...] = _columns(keys_ref[...])
+
+    @pl.when(has_block)
+    def _():
+        q, grad_out = q_ref[...], grad_out_ref[...]
+        # Keys come first, so that a number of each query lies along a row, as it is stored.
+        shown = blocks.seen(_as_rows(queries_ref), _as_columns(columns_ref))
+        scores = jnp.where(shown, _product(k_ref[...], q, (1, 1)) * scale, MASKED)
+        weights = jnp.exp(scores - lse_ref[...])
+        v_sum_ref[...] += _product(weights.astype(q.dtype), grad_out, (1, 0))
+        grad = weights * (_product(v_ref[...], grad_out, (1, 1)) - delta_ref[...]) * scale
+        k_sum_ref[...] += _product(grad.astype(q.dtype), q, (1, 0))
+
+    @pl.when(is_last)
+    def _():
+        grad_k_ref[...] = k_sum_ref[...].astype(grad_k_ref.dtype)
+        grad_v_ref[...] = v_sum_ref[...].astype(grad_v_ref.dtype)

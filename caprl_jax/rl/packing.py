@@ -1,0 +1,103 @@
+"""Packed rows: an image's captions end to end, without the padding between them.
+
+Shapes are fixed when a program is compiled, and most captions are shorter than the longest that is
+allowed. So the texts of an image go into one row, which is compiled for several lengths; a slice of
+the batch takes the shortest that holds its texts. The results are those of padded texts.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from caprl_jax.models.attention import Row
+from caprl_jax.models.places import PAD_KEY, Places
+from caprl_jax.parallel import slices
+
+SCOPE = "by_length"  # the switch's scope, read by plan/roofline.py; its last branch is the longest
+RATIO = 2 ** (1 / 3)  # of one length of a row to the next; rows are then 13% padding on average
+
+
+@flax.struct.dataclass
+class Packing:
+    """The places of an image's texts in its row.
+
+    Attributes:
+      mask: bool [b, g, u], True for the tokens of g texts that go into the row; may have holes.
+      source: int32 [b, r], where in the flattened texts each token of the row comes from.
+      place: int32 [b, g, u], where in the row each token goes; meaningless outside the mask.
+    """
+
+    mask: jax.Array
+    source: jax.Array
+    place: jax.Array
+
+    def row(self, texts: jax.Array) -> jax.Array:
+        """Packs values of tokens: [b, g, u] -> [b, r]; anything beyond the texts' end."""
+        return jnp.take_along_axis(texts.reshape(len(texts), -1), self.source, axis=1)
+
+    def texts(self, row: jax.Array) -> jax.Array:
+        """Brings values of a row's tokens back to their texts: [b, r] -> [b, g, u], 0 outside."""
+        b, g, u = self.mask.shape
+        place = jnp.where(self.mask, self.place, 0).reshape(b, g * u)
+        return jnp.where(self.mask, jnp.take_along_axis(row, place, axis=1).reshape(b, g, u), 0)
+
+    def seen(self, leaf: jax.Array | None = None) -> Row:
+        """Returns who sees whom in the row: each token its own text up to itself.
+
+        Args:
+          leaf: int32 [b, g, u], 0 for a text's trunk and 1.. for its branches, which see the trunk
+            and themselves; None if texts have no branches.
+        """
+        texts, index = self.mask.shape[-1], jnp.arange(self.source.shape[-1], dtype=jnp.int32)
+        order = jnp.broadcast_to(index, self.source.shape)
+        real = order < jnp.sum(self.mask, axis=(1, 2), dtype=jnp.int32)[:, None]
+        group = jnp.where(real, self.source // texts, PAD_KEY)
+        leaf = jnp.zeros_like(order) if leaf is None else self.row(leaf)
+        return Row(Places(group, leaf, order), packed=True)
+
+
+def pack(mask: jax.Array, length: int) -> Packing:
+    """Packs texts, bool [b, g, u], into rows of `length` tokens, which must suffice."""
+    chex.assert_rank(mask, 3)
+    flat = mask.reshape(len(mask), -1)
+    # A stable sort puts the real tokens first and keeps their order.
+    source = jnp.argsort(~flat, axis=1, stable=True)[:, :length].astype(jnp.int32)
+    place = (jnp.cumsum(flat, axis=1, dtype=jnp.int32) - 1).reshape(mask.shape)
+    return Packing(mask, source, place)
+
+
+def lengths(most: int, count: int) -> list[int]:
+    """Returns up to `count` lengths of rows, the longest `most`, each shorter by RATIO."""
+    return sorted({max(round(most / RATIO**i), 1) for i in range(count)})
+
+
+def by_length(packed: Callable, padded: Callable, mask: jax.Array, *args: Any) -> Any:
+    """Calls packed(length, *args) with the shortest length that holds the texts of every image.
+
+    If only the longest does, nothing would be gained: then it calls padded(*args). The number of
+    lengths is slices.current().lengths.
+
+    Args:
+      packed: computes with rows of `length`, an int; it returns the same shapes for each length.
+        It must not be differentiated from outside: the gradient of each length would keep the
+        residuals of all.
+      padded: does the same with padded texts.
+      mask: bool [b, g, u] of the texts.
+      *args: arrays.
+
+    Returns:
+      The function's result.
+    """
+    found = lengths(mask.shape[1] * mask.shape[2], slices.current().lengths)
+    if len(found) == 1:
+        return padded(*args)
+    needed = jnp.max(jnp.sum(mask, axis=(1, 2)))
+    which = jnp.sum(needed > jnp.asarray(found[:-1]))
+    branches = [*(functools.partial(packed, size) for size in found[:-1]), padded]
+    with jax.named_scope(SCOPE):
+        return jax.lax.switch(which, branches, *args)
