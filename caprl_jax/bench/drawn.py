@@ -49,11 +49,15 @@ class Ours:
         """Draws this many tokens of each caption."""
         return self._draw(self._batch, tokens, temperature)
 
+    def batch(self) -> Batch:
+        """Processes the pictures anew: Batch [b, ..], without questions."""
+        w = self._work
+        return self._put(*laid_out(w.config, w.processor, w.filler, w.pictures))
+
     def from_pictures(self, lengths: np.ndarray, limit: int) -> Rollout:
         """Draws captions of lengths [b, g], up to a limit; the pictures are processed anew."""
-        w = self._work
-        batch = self._put(*laid_out(w.config, w.processor, w.filler, w.pictures))
-        return self._draw(batch.replace(valid=jnp.asarray(lengths, jnp.int32)), limit, 1.0)
+        limits = jnp.asarray(lengths, jnp.int32)
+        return self._draw(self.batch().replace(valid=limits), limit, 1.0)
 
     def _draw(self, batch: Batch, tokens: int, temperature: float) -> Rollout:
         self._draws += 1

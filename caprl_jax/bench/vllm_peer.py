@@ -5,11 +5,14 @@ names. Both sides start from pictures, and read them and the prompts anew for ea
 a prompt's keys and values between captions of an image by its prefix cache.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +96,22 @@ class Theirs:
             stderr=self._log,
             text=True,
             env=kept | _ENVIRONMENT,
+            start_new_session=True,
         )
         self.facts = self._ask(setup)
 
     def __call__(self, drawn: Drawn) -> dict[str, Any]:
         """Draws; returns the worker's answer."""
         return self._ask(dataclasses.asdict(drawn) | {"lengths": drawn.lengths.tolist()})
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops its processes meanwhile: vLLM's look for work even when they have none."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -126,15 +139,17 @@ def checks(work: Work, ours: Ours, theirs: Theirs, lengths: np.ndarray) -> list[
     same = int((greedy == np.asarray(answer["ids"])).sum())
     logits = work_lib.first_logits(work, ours.params)
     likeliest = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-    found = [
-        (likeliest[i, int(k)], v) for i, d in enumerate(answer["likeliest"]) for k, v in d.items()
+    log_p = [
+        (likeliest[i, int(token)], value)
+        for i, tokens in enumerate(answer["likeliest"])
+        for token, value in tokens.items()
     ]
     drawn = ours.from_pictures(lengths, work.config.sampling.max_tokens)
     wrong = sum(p != other for p, other in zip(prompts, answer["prompts"], strict=True))
     told = [
         Checked("prompts whose ids differ", wrong, 0),
         Checked("prompt tokens with padding", work.prompt.mask.size, sum(map(len, prompts))),
-        peers.difference("log-probabilities after the prompt", *zip(*found, strict=True), 1e-3),
+        peers.difference("log-probabilities after the prompt", *zip(*log_p, strict=True), 1e-3),
         Checked(f"greedy tokens that agree, of {greedy.size}", same, greedy.size),
         Checked("captions not as long as asked, ours", int((drawn.length != lengths).sum()), 0),
         Checked("tokens drawn", int(drawn.length.sum()), _drawn_tokens(theirs, lengths)),
@@ -175,7 +190,6 @@ def compare(
     work = work_lib.make(config, folder)
     ours, drawn = Ours(work), synthetic.caption_lengths(config, lengths)
     limit = config.sampling.max_tokens
-    before = min(_seconds(ours, drawn, limit) for _ in range(3))
     with tempfile.TemporaryDirectory() as scratch:
         theirs = Theirs(work, python, Path(scratch))
         try:
@@ -184,7 +198,8 @@ def compare(
         finally:
             theirs.close()
     told = _facts(work, theirs, lengths_lib.tell(lengths, drawn))
-    told["ours before vLLM's process began, s"] = f"{before:.3f}"
+    processing = min(peers.seconds(ours.batch) for _ in range(3))
+    told["our processing of the pictures, part of our times, s"] = f"{processing:.3f}"
     return Comparison(told, checked, {}, pairs)
 
 
@@ -211,7 +226,8 @@ def _in_turns(
             for first in (not swapped, swapped):
                 for _ in range(2):  # the second counts, as in peers.turn
                     if first:
-                        took = _seconds(ours, own, most)
+                        with theirs.stopped():
+                            took = _seconds(ours, own, most)
                     else:
                         took = theirs(Drawn(own, logprobs=logprobs))["seconds"]
                 (found[name].ours if first else found[name].theirs).append(took)
