@@ -6,6 +6,7 @@ python -m caprl_jax.bench --config=FILE --scaling=group,caption,questions,image 
     [--json=FILE]    (how the cost grows with captions, their tokens, questions, image tokens)
 python -m caprl_jax.bench --config=FILE --images [--repeats=5]    (the data pipeline alone)
 python -m caprl_jax.bench --config=configs/3b.py --naive    (runs nothing: what the tree saves)
+python -m caprl_jax.bench --config=configs/3b.py:h200 --padding --lengths=natural    (runs nothing)
 python -m caprl_jax.bench --config=configs/peers.py --peer=transformers|trl [--models=DIR]
     [--repeats=5] [--json=FILE]
 python -m caprl_jax.bench --config=configs/peers.py --peer=vllm --vllm_python=VENV/bin/python
@@ -26,12 +27,13 @@ import jax
 import ml_collections
 from absl import flags
 
-from caprl_jax.bench import lengths, naive, peers, scaling, synthetic
+from caprl_jax.bench import lengths, naive, padding, peers, scaling, synthetic
 from caprl_jax.bench.phases import PHASES, measure, tell
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
 from caprl_jax.config import validate
 from caprl_jax.errors import ConfigError
+from caprl_jax.plan import shapes
 from caprl_jax.run import fit
 
 
@@ -49,6 +51,7 @@ def define_flags() -> None:
         "scaling", [], f"Time at several sizes of these: {', '.join(scaling.SWEEPS)}."
     )
     flags.DEFINE_bool("naive", False, "Compare the step's work with a step that shares nothing.")
+    flags.DEFINE_bool("padding", False, "Reckon padding's share of each phase's FLOPs.")
     flags.DEFINE_bool("images", False, "Time the data pipeline alone.")
     flags.DEFINE_enum("peer", None, list(peers.NEEDS), "Compare with this library instead.")
     flags.DEFINE_string("vllm_python", None, "Python of an environment with vLLM's CPU build.")
@@ -62,6 +65,8 @@ def main(_: list[str]) -> None:
     with in_one_paragraph():
         if flags.FLAGS.naive:
             print(naive.tell(naive.compare(config)))
+        elif flags.FLAGS.padding:
+            reckon_padding(config)
         elif flags.FLAGS.images:
             from caprl_jax.bench import images  # it reads models and data, which phases don't need
 
@@ -103,6 +108,17 @@ def time_phases(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repe
         print(f"peak memory {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
     also = {"lengths": described}
     write({n: dataclasses.asdict(t) | {"median": t.median} | also for n, t in timings.items()})
+
+
+def reckon_padding(config: ml_collections.ConfigDict) -> None:
+    """Reckons padding's share of FLOPs at the lengths that are asked for, and prints it."""
+    validate(config)
+    fit.settle(config, jax.devices())
+    wished = lengths.parse(flags.FLAGS.lengths, config.sampling.max_tokens)
+    drawn = synthetic.caption_lengths(config, wished)
+    found = padding.of_config(config, shapes.build(config, jax.devices()), drawn)
+    print(f"{lengths.tell(wished, drawn)}\n{padding.tell(found)}")
+    write({n: dataclasses.asdict(part) | {"share": part.share} for n, part in found.items()})
 
 
 def scale(config: ml_collections.ConfigDict, wanted: tuple[str, ...], repeats: int) -> None:

@@ -2,8 +2,8 @@
 
 FLOPs are those of matrix products: with weights, for each token, and of attention, for each pair of
 a query and a key. Padding is whatever is computed for tokens that no image, prompt or caption has:
-rows of the decode loop that wait, cache places without a token, and the rest of a padded length.
-Pairs of real tokens that causality hides are computed too, but are not padding.
+rows of the decode loop that wait, cache places without a token, the rest of a padded length or of a
+packed row, and pairs of tokens of two captions that share a packed row.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ import numpy as np
 
 from caprl_jax.bench import synthetic
 from caprl_jax.decode import loop, scheduling
-from caprl_jax.decode.lengths import even_buckets
+from caprl_jax.models import blocks
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.slices import Slices
 from caprl_jax.plan.shapes import INSTRUCTION, AbstractStep
+from caprl_jax.rl import packing
 from caprl_jax.run import compile as compile_lib
 
 
@@ -117,32 +118,95 @@ def tower_flops(c: VisionConfig, patches: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How the captions of each image lie in memory when they are judged and learned from.
+    """How the captions of each image are computed: padded, or packed into one row.
 
     Attributes:
-      tokens: int [b], computed tokens of an image's captions, or of the row they share.
-      keys: int [b], keys of the same row that each of these tokens meets.
+      tokens: int [b], computed tokens of an image's captions, or of their row.
+      pairs: int [b], computed pairs of these tokens.
+      real_pairs: int [b], pairs without padding. Of packed captions they are those that a token
+        sees; of padded ones all pairs of a caption, because causality hides half of both.
     """
 
     tokens: np.ndarray
-    keys: np.ndarray
+    pairs: np.ndarray
+    real_pairs: np.ndarray
 
 
-def padded_rows(drawn: np.ndarray, limit: int, count: int, buckets: int) -> Rows:
-    """Returns the rows of captions that are padded to the shortest length bucket of their slice.
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts that are packed or padded: a caption, and for the judge its questions.
+
+    Attributes:
+      captions: int [b, g], tokens of the captions.
+      limit: most tokens of a caption.
+      questions: n, branches of each caption, which see it and themselves; 0 in the update.
+      question: q, tokens of each.
+    """
+
+    captions: np.ndarray
+    limit: int
+    questions: int = 0
+    question: int = 0
+
+    def pairs(self, length: np.ndarray, causal: bool) -> np.ndarray:
+        """Returns the pairs of a caption of this length and its questions, or those seen."""
+        q, asked = self.question, self.questions * self.question
+        if causal:
+            return length * (length + 1) // 2 + asked * length + asked * (q + 1) // 2
+        return length * length + asked * (length + q)
+
+
+def rows(texts: Texts, count: int, lengths: int, devices: int = 1) -> Rows:
+    """Returns the rows that texts are computed in.
 
     Args:
-      drawn: int [b, g], lengths.
-      limit: most tokens of a caption.
-      count: slices; slice i holds images i, i + count, ..
-      buckets: length buckets (config.caprl.length_buckets).
+      texts: of b images.
+      count: slices of the images; with several lengths those of alike sizes share one, as
+        parallel.slices.alike sorts them.
+      lengths: row lengths that the program is compiled for (config.caprl.length_buckets).
+      devices: devices that the images are cut over.
     """
-    b, g = drawn.shape
-    longest = drawn.reshape(b // count, count, g).max(axis=(0, 2))
-    ends = np.asarray(even_buckets(limit, buckets))
-    taken = ends[np.searchsorted(ends, longest)]
-    keys = np.tile(taken, b // count)
-    return Rows(g * keys, keys)
+    drawn = texts.captions.astype(np.int64)
+    (b, g), asked = drawn.shape, texts.questions * texts.question
+    padded = texts.limit + asked
+    tokens, pairs = np.full(b, g * padded), np.full(b, g * texts.pairs(texts.limit, False))
+    real = texts.pairs(drawn, False).sum(axis=1)
+    options = packing.lengths(g * padded, lengths)
+    sizes = (drawn + asked).sum(axis=1)
+    # As slices.alike and slices.split put them: [count, images of a slice].
+    order = np.argsort(sizes.reshape(devices, -1), axis=1, kind="stable")
+    order = (order + np.arange(devices)[:, None] * (b // devices)).reshape(devices, count, -1)
+    for images in order.swapaxes(0, 1).reshape(count, -1):
+        length = options[np.searchsorted(options, sizes[images].max())]
+        if length < options[-1]:
+            tokens[images] = length
+            pairs[images] = packed_pairs(drawn[images] + asked, length)
+            real[images] = texts.pairs(drawn[images], True).sum(axis=1)
+    return Rows(tokens, pairs, real)
+
+
+def packed_pairs(sizes: np.ndarray, length: int) -> int:
+    """Counts an image's pairs in the blocks that attention computes for a slice's packed rows.
+
+    A block of queries meets a block of keys up to its own that shares a text with it, in any image
+    of the slice (models/blocks.py).
+
+    Args:
+      sizes: int [images, texts], tokens of each text.
+      length: tokens of each row.
+    """
+    size = blocks.SIZE
+    count = -(-length // size)
+    met = np.zeros((count, count), bool)
+    for texts in sizes:
+        ends = np.cumsum(texts)
+        start = np.arange(0, ends[-1], size)
+        first = np.searchsorted(ends, start, side="right")
+        last = np.searchsorted(ends, np.minimum(start + size, ends[-1]) - 1, side="right")
+        n = len(start)
+        shares = (first[None] <= last[:, None]) & (last[None] >= first[:, None])
+        met[:n, :n] |= np.tril(shares)
+    return int(met.sum()) * size**2
 
 
 def prefill(s: Sizes, images: int) -> Part:
@@ -166,9 +230,9 @@ def decode(s: Sizes, drawn: np.ndarray, count: int, slots: int) -> Part:
     """
     token = token_flops(s.policy) + 2 * s.policy.width * s.policy.vocab
     turns = decode_turns(drawn, count, slots)
-    rows = len(drawn) // count * scheduling.number_of_slots(drawn.shape[1], slots)
+    places = len(drawn) // count * scheduling.number_of_slots(drawn.shape[1], slots)
     read = sum(_keys_read(n, s.limit) for n in turns)
-    computed = rows * (
+    computed = places * (
         sum(turns) * token + pair_flops(s.policy) * (read + sum(turns) * s.prompt[0])
     )
     lengths = drawn.astype(np.int64)
@@ -193,39 +257,35 @@ def _keys_read(turns: int, limit: int) -> int:
     return inside + limit * max(turns - limit, 0)
 
 
-def score(s: Sizes, drawn: np.ndarray, rows: Rows) -> Part:
-    """Returns the FLOPs of judging captions of lengths `drawn`, int [b, g], that lie in `rows`."""
-    token, pair, asked = token_flops(s.judge), pair_flops(s.judge), s.questions * s.question
+def score(s: Sizes, texts: Texts, found: Rows) -> Part:
+    """Returns the FLOPs of judging captions and questions that are computed in rows."""
+    token, pair = token_flops(s.judge), pair_flops(s.judge)
 
-    def captions(tokens, keys):
-        return np.sum(tokens * (token + pair * (s.instruction + keys)))
+    def work(tokens, pairs):
+        return float(np.sum(tokens * (token + pair * s.instruction) + pairs * pair))
 
-    def questions(captions, keys):
-        return np.sum(captions * asked * (token + pair * (s.instruction + keys + s.question)))
-
-    lengths = drawn.astype(np.int64)
-    computed = captions(rows.tokens, rows.keys) + questions(drawn.shape[1], rows.keys)
-    return Part(float(computed), float(captions(lengths, lengths) + questions(1, lengths)))
+    real = (texts.captions + texts.questions * texts.question).sum(axis=1)
+    return Part(work(found.tokens, found.pairs), work(real, found.real_pairs))
 
 
-def update(s: Sizes, drawn: np.ndarray, rows: Rows) -> Part:
-    """Returns the FLOPs of a forward pass on captions of lengths `drawn`, int [b, g], in `rows`.
+def update(s: Sizes, texts: Texts, found: Rows) -> Part:
+    """Returns the FLOPs of a forward pass of images, prompts and captions computed in rows.
 
     A gradient multiplies all of them alike.
     """
-    token = token_flops(s.policy) + 2 * s.policy.width * s.policy.vocab
+    token, pair = token_flops(s.policy) + 2 * s.policy.width * s.policy.vocab, pair_flops(s.policy)
 
-    def captions(tokens, keys, prompt):
-        return float(np.sum(tokens * (token + pair_flops(s.policy) * (prompt + keys))))
+    def work(tokens, pairs, prompt):
+        return float(np.sum(tokens * (token + pair * prompt) + pairs * pair))
 
-    lengths = drawn.astype(np.int64)
-    own = Part(
-        captions(rows.tokens, rows.keys, s.prompt[0]), captions(lengths, lengths, s.prompt[1])
-    )
-    return prefill(s, len(drawn)) + own
+    computed = work(found.tokens, found.pairs, s.prompt[0])
+    real = work(texts.captions.sum(axis=1), found.real_pairs, s.prompt[1])
+    return prefill(s, len(texts.captions)) + Part(computed, real)
 
 
-def phases(s: Sizes, drawn: np.ndarray, cuts: Slices, slots: int) -> dict[str, Part]:
+def phases(
+    s: Sizes, drawn: np.ndarray, cuts: Slices, slots: int, devices: int = 1
+) -> dict[str, Part]:
     """Returns the FLOPs of each phase, and of a step of one update, where gradients count twice.
 
     Args:
@@ -233,16 +293,14 @@ def phases(s: Sizes, drawn: np.ndarray, cuts: Slices, slots: int) -> dict[str, P
       drawn: int [b, g], lengths.
       cuts: slices of the step's phases.
       slots: config.caprl.slots.
+      devices: devices that the images are cut over.
     """
-    rows = {
-        name: padded_rows(drawn, s.limit, count, cuts.lengths)
-        for name, count in (("score", cuts.score), ("update", cuts.update))
-    }
+    asked, own = Texts(drawn, s.limit, s.questions, s.question), Texts(drawn, s.limit)
     found = {
         "prefill": prefill(s, len(drawn)),
         "decode": decode(s, drawn, cuts.rollout, slots),
-        "score": score(s, drawn, rows["score"]),
-        "update": update(s, drawn, rows["update"]),
+        "score": score(s, asked, rows(asked, cuts.score, cuts.lengths, devices)),
+        "update": update(s, own, rows(own, cuts.update, cuts.lengths, devices)),
     }
     whole = found["prefill"] + found["decode"] + found["score"] + found["update"].times(3)
     return found | {"step": whole}
@@ -252,5 +310,17 @@ def of_config(
     config: ml_collections.ConfigDict, built: AbstractStep, drawn: np.ndarray
 ) -> dict[str, Part]:
     """Returns `phases` of a config's step on synthetic images."""
-    cuts = compile_lib.slices(config)
-    return phases(sizes(config, built), drawn, cuts, config.caprl.slots)
+    cuts, devices = compile_lib.slices(config), built.rules.size("images")
+    return phases(sizes(config, built), drawn, cuts, config.caprl.slots, devices)
+
+
+def tell(found: dict[str, Part]) -> str:
+    """Formats padding's shares as a table."""
+    lines = [f"{'phase':9}{'TFLOP':>10}{'of real tokens':>16}{'padding':>9}"]
+    lines += [
+        f"{name:9}{part.computed / 1e12:10,.1f}{part.real / 1e12:16,.1f}{part.share:9.1%}"
+        for name, part in found.items()
+    ]
+    return "\n".join(
+        [*lines, "reckoned from shapes, without recomputation; a gradient counts twice"]
+    )

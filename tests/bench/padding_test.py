@@ -3,16 +3,20 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from caprl_jax.bench import padding, phases, synthetic
 from caprl_jax.bench.padding import Part
+from caprl_jax.models import blocks
 from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.places import visible
 from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.slices import Slices
 from caprl_jax.plan import roofline, shapes
 from caprl_jax.plan.hlo import costs
+from caprl_jax.rl import packing
 from caprl_jax.run import fit
 
 from .. import shipped
@@ -61,27 +65,51 @@ def test_a_long_cache_is_read_in_stages():
     assert found.computed == 200 * (TOKEN + HEAD + 10 * PAIR) + read * PAIR
 
 
-def test_the_judge_reads_captions_up_to_their_bucket_and_questions_whole():
-    rows = padding.padded_rows(DRAWN, 8, 2, 2)
-    assert rows.tokens.tolist() == [2 * 8, 2 * 4]
-    found = padding.score(SIZES, DRAWN, rows)
+def test_padded_captions_have_the_limits_work():
+    """The judge reads questions whole, the update each prompt once for all captions."""
+    asked, own = padding.Texts(DRAWN, 8, 3, 6), padding.Texts(DRAWN, 8)
+    judged = padding.score(SIZES, asked, padding.rows(asked, 2, 1))
+    learned = padding.update(SIZES, own, padding.rows(own, 1, 1))
 
-    def one(length):
+    def read(length):
         asked = 3 * 6
         return length * (TOKEN + PAIR * (7 + length)) + asked * (TOKEN + PAIR * (7 + length + 6))
 
-    assert found == Part(2 * one(8) + 2 * one(4), sum(map(one, DRAWN.ravel().tolist())))
-
-
-def test_the_update_reads_prompts_once_and_captions_up_to_their_bucket():
-    found = padding.update(SIZES, DRAWN, padded := padding.padded_rows(DRAWN, 8, 1, 1))
-    assert padded.tokens.tolist() == [16, 16]
-
-    def one(length):
+    def learn(length):
         return length * (TOKEN + HEAD + PAIR * (10 + length))
 
-    prompts = padding.prefill(SIZES, 2).real
-    assert found == Part(prompts + 4 * one(8), prompts + sum(map(one, DRAWN.ravel().tolist())))
+    lengths, prompts = DRAWN.ravel().tolist(), padding.prefill(SIZES, 2).real
+    assert judged == Part(4 * read(8), sum(map(read, lengths)))
+    assert learned == Part(prompts + 4 * learn(8), prompts + sum(map(learn, lengths)))
+
+
+def test_images_of_alike_sizes_share_a_slice_and_the_shortest_row_that_holds_them():
+    drawn = np.asarray([[300, 20], [10, 5], [200, 100], [400, 400]])
+    found = padding.rows(padding.Texts(drawn, 400), 2, 12)
+    options = packing.lengths(800, 12)
+    short = min(n for n in options if n >= 300)
+    assert found.tokens.tolist() == [800, short, short, 800]  # 15 and 300; 320 and 800
+    assert found.real_pairs[1] == 10 * 11 // 2 + 5 * 6 // 2
+    assert found.real_pairs[3] == 2 * 400 * 400 and found.pairs[3] == 2 * 400 * 400
+
+
+def test_packed_rows_compute_the_blocks_that_attention_does():
+    """The same as models.blocks finds, for captions that end inside of blocks."""
+    rng = np.random.default_rng(0)
+    sizes, length = rng.integers(1, 300, (3, 4)), 1200
+    mask = np.arange(300) < sizes[..., None]
+    places = packing.pack(jnp.asarray(mask), length).seen().places
+    q, k = jnp.zeros((3, length, 1, 1, 2)), jnp.zeros((3, length, 1, 2))
+    expected = blocks.cut(q, k, k, places, places).count
+    assert padding.packed_pairs(sizes, length) == expected * blocks.SIZE**2
+
+
+def test_a_judges_questions_see_their_caption_and_themselves():
+    row = packing.pack(jnp.ones((1, 1, 5 + 2 * 3), bool), 11)
+    leaf = jnp.asarray([0] * 5 + [1] * 3 + [2] * 3)[None, None]
+    places = row.seen(leaf).places
+    seen = int(visible(places, places).sum())
+    assert padding.Texts(DRAWN, 8, 2, 3).pairs(np.asarray(5), True) == seen
 
 
 def test_padding_of_images_and_prompts_counts():
