@@ -27,8 +27,8 @@ def changed(**changes):
         ({"sampling.max_tokens": 0}, "config.sampling.max_tokens=0 must be positive"),
         ({"sampling.top_p": 1.5}, "config.sampling.top_p=1.5 must be above 0, at most 1"),
         ({"caprl.micro_batches": 3}, "not a multiple"),
-        ({"caprl.length_buckets": 0}, "config.caprl.length_buckets=0 must be positive"),
-        ({"caprl.slots": -1}, "config.caprl.slots=-1 must be at least 0"),
+        ({"caprl.questions": 0}, "config.caprl.questions=0 must be positive"),
+        ({"caprl.usual_tokens": -1}, "config.caprl.usual_tokens=-1 must be at least 0"),
         (
             {"caprl.rewards.accuracy.wight": 1},
             "config.caprl.rewards.accuracy.wight is unknown; .*did you mean 'weight'",

@@ -35,7 +35,6 @@ CAPRL = {
     "caprl.questions": 2,
     "caprl.updates": 1,
     "caprl.kl": 0.0,
-    "caprl.length_buckets": 1,
     "eval.group": 2,
 }
 SFT = {"policy.path": "asset:tiny/policy", "log_every": 1}

@@ -32,7 +32,6 @@ from caprl_jax.bench.lengths import Lengths
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, parse_config_flags
 from caprl_jax.config import SLICES, slices_of, validate
-from caprl_jax.decode import scheduling
 from caprl_jax.parallel import hardware
 from caprl_jax.plan import roofline, shapes
 from caprl_jax.plan.hlo import costs
@@ -145,9 +144,8 @@ def compiled(check: Check) -> dict[str, Any]:
     check.program = program.lower(*check.arguments).compile()
     check.compile_seconds = time.perf_counter() - began
     chip = hardware.chip(first) or phases.ceilings(compile_lib.compute_dtype(c))
-    most = scheduling.most_iterations(c.caprl.group, c.caprl.slots, c.sampling.max_tokens)
-    vision = built.policy.vision.config
-    check.rooflines = roofline.phases(costs.hlo_text(check.program), chip, most, vision)
+    text, vision = costs.hlo_text(check.program), built.policy.vision.config
+    check.rooflines = roofline.phases(text, chip, c.sampling.max_tokens, vision)
     told = {
         name: dataclasses.asdict(f) | {"time": f.time, "bound": f.bound}
         for name, f in check.rooflines.items()
@@ -189,7 +187,8 @@ def steps(check: Check, natural: bool) -> dict[str, Any]:
     parts = padding.of_config(c, check.built, drawn)
     seconds = float(np.median(took[1:]))
     naive = drawn.size * c.data.max_prompt + int(drawn.sum())
-    ideal = _roofline_seconds(check, parts)
+    planned = padding.of_config(c, check.built, drawn, planned=True)
+    ideal = _roofline_seconds(check.rooflines, parts, planned)
     total, count = metrics["caption_length"]
     return {
         "lengths": lengths_lib.tell(lengths, drawn),
@@ -204,13 +203,15 @@ def steps(check: Check, natural: bool) -> dict[str, Any]:
     }
 
 
-def _roofline_seconds(check: Check, parts: dict[str, padding.Part]) -> float:
-    """Returns the sum of the phases' rooflines, scaled to the work of these lengths."""
-    full = synthetic.caption_lengths(check.config, None)
-    whole = padding.of_config(check.config, check.built, full)
+def _roofline_seconds(
+    found: dict[str, roofline.Roofline],
+    parts: dict[str, padding.Part],
+    planned: dict[str, padding.Part],
+) -> float:
+    """Returns the sum of the phases' rooflines, scaled to the work of the drawn lengths."""
     return sum(
-        f.time * (parts[name].computed / whole[name].computed if name in parts else 1)
-        for name, f in check.rooflines.items()
+        f.time * (parts[name].computed / planned[name].computed if name in parts else 1)
+        for name, f in found.items()
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from caprl_jax.config import OPEN, SLICES, slices_of, validate
-from caprl_jax.decode.loop import stages
+from caprl_jax.decode.scheduling import stages
 from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import slices
 from caprl_jax.plan import flops, roofline, shapes
@@ -92,7 +92,7 @@ def rollout(
     """Computes rl.rollout.rollout with a separate image and prompt for each caption: [b, g, t].
 
     The draws are those of the tree, because a random number depends on its place in the array and
-    not on the array's shape (unless slices cut the rollout, or captions share slots).
+    not on the array's shape (unless slices cut the rollout, or captions move to fewer rows).
     """
     b, g = batch.valid.shape[0], decoding.group
     alone = dataclasses.replace(decoding, group=1)
@@ -160,7 +160,7 @@ def smallest(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         config.policy.remat = "full"  # as for real sizes on accelerators; a CPU would choose "none"
     fit.settle(config, jax.devices("cpu")[:1])
     config.data.batch = config.eval.batch = math.lcm(*(slices_of(config, n) for n in SLICES))
-    config.caprl.slots = 0  # one for each caption, as if each had its own prompt
+    config.caprl.usual_tokens = 0  # rows for all captions, as if each had its own prompt
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 1
     return config
 
@@ -182,7 +182,7 @@ def compare(config: ml_collections.ConfigDict) -> Comparison:
 def _work(built: shapes.AbstractStep, tokens: int) -> Work:
     traced = built.program.trace(*built.args)
     text, vision = costs.hlo_text(traced.lower().compile()), built.policy.vision.config
-    iterations = tokens // len(stages(tokens))  # trips of each decoding loop
+    iterations = tokens // len(stages(1, 1, tokens))  # trips of each decoding loop
     counted = flops.jaxpr_flops(traced.jaxpr, iterations, roofline.branch_weights(vision))
     return Work(roofline.phases(text, None, tokens, vision), counted)
 

@@ -8,12 +8,11 @@ packed row, and pairs of tokens of two captions that share a packed row.
 
 import dataclasses
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from caprl_jax.bench import synthetic
-from caprl_jax.decode import loop, scheduling
+from caprl_jax.bench import decoding, synthetic
+from caprl_jax.bench.decoding import Turns
 from caprl_jax.models import blocks
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.vision import VisionConfig
@@ -156,14 +155,14 @@ class Texts:
         return length * length + asked * (length + q)
 
 
-def rows(texts: Texts, count: int, lengths: int, devices: int = 1) -> Rows:
+def rows(texts: Texts, count: int, usual: int, devices: int = 1) -> Rows:
     """Returns the rows that texts are computed in.
 
     Args:
       texts: of b images.
-      count: slices of the images; with several lengths those of alike sizes share one, as
-        parallel.slices.alike sorts them.
-      lengths: row lengths that the program is compiled for (config.caprl.length_buckets).
+      count: slices of the images; packed ones of alike sizes share one, as parallel.slices.alike
+        sorts them.
+      usual: config.caprl.usual_tokens; 0 pads every caption to the limit.
       devices: devices that the images are cut over.
     """
     drawn = texts.captions.astype(np.int64)
@@ -171,7 +170,7 @@ def rows(texts: Texts, count: int, lengths: int, devices: int = 1) -> Rows:
     padded = texts.limit + asked
     tokens, pairs = np.full(b, g * padded), np.full(b, g * texts.pairs(texts.limit, False))
     real = texts.pairs(drawn, False).sum(axis=1)
-    options = packing.lengths(g * padded, lengths)
+    options = packing.lengths((g, padded), usual + asked if usual else 0)
     sizes = (drawn + asked).sum(axis=1)
     # As slices.alike and slices.split put them: [count, images of a slice].
     order = np.argsort(sizes.reshape(devices, -1), axis=1, kind="stable")
@@ -219,42 +218,15 @@ def prefill(s: Sizes, images: int) -> Part:
     return Part(*(work(*pair) for pair in zip(s.patches, s.prompt, strict=True)))
 
 
-def decode(s: Sizes, drawn: np.ndarray, count: int, slots: int) -> Part:
-    """Returns the FLOPs of decoding captions of lengths `drawn`, int [b, g].
-
-    Args:
-      s: sizes.
-      drawn: lengths.
-      count: slices of the rollout; each ends with its own last caption.
-      slots: config.caprl.slots.
-    """
-    token = token_flops(s.policy) + 2 * s.policy.width * s.policy.vocab
-    turns = decode_turns(drawn, count, slots)
-    places = len(drawn) // count * scheduling.number_of_slots(drawn.shape[1], slots)
-    read = sum(_keys_read(n, s.limit) for n in turns)
-    computed = places * (
-        sum(turns) * token + pair_flops(s.policy) * (read + sum(turns) * s.prompt[0])
-    )
+def decode(s: Sizes, drawn: np.ndarray, turns: Turns) -> Part:
+    """Returns the FLOPs of decoding captions of lengths `drawn`, int [b, g], in so many turns."""
+    token, pair = token_flops(s.policy) + 2 * s.policy.width * s.policy.vocab, pair_flops(s.policy)
     lengths = drawn.astype(np.int64)
     pairs = np.sum(lengths * s.prompt[1] + lengths * (lengths + 1) // 2)
-    return Part(computed, float(lengths.sum() * token + pairs * pair_flops(s.policy)))
-
-
-def decode_turns(drawn: np.ndarray, count: int, slots: int) -> list[int]:
-    """Returns the turns of the decode loop in each of `count` slices."""
-    b, g = drawn.shape
-    slots = scheduling.number_of_slots(g, slots)
-    turns = np.asarray(scheduling.iterations(jnp.asarray(drawn, jnp.int32), slots)).reshape(
-        b // count, count
+    return Part(
+        turns.tokens * (token + pair * s.prompt[0]) + turns.places * pair,
+        float(lengths.sum() * token + pairs * pair),
     )
-    return [int(n) for n in turns.max(axis=0)]
-
-
-def _keys_read(turns: int, limit: int) -> int:
-    """Returns the cache places that one row reads in so many turns."""
-    stages = loop.stages(limit)
-    inside = sum(end * max(min(turns, end) - first, 0) for first, end in stages)
-    return inside + limit * max(turns - limit, 0)
 
 
 def score(s: Sizes, texts: Texts, found: Rows) -> Part:
@@ -284,7 +256,7 @@ def update(s: Sizes, texts: Texts, found: Rows) -> Part:
 
 
 def phases(
-    s: Sizes, drawn: np.ndarray, cuts: Slices, slots: int, devices: int = 1
+    s: Sizes, drawn: np.ndarray, cuts: Slices, devices: int = 1, *, planned: bool = False
 ) -> dict[str, Part]:
     """Returns the FLOPs of each phase, and of a step of one update, where gradients count twice.
 
@@ -292,26 +264,33 @@ def phases(
       s: sizes.
       drawn: int [b, g], lengths.
       cuts: slices of the step's phases.
-      slots: config.caprl.slots.
       devices: devices that the images are cut over.
+      planned: counts what plan counts, whatever the lengths: each stage of the decode loop once up
+        to its end, and captions that are judged and learned from padded to the limit.
     """
     asked, own = Texts(drawn, s.limit, s.questions, s.question), Texts(drawn, s.limit)
+    usual = 0 if planned else cuts.usual
+    turns = decoding.of_slices(drawn, s.limit, cuts, devices, planned)
     found = {
         "prefill": prefill(s, len(drawn)),
-        "decode": decode(s, drawn, cuts.rollout, slots),
-        "score": score(s, asked, rows(asked, cuts.score, cuts.lengths, devices)),
-        "update": update(s, own, rows(own, cuts.update, cuts.lengths, devices)),
+        "decode": decode(s, drawn, turns),
+        "score": score(s, asked, rows(asked, cuts.score, usual, devices)),
+        "update": update(s, own, rows(own, cuts.update, usual, devices)),
     }
     whole = found["prefill"] + found["decode"] + found["score"] + found["update"].times(3)
     return found | {"step": whole}
 
 
 def of_config(
-    config: ml_collections.ConfigDict, built: AbstractStep, drawn: np.ndarray
+    config: ml_collections.ConfigDict,
+    built: AbstractStep,
+    drawn: np.ndarray,
+    *,
+    planned: bool = False,
 ) -> dict[str, Part]:
     """Returns `phases` of a config's step on synthetic images."""
     cuts, devices = compile_lib.slices(config), built.rules.size("images")
-    return phases(sizes(config, built), drawn, cuts, config.caprl.slots, devices)
+    return phases(sizes(config, built), drawn, cuts, devices, planned=planned)
 
 
 def tell(found: dict[str, Part]) -> str:

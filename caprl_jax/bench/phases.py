@@ -10,7 +10,7 @@ it is a share of the chip's published FLOP/s where they are known.
 Captions are as long as drawn lengths say (bench/lengths.py), whatever the random weights would say.
 Where they are shorter than the limit, the compiled program's work is scaled by the share of its
 FLOPs that such captions take, reckoned from shapes (bench/padding.py), which gives padding's share
-too.
+too. A plan counts each stage of the decode loop once, and captions as long as the limit.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ import ml_collections
 import numpy as np
 
 from caprl_jax.bench import lengths as lengths_lib
-from caprl_jax.bench import model_flops, padding, synthetic
+from caprl_jax.bench import decoding, model_flops, padding, synthetic
 from caprl_jax.bench.lengths import Lengths
 from caprl_jax.config import validate
-from caprl_jax.decode import loop, scheduling
+from caprl_jax.decode import loop
 from caprl_jax.parallel import hardware
 from caprl_jax.parallel.hardware import Chip
 from caprl_jax.parallel.jit import bind
@@ -64,7 +64,7 @@ class Timing:
       temporaries: bytes that it holds besides arguments and results.
       mfu: FLOPs without recomputation, per second of the median, over the chip's peak.
       padding: padding's share of its FLOPs.
-      wasted: share of the decode loop's slots that waited for longer captions.
+      wasted: share of the decode loop's tokens that are no caption's.
     """
 
     seconds: list[float]
@@ -226,13 +226,11 @@ def measure(
     built = shapes.build(config, jax.devices())
     drawn = synthetic.caption_lengths(config, lengths)
     top = ceilings(compile_lib.compute_dtype(config))
-    c = config.caprl
-    iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
     needed = model_flops.update(config, built) / built.rules.mesh.size
     known = hardware.chip(jax.devices()[0])
     peak = known.flops if known else top.flops
     parts = padding.of_config(config, built, drawn)
-    full = padding.of_config(config, built, synthetic.caption_lengths(config, None))
+    planned = padding.of_config(config, built, drawn, planned=True)
     out = {}
     for phase in phases(config, built, drawn):
         if phase.name not in wanted:
@@ -241,10 +239,10 @@ def measure(
         compiled = jax.jit(phase.function).lower(*phase.args).compile()
         took = time.perf_counter() - began
         found = roofline.phases(
-            costs.hlo_text(compiled), top, iterations, built.policy.vision.config
+            costs.hlo_text(compiled), top, config.sampling.max_tokens, built.policy.vision.config
         )
         seconds = seconds_of(functools.partial(compiled, *phase.args), repeats)
-        done = parts[phase.name].computed / full[phase.name].computed
+        done = parts[phase.name].computed / planned[phase.name].computed
         work = roofline.together([*found.values()] * phase.runs).scaled(done)
         useful = work.flops
         if updating := found["update"].flops:
@@ -258,17 +256,16 @@ def measure(
             temporaries=compiled.memory_analysis().temp_size_in_bytes,
             mfu=useful / peak / (phase.runs * statistics.median(seconds)),
             padding=parts[phase.name].share,
-            wasted=_wasted(config, drawn) if phase.name == "decode" else None,
+            wasted=_wasted(config, built, drawn) if phase.name == "decode" else None,
         )
     return out
 
 
-def _wasted(config: ml_collections.ConfigDict, drawn: np.ndarray) -> float:
-    """Returns the share of the decode loop's slots that wait for captions in other slots."""
-    count = compile_lib.slices(config).rollout
-    valid = jnp.ones(len(drawn), bool)
-    waited, whole = scheduling.wasted(jnp.asarray(drawn), valid, count, config.caprl.slots)
-    return float(waited / whole)
+def _wasted(config: ml_collections.ConfigDict, built: AbstractStep, drawn: np.ndarray) -> float:
+    """Returns the share of the decode loop's tokens that are no caption's."""
+    cuts, devices = compile_lib.slices(config), built.rules.size("images")
+    turns = decoding.of_slices(drawn, config.sampling.max_tokens, cuts, devices)
+    return float(1 - drawn.sum() / turns.tokens)
 
 
 def tell(timings: dict[str, Timing]) -> str:
@@ -288,7 +285,7 @@ def tell(timings: dict[str, Timing]) -> str:
             f"{t.compile_seconds:10.1f}{t.temporaries / 2**30:9.2f}"
         )
         if t.wasted:
-            lines.append(f"  {t.wasted:.0%} of its slots waited for longer captions")
+            lines.append(f"  {t.wasted:.0%} of its tokens are no caption's")
         if t.roofline.uncounted:
             lines.append(f"  without the work of {', '.join(sorted(set(t.roofline.uncounted)))}")
     if "step" in timings:

@@ -12,6 +12,7 @@ from typing import Any
 
 from caprl_jax.commands import listing
 
+GIB = 2**30
 _HEAD = (
     "| config | topology | GiB a chip | roofline, s a step | bound by | tokens/s a chip by it |",
     "|---|---|---|---|---|---|",
@@ -22,16 +23,19 @@ def row(plan: dict[str, Any]) -> str:
     """Formats one plan as a row."""
     words = "".join(f" {k}={v}" for k, v in plan["overrides"].items())
     where = f"| `{Path(plan['config']).name}`{words} | {plan['topology']} "
-    if plan["fits"] is False:
-        return where + f"| does not fit | | | {plan['refusal'][:80]} |"
+    if plan["fits"] is False and plan["refusal"]:
+        needs = f"needs {plan['reckoned'] / GIB:.1f}, reckoned" if plan["reckoned"] else ""
+        needs += f", of {plan['usable'] / GIB:.1f}" if plan.get("usable") else ""
+        return where + f"| does not fit: {needs or plan['refusal'][:80]} | | | |"
     bounds = ", ".join(
         f"{name} {f['bound']}" for name, f in plan["rooflines"].items() if name != "other"
     )
     if not plan["step_seconds"]:
-        return where + f"| {plan['total'] / 2**30:.1f} | unknown | {bounds} | |"
+        return where + f"| {plan['total'] / GIB:.1f} | unknown | {bounds} | |"
     rate = plan["tokens"] / plan["step_seconds"] / plan["chips"]
+    fits = "" if plan["fits"] else ": too much"
     return where + (
-        f"| {plan['total'] / 2**30:.1f} of {plan['hbm'] / 2**30:.0f} "
+        f"| {plan['total'] / GIB:.1f} of {(plan.get('usable') or plan['hbm']) / GIB:.0f}{fits} "
         f"| {plan['step_seconds']:.1f} | {bounds} | {rate:,.0f} |"
     )
 

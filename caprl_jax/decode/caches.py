@@ -17,6 +17,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax.decode import scheduling
+from caprl_jax.decode.scheduling import Stage
 from caprl_jax.models.attention import KV
 from caprl_jax.models.decoder import Block, Context, Decoder
 from caprl_jax.models.vlm import Params, Policy
@@ -84,24 +86,17 @@ class Write:
     """The place where one iteration writes its tokens, and the length of the caches that it reads.
 
     Attributes:
-      at: int32 [], the tokens' place in the caches.
-      stage: (first, end) of the tokens that include `at`; no cache is read beyond the end.
-      fresh: bool [b, s], True where a caption begins and the cache still holds another's tokens;
-        None is nowhere.
+      at: int32 [], the tokens' place in their captions, and in the caches.
+      stage: the current stage; no cache is read beyond its end.
     """
 
     at: jax.Array
-    stage: tuple[int, int] = flax.struct.field(pytree_node=False)
-    fresh: jax.Array | None = None
-
-    def own(self, mask: jax.Array) -> jax.Array:
-        """Marks the tokens of a cache, bool [b, s, length], that belong to the current captions."""
-        return mask if self.fresh is None else mask & ~self.fresh[..., None]
+    stage: Stage = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Decoder with one loop over layers; caches are KV [layers, b, s, t, kv_heads, head_dim].
+    """Decoder with one loop over layers; caches are KV [layers, c, w, t, kv_heads, head_dim].
 
     Attributes:
       decoder: the policy's decoder.
@@ -113,22 +108,26 @@ class Stacked:
         """Returns the prompts' keys and values in the form that every iteration reads."""
         return kv.replace(k=_cached(kv.k, 1), v=_cached(kv.v, 1))
 
-    def empty(self, prompt: KV, slots: int, tokens: int) -> KV:
+    def prompt_of_cells(self, prompt: KV, image: jax.Array) -> KV:
+        """Returns the prompt of each cell's image, int32 [d, cells] as in scheduling.Cells."""
+        return _taken(prompt, image, 0)
+
+    def empty(self, prompt: KV, width: int, tokens: int) -> KV:
         """Returns caches of captions that have not begun."""
         layers, b, _, kv_heads, head_dim = prompt.k.shape
-        zeros = jnp.zeros((layers, b, slots, tokens, kv_heads, head_dim), prompt.k.dtype)
-        return KV(_cached(zeros, 2), _cached(zeros, 2), jnp.zeros((b, slots, tokens), bool))
+        zeros = jnp.zeros((layers, b, width, tokens, kv_heads, head_dim), prompt.k.dtype)
+        return KV(_cached(zeros, 2), _cached(zeros, 2), jnp.zeros((b, width, tokens), bool))
+
+    def moved(self, cache: KV, row: jax.Array, tokens: int) -> KV:
+        """Returns caches of `tokens` tokens for the rows taken, int32 [d, cells, width]."""
+        return _taken(cache, row, tokens - cache.mask.shape[-1])
 
     def logits(self, weights: Params, hidden: jax.Array) -> jax.Array:
-        """Returns logits: [b, s, e] -> float32 [b, s, vocab]."""
+        """Returns logits: [c, w, e] -> float32 [c, w, vocab]."""
         return self.decoder.apply({"params": weights["decoder"]}, hidden, method=Decoder.logits)
 
-    def opened(self, cache: KV, prompt: KV, slots: int, stage: tuple[int, int]) -> KV:
-        """Returns the cache unchanged; it has room for all stages from the start."""
-        return cache
-
-    def joined(self, cache: KV) -> KV:
-        """Returns the cache unchanged; it is one stage from the start."""
+    def opened(self, cache: KV, prompt: KV, stage: Stage) -> KV:
+        """Returns the cache unchanged; it has room for the stage already."""
         return cache
 
     def token(
@@ -144,17 +143,16 @@ class Stacked:
 
         Args:
           weights: {"decoder": ..}, as `weights` prepares them.
-          x: [b, s, 1, e] embeddings.
-          positions: int [b, s, 1] or [b, s, 1, 3].
+          x: [c, w, 1, e] embeddings.
+          positions: int [c, w, 1] or [c, w, 1, 3].
           prompt: as `prompt` returns it.
           cache: the captions' keys and values so far.
           write: the place of these tokens.
 
         Returns:
-          (hidden states [b, s, 1, e], cache with these tokens).
+          (hidden states [c, w, 1, e], cache with these tokens).
         """
-        before = write.own(cache.mask)
-        seen = cache.replace(mask=before[..., : write.stage[1]])
+        seen = cache.replace(mask=cache.mask[..., : write.stage.end])
         hidden, new = self.decoder.apply(
             {"params": weights["decoder"]},
             x,
@@ -167,7 +165,7 @@ class Stacked:
         k, v = (
             put(old, own, write.at, axis=3) for old, own in ((cache.k, new.k), (cache.v, new.v))
         )
-        mask = before.at[:, :, write.at].set(True)
+        mask = cache.mask.at[:, :, write.at].set(True)
         return hidden, KV(_cached(k, 2), _cached(v, 2), mask)
 
 
@@ -206,36 +204,55 @@ class PerLayer:
         kvs = tuple((layer(kv.k, i), layer(kv.v, i)) for i in layers)
         return LayerCaches((jax.lax.optimization_barrier(kvs),), (kv.mask,))
 
-    def empty(self, prompt: LayerCaches, slots: int, tokens: int) -> LayerCaches:
+    def prompt_of_cells(self, prompt: LayerCaches, image: jax.Array) -> LayerCaches:
+        """Returns the prompt of each cell's image, int32 [d, cells] as in scheduling.Cells."""
+
+        def move(a):
+            return constrain(scheduling.take(a, image), "caches", "kv_heads", None, None)
+
+        return LayerCaches(
+            jax.tree.map(move, prompt.kv),
+            tuple(scheduling.take(mask, image) for mask in prompt.masks),
+        )
+
+    def empty(self, prompt: LayerCaches, width: int, tokens: int) -> LayerCaches:
         """Returns caches of captions that have not begun: they have no stage yet."""
         return LayerCaches((), ())
 
     def logits(self, weights: Params, hidden: jax.Array) -> jax.Array:
-        """Returns logits: [b, s, e] -> float32 [b, s, vocab]."""
+        """Returns logits: [c, w, e] -> float32 [c, w, vocab]."""
         layers, rest = _layers(weights)
         return self.decoder.apply(rest, hidden, _are_transposed(layers), method=Decoder.logits)
 
-    def opened(
-        self, cache: LayerCaches, prompt: LayerCaches, slots: int, stage: tuple[int, int]
-    ) -> LayerCaches:
+    def opened(self, cache: LayerCaches, prompt: LayerCaches, stage: Stage) -> LayerCaches:
         """Returns the cache with room for a stage's tokens."""
+        length = stage.end - sum(mask.shape[-1] for mask in cache.masks)
+        if not length:
+            return cache
         k, _ = prompt.kv[0][0]
-        b, kv_heads, _, head_dim = k.shape
-        length = stage[1] - stage[0]
-        zeros = jnp.zeros((b, slots, kv_heads, length, head_dim), k.dtype)
+        c, kv_heads, _, head_dim = k.shape
+        zeros = jnp.zeros((c, stage.width, kv_heads, length, head_dim), k.dtype)
         zeros = constrain(zeros, *axes.CACHED[:2], "kv_heads", None, None)
-        layers, mask = ((zeros, zeros),) * len(prompt.kv[0]), jnp.zeros((b, slots, length), bool)
+        layers, mask = (
+            ((zeros, zeros),) * len(prompt.kv[0]),
+            jnp.zeros((c, stage.width, length), bool),
+        )
         return LayerCaches((*cache.kv, layers), (*cache.masks, mask))
 
-    def joined(self, cache: LayerCaches) -> LayerCaches:
-        """Returns the cache with all stages joined to one."""
+    def moved(self, cache: LayerCaches, row: jax.Array, tokens: int) -> LayerCaches:
+        """Returns caches of `tokens` tokens for the rows taken, in one array for each layer."""
 
-        def join(*parts):
-            whole = jnp.concatenate(parts, axis=3)
-            return constrain(whole, *axes.CACHED[:2], "kv_heads", None, None)
+        def move(axis, *parts):
+            length = sum(a.shape[axis] for a in parts)
+            parts = [scheduling.take(a, row) for a in parts]
+            shape = list(parts[0].shape)
+            shape[axis] = tokens - length
+            return jnp.concatenate([*parts, jnp.zeros(shape, parts[0].dtype)], axis)
 
-        layers = jax.tree.map(join, *cache.kv)
-        return LayerCaches((layers,), (jnp.concatenate(cache.masks, axis=2),))
+        def pinned(*parts):
+            return constrain(move(3, *parts), *axes.CACHED[:2], "kv_heads", None, None)
+
+        return LayerCaches((jax.tree.map(pinned, *cache.kv),), (move(2, *cache.masks),))
 
     def token(
         self,
@@ -247,13 +264,15 @@ class PerLayer:
         write: Write,
     ) -> tuple[jax.Array, LayerCaches]:
         """Runs the next token of every caption through the decoder; it is written, then read."""
-        (layers, rest), at = _layers(weights), write.at - write.stage[0]
+        layers, rest = _layers(weights)
+        # The last array of each layer holds the stage's own tokens; others hold earlier ones.
+        at = write.at - sum(mask.shape[-1] for mask in cache.masks[:-1])
         block = Block(self.decoder.config, transposed=_are_transposed(layers))
         ones = jnp.ones(x.shape[:-1], bool)
         rotation = self.decoder.apply(rest, positions, ones, method=Decoder.rotation)
         # The barrier keeps the compiler from computing cosines and sines again in every layer.
         rotation = jax.lax.optimization_barrier(rotation)
-        *full, mask = (write.own(mask) for mask in cache.masks)
+        *full, mask = cache.masks
         mask, written = mask.at[:, :, at].set(True), []
         context = Context(rotation, mask, (*prompt.masks, *full))
         for n, params in enumerate(layers):
@@ -281,3 +300,17 @@ def _are_transposed(layers: tuple) -> bool:
 def _cached(a: jax.Array, batch: int) -> jax.Array:
     """Pins [layers, *batch, length, kv_heads, head_dim] with `batch` batch axes as a cache."""
     return constrain(a, None, *axes.CACHED[:batch], None, "kv_heads", None)
+
+
+def _taken(kv: KV, index: jax.Array, room: int) -> KV:
+    """Takes cells [d, cells] or rows [d, cells, width] of all layers, with room for more tokens."""
+    axes = index.ndim - 1
+
+    def move(a, axis):
+        pad = [(0, 0)] * a.ndim
+        pad[axis] = (0, room)
+        return jnp.pad(a, pad)
+
+    k, v = (jax.vmap(scheduling.take, in_axes=(0, None))(a, index) for a in (kv.k, kv.v))
+    mask = scheduling.take(kv.mask, index)
+    return KV(*(_cached(move(a, axes + 1), axes) for a in (k, v)), move(mask, axes))

@@ -14,7 +14,7 @@ from caprl_jax.parallel.axes import constrain
 from caprl_jax.settings import check_value, setting
 
 _COLDEST = 1e-3
-_RUN = 128  # number of neighbours in the vocabulary that are drawn together
+_RUN = 128  # least number of neighbours in the vocabulary that are drawn together
 _DEVICES = 8  # devices that may share a vocabulary, a power of 2, without cutting such a run
 
 
@@ -75,7 +75,8 @@ def draw(
     """Draws one token for each row of logits.
 
     Args:
-      key: key of the draw, or keys [b], one for each image, whose draws depend on no other's.
+      key: key of the draw, or keys [b] or [b, g] of images or captions, whose draws depend on no
+        other's.
       logits: float32 [*batch, vocab]; the batch axes are the tree's.
       sampling: temperature and filters.
 
@@ -83,53 +84,80 @@ def draw(
       [*batch] each: (token int32, log-probability at temperature 1, log-probability as drawn).
     """
     chex.assert_type(logits, jnp.float32)
-    logp = jax.nn.log_softmax(logits, axis=-1)
     if sampling.temperature == 0:
         token = _largest(logits)
-        return token, _at(logp, token), jnp.zeros_like(logits[..., 0])
-    filtered = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        return token, _logp(logits, token), jnp.zeros_like(logits[..., 0])
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
+    scaled = filter_logits(scaled, sampling.top_k, sampling.top_p)
     # On a TPU, random numbers for the whole vocabulary are cheap, and runs would copy the logits.
     # New functions for each call: JAX caches traces by function, even under another mesh.
-    token = jax.lax.platform_dependent(
-        key, filtered, tpu=lambda *a: by_noise(*a), default=lambda *a: by_inversion(*a)
+    token, drawn = jax.lax.platform_dependent(
+        key, scaled, tpu=lambda *a: by_noise(*a), default=lambda *a: by_inversion(*a)
     )
-    return token, _at(logp, token), _at(jax.nn.log_softmax(filtered, axis=-1), token)
+    return token, drawn if scaled is logits else _logp(logits, token), drawn
 
 
-def by_noise(key: jax.Array, logits: jax.Array) -> jax.Array:
+def by_noise(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws by the Gumbel-max trick (arXiv 1411.0030), as jax.random.categorical does.
 
-    A key or keys [b], and logits float32 [*batch, vocab] -> int32 [*batch].
+    The logits are read twice: for the draw, and for the sum of their exponentials.
+
+    Args:
+      key: a key or keys, as for draw.
+      logits: float32 [*batch, vocab].
+
+    Returns:
+      [*batch] each: (token int32, its log-probability).
     """
-    return _largest(logits + _random(jax.random.gumbel, key, logits.shape))
+    here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    noisy = logits + _random(jax.random.gumbel, key, logits.shape)
+
+    def larger(a, b):
+        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return tuple(jnp.where(first, x, y) for x, y in zip(a, b, strict=True))
+
+    start = (jnp.float32(-jnp.inf), jnp.int32(logits.shape[-1] - 1), jnp.float32(-jnp.inf))
+    _, token, chosen = jax.lax.reduce((noisy, here, logits), start, larger, (logits.ndim - 1,))
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def by_inversion(key: jax.Array, logits: jax.Array) -> jax.Array:
+def by_inversion(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws by inverse transform sampling (Devroye 1986, chapter 3) in two steps.
 
-    A key or keys [b], and logits float32 [*batch, vocab] -> int32 [*batch]; the batch axes are the
-    tree's. The vocabulary is divided into runs of neighbours: one uniform number picks a run by its
+    The vocabulary is divided into runs of neighbours: one uniform number picks a run by its
     probability, and another picks a token in it. This takes two random numbers for each row, while
-    noise takes one for each logit.
+    noise takes one for each logit. The logits are read twice: for their maximum, and for the runs'
+    sums; of one run they are read again.
+
+    Args:
+      key: a key or keys, as for draw.
+      logits: float32 [*batch, vocab]; the batch axes are the tree's.
+
+    Returns:
+      [*batch] each: (token int32, its log-probability).
     """
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    runs, count, part = _runs(weights)
+    size = _run(logits.shape[-1])
+    runs = logits.reshape(*logits.shape[:-1], -1, size)
+    top = jnp.max(logits, axis=-1, keepdims=True)
     # Replicated over the vocabulary's devices, which would otherwise pass on a running sum.
     batch = axes.BATCH[: logits.ndim - 1]
-    sums = constrain(jnp.sum(runs, axis=-1), *batch, None)
+    sums = constrain(jnp.sum(jnp.exp(runs - top[..., None]), axis=-1), *batch, None)
+    # Without the barrier, the compiler sums all logits once more for the sum of the runs' sums.
+    sums = jax.lax.optimization_barrier(sums)
     which, within = _random(jax.random.uniform, key, sums.shape[:-1], 2)
     run = pick(which, sums)
     chosen = jnp.take_along_axis(runs, run[..., None, None], axis=-2)[..., 0, :]
-    at = (run % count) * _RUN + pick(within, constrain(chosen, *batch, None))
-    return run // count * part + at
+    chosen = constrain(chosen, *batch, None) - top
+    at = pick(within, jnp.exp(chosen))
+    return run * size + at, _at(chosen, at) - jnp.log(jnp.sum(sums, axis=-1))
 
 
 def _random(draws: Callable, key: jax.Array, shape: tuple[int, ...], *times: int) -> jax.Array:
-    """Random numbers [*times, *shape]; with keys [b] for shape [b, ..], each row's from its own."""
+    """Random numbers [*times, *shape]; keys [b] or [b, g] each draw their own part of the shape."""
     if key.ndim == 0:
         return draws(key, (*times, *shape))
-    rows = jax.vmap(lambda one: draws(one, (*times, *shape[1:])))(key)
-    return jnp.moveaxis(rows, 0, len(times))
+    own = jax.vmap(lambda key: _random(draws, key, shape[1:], *times))
+    return jnp.moveaxis(own(key), 0, len(times))
 
 
 def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
@@ -151,21 +179,15 @@ def pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     return index.astype(jnp.int32)
 
 
-def _runs(weights: jax.Array) -> tuple[jax.Array, int, int]:
-    """Groups neighbours into runs, so that no run lies on two devices.
+def _run(vocab: int) -> int:
+    """Returns the size of runs: they divide the vocabulary, and no run lies on two devices."""
+    part = vocab // math.gcd(vocab, _DEVICES)
+    return next(size for size in range(min(_RUN, part), part + 1) if part % size == 0)
 
-    Args:
-      weights: [*batch, vocab].
 
-    Returns:
-      ([*batch, runs, _RUN], padded with zeros; runs in a part of the vocabulary; tokens in a part).
-    """
-    batch, vocab = weights.shape[:-1], weights.shape[-1]
-    parts = math.gcd(vocab, _DEVICES)
-    part = weights.reshape(*batch, parts, -1)
-    count = -(-part.shape[-1] // _RUN)
-    fill = [(0, 0)] * (part.ndim - 1) + [(0, count * _RUN - part.shape[-1])]
-    return jnp.pad(part, fill).reshape(*batch, parts * count, _RUN), count, part.shape[-1]
+def _logp(logits: jax.Array, token: jax.Array) -> jax.Array:
+    """Returns log-probabilities of tokens [*batch] under the softmax of logits [*batch, vocab]."""
+    return _at(logits, token) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _at(values: jax.Array, token: jax.Array) -> jax.Array:

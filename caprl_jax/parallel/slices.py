@@ -27,18 +27,19 @@ class Slices:
         the rollout.
       score: slices in which the judge reads captions.
       update: slices whose gradients are summed.
-      lengths: lengths of packed rows that judge and update are compiled for (rl/packing.py).
+      usual: tokens that most captions don't exceed, for the rows that judge and update pack them
+        into (rl/packing.py); 0 pads every caption to the longest.
     """
 
     rollout: int = 1
     prefill: int = 1
     score: int = 1
     update: int = 1
-    lengths: int = 1
+    usual: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
+            if getattr(self, field.name) < field.default:
                 raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive")
 
     @property

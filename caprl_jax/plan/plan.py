@@ -13,13 +13,13 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from caprl_jax.config import complete, validate
-from caprl_jax.decode import scheduling
 from caprl_jax.errors import UserError
 from caprl_jax.parallel import hardware, mesh
 from caprl_jax.plan import roofline, shapes
@@ -37,7 +37,7 @@ class Plan:
     Attributes:
       fits: the compiler's verdict; for a device of this process, whether it has enough memory;
         None if neither can tell.
-      refusal: the compiler's message, if it refused.
+      refusal: the compiler's message, if it refused; or run.fit's, which asks no compiler.
       compile_seconds: seconds of the compilation.
       memory: bytes on each chip by purpose; empty if refused.
       rooflines: roofline of each phase; empty if refused.
@@ -94,7 +94,10 @@ def make(
     validate(config)
     complete(config)
     devices = hardware.devices(topology)
-    choice = fit.settle(config, devices)
+    try:
+        choice = fit.settle(config, devices)
+    except fit.DoesNotFit as e:
+        return _refused(config, devices, e)
     known = hardware.chip(devices[0])
     built = shapes.build(config, devices)
     began = time.perf_counter()
@@ -106,12 +109,9 @@ def make(
         cached = reckon.caches(config, built.policy.decoder, built.rules)
         memory = _memory(built, compiled.memory_analysis(), cached)
         text, vision = hlo_costs.hlo_text(compiled), built.policy.vision.config
-        c = config.caprl
-        iterations = scheduling.most_iterations(c.group, c.slots, config.sampling.max_tokens)
         slices = len({hardware.slice_of(d) for d in devices})
         each = len(devices) // slices if slices > 1 else 0
-        found = roofline.phases(text, known, iterations, vision, each)
-    captions = config.data.batch * config.caprl.group
+        found = roofline.phases(text, known, config.sampling.max_tokens, vision, each)
     spread = mesh.batch_multiple(built.rules)
     return Plan(
         fits=compiled is not None and _inside(memory, devices[0]),
@@ -119,16 +119,43 @@ def make(
         compile_seconds=seconds,
         memory=memory,
         rooflines=found,
-        chip=known.name if known else devices[0].device_kind,
-        chips=len(devices),
-        hbm=known.hbm if known else 0.0,
         mesh=dict(built.rules.mesh.shape),
-        tokens=captions * (config.data.max_prompt + config.sampling.max_tokens),
         overrides=overrides or {},
         next=list(changes(config, spread)),
         reckoned=reckon.reckon(config, devices).total,
         choice=choice,
-        usable=hardware.usable(devices[0]) or 0.0,
+        **_given(config, devices),
+    )
+
+
+def _given(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> dict[str, Any]:
+    """Returns the fields of a plan that need no compilation."""
+    known = hardware.chip(devices[0])
+    captions = config.data.batch * config.caprl.group
+    return {
+        "chip": known.name if known else devices[0].device_kind,
+        "chips": len(devices),
+        "hbm": known.hbm if known else 0.0,
+        "usable": hardware.usable(devices[0]) or 0.0,
+        "tokens": captions * (config.data.max_prompt + config.sampling.max_tokens),
+    }
+
+
+def _refused(
+    config: ml_collections.ConfigDict, devices: Sequence[Any], error: fit.DoesNotFit
+) -> Plan:
+    """Returns the plan of a config that was never compiled: what it takes was reckoned."""
+    return Plan(
+        fits=False,
+        refusal=str(error),
+        compile_seconds=0.0,
+        memory={},
+        rooflines={},
+        mesh={},
+        overrides={},
+        next=[],
+        reckoned=error.needed,
+        **_given(config, devices),
     )
 
 
@@ -183,6 +210,8 @@ def _memory(built: shapes.AbstractStep, found: Any, cached: int) -> dict[str, in
 
 def tell(name: str, topology: str, plan: Plan) -> str:
     """Formats the plan as text."""
+    if plan.refusal and not plan.compile_seconds:
+        return f"{name} on {topology}: {plan.refusal}"
     lines = [
         f"{name} on {topology}: {plan.chips} x {plan.chip}, mesh "
         + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),

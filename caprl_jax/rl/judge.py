@@ -83,17 +83,19 @@ def judge(
 
     def read_slice(part):
         texts = _texts(model, *part)
-        return packing.by_length(read, functools.partial(read, None), texts.mask, model, *part)
+        asked = texts.asked.shape[-2] * texts.asked.shape[-1]
+        padded, longest = functools.partial(read, None), usual + asked if usual else 0
+        return packing.by_length(read, padded, texts.mask, longest, (model, *part))
 
-    count, cuts = slices.current().score, slices.current().lengths > 1
+    count, usual = slices.current().score, slices.current().usual
     with jax.named_scope("score"):
         whole = captions.tokens, captions.mask, questions
-        if cuts:  # slices of texts that are alike have little padding
+        if usual:  # slices of texts that are alike have little padding
             size = jnp.sum(_texts(model, *whole).mask, axis=(1, 2))
             order = slices.alike(size, count)
             whole = slices.ordered(whole, order)
         logits = slices.map_slices(read_slice, whole, count)
-        if cuts:
+        if usual:
             logits = slices.ordered(logits, slices.inverse(order))
         return verdicts(logits, questions, judging=judging, key=key)
 

@@ -3,14 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.decode import scheduling
-from caprl_jax.parallel import slices
-from caprl_jax.rl.types import Batch, Decoding, Metrics, Rewards, Rollout, Verdicts
+from caprl_jax.rl.types import Batch, Metrics, Rewards, Rollout, Verdicts
 
 
-def measure(
-    batch: Batch, captions: Rollout, verdicts: Verdicts, *, rewards: Rewards, decoding: Decoding
-) -> Metrics:
+def measure(batch: Batch, captions: Rollout, verdicts: Verdicts, *, rewards: Rewards) -> Metrics:
     """Returns metrics of a rollout.
 
     Args:
@@ -18,7 +14,6 @@ def measure(
       captions: Rollout [b, g, t].
       verdicts: Verdicts [b, g, n].
       rewards: Rewards [b, g].
-      decoding: settings with which the captions were drawn.
 
     Returns:
       name -> (sum, count). Every reward term is there as reward/NAME, with its deviation within
@@ -28,6 +23,7 @@ def measure(
     real = jnp.broadcast_to(valid[:, None], total.shape)
     asked = verdicts.valid & real[..., None]
     prompts = jnp.broadcast_to(jnp.sum(batch.prompt.mask, axis=-1)[:, None], total.shape)
+    computed = jnp.sum(captions.computed)
     spread = jnp.max(total, axis=1) - jnp.min(total, axis=1)
     metrics = {
         "reward": _mean_over(real, total),
@@ -38,9 +34,7 @@ def measure(
         "caption_length": _mean_over(real, captions.length),
         "prompt_length": _mean_over(real, prompts),
         "truncation_rate": _mean_over(real, captions.truncated),
-        "wasted_slots": scheduling.wasted(
-            captions.length, valid, slices.current().rollout, decoding.slots
-        ),
+        "wasted_rows": (computed - jnp.sum(captions.length), computed),
     }
     for name, values in rewards.terms.items():
         metrics[f"reward/{name}"] = _mean_over(real, values)

@@ -6,6 +6,7 @@ the batch takes the shortest that holds its texts. The results are those of padd
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 
 from caprl_jax.models.attention import Row
 from caprl_jax.models.places import PAD_KEY, Places
-from caprl_jax.parallel import slices
 
 SCOPE = "by_length"  # the switch's scope, read by plan/roofline.py; its last branch is the longest
-RATIO = 2 ** (1 / 3)  # of one length of a row to the next; rows are then 13% padding on average
+# Lengths of rows, as shares of a row of texts that all have the usual length.
+USUAL = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0, 1.2, 2.0, 4.0)
 
 
 @flax.struct.dataclass
@@ -71,16 +72,28 @@ def pack(mask: jax.Array, length: int) -> Packing:
     return Packing(mask, source, place)
 
 
-def lengths(most: int, count: int) -> list[int]:
-    """Returns up to `count` lengths of rows, the longest `most`, each shorter by RATIO."""
-    return sorted({max(round(most / RATIO**i), 1) for i in range(count)})
+def lengths(texts: tuple[int, int], usual: int) -> list[int]:
+    """Returns the lengths of rows that programs are compiled for, the longest last.
+
+    Most rows get a length close to their own; the few long ones may be half padding.
+
+    Args:
+      texts: (g, u), texts in a row and the most tokens of each.
+      usual: tokens that most texts don't exceed; 0 is u.
+    """
+    count, longest = texts
+    most = count * longest
+    shares = USUAL if 0 < usual < longest else ()
+    shorter = {math.ceil(share * count * usual) for share in shares}
+    return [*sorted(size for size in shorter if size < most), most]
 
 
-def by_length(packed: Callable, padded: Callable, mask: jax.Array, *args: Any) -> Any:
+def by_length(
+    packed: Callable, padded: Callable, mask: jax.Array, usual: int, args: tuple[Any, ...]
+) -> Any:
     """Calls packed(length, *args) with the shortest length that holds the texts of every image.
 
-    If only the longest does, nothing would be gained: then it calls padded(*args). The number of
-    lengths is slices.current().lengths.
+    If only the longest does, nothing would be gained: then it calls padded(*args).
 
     Args:
       packed: computes with rows of `length`, an int; it returns the same shapes for each length.
@@ -88,12 +101,13 @@ def by_length(packed: Callable, padded: Callable, mask: jax.Array, *args: Any) -
         residuals of all.
       padded: does the same with padded texts.
       mask: bool [b, g, u] of the texts.
-      *args: arrays.
+      usual: tokens that most texts don't exceed; 0 is u.
+      args: arrays.
 
     Returns:
       The function's result.
     """
-    found = lengths(mask.shape[1] * mask.shape[2], slices.current().lengths)
+    found = lengths(mask.shape[1:], usual)
     if len(found) == 1:
         return padded(*args)
     needed = jnp.max(jnp.sum(mask, axis=(1, 2)))

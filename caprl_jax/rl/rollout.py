@@ -24,7 +24,7 @@ def rollout(
       policy: modules.
       params: the policy's parameters.
       batch: Batch [b, ..]; questions are not used.
-      decoding: group size g, stop tokens, sampling and slots.
+      decoding: group size g, stop tokens, sampling and usual length.
       key: key of the draws, with several slices of the rollout one for each is made of it; or
         keys [b], one for each image, whose captions then depend on no other's.
 

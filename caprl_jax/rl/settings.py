@@ -15,10 +15,12 @@ class Caprl:
     """Settings of a CapRL step."""
 
     group: int = setting(8, "captions per image, G; advantages compare them", least=2)
-    slots: int = setting(
+    usual_tokens: int = setting(
         0,
-        "captions of an image that are drawn at the same time, the next one beginning as one ends; "
-        "0 is all. Faster where FLOPs bound decoding and lengths differ",
+        "length that most captions stay within, as 640 where their mean is 500 and the limit 4096. "
+        "Longer ones go on in fewer rows of the decode loop, and judge and update pack an image's "
+        "captions end to end into rows of about this length times group. 0: any caption may have "
+        "the longest length allowed. The draws depend on it",
         least=0,
     )
     questions: int = setting(4, "questions per caption, N", least=1)
@@ -64,12 +66,5 @@ class Caprl:
         "slices in which the judge reads; 0: as micro_batches, or more if that is 0 and "
         "memory asks for more",
         least=0,
-        resume=True,
-    )
-    length_buckets: int = setting(
-        1,
-        "lengths that judge and update are compiled for, each 0.79 of the next: an image's "
-        "captions are packed into a row of the shortest that holds them; 1 pads every caption",
-        least=1,
         resume=True,
     )

@@ -106,9 +106,7 @@ def learn(
     state, metrics = verbs.update(
         run.learner, state, batch, captions=captions, advantages=advantages
     )
-    return state, metrics | measure(
-        batch, captions, verdicts, rewards=rewards, decoding=run.decoding
-    )
+    return state, metrics | measure(batch, captions, verdicts, rewards=rewards)
 
 
 def step_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -84,7 +84,7 @@ def update(
       with a reference.
     """
     with jax.named_scope("update"):
-        if slices.current().lengths > 1:  # slices of captions that are alike have little padding
+        if slices.current().usual:  # slices of captions that are alike have little padding
             order = slices.alike(jnp.sum(captions.mask, axis=(1, 2)), slices.current().update)
             batch, captions, advantages = slices.ordered((batch, captions, advantages), order)
         reference_logp = None
@@ -160,7 +160,8 @@ def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.A
         return caption_logps(learner.policy, params, batch, captions, row)[0]
 
     args = learner.reference, batch, captions
-    return packing.by_length(logps, functools.partial(logps, None), captions.mask, *args)
+    padded = functools.partial(logps, None)
+    return packing.by_length(logps, padded, captions.mask, slices.current().usual, args)
 
 
 def _real_tokens(example: _Example) -> jax.Array:
@@ -202,7 +203,8 @@ def _sum_gradients(
 
     def run(part):
         padded = functools.partial(gradients, None)
-        return packing.by_length(gradients, padded, part.captions.mask, params, part)
+        usual = slices.current().usual
+        return packing.by_length(gradients, padded, part.captions.mask, usual, (params, part))
 
     def add(total, part):
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(part)), None

@@ -94,7 +94,7 @@ def slices(config: ml_collections.ConfigDict) -> Slices:
         prefill=slices_of(config, "prefill_batches"),
         score=slices_of(config, "score_batches"),
         update=slices_of(config, "micro_batches"),
-        lengths=config.caprl.length_buckets,
+        usual=config.caprl.usual_tokens,
     )
 
 
@@ -158,7 +158,7 @@ def make_run(
     return Run(
         learner=Learner(policy, optimizer(config, caprl.updates), objective, reference),
         judge=judge,
-        decoding=Decoding(caprl.group, stop, sampling(config), caprl.slots),
+        decoding=Decoding(caprl.group, stop, sampling(config), caprl.usual_tokens),
         judging=Judging(config.judge.mode, config.judge.temperature),
         rewards=config_lib.terms(config),
         advantage=config_lib.choice(config, "advantage"),

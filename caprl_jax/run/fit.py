@@ -38,6 +38,19 @@ NOTHING_TO_FIT = {  # choices where memory isn't known to be short: a CPU, or su
 }
 
 
+class DoesNotFit(ConfigError):
+    """Error of a config that fits its devices with no choice.
+
+    Attributes:
+      needed: bytes of each device that the smallest choice takes, as reckoned.
+    """
+
+    def __init__(self, text: str, needed: int):
+        """Keeps the message and the bytes."""
+        super().__init__(text)
+        self.needed = needed
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """Values for a config's open keys, on one mesh.
@@ -70,7 +83,8 @@ def choose(
       (values by dotted key, the choice and its reasons as text), empty if nothing is open.
 
     Raises:
-      ConfigError: nothing fits, or no mesh divides the batch; the message names a remedy.
+      DoesNotFit: nothing fits; the message names a remedy.
+      ConfigError: no mesh divides the batch, or the devices' memory isn't known.
     """
     left = open_keys(config)
     if not left:
@@ -88,7 +102,8 @@ def choose(
     known = models(config, devices[0].platform, fetch)
     found = _best(config, known, devices, limit)
     if found.memory.total > SHARE * limit:
-        raise ConfigError(_refusal(config, known, devices, limit, found))
+        told = _refusal(config, known, devices, limit, found)
+        raise DoesNotFit(told, found.memory.total)
     return found.changes, _explanation(devices, limit, found)
 
 

@@ -116,7 +116,7 @@ def caches(config: ml_collections.ConfigDict, decoder: Decoder, rules: ShardRule
 
 def _caches(config: Any, decoder: Decoder, rules: ShardRules, count: int) -> int:
     c, on, b = decoder.config, rules.decoding, config.data.batch // count
-    drawn = scheduling.number_of_slots(config.caprl.group, config.caprl.slots)
+    blocks = scheduling.blocks(b, on)
 
     def one(batch: tuple[int, ...], length: int) -> int:
         shape = (c.layers, *batch, length, c.kv_heads, c.head_dim)
@@ -124,7 +124,17 @@ def _caches(config: Any, decoder: Decoder, rules: ShardRules, count: int) -> int
         sharding = NamedSharding(on.mesh, on.spec(names, shape))
         return 2 * math.prod(sharding.shard_shape(shape)) * jnp.dtype(decoder.dtype).itemsize
 
-    return one((b,), config.data.max_prompt) + one((b, drawn), config.sampling.max_tokens)
+    return sum(
+        one((blocks * stage.cells,), config.data.max_prompt)
+        + one((blocks * stage.cells, stage.width), stage.end)
+        for stage in scheduling.held(_stages(config, b // blocks))
+    )
+
+
+def _stages(config: Any, images: int) -> tuple[scheduling.Stage, ...]:
+    """Returns the decode loop's stages for blocks of so many images."""
+    caprl, tokens = config.caprl, config.sampling.max_tokens
+    return scheduling.stages(images, caprl.group, tokens, caprl.usual_tokens)
 
 
 def _on_one(boxed: Any, rules: ShardRules, itemsize: int | None = None) -> int:
@@ -217,8 +227,7 @@ class Reckoner:
     def decode(self, rollout: int) -> dict[str, int]:
         """Returns the bytes while one rollout slice is decoded."""
         decoder, on, caprl = self.models.policy.decoder, self.rules.decoding, self.config.caprl
-        drawn = scheduling.number_of_slots(caprl.group, caprl.slots)
-        captions = -(-self.config.data.batch // (rollout * on.size("images"))) * drawn
+        captions = -(-self.config.data.batch // (rollout * on.size("images"))) * caprl.group
         return {
             "weights": self._decoding_weights,
             "caches": _caches(self.config, decoder, self.rules, rollout),

@@ -10,16 +10,18 @@ from caprl_jax.errors import ConfigError
 
 _RENAMED = {  # keys of earlier versions
     "caprl.accuracy_weight": "caprl.rewards.accuracy.weight",
-    "caprl.buckets": "caprl.length_buckets",
     "caprl.clip": "caprl.loss_options.clip",
     "data.task": "sft.task",
 }
 # Removed keys of earlier versions, and the values that match today's behaviour; None means any.
 _GONE = {
+    "caprl.buckets": None,
+    "caprl.length_buckets": None,
     "caprl.length_full": None,
     "caprl.length_none": None,
     "caprl.length_weight": (0.0,),
     "caprl.reuse": None,
+    "caprl.slots": (0,),
 }
 _OF_A_CHOICE = ("data.rows", "data.columns", "data.digits", "data.train", "data.path", "sft.")
 

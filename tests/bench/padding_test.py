@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.bench import padding, phases, synthetic
+from caprl_jax.bench import decoding, padding, phases, synthetic
 from caprl_jax.bench.padding import Part
 from caprl_jax.models import blocks
 from caprl_jax.models.decoder import DecoderConfig
@@ -36,7 +36,7 @@ def test_a_decoders_flops_are_those_of_its_products():
 
 
 def test_captions_as_long_as_their_limit_have_padding_only_in_the_cache():
-    found = padding.phases(SIZES, np.full((2, 2), 8), Slices(), 0)
+    found = padding.phases(SIZES, np.full((2, 2), 8), Slices())
     decode = found.pop("decode")
     assert 0 < decode.share < 0.05
     assert decode.computed - decode.real == 4 * PAIR * (8 * 8 - 8 * 9 / 2)
@@ -44,32 +44,20 @@ def test_captions_as_long_as_their_limit_have_padding_only_in_the_cache():
     assert all(part.share == 0 for part in found.values())
 
 
-def test_decoding_computes_rows_until_the_last_caption_of_a_slice_ends():
-    def tokens(slots, count, drawn=DRAWN):
-        found = padding.decode(SIZES, drawn, count, slots)
-        rows = found.computed / (TOKEN + HEAD + PAIR * (10 + 8))
-        assert found.real == drawn.sum() * (TOKEN + HEAD + 10 * PAIR) + PAIR * np.sum(
-            drawn * (drawn + 1) // 2
-        )
-        return rows
-
-    assert tokens(0, 1) == 4 * 8
-    assert tokens(0, 2) == 2 * 8 + 2 * 4  # slices of one image each
-    assert tokens(1, 1, np.asarray([[2, 3], [4, 4]])) == pytest.approx(2 * 8)
-
-
-def test_a_long_cache_is_read_in_stages():
-    longer = dataclasses.replace(SIZES, limit=512)
-    found = padding.decode(longer, np.full((1, 1), 200), 1, 0)
-    read = 128 * 128 + 72 * 256
-    assert found.computed == 200 * (TOKEN + HEAD + 10 * PAIR) + read * PAIR
+def test_decoding_costs_rows_that_wait_and_cache_places_without_a_token():
+    turns = decoding.of_slices(DRAWN, 8, Slices(), 1)
+    found = padding.decode(SIZES, DRAWN, turns)
+    assert (turns.turns, turns.tokens, turns.places) == (8, 4 * 8, 4 * 8 * 8)
+    assert found.computed == 32 * (TOKEN + HEAD + PAIR * (10 + 8))
+    sums = np.sum(DRAWN * (DRAWN + 1) // 2)
+    assert found.real == DRAWN.sum() * (TOKEN + HEAD + 10 * PAIR) + PAIR * sums
 
 
 def test_padded_captions_have_the_limits_work():
     """The judge reads questions whole, the update each prompt once for all captions."""
     asked, own = padding.Texts(DRAWN, 8, 3, 6), padding.Texts(DRAWN, 8)
-    judged = padding.score(SIZES, asked, padding.rows(asked, 2, 1))
-    learned = padding.update(SIZES, own, padding.rows(own, 1, 1))
+    judged = padding.score(SIZES, asked, padding.rows(asked, 2, 0))
+    learned = padding.update(SIZES, own, padding.rows(own, 1, 0))
 
     def read(length):
         asked = 3 * 6
@@ -85,8 +73,8 @@ def test_padded_captions_have_the_limits_work():
 
 def test_images_of_alike_sizes_share_a_slice_and_the_shortest_row_that_holds_them():
     drawn = np.asarray([[300, 20], [10, 5], [200, 100], [400, 400]])
-    found = padding.rows(padding.Texts(drawn, 400), 2, 12)
-    options = packing.lengths(800, 12)
+    found = padding.rows(padding.Texts(drawn, 400), 2, 150)
+    options = packing.lengths((2, 400), 150)
     short = min(n for n in options if n >= 300)
     assert found.tokens.tolist() == [800, short, short, 800]  # 15 and 300; 320 and 800
     assert found.real_pairs[1] == 10 * 11 // 2 + 5 * 6 // 2

@@ -43,24 +43,17 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
 
 
 @pytest.mark.slow
-def test_captions_that_share_slots_wait_less(monkeypatch, one_device):
-    """So less is computed for captions of the same lengths."""
+def test_captions_in_fewer_rows_have_less_work_and_waste_less(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
-    for slots in (0, 2):
-        config = tiny(
-            {
-                "data.batch": 2,
-                "caprl.slots": slots,
-                "sampling.max_tokens": 16,
-            }
-        )
-        found[slots] = phases.measure(config, ("decode",), 1, Lengths(6, 4))["decode"]
-    alone, shared = found[0], found[2]
-    assert shared.roofline.flops < 0.9 * alone.roofline.flops
-    assert shared.padding < alone.padding - 0.1
-    assert shared.wasted < alone.wasted - 0.1
-    assert f"{shared.wasted:.0%} of its slots waited" in phases.tell({"decode": shared})
+    for usual in (0, 4):
+        config = tiny({"data.batch": 2, "caprl.usual_tokens": usual, "sampling.max_tokens": 16})
+        found[usual] = phases.measure(config, ("decode",), 1, Lengths(4, 3))["decode"]
+    alone, moved = found[0], found[4]
+    assert moved.roofline.flops < 0.9 * alone.roofline.flops
+    assert moved.padding < alone.padding - 0.1
+    assert moved.wasted < alone.wasted - 0.1
+    assert f"{moved.wasted:.0%} of its tokens are no caption's" in phases.tell({"decode": moved})
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from caprl_jax.decode.sampling import Sampling, by_inversion, by_noise, draw, fi
 from caprl_jax.parallel import axes, mesh
 from caprl_jax.plan.hlo import costs as hlo_costs
 
+from ..plan.plan_test import tpu
+
 LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.05, 0.25, 0.2], jnp.float32))
 
 
@@ -74,7 +76,7 @@ def test_either_way_of_drawing_follows_the_distribution(way, vocab):
     likely = np.argsort(-p)[:20]
     many = jax.jit(
         lambda key: jax.lax.map(
-            lambda k: way(k, jnp.broadcast_to(logits, (100, vocab))),
+            lambda k: way(k, jnp.broadcast_to(logits, (100, vocab)))[0],
             jax.random.split(key, n // 100),
         )
     )(jax.random.key(0))
@@ -128,10 +130,50 @@ def test_each_row_is_drawn_from_its_own_logits(way):
     """Each row has one of 1187 tokens that is near certain, in runs and parts of all kinds."""
     certain = jax.random.randint(jax.random.key(2), (4, 8), 0, 1187).at[0, :2].set([0, 1186])
     logits = 60 * jax.nn.one_hot(certain, 1187)
-    np.testing.assert_array_equal(way(jax.random.key(0), logits), certain)
+    token, logp = way(jax.random.key(0), logits)
+    np.testing.assert_array_equal(token, certain)
+    np.testing.assert_allclose(logp, 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [2048, 1184, 8 * 1187])  # the last two are no whole runs
+@pytest.mark.parametrize("way", [by_noise, by_inversion])
+def test_draws_report_their_log_probabilities(way):
+    logits = 3 * jax.random.normal(jax.random.key(1), (50, 8 * 1187)) - 40
+    token, logp = way(jax.random.key(0), logits)
+    expected = np.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
+    np.testing.assert_allclose(logp, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", [by_noise, by_inversion])
+def test_keys_of_captions_draw_what_each_would_alone(way):
+    logits = jax.random.normal(jax.random.key(1), (3, 2, 600))
+    keys = jax.random.split(jax.random.key(0), (3, 2))
+    token, _ = way(keys, logits)
+    alone = [[way(keys[i, j], logits[i, j])[0] for j in range(2)] for i in range(3)]
+    np.testing.assert_array_equal(token, alone)
+
+
+def touched(way, vocab, platform=None):
+    """Bytes read and written by a draw for 64 rows, in units of their logits' bytes."""
+    devices = jax.devices()[:1] if platform is None else tpu("v5e:2x2")[:1]
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": 1}, devices))
+    logits = jax.ShapeDtypeStruct((64, vocab), jnp.float32, sharding=mesh.replicated(rules))
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=mesh.replicated(rules))
+    compiled = jax.jit(lambda key, logits: way(key, logits)).lower(key, logits).compile()
+    program = hlo_costs.parse(hlo_costs.hlo_text(compiled))
+    return hlo_costs.costs(program, ())["other"].hbm_bytes / (4 * 64 * vocab)
+
+
+@pytest.mark.parametrize(
+    ("way", "platform"),
+    [(by_inversion, None), (by_noise, "tpu")],
+    ids=["inversion on a CPU", "noise on a TPU"],
+)
+@pytest.mark.parametrize("vocab", [151936, 152064])
+def test_a_draw_and_its_log_probability_read_the_logits_twice(way, platform, vocab):
+    assert 1.9 < touched(way, vocab, platform) < 2.2
+
+
+@pytest.mark.parametrize("vocab", [2048, 8 * 1184, 64 * 1187])  # in runs of 128, 148 and 1187
 def test_draws_lie_on_the_mesh_that_they_are_traced_for(vocab):
     """Earlier traces of JAX must not decide; and of the vocabulary only sums are passed on."""
     logits = 3 * jax.random.normal(jax.random.key(1), (8, vocab))

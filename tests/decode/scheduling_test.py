@@ -1,4 +1,4 @@
-"""Captions that share slots: who follows whom, how long it takes, and that captions are sound."""
+"""Stages of the decode loop: who moves where, how much is computed, what captions become."""
 
 import dataclasses
 
@@ -7,97 +7,121 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.decode import caches, loop, scheduling
+from caprl_jax.decode import caches, scheduling
 from caprl_jax.decode.sampling import Sampling
+from caprl_jax.decode.scheduling import Stage
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.rl import update
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Decoding
 
-STOP = tuple(range(20))  # of 60 tokens: captions end at any length, or not at all
-SAMPLING = Sampling(max_tokens=6)
+STOP = tuple(range(8))  # of 60 tokens: captions end at any length, or not at all
+SAMPLING = Sampling(max_tokens=16)
 GROUP = 7
 
 
-def schedule(length, count):
-    """Slots run with captions of these lengths [b, g], and the turns that it took."""
-    b, g = length.shape
-    state, turn = scheduling.filled(jnp.ones(b, bool), count, g), 0
-    while state.busy.any():
-        last = np.take_along_axis(length, np.minimum(state.caption, g - 1), axis=1)
-        state, turn = state.after(state.busy & (state.at + 1 == last), jnp.asarray(turn)), turn + 1
-    return state, turn
+def test_each_stage_has_rows_for_fewer_captions_of_more_tokens():
+    found = [(s.first, s.end, s.cells, s.width) for s in scheduling.stages(128, 8, 4096, usual=640)]
+    assert found == [
+        (0, 640, 128, 8),
+        (640, 1280, 128, 4),
+        (1280, 2560, 64, 2),
+        (2560, 4096, 128 // 4, 1),
+    ]
+    ends = [stage.end for stage in scheduling.stages(128, 8, 1000, usual=640)]
+    assert ends == [640, 1000]
+    for images in (1, 2, 5):
+        for group in (1, 2, 7, 8):
+            sizes = scheduling.stages(images, group, 64, usual=4)
+            assert all(s.cells > 0 and s.width > 0 for s in sizes)
+            wanted = [images * group / share for share in scheduling.SHARES]
+            assert all(s.rows >= n for s, n in zip(sizes, wanted, strict=True))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_each_caption_has_a_slot_to_itself_as_long_as_it_is(count):
-    longest = 5
-    length = np.random.default_rng(count).integers(1, longest + 1, (20, GROUP))
-    state, turn = schedule(length, count)
-    np.testing.assert_array_equal(state.length, length)
-    for slot, began, own in zip(state.slot, state.began, length, strict=True):
-        taken = [
-            (int(s), int(i))
-            for s, b, n in zip(slot, began, own, strict=True)
-            for i in range(b, b + n)
-        ]
-        assert len(set(taken)) == own.sum()
-        assert max(s for s, _ in taken) < count
-        assert np.all(np.diff(began) >= 0)
-    assert turn == scheduling.iterations(jnp.asarray(length), count).max()
-    assert turn <= scheduling.most_iterations(GROUP, count, longest)
+def test_without_a_usual_length_the_rows_stay_and_the_caches_grow():
+    whole = scheduling.stages(128, 8, 1000)
+    assert [(s.first, s.end) for s in whole] == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    assert {(s.cells, s.width) for s in whole} == {(128, 8)}
+    assert scheduling.held(whole) == [whole[-1]]
 
 
-def test_captions_of_any_lengths_end_within_the_turns_that_are_given_them():
-    lengths = np.stack(np.meshgrid(*[[1, 2, 4]] * 6), axis=-1).reshape(-1, 6)
-    for count in (2, 4):
-        most = scheduling.iterations(jnp.asarray(lengths), count).max()
-        assert most == scheduling.most_iterations(6, count, 4)  # of the longest; nothing takes more
+def assigned(open_, image, images, stage):
+    cells = scheduling.assign(jnp.asarray(open_), jnp.asarray(image), images, stage)
+    assert np.all(np.diff(np.where(cells.taken, 0, 1), axis=-1) >= 0)  # a cell's rows in order
+    return cells, bool(scheduling.fits(jnp.asarray(open_), jnp.asarray(image), images, stage))
 
 
-def test_what_was_drawn_turn_by_turn_comes_back_by_caption():
-    length = np.asarray([[2, 3, 1, 2]])
-    state, turn = schedule(length, 2)
-    # Slot 0 holds captions 0, 2 and 3, slot 1 caption 1: each turn's number tells which it was.
-    assert state.slot.tolist() == [[0, 1, 0, 0]] and state.began.tolist() == [[0, 0, 2, 3]]
-    drawn = jnp.arange(2 * turn).reshape(1, 2, turn) + 10
-    found = state.by_caption(drawn, 3)
-    assert found.tolist() == [[[10, 11, 0], [15, 16, 17], [12, 0, 0], [13, 14, 0]]]
+def test_open_captions_move_beside_those_of_their_image():
+    """Two blocks of two cells. In the first, image 1 has three open captions, so two cells."""
+    open_ = [[[1, 0, 0, 0], [1, 1, 0, 1]], [[0, 0, 0, 0], [0, 1, 1, 0]]]
+    image = [[0, 1], [0, 1]]
+    cells, fits = assigned(np.asarray(open_, bool), image, 2, Stage(0, 1, 3, 2))
+    assert fits
+    assert cells.image[0].tolist() == [0, 1, 1] and int(cells.image[1, 0]) == 1
+    assert cells.taken.tolist() == [
+        [[True, False], [True, True], [True, False]],
+        [[True, True], [False, False], [False, False]],
+    ]
+    assert [cells.row[0][t].tolist() for t in cells.taken[:1]] == [[0, 4, 5, 7]]
+    assert cells.row[1][cells.taken[1]].tolist() == [5, 6]
+    # With room for two cells only, the last caption waits.
+    cells, fits = assigned(np.asarray(open_, bool), image, 2, Stage(0, 1, 2, 2))
+    assert not fits and cells.row[0][cells.taken[0]].tolist() == [0, 4, 5]
 
 
-def test_wasted_slots_are_those_that_wait_for_the_longest_of_their_piece():
-    length = jnp.asarray([[4, 2], [1, 1], [6, 6], [9, 9]])
-    valid = jnp.asarray([True, True, True, False])
-    assert scheduling.wasted(length, valid, 1) == (6 * 6 - 20, 6 * 6)
-    # Two pieces are of images 0, 2 and 1, 3.
-    assert scheduling.wasted(length, valid, 2) == (6 * 4 + 2 - 20, 6 * 4 + 2)
-    # One after the other in one slot, 6 + 6 turns are the most.
-    assert scheduling.wasted(length, valid, 1, slots=1) == (12 * 3 - 20, 12 * 3)
+def test_captions_of_an_image_in_two_cells_meet_again():
+    cells, fits = assigned(
+        np.asarray([[[1, 0], [0, 0], [0, 1]]], bool), [[4, 4, 4]], 6, Stage(0, 1, 1, 2)
+    )
+    assert fits and cells.image.tolist() == [[4]] and cells.row.tolist() == [[[0, 5]]]
+
+
+def test_every_open_caption_moves_once_and_comes_back():
+    rng = np.random.default_rng(0)
+    for images, width, stage in ((5, 7, Stage(0, 1, 6, 4)), (4, 2, Stage(0, 1, 1, 1))):
+        open_ = rng.random((2, images, width)) < 0.5
+        image = np.broadcast_to(np.arange(images), (2, images))
+        values, left = jnp.arange(2 * images * width).reshape(2 * images, width), jnp.asarray(open_)
+        seen = jnp.zeros_like(values)
+        for _ in range(2 * images * width):
+            if not left.any():
+                break
+            cells = scheduling.assign(left, jnp.asarray(image), images, stage)
+            moved = scheduling.take(values, cells.row)
+            of_image = scheduling.take(jnp.arange(2 * images), cells.image)
+            taken = cells.taken.reshape(moved.shape)
+            assert np.all((moved // width == of_image[:, None]) | ~taken)
+            seen = scheduling.put(seen, cells, moved + 1)
+            left = scheduling.put(left.reshape(seen.shape), cells, jnp.zeros_like(taken))
+            left = left.reshape(open_.shape)
+        np.testing.assert_array_equal(seen, np.where(open_.reshape(seen.shape), values + 1, 0))
 
 
 def sample(world, params, batch, decoding, key=0):
     return rollout(world.policy, params, batch, decoding=decoding, key=jax.random.key(key))
 
 
-def draw(world, count, sampling=SAMPLING, valid=None, key=0):
-    """GROUP captions an image in so many slots."""
-    decoding = Decoding(GROUP, STOP, sampling, count)
+def draw(world, usual, sampling=SAMPLING, stop=STOP, valid=None):
+    """GROUP captions an image; most are thought to have `usual` tokens."""
+    decoding = Decoding(GROUP, stop, sampling, usual)
     batch = world.batch if valid is None else world.batch.replace(valid=valid)
-    run = jax.jit(lambda params, batch: sample(world, params, batch, decoding, key))
+    run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
     return jax.device_get(run(world.params, batch))
 
 
 @pytest.mark.parametrize(
-    ("platform", "count", "stage"),
-    [("tpu", 3, 128), ("gpu", 3, 128), ("tpu", 1, 2), ("gpu", 1, 2), ("cpu", 3, 2)],
+    ("platform", "usual"),
+    [
+        ("tpu", 3),
+        ("gpu", 3),
+        *(pytest.param(p, u, marks=pytest.mark.slow) for p in ("tpu", "gpu") for u in (1, 12)),
+        pytest.param("cpu", 3, marks=pytest.mark.slow),
+    ],
 )
-def test_captions_in_slots_have_the_policys_probabilities(
-    world, monkeypatch, platform, count, stage
-):
-    """A token that saw another caption's, or had a wrong position, would have another."""
+def test_captions_that_moved_have_the_policys_probabilities(world, monkeypatch, platform, usual):
+    """A token that saw another caption's, or another image, would have another."""
     monkeypatch.setattr(caches, "_platform", lambda: platform)
-    monkeypatch.setattr(loop, "STAGE", stage)
-    found = draw(world, count)
+    found = draw(world, usual)
     logp, _ = jax.jit(
         lambda params, captions: update.caption_logps(world.policy, params, world.batch, captions)
     )(world.params, found)
@@ -107,50 +131,83 @@ def test_captions_in_slots_have_the_policys_probabilities(
     np.testing.assert_array_equal(ends & found.mask, ends & (place == found.length[..., None] - 1))
     np.testing.assert_array_equal(found.truncated, ~np.any(ends & found.mask, axis=-1))
     assert np.all(found.length[found.truncated] == SAMPLING.max_tokens)
-    assert len(set(np.ravel(found.length).tolist())) > 3 and np.any(found.truncated)
+    assert np.any(found.length > 8) and np.any(found.truncated)
+    drawn = found.tokens[found.mask]
+    assert len(set(drawn.tolist())) > 40  # draws of captions that wait are not others' again
 
 
-def test_greedy_captions_are_the_same_in_slots_as_all_at_once(world):
+@pytest.mark.parametrize(
+    ("platform", "stop"),
+    [("tpu", STOP), ("gpu", STOP), pytest.param("cpu", STOP, marks=pytest.mark.slow), ("cpu", ())],
+)
+def test_greedy_captions_are_those_of_all_rows_at_once(world, monkeypatch, stop, platform):
+    monkeypatch.setattr(caches, "_platform", lambda: platform)
     greedy = dataclasses.replace(SAMPLING, temperature=0.0)
-    alone, shared = (draw(world, count, greedy) for count in (0, 2))
+    alone, moved = (draw(world, usual, greedy, stop) for usual in (0, 2))
     for name in ("tokens", "mask", "length", "truncated"):
-        np.testing.assert_array_equal(getattr(shared, name), getattr(alone, name))
-    assert np.any(alone.length > 1)
+        np.testing.assert_array_equal(getattr(moved, name), getattr(alone, name))
+    np.testing.assert_allclose(moved.logp, alone.logp, rtol=1e-5, atol=1e-6)
+    assert np.any(alone.length > 4)
 
 
-def test_rows_that_only_fill_up_have_empty_captions_in_slots_too(world):
+def test_rows_that_only_fill_up_have_empty_captions_in_fewer_rows_too(world):
     found = draw(world, 2, valid=jnp.asarray([True, False, True, False]))
     assert np.all(found.length[::2] > 0) and not np.any(found.length[1::2])
     assert not np.any(found.truncated[1::2]) and not np.any(found.mask[1::2])
 
 
-def test_fewer_slots_hold_fewer_caches_and_do_the_same_work_on_full_captions(world):
-    def compiled(count):
-        decoding = Decoding(8, (), Sampling(max_tokens=64), count)
-        run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
-        run = run.lower(world.params, world.batch).compile()
-        text = hlo_costs.parse(run.as_text())
-        return run.memory_analysis().temp_size_in_bytes, hlo_costs.costs(text, ("decode",))
+def test_tokens_are_computed_for_as_many_rows_as_a_stage_has(world):
+    """By hand: 16 tokens of 28 captions that never end, in stages of 2, 4, 8, 16 tokens."""
+    whole = draw(world, 0, stop=())
+    assert whole.computed.sum() == pytest.approx(16 * 28)
+    sizes = [stage.rows for stage in scheduling.stages(4, GROUP, 16, usual=2)]
+    assert sizes == [28, 16, 4, 1]
+    # 7 captions of an image take 2 of 4 cells, then 4 in 2 cells, then 7 in 1 cell, in turn.
+    computed = 2 * 28 + 2 * 2 * 16 + 4 * 8 * 4 + 8 * 28
+    assert draw(world, 2, stop=()).computed.sum() == pytest.approx(computed)
+    ending = draw(world, 2)
+    assert ending.length.sum() <= ending.computed.sum() < draw(world, 0).computed.sum()
 
-    (more, whole), (less, shared) = compiled(0), compiled(2)
-    c = world.policy.decoder.config
-    cache = 2 * 4 * c.layers * 4 * 64 * c.kv_heads * c.head_dim  # float32, 4 images, a slot each
-    assert more - less > 0.9 * 6 * cache
-    assert shared["decode"].flops == pytest.approx(whole["decode"].flops, rel=0.01)
+
+def test_draws_depend_neither_on_rows_nor_on_other_images(world):
+    """Each caption has keys of its own, so that moving and waiting change nothing."""
+    with_keys = jax.jit(
+        lambda batch, keys, usual: rollout(
+            world.policy,
+            world.params,
+            batch,
+            decoding=Decoding(GROUP, STOP, SAMPLING, usual),
+            key=keys,
+        ),
+        static_argnums=2,
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    of_all = with_keys(world.batch, keys, 2).tokens
+    np.testing.assert_array_equal(of_all, draw(world, 12).tokens)
+    two = jax.tree.map(lambda a: a[2:], (world.batch, keys))
+    np.testing.assert_array_equal(with_keys(*two, 3).tokens, of_all[2:])
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_until_a_slots_cache_is_full_less_of_it_is_read(world, monkeypatch, platform):
+def test_later_stages_hold_caches_of_fewer_captions(world, monkeypatch, platform):
     monkeypatch.setattr(caches, "_platform", lambda: platform)
 
-    def flops(stage):
-        monkeypatch.setattr(loop, "STAGE", stage)
-        decoding = Decoding(4, (), Sampling(max_tokens=8), 2)
+    def temporaries(usual):
+        decoding = Decoding(8, (), Sampling(max_tokens=512), usual)
         run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
-        run = run.lower(world.params, world.batch).compile()
-        return hlo_costs.costs(hlo_costs.parse(run.as_text()), ("decode",))["decode"].flops
+        return run.lower(world.params, world.batch).compile().memory_analysis().temp_size_in_bytes
 
-    # Of 8 turns' tokens 2, 4, 6, 8 instead of 8 are scored and summed, and 8 in the 8 that follow.
-    c, steps = world.policy.decoder.config, 2
-    saved = 2 * 2 * c.layers * 4 * 2 * c.heads * c.head_dim * steps * (6 + 4 + 2)
-    assert flops(8) - flops(2) == saved
+    c = world.policy.decoder.config
+    token = 2 * 4 * c.layers * c.kv_heads * c.head_dim  # float32
+    # In rows of all tokens, 32 captions of 64 tokens, 16 of 128, 4 of 256 and 1 of 512.
+    saved = 32 - (32 / 8 + 16 / 4 + 4 / 2 + 1)
+    assert temporaries(0) - temporaries(64) > 0.8 * saved * 512 * token
+
+
+def test_a_plan_counts_each_stage_once(world):
+    decoding = Decoding(8, (), Sampling(max_tokens=64), 8)
+    run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
+    text = run.lower(world.params, world.batch).compile().as_text()
+    found = hlo_costs.loops(hlo_costs.parse(text), 64)
+    decode = [loop.trips for loop in found if scheduling.USUALLY in loop.op_name.split("/")[-2]]
+    assert sorted(decode) == [1, 1, 1, 8, 8, 16, 32]

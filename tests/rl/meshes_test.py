@@ -172,9 +172,9 @@ def test_captions_are_cut_to_their_length_bucket_on_a_mesh_too(eight, monkeypatc
         "decoding over tensor",
     ],
 )
-def test_captions_that_share_slots_are_the_same_on_a_mesh(eight, name, monkeypatch):
+def test_captions_that_move_to_fewer_rows_are_the_same_on_a_mesh(eight, name, monkeypatch):
     def captions(rules):
-        run, state, batch = start(eight, rules, stop=tuple(range(20)), slots=2)
+        run, state, batch = start(eight, rules, stop=tuple(range(20)), usual=2)
         draw = functools.partial(rollout, eight.policy, decoding=run.decoding)
         found = jax.jit(bind(draw, rules))(state.params, batch, key=jax.random.key(7))
         return jax.device_get((found.tokens, found.mask))

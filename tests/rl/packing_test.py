@@ -1,6 +1,7 @@
 """Captions packed into rows: the same step for less."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +76,20 @@ def test_a_token_sees_its_text_and_its_branch_up_to_itself():
         assert not np.any(seen[image, len(tokens) :]) and not np.any(seen[image, :, len(tokens) :])
 
 
-def test_lengths_go_down_by_a_ratio_from_the_longest():
-    assert packing.lengths(1000, 4) == [500, 630, 794, 1000]
-    assert packing.lengths(7, 1) == [7] and packing.lengths(3, 9)[0] == 1
+def test_lengths_are_close_to_each_other_around_the_usual():
+    found = packing.lengths((8, 4096), 640)
+    assert found[-1] == 8 * 4096 and found[6] == 8 * 640 and len(found) <= 11
+    assert packing.lengths((8, 64), 0) == packing.lengths((8, 64), 64) == [8 * 64]
+    assert packing.lengths((4, 6), 3) == [5, 6, 7, 8, 9, 11, 12, 15, 24]
 
 
-@pytest.mark.parametrize(("tokens", "length"), [(0, 12), (12, 12), (13, 15), (17, 19), (20, 0)])
+@pytest.mark.parametrize(("tokens", "length"), [(0, 5), (5, 5), (6, 6), (10, 11), (16, 0)])
 def test_the_shortest_length_that_holds_every_row_is_taken(tokens, length):
     mask = np.zeros((2, 4, 6), bool)
     mask[1].reshape(-1)[np.random.default_rng(0).permutation(24)[:tokens]] = True
-    by_length = functools.partial(packing.by_length, lambda size, own: size, lambda own: 0)
-    run = jax.jit(bind(lambda mask: by_length(mask, mask), None, Slices(lengths=4)))
+    run = jax.jit(
+        lambda mask: packing.by_length(lambda size, a: size, lambda a: 0, mask, 3, (mask,))
+    )
     assert run(mask) == length
 
 
@@ -125,8 +129,7 @@ def test_a_step_of_captions_in_rows_is_the_same_step(eight, devices):
         cuts = {"update": 1, "score": 1}
         rules = mesh.shard_rules(mesh.make_mesh({"data": 2, "fsdp": 4, "tensor": 1}))
     (whole, expected), (rows, metrics) = (
-        jax.device_get(jax.jit(step(rules, **cuts, lengths=count))(*args(eight)))
-        for count in (1, 4)
+        jax.device_get(jax.jit(step(rules, **cuts, usual=usual))(*args(eight))) for usual in (0, 4)
     )
     same_metrics(metrics, expected)
     assert_close(moved(eight, rows), moved(eight, whole))
@@ -137,7 +140,8 @@ def test_slices_of_that_step_have_different_lengths(eight):
     size = np.sum(drawn(eight).length, axis=1)
     order = slices.alike(jnp.asarray(size), 4)
     needed = np.max(slices.split(size[order], 4), axis=1)
-    assert len({next(n for n in (12, 15, 19, 24) if n >= one) for one in needed.tolist()}) > 1
+    found = packing.lengths((4, 6), 4)
+    assert len({next(n for n in found if n >= one) for one in needed.tolist()} - {24}) > 1
 
 
 def test_slices_are_alike_on_every_device_and_go_back():
@@ -172,14 +176,14 @@ def only(which, of):
 )
 def test_a_row_costs_what_its_tokens_do(eight, cuts):
     """Judge, reference and update, that is: no token is drawn here."""
+    of = len(packing.lengths((4, 6), 4))
 
-    def flops(count, which=0):
-        traced = jax.jit(step(**cuts, lengths=count)).trace(*args(eight))
-        return jaxpr_flops(traced.jaxpr, 0, only(which, count))
-
-    found = [flops(4, which) for which in range(4)]
-    assert found[-1] == flops(1)  # the longest is the padded step
-    assert found[0] < found[1] < found[2] < found[3]
+    packed, padded = (
+        jax.jit(step(**cuts, usual=usual)).trace(*args(eight)).jaxpr for usual in (4, 0)
+    )
+    found = [jaxpr_flops(packed, 0, only(which, of)) for which in range(of)]
+    assert all(a < b for a, b in itertools.pairwise(found))
+    assert found[-1] == jaxpr_flops(padded, 0)  # the longest is the padded step
 
 
 @pytest.mark.slow
@@ -190,11 +194,11 @@ def test_captions_are_planned_as_long_as_they_may_be(eight):
     kv = root_kv(judge.decoder, judge.params, judge.instruction.tokens)
     run = run.replace(judge=judge.replace(instruction=judge.instruction.replace(kv=kv)))
 
-    def planned(count):
-        text = jax.jit(step(**CUTS, lengths=count)).lower(run, *rest).compile().as_text()
+    def planned(usual):
+        text = jax.jit(step(**CUTS, usual=usual)).lower(run, *rest).compile().as_text()
         return roofline.phases(text, None, 6, eight.policy.vision.config)
 
-    whole, rows = planned(1), planned(4)
+    whole, rows = planned(0), planned(4)
     for name in ("score", "update"):
         assert rows[name].flops == whole[name].flops
         assert rows[name].uncounted == whole[name].uncounted

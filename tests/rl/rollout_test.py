@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.decode import caches, loop
+from caprl_jax.decode import caches, scheduling
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.plan.hlo import costs as hlo_costs
 from caprl_jax.rl.rollout import rollout
@@ -47,7 +47,7 @@ def test_without_a_stop_token_the_bucket_truncates(world):
 
 def decoded(world, monkeypatch, stage, platform):
     """(captions of 8 tokens, FLOPs of their decoding), stages so long, layers as on a platform."""
-    monkeypatch.setattr(loop, "STAGE", stage)
+    monkeypatch.setattr(scheduling, "STAGE", stage)
     monkeypatch.setattr(caches, "_platform", lambda: platform)
     decoding = Decoding(2, (5,), Sampling(8))
     run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
@@ -66,7 +66,6 @@ def assert_same_captions(found, expected):
 def test_in_stages_less_of_the_cache_is_read_and_captions_are_the_same(
     world, monkeypatch, platform
 ):
-    assert loop.stages(1000) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
     (whole, more), (staged, less) = (
         decoded(world, monkeypatch, stage, platform) for stage in (8, 2)
     )
@@ -101,13 +100,13 @@ def test_the_platform_decides_the_variant_of_the_weights(world, monkeypatch):
     assert prepared("cpu", False) == prepared("tpu")
 
 
-@pytest.mark.parametrize("slots", [0, 2])
-def test_captions_end_at_limits_of_their_own(world, slots):
+@pytest.mark.parametrize("usual", [0, 2])
+def test_captions_end_at_limits_of_their_own(world, usual):
     """Benchmarks draw captions of given lengths; a stop token still ends one earlier."""
     limits = np.asarray([[1, 5, 3], [6, 2, 6], [0, 0, 0], [4, 4, 1]])
     batch = world.batch.replace(valid=jnp.asarray(limits))
     for stop in ((), tuple(range(20))):
-        decoding = Decoding(3, stop, Sampling(max_tokens=6), slots)
+        decoding = Decoding(3, stop, Sampling(max_tokens=6), usual)
         run = jax.jit(lambda params, batch, d=decoding: sample(world, params, batch, d))
         found = jax.device_get(run(world.params, batch))
         ends = np.isin(found.tokens, stop) & found.mask

@@ -34,14 +34,14 @@ def objective(kl=0.05, updates=2):
     )
 
 
-def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, slots=0, **changes):
+def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, usual=0, **changes):
     """A Run of the world with two updates per rollout and another policy as reference.
 
     Args:
       world: of conftest.py.
       optimizer: optax's.
       reference: factor of the policy's parameters; None for no reference.
-      slots: as Decoding's.
+      usual: as Decoding's.
       **changes: group, sampling, stop, mode, temperature, rewards, advantage, kl, updates.
     """
     given = {
@@ -60,7 +60,7 @@ def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, slots=0, **changes):
     return Run(
         learner=Learner(world.policy, optimizer, aim, other),
         judge=world.judge,
-        decoding=Decoding(given["group"], given["stop"], given["sampling"], slots),
+        decoding=Decoding(given["group"], given["stop"], given["sampling"], usual),
         judging=Judging(given["mode"], given["temperature"]),
         rewards=given["rewards"],
         advantage=ADVANTAGES.choose(given["advantage"]),

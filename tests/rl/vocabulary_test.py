@@ -23,17 +23,17 @@ def policy(world):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "slots"),
+    ("sampling", "usual"),
     [(Sampling(6, 1.5, 50, 0.99), 0), (Sampling(6, 0.0), 2)],
-    ids=["sampled", "greedy in slots"],
+    ids=["sampled", "greedy in fewer rows"],
 )
-def test_a_rollout_draws_tokens_only(world, policy, sampling, slots):
+def test_a_rollout_draws_tokens_only(world, policy, sampling, usual):
     # Rows without a token would win: their logits are the largest of all.
     decoder = dict(world.params["decoder"])
     decoder["head"] = jnp.asarray(decoder["head"]).at[KNOWN:].multiply(30.0)
     params = dict(world.params) | {"decoder": decoder}
     draw = jax.jit(
-        functools.partial(rollout, decoding=Decoding(4, (5,), sampling, slots)), static_argnums=0
+        functools.partial(rollout, decoding=Decoding(4, (5,), sampling, usual)), static_argnums=0
     )
     blind = draw(world.policy, params, world.batch, key=jax.random.key(0))
     assert np.any(blind.tokens >= KNOWN)

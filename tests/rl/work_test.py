@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from caprl_jax.bench import naive
-from caprl_jax.decode import caches, loop
+from caprl_jax.decode import caches, loop, scheduling
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models import families
 from caprl_jax.models.attention import KV
@@ -120,7 +120,7 @@ def test_a_cpu_copies_neither_weights_nor_caches_of_layers_with_arrays_of_their_
     rules = mesh.shard_rules(mesh.make_mesh({"fsdp": 1}, jax.devices()[:1]))
     weights = collections.Counter(4 * n for n in CPU.weights().values())
     if per_layer:  # in three stages; stacked in one, so that caches are of no weight's size
-        monkeypatch.setattr(loop, "STAGE", 16)
+        monkeypatch.setattr(scheduling, "STAGE", 16)
     text = decode_text(CPU, rules, per_layer)
     by_layer, beside, moved = copies(text, min(weights), CPU.decoder.layers)
     assert not beside

@@ -31,7 +31,6 @@ def test_a_run_goes_on_on_other_chips(hardware):
     [
         {"caprl.micro_batches": 4, "caprl.prefill_batches": 2, "caprl.score_batches": 8},
         {"data.threads": 1, "policy.remat": "full", "log_every": 3},
-        {"caprl.length_buckets": 4},
         {"steps": 7, "mesh.fsdp": 2, "mesh.rules.mlp": "", "eval.batch": 4},
     ],
 )
@@ -46,10 +45,10 @@ def test_what_results_do_not_depend_on_may_change(changes):
 def test_a_run_from_before_a_key_did_what_its_default_says():
     c = config_lib.default()
     before = values(c)
-    del before["caprl"]["slots"]
+    del before["caprl"]["usual_tokens"]
     assert same_run.differences(before, c) == []
-    c.caprl.slots = 2
-    assert same_run.differences(before, c) == ["caprl.slots was 0, is 2"]
+    c.caprl.usual_tokens = 2
+    assert same_run.differences(before, c) == ["caprl.usual_tokens was 0, is 2"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_a_run_of_an_earlier_version_goes_on_under_its_new_keys():
         "length_none": 3072,
     }
     before["sft"] = {"probes": 5}
-    for key in ("loss", "loss_options", "rewards", "length_buckets"):
+    for key in ("loss", "loss_options", "rewards"):
         del before["caprl"][key]
     assert same_run.differences(before, c) == []
     before["caprl"] |= {"clip": 0.3, "length_weight": 0.2}

@@ -1,14 +1,13 @@
 """One segment's softmax attention and its gradient, by the kernels of the program's platform."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from caprl_jax.models.flash import blocks, gpu, tpu
 from caprl_jax.models.flash.blocks import Gradient, Inputs, Sizes
@@ -163,11 +162,11 @@ def _enough_heads(inputs: Inputs) -> tuple[Inputs, int]:
     Returns:
       (the inputs, copies of each head).
     """
-    rules, kv_heads = axes.current(), inputs.k.shape[2]
+    rules, heads, kv_heads = axes.current(), inputs.q.shape[2], inputs.k.shape[2]
     if rules is None or _manual():
         return inputs, 1
-    over = _spec(inputs.q, "heads")[2] or ()
-    devices = math.prod(rules.mesh.shape[axis] for axis in over)
+    held = NamedSharding(rules.mesh, _spec(inputs.q, "heads")).shard_shape(inputs.q.shape)[2]
+    devices = heads // held
     if kv_heads % devices == 0 or devices % kv_heads:
         return inputs, 1
     copies = devices // kv_heads

@@ -1,4 +1,5 @@
 """Analysis of compiled programs from their text.
 
-text.py parses it, loops.py counts trips, work.py prices instructions, and costs.py sums them by
+text.py parses it, loops.py counts trips, products.py counts an
+instruction's operations and work.py its bytes, and costs.py sums them by
 phase."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from caprl_jax.plan.flops import BranchWeights
+from caprl_jax.plan.hlo import products
 from caprl_jax.plan.hlo import work as hlo_work
 from caprl_jax.plan.hlo.loops import Loop, make_loop
 from caprl_jax.plan.hlo.text import Computation, Instruction, Program, parse, replica_groups
@@ -209,7 +210,7 @@ def _bytes(visits: Iterable[Visit]) -> float:
 def _products(visit: Visit) -> Iterator[tuple[str, int]]:
     """Yields (op_name, operations) of a visit's products."""
     for computation, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
-        flops = hlo_work.flops(computation, inner)
+        flops = products.flops(computation, inner)
         if flops:
             yield inner.op_name, flops
 
@@ -302,7 +303,7 @@ def costs(
         notes[visit.phase] += [visit.note] if visit.note else []
         for op_name, work in _products(visit):
             flops[walk.phase(op_name) or visit.phase] += visit.executions * work
-        calls[visit.phase].update(_targets(visit))
+        calls[visit.phase].update(_unpriced(visit))
     found = list(_collectives(seen, walk.phase))
     return {
         phase: Costs(
@@ -317,13 +318,11 @@ def costs(
     }
 
 
-def _targets(visit: Visit) -> Iterator[str]:
-    for _, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
-        if inner.opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]*)"', inner.attributes)
-            # These have no work of their own: they mark memory and collectives.
-            if not target[1].startswith(("AsyncCollective", "AllocateBuffer", "ConcatBitcast")):
-                yield target[1]
+def _unpriced(visit: Visit) -> Iterator[str]:
+    for place, inner in hlo_work.inside(visit.program, visit.computation, visit.instruction):
+        name = products.unpriced(place, inner)
+        if name:
+            yield name
 
 
 def collectives(

@@ -3,9 +3,11 @@
 import dataclasses
 import re
 
+from caprl_jax.decode.scheduling import USUALLY
 from caprl_jax.plan.hlo.text import Computation, Instruction, Program
 
 _FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
+_USUAL = rf"/{USUALLY}(\d+)/while$"  # trips as the program's author expects them
 _SAME = {"copy", "bitcast", "convert", "reshape"}
 
 # A scalar's known value: a constant, (i, n) for a loop's carried element i plus n, or nothing.
@@ -46,6 +48,8 @@ def make_loop(
     """
     known = re.search(r'known_trip_count"?:\{"n":"?(\d+)', loop.attributes)
     trips, exact = (int(known[1]), True) if known else _trips(program, computation, loop)
+    if not exact and (usual := re.search(_USUAL, loop.op_name)):
+        trips = int(usual[1])
     if not exact and unknown_trips is not None:
         trips = unknown_trips if trips is None else min(trips, unknown_trips)
     if trips is None:

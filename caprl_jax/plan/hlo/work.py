@@ -1,10 +1,9 @@
-"""The work of one compiled instruction: its products, and the bytes of HBM it moves."""
+"""The bytes of HBM that one compiled instruction moves."""
 
-import math
 import re
 from collections.abc import Iterator
 
-from caprl_jax.plan.flops import Window, convolution_flops, window_pairs
+from caprl_jax.plan.hlo import products
 from caprl_jax.plan.hlo.text import HBM, Array, Computation, Instruction, Program
 
 COLLECTIVES = (
@@ -42,58 +41,6 @@ def inside(program: Program, computation: Computation, instruction: Instruction)
         yield from inside(program, called, inner)
 
 
-def flops(computation: Computation, instruction: Instruction) -> int:
-    """Returns the operations of a dot or convolution, 2 for each product; 0 for others."""
-    if instruction.opcode == "dot":
-        left = computation.operand(instruction, 0).arrays[0].dims
-        contracted = [left[axis] for axis in instruction.numbers("lhs_contracting_dims")]
-        return 2 * instruction.arrays[0].size * math.prod(contracted)
-    if instruction.opcode == "convolution":
-        return _convolution_flops(computation, instruction)
-    # A call of a GPU's library: A x B of one batch, M x K and K x N.
-    if "__cublas" in instruction.attributes:
-        left, right = (computation.operand(instruction, k).arrays[0] for k in (0, 1))
-        axes = re.search(r'"lhs_batch_dimensions":\[([^\]]*)\]', instruction.attributes)
-        axes = re.findall(r"\d+", axes[1]) if axes else []
-        batch = math.prod(left.dims[int(axis)] for axis in axes)
-        out = instruction.arrays[0].size  # left * right = batch^2 M K^2 N = (batch M N) batch K^2
-        return 2 * out * math.isqrt(left.size * right.size // (out * batch))
-    # XLA writes a product with a vector as multiply and reduce, and keeps the product's name.
-    if instruction.opcode == "reduce" and instruction.op_name.endswith("dot_general"):
-        return 2 * computation.operand(instruction, 0).arrays[0].size
-    return 0
-
-
-def _convolution_flops(computation: Computation, instruction: Instruction) -> int:
-    left, kernel = (computation.operand(instruction, k).arrays[0].dims for k in (0, 1))
-    out, attributes = instruction.arrays[0].dims, instruction.attributes
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
-    window = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(re.findall(r"(\w+)=(\S+)", window[1] if window else ""))
-
-    def field(key: str, axis: int, default: str) -> int:
-        values = fields[key].split("x") if key in fields else None
-        return int((values[axis] if values else default).split("_")[0])
-
-    pairs = [
-        window_pairs(
-            Window(
-                size=left[labels[0].index(str(i))],
-                kernel=kernel[labels[1].index(str(i))],
-                out=out[labels[2].index(str(i))],
-                stride=field("stride", i, "1"),
-                pad=field("pad", i, "0"),
-                dilate=field("lhs_dilate", i, "1"),
-                kernel_dilate=field("rhs_dilate", i, "1"),
-            )
-        )
-        for i in range(len(out) - 2)
-    ]
-    groups = int(instruction.attribute("batch_group_count") or 1)
-    batch, features = left[labels[0].index("b")] // groups, out[labels[2].index("f")]
-    return convolution_flops(batch, features, kernel[labels[1].index("i")], pairs)
-
-
 def hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
     """Estimates the bytes that an instruction outside fusions reads from and writes to HBM.
 
@@ -121,6 +68,8 @@ def hbm_bytes(program: Program, computation: Computation, instruction: Instructi
     if opcode == "slice-start":
         out = instruction.arrays[len(operands)]
         return _cost(sources[0], out.size) + _cost(out)
+    if opcode == "custom-call":
+        return products.call_bytes(sources, instruction)
     results = instruction.arrays
     if opcode.endswith("-start") and len(results) > len(sources):
         results = results[len(sources) : 2 * len(sources)]
