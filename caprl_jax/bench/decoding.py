@@ -1,4 +1,4 @@
-"""The work of the decode loop for captions of given lengths, counted turn by turn without arrays."""
+"""The decode loop's work for captions of given lengths, counted turn by turn without arrays."""
 
 import dataclasses
 

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from caprl_jax.bench import lengths as lengths_lib
 from caprl_jax.bench import decoding, model_flops, padding, synthetic
+from caprl_jax.bench import lengths as lengths_lib
 from caprl_jax.bench.lengths import Lengths
 from caprl_jax.config import validate
 from caprl_jax.decode import loop
