@@ -8,8 +8,9 @@ another; each is written when it is done, and a part that fails says why while t
 whole takes at most about --seconds: steps are repeated while there is time. The batch is one slice
 of the config's rollout (32 of 128 images for 3b.py:h200), which takes as much memory as the whole.
 Captions of both kinds of lengths go through one compiled program. --plan names what
-python -m caprl_jax.plan --json has written, elsewhere, for this kind of device. Exit code 1 tells
-that a part failed.
+python -m caprl_jax.plan --json has written, elsewhere, for this kind of device. Compiled programs
+are kept in compiled/ beside the JSON file, so a second check has more time for steps. Exit code 1
+tells that a part failed.
 """
 
 import dataclasses
@@ -282,9 +283,11 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Checks and prints."""
     with in_one_paragraph():
+        file = Path(flags.FLAGS.json)
+        compile_lib.keep_compiled(file.with_name("compiled"))
         plan = json.loads(Path(flags.FLAGS.plan).read_text()) if flags.FLAGS.plan else {}
         check = begin(flags.FLAGS.config, plan, flags.FLAGS.seconds)
-        report = run_parts(check, Path(flags.FLAGS.json))
+        report = run_parts(check, file)
     failed = [name for name, found in report.items() if "error" in found]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; see {flags.FLAGS.json}")

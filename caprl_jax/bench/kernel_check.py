@@ -48,7 +48,7 @@ class Case:
     def arrays(self, dtype: Any) -> tuple[Any, Any]:
         """Returns ((queries, keys and values by segment), masks and places), random."""
         c, (b, g) = self.decoder, self.lengths.shape
-        mask = jnp.arange(self.limit) < jnp.asarray(self.lengths)[..., None]
+        mask = jnp.asarray(np.arange(self.limit) < self.lengths[..., None])
         if self.packed:
             length = -(-int(self.lengths.sum(axis=1).max()) // 128) * 128
             row, shape = packing.pack(mask, min(length, g * self.limit)).seen(), (b,)
