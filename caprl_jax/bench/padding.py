@@ -117,7 +117,7 @@ def tower_flops(c: VisionConfig, patches: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How the captions of each image are computed: padded, or packed into one row.
+    """Rows that the captions of each image are computed in: padded, or packed into one.
 
     Attributes:
       tokens: int [b], computed tokens of an image's captions, or of their row.

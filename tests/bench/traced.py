@@ -9,11 +9,10 @@ import runpy
 import sys
 from pathlib import Path
 
-DATA_STACK = {
-    "array_record", "datasets", "grain", "huggingface_hub", "orbax", "PIL", "pyarrow",
-    "safetensors", "sentencepiece", "sklearn", "tensorflow_datasets", "tokenizers", "torch",
-    "transformers",
-}  # fmt: skip
+DATA_STACK = (
+    "array_record datasets grain huggingface_hub orbax PIL pyarrow safetensors sentencepiece "
+    "sklearn tensorflow_datasets tokenizers torch transformers"
+).split()
 
 
 class Refuse:
