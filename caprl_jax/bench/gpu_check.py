@@ -55,6 +55,8 @@ class Check:
       built: the config's step.
       program: the compiled step.
       arguments: run, state, batch and key of the next step.
+      rooflines: of the step's phases, as plan counts them.
+      compile_seconds: seconds of the step's compilation.
     """
 
     config: ml_collections.ConfigDict

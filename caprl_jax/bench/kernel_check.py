@@ -32,7 +32,6 @@ class Case:
 
     Attributes:
       decoder: sizes of the heads.
-      images: b.
       prompt: p, tokens of each prompt.
       lengths: int [b, g], tokens of the captions.
       limit: t, tokens that a caption is padded to.
