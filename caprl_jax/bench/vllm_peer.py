@@ -96,7 +96,7 @@ class Theirs:
             stderr=self._log,
             text=True,
             env=kept | _ENVIRONMENT,
-            start_new_session=True,
+            process_group=0,  # of the same session, whose processes share their time
         )
         self.facts = self._ask(setup)
 
