@@ -68,8 +68,9 @@ def test_every_line_of_the_check_runs_with_core_packages_only(tmp_path):
     assert all(found[name]["reached"] > 0 for name in ("fixed", "natural"))
     assert {"prefill", "decode", "score", "update"} < set(found["phases"])
     late, found = run("--seconds=1")
-    assert late.returncode == 1 and "failed: fixed, natural, phases" in late.stderr
+    assert late.returncode == 1 and "failed: fixed, natural;" in late.stderr
     assert "no time for a second step" in found["fixed"]["error"] and "bytes" in found["compiled"]
+    assert found["phases"]["skipped"] == "0 s are left"
     ran = set(json.loads((tmp_path / "lines").read_text()))
     missed = lines_of(Path(gpu_check.__file__)) - ran
     assert not missed, sorted(missed)
