@@ -6,7 +6,8 @@ Command:    python -m caprl_jax.main --config=configs/qwen3vl_4b.py --workdir=DI
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
 Hardware:   planned (caprl_jax.plan; seconds by roofline, real steps take longer), GiB a chip:
-            v5e_16 (v5e:4x4) 13.6 of 16, 45.6 s a step, bound by the traffic of its caches
+            v5e_16 (v5e:4x4) 13.6 of 16, 45.6 s a step, bound by the traffic of its caches;
+            found on 8 H100 (h100:8) 46.5 of 60, 25.6 s
 Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL++ trains this
             size with a judge of this family.
 """

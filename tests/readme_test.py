@@ -38,6 +38,7 @@ NOT_RUN = {
     "python -m caprl_jax.caption": "needs pictures; caption/caption_test.py makes some",
     "python -m caprl_jax.evaluate": "needs rows; evaluate/mcq_test.py makes some",
     "python -m caprl_jax.curate": "needs pictures; curate/generate_test.py makes some",
+    "bash launch/gpu_check.sh": f"{LONG}; bench/gpu_check_test.py runs it at a small size",
     "sbatch": "needs a cluster; launch/slurm_test.py starts one for the script",
     "ZONE=": "needs a cloud; launch_test.py runs the script with stand-ins",
 }

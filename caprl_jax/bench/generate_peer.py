@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -14,48 +13,12 @@ from transformers import CompileConfig
 
 from caprl_jax.bench import peers, torch_models
 from caprl_jax.bench import work as work_lib
+from caprl_jax.bench.drawn import Ours, parameters
 from caprl_jax.bench.machine import facts
 from caprl_jax.bench.peers import Checked, Comparison, Pairs
 from caprl_jax.bench.work import Work
-from caprl_jax.decode.sampling import Sampling
-from caprl_jax.parallel import mesh
-from caprl_jax.parallel.jit import jit
-from caprl_jax.rl.rollout import rollout
-from caprl_jax.rl.types import Batch, Decoding, Rollout
-from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import load
 
 _GREEDY = 8  # number of tokens that are compared
-
-
-class Ours:
-    """This project's rollout, jitted, with weights read from the policy's directory."""
-
-    def __init__(self, work: Work):
-        """Reads the weights."""
-        config, self._work = work.config, work
-        self._rules, dtype = compile_lib.shard_rules(config), compile_lib.compute_dtype(config)
-        self.params = load.load_frozen(work.policy, work.policy_path, self._rules, dtype)
-        batch = Batch(work.images, work.prompt, None, np.ones(config.data.batch, bool))
-        self._batch = mesh.put_whole(batch, self._rules)
-        self._key, self._draws = jax.random.key(config.seed), 0
-        self._jitted = functools.lru_cache(self._jit)
-
-    def _jit(self, tokens: int, temperature: float) -> Callable:
-        policy, group = self._work.policy, self._work.config.caprl.group
-        # No token ends a caption, so exactly the number asked for is drawn.
-        decoding = Decoding(group, (self._work.vocab,), Sampling(tokens, temperature))
-
-        def draw(params, batch, key):
-            return rollout(policy, params, batch, decoding=decoding, key=key)
-
-        return jit(draw, self._rules)
-
-    def __call__(self, tokens: int, temperature: float = 1.0) -> Rollout:
-        """Draws this many tokens of each caption."""
-        self._draws += 1
-        key = jax.random.fold_in(self._key, self._draws)
-        return self._jitted(tokens, temperature)(self.params, self._batch, key)
 
 
 class Theirs:
@@ -151,11 +114,6 @@ def checks(work: Work, ours: Ours, theirs: Theirs) -> list[Checked]:
     ]
     peers.require_same(found)
     return found
-
-
-def parameters(params: Any) -> int:
-    """Counts parameters."""
-    return sum(a.size for a in jax.tree.leaves(params))
 
 
 @dataclasses.dataclass

@@ -26,7 +26,11 @@ class WorkDiffers(UserError):
     """Error of two sides that don't do the same work, so their times can't be compared."""
 
 
-NEEDS = {"transformers": ("torch",), "trl": ("torch", "trl")}  # besides this project's requirements
+NEEDS = {
+    "transformers": ("torch",),
+    "trl": ("torch", "trl"),
+    "vllm": (),
+}  # besides this project's requirements
 
 
 class PeerMissing(UserError):

@@ -102,7 +102,7 @@ def measure(
     what, _, usual = SWEEPS[name]
     found = Sweep(what, [], [])
     for size in sizes or usual:
-        timings = phases.measure(changed(config, name, size), PHASES, repeats, False)
+        timings = phases.measure(changed(config, name, size), PHASES, repeats)
         found.sizes.append(size)
         found.timings.append(timings)
         done(found)

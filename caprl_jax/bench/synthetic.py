@@ -1,5 +1,6 @@
 """Random weights and full batches of a config's shapes, made in place for benchmarks."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from caprl_jax.bench import lengths as lengths_lib
+from caprl_jax.bench.lengths import Lengths
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vision import VisionConfig, feature_order, pad_to_windows, window_count
 from caprl_jax.models.vlm import Prompt, mrope_positions
@@ -20,6 +23,25 @@ from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.run import compile as compile_lib
 
 WORDS = 16  # tokens of a prompt around its image
+
+
+def caption_lengths(config: ml_collections.ConfigDict, lengths: Lengths | None) -> np.ndarray:
+    """Draws the batch's caption lengths, int32 [b, g]; None: all have the limit."""
+    shape, limit = (config.data.batch, config.caprl.group), config.sampling.max_tokens
+    return np.full(shape, limit, np.int32) if lengths is None else lengths.draw(shape, limit)
+
+
+def step(
+    config: ml_collections.ConfigDict, built: AbstractStep, drawn: np.ndarray
+) -> tuple[Run, State, Batch]:
+    """Makes the arguments of a step whose captions have the lengths `drawn`, int32 [b, g]."""
+    made = state(built)
+    ready = run(built, made.params)
+    # No token ends a caption: its length does.
+    decoding = dataclasses.replace(ready.decoding, stop=(built.policy.decoder.config.vocab,))
+    verbs = dataclasses.replace(ready.verbs, rollout=lengths_lib.limited)
+    ready = ready.replace(decoding=decoding, verbs=verbs)
+    return ready, made, lengths_lib.with_limits(batch(config, built), drawn)
 
 
 def state(built: AbstractStep, seed: int = 0) -> State:

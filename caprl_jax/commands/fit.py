@@ -17,7 +17,9 @@ from caprl_jax.run import fit, reckon
 
 def define_flags() -> None:
     """Defines this command's flags."""
-    flags.DEFINE_string("devices", "local", "h100:8, v5e:4x4, v5e:4x4*2, cpu:8, .., or local.")
+    flags.DEFINE_string(
+        "devices", "local", "h100:8, h100:8*4, v5e:4x4, v5e:4x4*2, cpu:8, .., or local."
+    )
 
 
 def main(_: list[str]) -> None:

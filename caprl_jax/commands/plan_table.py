@@ -27,9 +27,7 @@ def row(plan: dict[str, Any]) -> str:
         needs = f"needs {plan['reckoned'] / GIB:.1f}, reckoned" if plan["reckoned"] else ""
         needs += f", of {plan['usable'] / GIB:.1f}" if plan.get("usable") else ""
         return where + f"| does not fit: {needs or plan['refusal'][:80]} | | | |"
-    bounds = ", ".join(
-        f"{name} {f['bound']}" for name, f in plan["rooflines"].items() if name != "other"
-    )
+    bounds = _bounds(plan)
     if not plan["step_seconds"]:
         return where + f"| {plan['total'] / GIB:.1f} | unknown | {bounds} | |"
     rate = plan["tokens"] / plan["step_seconds"] / plan["chips"]
@@ -41,23 +39,31 @@ def row(plan: dict[str, Any]) -> str:
 
 
 def efficiency(small: dict[str, Any], large: dict[str, Any]) -> str:
-    """Compares a chip's pace and received bytes on a small and a large slice.
+    """Compares a chip's pace, bounds and received bytes on few and on many devices.
 
-    Both rooflines are taken twice: with compute, memory and links overlapping perfectly, and with
-    the links' time on top of the slower of the other two.
+    Both rooflines are taken twice: with all resources overlapping perfectly, and with the time of
+    links and network on top of the slower of the other two.
     """
     lines = []
     for how, seconds in (("overlapped", _overlapped), ("links on top", _on_top)):
         ratio = seconds(small) / seconds(large)
         lines.append(f"{how}: {seconds(small):.2f} s -> {seconds(large):.2f} s a step, {ratio:.1%}")
     for plan in (small, large):
-        kinds: dict[str, float] = {}
-        for f in plan["rooflines"].values():
-            for kind, count in f["link_bytes"].items():
-                kinds[kind] = kinds.get(kind, 0.0) + count / 1e9
-        told = ", ".join(f"{kind} {count:.1f}" for kind, count in kinds.items())
-        lines.append(f"received by a chip of {plan['topology']}, GB a step: {told}")
+        lines += [f"{plan['topology']} is bound by {_bounds(plan)}"]
+        for key, by in (("link_bytes", ""), ("network_bytes", " by network")):
+            kinds: dict[str, float] = {}
+            for f in plan["rooflines"].values():
+                for kind, count in f.get(key, {}).items():
+                    kinds[kind] = kinds.get(kind, 0.0) + count / 1e9
+            if kinds:
+                told = ", ".join(f"{kind} {count:.1f}" for kind, count in kinds.items())
+                lines += [f"received by a chip of {plan['topology']}{by}, GB a step: {told}"]
     return "\n".join(lines)
+
+
+def _bounds(plan: dict[str, Any]) -> str:
+    phases = plan["rooflines"].items()
+    return ", ".join(f"{name} {f['bound']}" for name, f in phases if name != "other")
 
 
 def _overlapped(plan: dict[str, Any]) -> float:
@@ -66,7 +72,9 @@ def _overlapped(plan: dict[str, Any]) -> float:
 
 def _on_top(plan: dict[str, Any]) -> float:
     return sum(
-        max(f["seconds"]["compute"], f["seconds"]["memory"]) + f["seconds"]["links"]
+        max(f["seconds"]["compute"], f["seconds"]["memory"])
+        + f["seconds"]["links"]
+        + f["seconds"].get("network", 0.0)
         for f in plan["rooflines"].values()
     )
 

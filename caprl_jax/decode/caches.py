@@ -276,9 +276,7 @@ class PerLayer:
         mask, written = mask.at[:, :, at].set(True), []
         context = Context(rotation, mask, (*prompt.masks, *full))
         for n, params in enumerate(layers):
-            past = tuple(
-                tuple(jnp.swapaxes(a, -3, -2) for a in kv[n]) for kv in (*prompt.kv, *cache.kv[:-1])
-            )
+            past = tuple(kv[n] for kv in (*prompt.kv, *cache.kv[:-1]))
             x, new = block.apply(
                 {"params": params}, x, context, past, cache.kv[-1][n], at, method=Block.decode
             )

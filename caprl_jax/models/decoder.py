@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax.models import attention
+from caprl_jax.models import attention, decode_attention
 from caprl_jax.models.attention import KV, Rotation, Row, Segment
 from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialise, transposed_product
-from caprl_jax.parallel.axes import BATCH, CACHED, constrain, varied_as
+from caprl_jax.parallel.axes import BATCH, CACHED, constrain, constrain_last, varied_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +187,10 @@ class Block(nn.Module):
         Args:
           x: [*batch, 1, e].
           context: its `own` is bool [*batch, length], the tokens of the cache that the query sees.
-          past: as in __call__.
-          cache: keys and values of the captions, [*batch, kv_heads, length, head_dim].
+          past: this layer's keys and values of each ancestor and of the captions' earlier tokens,
+            [*batch, kv_heads, length, head_dim].
+          cache: keys and values of the captions, [*batch, kv_heads, length, head_dim]; those
+            before `at` are all theirs.
           at: int [], index in the cache to write to.
 
         Returns:
@@ -200,7 +202,17 @@ class Block(nn.Module):
         updated = (put_heads_first(a, token, at) for a, token in zip(cache, new, strict=True))
         cached = CACHED[: x.ndim - 2]
         cache = tuple(constrain(a, *cached, "kv_heads", None, None) for a in updated)
+        if decode_attention.suits(q):
+            parts = [
+                decode_attention.part(kv, mask)
+                for kv, mask in zip(past, context.past_masks, strict=True)
+            ]
+            y = decode_attention.attend(
+                q[..., 0, :, :], [*parts, decode_attention.part(cache, filled=at + 1)]
+            )
+            return self._after_attention(x, y[..., None, :, :]), cache
         own = Segment(*(jnp.swapaxes(a, -3, -2) for a in cache), context.own)
+        past = (tuple(jnp.swapaxes(a, -3, -2) for a in kv) for kv in past)
         return self._attend_and_mlp(x, q, [*self._ancestors(context, past), own]), cache
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -223,7 +235,10 @@ class Block(nn.Module):
 
     def _attend_and_mlp(self, x: jax.Array, q: jax.Array, segments: list[Segment]) -> jax.Array:
         """Adds attention of q over the segments to x [*batch, t, e], then the MLP's output."""
-        y = attention.attend(q, segments)
+        return self._after_attention(x, attention.attend(q, segments))
+
+    def _after_attention(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Adds attention's result y [*batch, t, heads, d] to x, then the MLP's output."""
         # The results go back from the caches' sharding to the captions' sharding.
         for names in (CACHED, BATCH):
             y = constrain(y, *names[: x.ndim - 2], None, "heads", None)
@@ -383,7 +398,13 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens: int [*batch, t] -> [*batch, t, e]."""
-        return jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        x = jnp.take(self.embedding.astype(self.dtype), tokens, axis=0)
+        # Rows come in the columns that each device holds, and so do their gradients. Left to
+        # itself, the compiler gathers the whole batch's gradients where images are cut over more
+        # axes than columns are.
+        names = BATCH[: tokens.ndim - 1]
+        x = constrain_last(x, *names, None, "embed")
+        return constrain(x, *names, None, None)
 
     def head(self) -> jax.Array:
         """Output rows [vocab, e]; their products with a hidden state are the logits."""

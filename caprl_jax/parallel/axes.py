@@ -111,6 +111,20 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     )
 
 
+def constrain_last(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation as `constrain` does, but its last axis takes its mesh axes first."""
+    rules = current()
+    if rules is None:
+        return x
+    *others, last = x.shape
+    (own,) = rules.spec(names[-1:], [last])
+    table = {
+        name: tuple(a for a in axes if a not in (own or ())) for name, axes in rules.table.items()
+    }
+    spec = dataclasses.replace(rules, table=table).spec(names[:-1], others)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, PartitionSpec(*spec, own)))
+
+
 def varied_as(constant: jax.Array, x: jax.Array) -> jax.Array:
     """Returns the constant, varying over the axes of a caller's shard_map that x varies over.
 

@@ -1,6 +1,7 @@
 """Plans a config's step for a topology: its memory, and its roofline.
 
     python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--suggest] [--json=FILE]
+    python -m caprl_jax.plan --config=configs/3b.py --topology=h100:8
 
 Nothing runs; see plan.py.
 """

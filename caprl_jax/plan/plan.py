@@ -2,11 +2,12 @@
 
 python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--json=FILE] [--suggest]
 
-The run's real step is compiled for the topology, which need not exist: the verdict is the
-compiler's. Rooflines are the work of the compiled program at the chip's published peaks. Loops
-count with their trips, every caption is as long as its bucket, and several slices count as one.
-Policy and judge are assumed to share a tokenizer, as they do if a step is one program. Work outside
-of the steps, mainly evaluation, is not planned.
+The run's real step is compiled for the topology, which need not exist. A TPU's compiler gives the
+verdict; for GPUs the total is compared with the memory that JAX takes. Rooflines are the work of
+the compiled program at the chip's published peaks. Loops count with their trips, every caption is
+as long as its bucket, and several slices count as one. Policy and judge are assumed to share a
+tokenizer, as they do if a step is one program. Work outside of the steps, mainly evaluation, is not
+planned.
 """
 
 import dataclasses

@@ -39,6 +39,16 @@ class Roofline:
     uncounted: tuple[str, ...] = ()
     network_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    def scaled(self, share: float) -> "Roofline":
+        """Returns the roofline of this share of the work."""
+        link_bytes, seconds = (
+            {name: share * value for name, value in found.items()}
+            for found in (self.link_bytes, self.seconds)
+        )
+        return Roofline(
+            share * self.flops, share * self.hbm_bytes, link_bytes, seconds, self.uncounted
+        )
+
     @property
     def bound(self) -> str:
         """Names the resource that takes longest."""

@@ -6,7 +6,6 @@ instruction -> caption -> question; each node is computed once (CapRL, arXiv 250
 """
 
 import dataclasses
-import functools
 from typing import Literal, get_args
 
 import chex
@@ -78,14 +77,21 @@ def judge(
       Verdicts [b, g, n].
     """
 
-    def read(row, model, tokens, mask, questions):
-        return letter_logits(model, Captions(tokens, mask), questions, row)
+    def read(row, model, texts):
+        return _letters(model, _last_packed(row, model, texts))
 
     def read_slice(part):
         texts = _texts(model, *part)
         asked = texts.asked.shape[-2] * texts.asked.shape[-1]
-        padded, longest = functools.partial(read, None), usual + asked if usual else 0
-        return packing.by_length(read, padded, texts.mask, longest, (model, *part))
+        longest = usual + asked if usual else 0
+        count = packing.parts(texts.mask.shape[1:], longest)
+
+        def padded(model, texts):
+            return packing.map_parts(
+                lambda own: _letters(model, _last_padded(model, own)), texts, count
+            )
+
+        return packing.by_length(read, padded, texts.mask, longest, (model, texts))
 
     count, usual = slices.current().score, slices.current().usual
     with jax.named_scope("score"):
@@ -115,14 +121,17 @@ def letter_logits(
     Returns:
       float32 [b, g, n, letters].
     """
-    decoder, variables = model.decoder, {"params": model.params}
-    last = (_last_padded if row is None else functools.partial(_last_packed, row))(
-        model, _texts(model, captions.tokens, captions.mask, questions)
-    )
-    head = decoder.apply(variables, method=Decoder.head)[model.instruction.letters]
-    return jnp.einsum(
-        "bgne,le->bgnl", last, head.astype(last.dtype), preferred_element_type=jnp.float32
-    )
+    texts = _texts(model, captions.tokens, captions.mask, questions)
+    if row is None:
+        return _letters(model, _last_padded(model, texts))
+    return _letters(model, _last_packed(row, model, texts))
+
+
+def _letters(model: Judge, last: jax.Array) -> jax.Array:
+    """Returns letter logits after hidden states [b, g, n, e]: float32 [b, g, n, letters]."""
+    head = model.decoder.apply({"params": model.params}, method=Decoder.head)
+    head = head[model.instruction.letters].astype(last.dtype)
+    return jnp.einsum("bgne,le->bgnl", last, head, preferred_element_type=jnp.float32)
 
 
 @flax.struct.dataclass

@@ -20,7 +20,7 @@ from caprl_jax.models.places import PAD_KEY, Places
 
 SCOPE = "by_length"  # the switch's scope, read by plan/roofline.py; its last branch is the longest
 # Lengths of rows, as shares of a row of texts that all have the usual length.
-USUAL = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0, 1.2, 2.0, 4.0)
+USUAL = (0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 1.0, 1.2, 2.0)
 
 
 @flax.struct.dataclass
@@ -73,19 +73,58 @@ def pack(mask: jax.Array, length: int) -> Packing:
 
 
 def lengths(texts: tuple[int, int], usual: int) -> list[int]:
-    """Returns the lengths of rows that programs are compiled for, the longest last.
+    """Returns the lengths of packed rows that programs are compiled for; none if nothing is packed.
 
-    Most rows get a length close to their own; the few long ones may be half padding.
+    Most rows get a length close to their own.
 
     Args:
-      texts: (g, u), texts in a row and the most tokens of each.
+      texts: (g, u), texts of an image and the most tokens of each.
       usual: tokens that most texts don't exceed; 0 is u.
     """
     count, longest = texts
-    most = count * longest
-    shares = USUAL if 0 < usual < longest else ()
-    shorter = {math.ceil(share * count * usual) for share in shares}
-    return [*sorted(size for size in shorter if size < most), most]
+    if not 0 < usual < longest:
+        return []
+    sizes = sorted({math.ceil(share * count * usual) for share in USUAL})
+    return [size for size in sizes if size < count * longest]
+
+
+def parts(texts: tuple[int, int], usual: int) -> int:
+    """Returns in how many parts an image's texts are computed if they fit into no packed row.
+
+    These are padded, and a part needs no more memory than the longest packed row, if it can: else
+    memory would be held for the rare image whose captions are all long.
+
+    Args:
+      texts: as for lengths.
+      usual: likewise.
+    """
+    count, longest = texts
+    found = lengths(texts, usual)
+    if not found:
+        return 1
+    divisors = (n for n in range(1, count + 1) if count % n == 0)
+    return next((n for n in divisors if count // n * longest <= found[-1]), count)
+
+
+def most_tokens(texts: tuple[int, int], usual: int) -> int:
+    """Returns the most tokens of an image that are computed at a time; args as for lengths."""
+    count, longest = texts
+    return max([count // parts(texts, usual) * longest, *lengths(texts, usual)])
+
+
+def split(tree: Any, count: int) -> Any:
+    """Cuts arrays of texts, [b, g, ..], into `count` parts: [count, b, g / count, ..]."""
+    return jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(len(a), count, -1, *a.shape[2:]), 1, 0), tree
+    )
+
+
+def map_parts(function: Callable, tree: Any, count: int) -> Any:
+    """Applies a function of texts, trees of [b, g / count, ..], to one part after the other."""
+    if count == 1:
+        return function(tree)
+    out = jax.lax.map(function, split(tree, count))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:]), out)
 
 
 def by_length(
@@ -93,13 +132,13 @@ def by_length(
 ) -> Any:
     """Calls packed(length, *args) with the shortest length that holds the texts of every image.
 
-    If only the longest does, nothing would be gained: then it calls padded(*args).
+    If none does, it calls padded(*args).
 
     Args:
       packed: computes with rows of `length`, an int; it returns the same shapes for each length.
         It must not be differentiated from outside: the gradient of each length would keep the
         residuals of all.
-      padded: does the same with padded texts.
+      padded: does the same with padded texts, in `parts`.
       mask: bool [b, g, u] of the texts.
       usual: tokens that most texts don't exceed; 0 is u.
       args: arrays.
@@ -108,10 +147,10 @@ def by_length(
       The function's result.
     """
     found = lengths(mask.shape[1:], usual)
-    if len(found) == 1:
+    if not found:
         return padded(*args)
     needed = jnp.max(jnp.sum(mask, axis=(1, 2)))
-    which = jnp.sum(needed > jnp.asarray(found[:-1]))
-    branches = [*(functools.partial(packed, size) for size in found[:-1]), padded]
+    which = jnp.sum(needed > jnp.asarray(found))
+    branches = [*(functools.partial(packed, size) for size in found), padded]
     with jax.named_scope(SCOPE):
         return jax.lax.switch(which, branches, *args)

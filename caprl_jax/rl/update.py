@@ -1,7 +1,6 @@
 """The update: it turns captions and their advantages into gradients and new parameters."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -159,9 +158,17 @@ def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.A
     def logps(row, params, batch, captions):
         return caption_logps(learner.policy, params, batch, captions, row)[0]
 
+    def padded(params, batch, captions):
+        return packing.map_parts(
+            lambda part: logps(None, params, batch, part), captions, _parts(captions)
+        )
+
     args = learner.reference, batch, captions
-    padded = functools.partial(logps, None)
     return packing.by_length(logps, padded, captions.mask, slices.current().usual, args)
+
+
+def _parts(captions: Rollout) -> int:
+    return packing.parts(captions.mask.shape[1:], slices.current().usual)
 
 
 def _real_tokens(example: _Example) -> jax.Array:
@@ -199,23 +206,38 @@ def _sum_gradients(
 
     def gradients(row, params, part):
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part, row)
-        return like_params(grads), metrics
+        return jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
+
+    def padded(params, part):
+        count = _parts(part.captions)
+        if count == 1:
+            return gradients(None, params, part)
+        of_captions = part.captions, part.advantages, part.reference_logp
+
+        def one(own):
+            captions, advantages, reference = own
+            return gradients(None, params, _Example(part.batch, captions, advantages, reference))
+
+        return _sum(one, packing.split(of_captions, count))
 
     def run(part):
-        padded = functools.partial(gradients, None)
         usual = slices.current().usual
         return packing.by_length(gradients, padded, part.captions.mask, usual, (params, part))
 
-    def add(total, part):
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, run(part)), None
-
-    one = jax.tree.map(lambda a: a[0], parts)
     if jax.tree.leaves(parts)[0].shape[0] == 1:  # one slice needs no sums beside its gradients
-        return jax.tree.map(lambda a: a.astype(jnp.float32), run(one))
-    first = jax.eval_shape(functools.partial(gradients, None), params, one)
-    zeros, none = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), first)
-    (grads, metrics), _ = jax.lax.scan(add, (like_params(zeros), none), parts)
-    return grads, metrics
+        return run(jax.tree.map(lambda a: a[0], parts))
+    return _sum(run, parts, lambda zeros: (like_params(zeros[0]), zeros[1]))
+
+
+def _sum(function: Callable, parts: Any, pin: Callable = lambda zeros: zeros) -> Any:
+    """Sums function(part), float32, over parts [n, ..]; `pin` pins where the sums lie."""
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    first = jax.eval_shape(function, jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+    return jax.lax.scan(add, pin(zeros), parts)[0]
 
 
 def _like_params(policy: Policy) -> Callable[[Params], Params]:

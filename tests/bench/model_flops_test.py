@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from caprl_jax.bench import model_flops, phases
+from caprl_jax.bench import model_flops, phases, synthetic
 from caprl_jax.plan import flops, roofline, shapes
 
 from .. import shipped
@@ -49,7 +49,7 @@ def computed_again(config, built):
     branches = roofline.branch_weights(built.policy.vision.config)
     [whole] = (
         flops.jaxpr_flops(jax.make_jaxpr(phase.function)(*phase.args), 0, branches)
-        for phase in phases.phases(config, built, (-1,))
+        for phase in phases.phases(config, built, synthetic.caption_lengths(config, None))
         if phase.name == "update"
     )
     return whole - model_flops.update(config, built)

@@ -1,10 +1,13 @@
 """The bench's phases are the step's."""
 
 import jax
+import numpy as np
 import pytest
 
 from caprl_jax.bench import model_flops, phases
+from caprl_jax.bench.lengths import Lengths
 from caprl_jax.plan import shapes
+from caprl_jax.run import fit
 
 from .. import shipped
 
@@ -29,7 +32,7 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
                 "caprl.rollout_batches": pieces,
             }
         )
-        found[pieces] = phases.measure(config, ("prefill", "decode", "score"), 1, False)
+        found[pieces] = phases.measure(config, ("prefill", "decode", "score"), 1)
     for name, whole in found[1].items():
         assert found[2][name].roofline.flops == whole.roofline.flops
         assert found[2][name].tokens == whole.tokens
@@ -40,21 +43,15 @@ def test_a_batch_captioned_in_pieces_has_the_same_work(monkeypatch, one_device):
 
 
 @pytest.mark.slow
-def test_captions_in_fewer_rows_are_counted_as_usual_and_waste_less(monkeypatch, one_device):
-    """The work is of one run of each stage; of natural captions it is told what was wasted."""
+def test_captions_in_fewer_rows_have_less_work_and_waste_less(monkeypatch, one_device):
     monkeypatch.setattr(phases, "seconds_of", lambda run, repeats: [1.0])
     found = {}
     for usual in (0, 4):
-        config = tiny(
-            {
-                "data.batch": 2,
-                "caprl.usual_tokens": usual,
-                "sampling.max_tokens": 16,
-            }
-        )
-        found[usual] = phases.measure(config, ("decode",), 1, True)["decode"]
+        config = tiny({"data.batch": 2, "caprl.usual_tokens": usual, "sampling.max_tokens": 16})
+        found[usual] = phases.measure(config, ("decode",), 1, Lengths(4, 3))["decode"]
     alone, moved = found[0], found[4]
-    assert moved.roofline.flops < 0.6 * alone.roofline.flops
+    assert moved.roofline.flops < 0.9 * alone.roofline.flops
+    assert moved.padding < alone.padding - 0.1
     assert moved.wasted < alone.wasted - 0.1
     assert f"{moved.wasted:.0%} of its tokens are no caption's" in phases.tell({"decode": moved})
 
@@ -73,7 +70,7 @@ def test_the_phases_sum_up_to_the_step(monkeypatch, one_device):
             "caprl.kl": 0.0,
         }
     )
-    timed = phases.measure(config, phases.PHASES, 1, 0)
+    timed = phases.measure(config, phases.PHASES, 1)
     found = {name: t.roofline.flops for name, t in timed.items()}
     assert found.pop("step") == pytest.approx(sum(found.values()), rel=1e-3)
     # All are taken to last a second: shares of the peak add up as FLOPs do.
@@ -85,10 +82,33 @@ def test_the_phases_sum_up_to_the_step(monkeypatch, one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("natural", [True, False])
-def test_natural_captions_end_about_halfway(natural, one_device):
+@pytest.mark.parametrize("lengths", [None, Lengths(8, 5)])
+def test_tokens_are_those_of_captions_as_long_as_drawn(lengths, one_device):
+    """Each caption of a step counts its own prompt, as others count."""
     config = tiny({"data.batch": 2, "sampling.max_tokens": 32})
-    found = phases.measure(config, ("score",), 1, natural)["score"]
-    asked = 2 * config.caprl.group * config.caprl.questions * config.data.max_question
-    length = (found.tokens - asked) / (2 * config.caprl.group)
-    assert (4 < length < 28) if natural else length == 32
+    found = phases.measure(config, ("decode", "score", "step"), 1, lengths)
+    captions = 2 * config.caprl.group
+    written = captions * 32 if lengths is None else lengths.draw((2, captions // 2), 32).sum()
+    asked = config.caprl.questions * config.data.max_question
+    assert found["decode"].tokens == found["decode"].generated == written
+    assert found["score"].tokens == written + captions * asked
+    assert found["step"].tokens == written + captions * config.data.max_prompt
+    assert all((t.padding > 0.05) == bool(lengths) for t in found.values()), found
+    rate = written / found["step"].median
+    assert f"{rate:,.0f} generated tokens/s" in phases.tell(found)
+
+
+@pytest.mark.slow
+def test_captions_have_exactly_the_drawn_lengths(one_device):
+    """In the decode phase, and in the step's metrics, whatever the weights say."""
+    config = tiny({"data.batch": 2, "sampling.max_tokens": 32})
+    fit.settle(config, jax.devices())
+    built = shapes.build(config, jax.devices())
+    drawn = Lengths(8, 5).draw((2, config.caprl.group), 32)
+    found = {p.name: p for p in phases.phases(config, built, drawn)}
+    captions = jax.jit(found["decode"].function)(*found["decode"].args)
+    np.testing.assert_array_equal(captions.length, drawn)
+    np.testing.assert_array_equal(captions.mask.sum(-1), drawn)
+    _, metrics = jax.jit(found["step"].function)(*found["step"].args)
+    total, count = metrics["caption_length"]
+    assert total / count == pytest.approx(drawn.mean())

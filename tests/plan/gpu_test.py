@@ -45,10 +45,10 @@ def small():
 @pytest.mark.slow
 def test_a_step_compiled_for_tpus_and_for_gpus():
     """The two compilers' programs do the same work, and the GPUs' calls are all priced."""
-    plans = {}
-    for topology in ("v5e:2x4", "h100:8"):
+    topologies = ("v5e:2x4", "h100:8")
+    for topology in topologies:
         compiler(topology)
-        plans[topology] = plan.make(small(), topology)
+    plans = {topology: plan.make(small(), topology) for topology in topologies}
     for found in plans.values():
         assert found.fits and found.chips == 8 and 0 < sum(found.memory.values()) < found.usable
         assert not any(f.uncounted for f in found.rooflines.values())

@@ -78,9 +78,16 @@ def test_a_token_sees_its_text_and_its_branch_up_to_itself():
 
 def test_lengths_are_close_to_each_other_around_the_usual():
     found = packing.lengths((8, 4096), 640)
-    assert found[-1] == 8 * 4096 and found[6] == 8 * 640 and len(found) <= 11
-    assert packing.lengths((8, 64), 0) == packing.lengths((8, 64), 64) == [8 * 64]
-    assert packing.lengths((4, 6), 3) == [5, 6, 7, 8, 9, 11, 12, 15, 24]
+    assert found[6] == 8 * 640 and found[-1] == 16 * 640 and len(found) == 9
+    assert packing.lengths((8, 64), 0) == packing.lengths((8, 64), 64) == []
+    assert packing.lengths((4, 6), 3) == [5, 6, 7, 8, 9, 11, 12, 15]
+
+
+def test_what_fits_into_no_row_takes_no_more_memory_than_the_longest_row():
+    assert packing.parts((8, 4096), 640) == 4  # two captions of 4096 in 10240
+    assert packing.most_tokens((8, 4096), 640) == 16 * 640
+    assert packing.parts((8, 4096), 0) == 1 and packing.most_tokens((8, 64), 0) == 8 * 64
+    assert packing.parts((7, 100), 10) == 7 and packing.most_tokens((7, 100), 10) == 140
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(0, 5), (5, 5), (6, 6), (10, 11), (16, 0)])
@@ -121,9 +128,15 @@ def test_letters_in_rows_are_those_of_padded_captions_and_questions(eight):
     np.testing.assert_allclose(packed[asked], whole[asked], atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.fixture
+def two_lengths(monkeypatch):
+    """Fewer lengths to compile: rows of 8 and 12 tokens, if captions usually have 4."""
+    monkeypatch.setattr(packing, "USUAL", (0.5, 0.7))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_step_of_captions_in_rows_is_the_same_step(eight, devices):
+def test_a_step_of_captions_in_rows_is_the_same_step(eight, devices, two_lengths):
     cuts, rules = CUTS, None
     if devices == 8:
         cuts = {"update": 1, "score": 1}
@@ -135,13 +148,14 @@ def test_a_step_of_captions_in_rows_is_the_same_step(eight, devices):
     assert_close(moved(eight, rows), moved(eight, whole))
 
 
-def test_slices_of_that_step_have_different_lengths(eight):
+def test_slices_of_that_step_have_different_lengths(eight, two_lengths):
     """Or it would say nothing."""
     size = np.sum(drawn(eight).length, axis=1)
     order = slices.alike(jnp.asarray(size), 4)
     needed = np.max(slices.split(size[order], 4), axis=1)
-    found = packing.lengths((4, 6), 4)
-    assert len({next(n for n in found if n >= one) for one in needed.tolist()} - {24}) > 1
+    found = [*packing.lengths((4, 6), 4), 24]
+    taken = {next(n for n in found if n >= one) for one in needed.tolist()}
+    assert len(taken) > 1 and 24 in taken
 
 
 def test_slices_are_alike_on_every_device_and_go_back():
@@ -174,20 +188,20 @@ def only(which, of):
     "cuts",
     [pytest.param({}, id="whole"), pytest.param(CUTS, id="in slices", marks=pytest.mark.slow)],
 )
-def test_a_row_costs_what_its_tokens_do(eight, cuts):
+def test_a_row_costs_what_its_tokens_do(eight, cuts, two_lengths):
     """Judge, reference and update, that is: no token is drawn here."""
-    of = len(packing.lengths((4, 6), 4))
+    of = len(packing.lengths((4, 6), 4)) + 1
 
     packed, padded = (
         jax.jit(step(**cuts, usual=usual)).trace(*args(eight)).jaxpr for usual in (4, 0)
     )
     found = [jaxpr_flops(packed, 0, only(which, of)) for which in range(of)]
     assert all(a < b for a, b in itertools.pairwise(found))
-    assert found[-1] == jaxpr_flops(padded, 0)  # the longest is the padded step
+    assert found[-1] >= jaxpr_flops(padded, 0)  # padded too, perhaps in parts
 
 
 @pytest.mark.slow
-def test_captions_are_planned_as_long_as_they_may_be(eight):
+def test_captions_are_planned_as_long_as_they_may_be(eight, two_lengths):
     """The choice among lengths is not guessed by the roofline."""
     run, *rest = args(eight)
     judge = run.judge  # its instruction is read once, or each length would read it
@@ -200,5 +214,5 @@ def test_captions_are_planned_as_long_as_they_may_be(eight):
 
     whole, rows = planned(0), planned(4)
     for name in ("score", "update"):
-        assert rows[name].flops == whole[name].flops
+        assert rows[name].flops >= whole[name].flops  # in parts, each with its image's prompt
         assert rows[name].uncounted == whole[name].uncounted

@@ -28,7 +28,7 @@ from caprl_jax.plan.hlo import work as hlo_work
 from caprl_jax.rl.types import Decoding
 
 from .. import shipped
-from ..plan.plan_test import TABLES, tpu
+from ..plan.plan_test import TABLES, gpu, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Size:
         return {"q": q, "k": k, "v": k, "o": q, "gate": f, "up": f, "down": f}
 
 
-def decode_text(size, rules, per_layer=None):
+def decode_text(size, rules, per_layer=None, usual=0):
     """The compiled text of a group's decoding after a given trunk; per_layer as for weights."""
     c, vision = size.decoder, VisionConfig(12, 16, 2, 4, 24, size.decoder.width, 4, 2, (1,))
     policy = Policy(Decoder(c, size.dtype), VisionTower(vision, size.dtype))
@@ -75,7 +75,7 @@ def decode_text(size, rules, per_layer=None):
         of(jnp.int32, size.b),
     )
 
-    decoding, valid = Decoding(size.g, (5,), Sampling(size.t)), jnp.ones(size.b, bool)
+    decoding, valid = Decoding(size.g, (5,), Sampling(size.t), usual), jnp.ones(size.b, bool)
 
     def run(params, trunk, key):
         with axes.decoding(), jax.named_scope("decode"):
@@ -155,6 +155,30 @@ def test_a_tpu_copies_neither_weights_nor_caches(tables):
     # And they are there to be copied: most of the weights stay in HBM, which every token reads.
     part = 2 * TPU.decoder.layers * sum(weights.values()) // rules.mesh.shape["tensor"]
     assert moved >= part / 2
+
+
+GPU = dataclasses.replace(TPU, decoder=dataclasses.replace(TPU.decoder, layers=2), t=1024)
+
+
+@pytest.mark.parametrize("usual", [0, 128])
+def test_a_gpu_copies_neither_weights_nor_caches(usual):
+    """Nor does it gather any of them; captions that move to fewer rows stay on their device."""
+    devices = gpu("h100:8")
+    rules = mesh.shard_rules(mesh.make_mesh({"fsdp": -1}, devices))
+    text = decode_text(GPU, rules, usual=usual)
+    weights = GPU.weights()
+    part = 2 * GPU.decoder.kv_heads * GPU.decoder.head_dim * GPU.b // len(devices)
+    least = min(*(2 * n for n in weights.values()), part * GPU.p)
+    program, read = hlo_costs.parse(text), 0
+    for v in hlo_costs.visits(program, unknown_trips=1):
+        stage = v.loops and not v.loops[-1].op_name.endswith(f"{scheduling.USUALLY}1/while")
+        if stage and "/decode/" in v.loops[-1].op_name:
+            where = program, v.computation, v.instruction
+            assert hlo_work.copied_bytes(*where) < least, v.instruction
+            read += v.executions * hlo_work.hbm_bytes(*where)
+    moved = [c.bytes for c in hlo_costs.collectives(program, unknown_trips=1) if c.loops]
+    assert max(moved) <= 8
+    assert read >= GPU.decoder.layers * sum(2 * n for n in weights.values())
 
 
 # Of one image: (tree, naive), as the bench prints them.

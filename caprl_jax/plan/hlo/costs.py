@@ -226,6 +226,8 @@ def _collectives(visits: Iterable[Visit], phase: Callable[[str], str]) -> Iterat
         for computation, inner in hlo_work.inside(
             visit.program, visit.computation, visit.instruction
         ):
+            if inner.opcode == "send" and "_xla_megascale_target" in inner.attributes:
+                yield _between_slices(visit, inner, phase)
             kind = hlo_work.collective_kind(inner.opcode)
             if not kind:
                 continue
@@ -267,6 +269,34 @@ def _collective(
         name=instruction.name,
         loops=visit.loops,
     )
+
+
+def _between_slices(visit: Visit, send: Instruction, phase: Callable[[str], str]) -> Collective:
+    """Returns a collective over slices of TPUs, which a program of one slice hands to its host.
+
+    Numbers of devices go on from slice to slice.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)[1]
+    kind = kind.lower().replace("_", "-")
+    slices = len(_numbers(re.search(r'_xla_megascale_target="\{([^}]*)\}', send.attributes)[1]))
+    moved = send.arrays[0]
+    return Collective(
+        kind=kind,
+        bytes=moved.bytes * (slices if kind == "all-gather" else 1),
+        executions=visit.executions,
+        groups=(tuple(visit.program.devices * k for k in range(slices)),),
+        shapes=(f"{moved.dtype}{list(moved.dims)}",),
+        phase=phase(send.op_name) or visit.phase,
+        op_name=send.op_name or visit.instruction.op_name,
+        name=send.name,
+        loops=visit.loops,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    """Reads numbers and ranges: "1,4:6" is 1, 4, 5, 6."""
+    ends = [[int(n) for n in part.split(":")] for part in text.split(",")]
+    return [n for first, *last in ends for n in range(first, (last or [first])[0] + 1)]
 
 
 def costs(

@@ -13,10 +13,10 @@ from caprl_jax.plan.hlo.text import HBM, Array, Computation, Instruction
 
 Dims = tuple[int, ...]
 
-# Attention: products of queries with keys, of weights with values, and their gradients. The
-# kernels of models/flash are calls within scopes of their names, and before it of the share of the
-# pairs of queries and keys that see each other.
-_ATTENTION = {"flash_forward": 2, "flash_query": 3, "flash_key": 4}
+# Attention: products of queries with keys, of weights with values, and their gradients. Our kernels
+# (models/flash, models/decode_attention.py) are calls within scopes of their names, and before it
+# of the share of the pairs of queries and keys that see each other.
+_ATTENTION = {"flash_forward": 2, "flash_query": 3, "flash_key": 4, "decode_attention": 2}
 _KERNEL = re.compile(rf"\b(?:share_([\d.e-]+)/)?({'|'.join(_ATTENTION)})/pallas_call")
 _SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]')
 _SAME = {"bitcast", "convert", "copy", "reshape", "transpose"}

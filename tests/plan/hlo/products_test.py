@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from caprl_jax.plan import roofline
 from caprl_jax.plan.hlo.costs import costs, parse, visits
 from caprl_jax.plan.hlo.products import flops
 
@@ -70,3 +71,25 @@ def test_asynchronous_collectives_count_once():
     kinds = [(c.kind, c.bytes, c.executions, c.group_size) for c in found["update"].collectives]
     gather, scatter = ("all-gather", layer, 6, 8), ("reduce-scatter", layer, 6, 8)
     assert kinds == [gather, gather, scatter] and not found["other"].collectives
+
+
+def test_slices_of_tpus_hand_their_sums_to_their_hosts():
+    """Of three slices' sum of 4 x 128 each device lacks two thirds, twice."""
+    text = """HloModule jit_sum, is_scheduled=true, num_partitions=4
+
+ENTRY %main (x: f32[4,128]) -> f32[4,128] {
+  %x = f32[4,128]{1,0} parameter(0)
+  %start = token[] after-all()
+  %send = (f32[4,128]{1,0}, u32[], token[]) send(%x, %start), channel_id=2, FRONT
+  %recv = (f32[4,128]{1,0}, u32[], token[]) recv(%start), channel_id=1, FRONT
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %got = (f32[4,128]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %sum = f32[4,128]{1,0} get-tuple-element(%got), index=0
+}
+"""
+    front = 'frontend_attributes={_xla_megascale_target="{1:2,4}x{0:3}",'
+    front += '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    (found,) = costs(parse(text.replace("FRONT", front)))["other"].collectives
+    assert (found.kind, found.bytes, found.executions) == ("all-reduce", 4 * 4 * 128, 1)
+    assert found.groups == ((0, 4, 8),)
+    assert roofline.from_network(found, 4) == pytest.approx(2 * 2 / 3 * 4 * 4 * 128)

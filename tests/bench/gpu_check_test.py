@@ -1,0 +1,132 @@
+"""The check of a machine with a GPU, on a CPU with tiny sizes: every line of it runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from caprl_jax import config as config_lib
+from caprl_jax.bench import gpu_check, kernel_check
+from caprl_jax.bench.kernel_check import Case
+from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.flash import merge
+from caprl_jax.parallel import mesh
+
+from .. import shipped
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = (
+    "--config.data.batch=4",
+    "--config.eval.batch=4",
+    "--config.caprl.group=2",
+    "--config.caprl.rollout_batches=2",
+    "--config.caprl.usual_tokens=4",
+    "--config.sampling.max_tokens=16",
+)
+
+
+def lines_of(file):
+    """Numbers of the lines that have code."""
+    stack, found = [compile(file.read_text(), str(file), "exec")], set()
+    while stack:
+        code = stack.pop()
+        found |= {line for _, _, line in code.co_lines() if line}
+        stack += [c for c in code.co_consts if hasattr(c, "co_lines")]
+    return found
+
+
+@pytest.mark.slow
+def test_every_line_of_the_check_runs_with_core_packages_only(tmp_path):
+    """In time, and once more without time for steps."""
+    python = tmp_path / "python"
+    traced = ROOT / "tests" / "bench" / "traced.py"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {traced} {tmp_path}/lines "$@"\n')
+    python.chmod(0o755)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"total": 12345}))
+    own = {"PYTHON": str(python), "CONFIG": "configs/tiny.py", "PYTHONPATH": str(ROOT)}
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | own
+
+    def run(*flags):
+        out = tmp_path / "found.json"
+        command = ["bash", "launch/gpu_check.sh", str(out), f"--plan={plan}", *TINY, *flags]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        return done, json.loads(out.read_text())
+
+    done, found = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(found) == list(gpu_check.PARTS)
+    assert found["compiled"]["images"] == 2 and found["compiled"]["planned_bytes"] == 12345
+    assert found["fixed"]["mean_length"] == 16 and 1 <= found["natural"]["mean_length"] < 4
+    assert found["fixed"]["padding"]["decode"] < 0.1 < found["natural"]["padding"]["decode"]
+    assert all(found[name]["reached"] > 0 for name in ("fixed", "natural"))
+    assert {"prefill", "decode", "score", "update"} < set(found["phases"])
+    late, found = run("--seconds=1")
+    assert late.returncode == 1 and "failed: fixed, natural;" in late.stderr
+    assert "no time for a second step" in found["fixed"]["error"] and "bytes" in found["compiled"]
+    assert found["phases"]["skipped"] == "0 s are left"
+    ran = set(json.loads((tmp_path / "lines").read_text()))
+    missed = lines_of(Path(gpu_check.__file__)) - ran
+    assert not missed, sorted(missed)
+
+
+def test_one_slice_is_as_large_as_each_of_the_whole():
+    config = shipped.module("3b").get_config("h200")
+    found = gpu_check.one_slice(config)
+    for whole, part in ((config, found),):
+        assert part.data.batch * whole.caprl.rollout_batches == whole.data.batch
+        assert part.caprl.rollout_batches == 1
+        for name in ("micro_batches", "prefill_batches", "score_batches"):
+            sizes = [c.data.batch // c.caprl[name] for c in (whole, part)]
+            assert sizes[0] == sizes[1], name
+
+
+DECODER = DecoderConfig(60, 32, 2, 4, 2, 16, 48, 1e4, 1e-6, False)
+
+
+@pytest.fixture(scope="module")
+def rules():
+    """Of one device."""
+    sizes = config_lib.default().mesh
+    sizes.data = sizes.fsdp = sizes.tensor = 1
+    whole = mesh.make_mesh(sizes, jax.devices()[:1])
+    return mesh.shard_rules(whole, sizes.rules, sizes.decode_rules)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_kernel_that_computes_the_same_passes(rules, packed):
+    case = Case(DECODER, 20, np.asarray([[30, 10]]), 40, packed)
+    found = kernel_check.compare(rules, case, jnp.float32, 1)
+    assert found["passed"] and found["error"] < 1e-5 and found["kernel"] == "gpu"
+
+
+def test_a_kernel_that_computes_something_else_does_not(rules, monkeypatch):
+    right = merge.attend
+
+    def wrong(q, parts, kernel):
+        out = right(q, parts, kernel)
+        return out.at[..., 0].multiply(1.01)
+
+    monkeypatch.setattr(merge, "attend", wrong)
+    case = Case(DECODER, 20, np.asarray([[30, 10]]), 40, False)
+    found = kernel_check.compare(rules, case, jnp.float32, 1)
+    assert not found["passed"] and found["error"] > 2e-3
+
+
+def test_a_part_that_fails_says_why_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def fails(check):
+        raise ValueError("no kernel for this device\nand more")
+
+    parts = {"kernels": fails, "device": lambda check: {"kind": "cpu"}}
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    found = gpu_check.run_parts(None, tmp_path / "found.json")
+    assert found["kernels"]["error"] == "ValueError: no kernel for this device"
+    assert found["device"]["kind"] == "cpu"
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    assert "kernels: error ValueError: no kernel" in capsys.readouterr().out
