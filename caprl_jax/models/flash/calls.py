@@ -1,6 +1,7 @@
 """One segment's softmax attention and its gradient, by the kernels of the program's platform."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -9,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from caprl_jax.models.flash import blocks, gpu, tpu
+from caprl_jax.models.flash import blocks
 from caprl_jax.models.flash.blocks import Gradient, Inputs, Sizes
 from caprl_jax.parallel import axes
 
-_KERNELS = {"gpu": gpu, "tpu": tpu}
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _FEWEST_QUERIES = 16
 _FEWEST_KEYS = 128  # a block; windows of the vision tower have fewer
@@ -47,6 +47,15 @@ def kernel(q: jax.Array, keys: Sequence[jax.Array]) -> str | None:
     if wanted == "flash":
         return platform or "gpu"
     return platform if max(k.shape[-3] for k in keys) >= _FEWEST_KEYS else None
+
+
+def described(rules: axes.ShardRules) -> str:
+    """Returns a few words on how a program with these rules computes attention."""
+    kernels = {"gpu": "kernels for GPUs (Triton)", "tpu": "kernels for TPUs (Mosaic)"}
+    platform = _PLATFORMS.get(rules.platform)
+    if rules.attention == "plain" or (rules.attention == "auto" and platform is None):
+        return "XLA"
+    return f"{kernels[platform]}, XLA for short rows" if platform else "kernels, emulated"
 
 
 def forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +143,9 @@ def _backward(inputs: Inputs, gradient: Gradient, kernel: str) -> tuple[jax.Arra
 
 def _module(inputs: Inputs, kernel: str) -> tuple[ModuleType, Sizes]:
     """The kernel's module and block sizes."""
-    module, interpret = _KERNELS[kernel], _platform() not in _PLATFORMS
+    # Imported where needed: CPUs need neither.
+    module = importlib.import_module(f"caprl_jax.models.flash.{kernel}")
+    interpret = _platform() not in _PLATFORMS
     return module, dataclasses.replace(module.sizes(inputs), interpret=interpret)
 
 
