@@ -8,9 +8,9 @@ another; each is written when it is done, and a part that fails says why while t
 whole takes at most about --seconds: steps are repeated while there is time, and the batch has as
 many images as time allows (16 of 128 for 3b.py:h200), in slices of the same size. Captions of both
 kinds of lengths go through one compiled program. --plan names what python -m caprl_jax.plan --json
-has written, elsewhere, for this kind of device and the "overrides" in the results. Compiled programs
-are kept in compiled/ beside the JSON file, so a second check has more time for steps. Exit code 1
-tells that a part failed.
+has written, elsewhere, for this kind of device and the "overrides" in the results. Compiled
+programs are kept in compiled/ beside the JSON file, so a second check has more time for steps. Exit
+code 1 tells that a part failed.
 """
 
 import dataclasses
