@@ -5,12 +5,12 @@ python -m caprl_jax.bench.gpu_check --config=configs/3b.py:h200 --json=FILE [--p
 
 It needs JAX, Flax, optax, ml_collections and absl only, and downloads nothing. Its parts follow one
 another; each is written when it is done, and a part that fails says why while the others go on. The
-whole takes at most about --seconds: steps are repeated while there is time. The batch is one slice
-of the config's rollout (32 of 128 images for 3b.py:h200), which takes as much memory as the whole.
-Captions of both kinds of lengths go through one compiled program. --plan names what
-python -m caprl_jax.plan --json has written, elsewhere, for this kind of device. Compiled programs
-are kept in compiled/ beside the JSON file, so a second check has more time for steps. Exit code 1
-tells that a part failed.
+whole takes at most about --seconds: steps are repeated while there is time, and the batch has as
+many images as time allows (16 of 128 for 3b.py:h200), in slices of the same size. Captions of both
+kinds of lengths go through one compiled program. --plan names what python -m caprl_jax.plan --json
+has written, elsewhere, for this kind of device and the "overrides" in the results. Compiled
+programs are kept in compiled/ beside the JSON file, so a second check has more time for steps. Exit
+code 1 tells that a part failed.
 """
 
 import dataclasses
@@ -40,8 +40,10 @@ from caprl_jax.plan.shapes import AbstractStep
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import fit
+from caprl_jax.run.memory import as_flags
 
 STEPS = 3  # steps of each kind that are timed, if there is time
+STEP_SECONDS = 25  # of a step at fixed lengths, at the published FLOP/s; it takes more
 
 
 @dataclasses.dataclass
@@ -49,7 +51,7 @@ class Check:
     """The state of a check.
 
     Attributes:
-      config: the config of the smaller batch.
+      config: the config, perhaps with fewer images.
       plan: what plan has written, or empty.
       end: time.perf_counter() at which no more work begins.
       built: the config's step.
@@ -80,26 +82,46 @@ class Check:
 
 
 def begin(config: ml_collections.ConfigDict, plan: dict[str, Any], seconds: float) -> Check:
-    """Settles a config on one slice of its rollout, and begins its check.
+    """Settles a config on as many of its images as there is time for, and begins its check.
 
     Raises:
       UserError: the config is invalid, or can't fit the devices.
     """
-    end = time.perf_counter() + seconds
+    end, devices = time.perf_counter() + seconds, jax.devices()
     validate(config)
-    fit.settle(config, jax.devices())
-    config = one_slice(config)
-    return Check(config, plan, end, shapes.build(config, jax.devices()))
+    fit.settle(config, devices)
+    built = shapes.build(config, devices)
+    full = padding.of_config(config, built, synthetic.caption_lengths(config, None))
+    rate = len(devices) * _chip(config).flops
+    small = smaller(config, full["step"].computed / rate, built.rules.size("images"))
+    return Check(small, plan, end, shapes.build(small, devices))
 
 
-def one_slice(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a config with the images of one rollout slice, in as large slices as before."""
-    config = config.copy_and_resolve_references()
-    parts = slices_of(config, "rollout_batches")
-    config.data.batch = config.eval.batch = config.data.batch // parts
+def smaller(
+    config: ml_collections.ConfigDict, seconds: float, multiple: int
+) -> ml_collections.ConfigDict:
+    """Returns a config with fewer images, in slices as large as before.
+
+    Args:
+      config: a settled config.
+      seconds: seconds of a step with all of its images, at the published FLOP/s; with fewer it has
+        at most STEP_SECONDS, if possible.
+      multiple: devices that the images are cut over.
+    """
+    whole, config = config.data.batch, config.copy_and_resolve_references()
+    possible = [n for n in range(multiple, whole + 1, multiple) if whole % n == 0]
+    within = [n for n in possible if seconds * n / whole <= STEP_SECONDS]
+    batch = max(within, default=possible[0])
     for name in SLICES:
-        config.caprl[name] = max(slices_of(config, name) // parts, 1)
+        config.caprl[name] = max(slices_of(config, name) * batch // whole, 1)
+    config.data.batch = config.eval.batch = batch
     return config
+
+
+def _chip(config: ml_collections.ConfigDict) -> hardware.Chip:
+    """Returns the device's published rates; measured ones if they are unknown."""
+    known = hardware.chip(jax.devices()[0])
+    return known or phases.ceilings(compile_lib.compute_dtype(config))
 
 
 def device(check: Check) -> dict[str, Any]:
@@ -139,27 +161,33 @@ def kernels(check: Check) -> dict[str, Any]:
 
 def compiled(check: Check) -> dict[str, Any]:
     """Compiles the step for arrays on the device; returns its memory and its rooflines."""
-    c, built, first = check.config, check.built, jax.devices()[0]
+    c, built = check.config, check.built
     run, state, batch = synthetic.step(c, built, synthetic.caption_lengths(c, None))
     program, _ = compile_lib.one_program(caprl_step, c, run, state, built.rules)
     check.arguments = run, state, batch, jax.random.key(0)
     began = time.perf_counter()
     check.program = program.lower(*check.arguments).compile()
     check.compile_seconds = time.perf_counter() - began
-    chip = hardware.chip(first) or phases.ceilings(compile_lib.compute_dtype(c))
     text, vision = costs.hlo_text(check.program), built.policy.vision.config
-    check.rooflines = roofline.phases(text, chip, c.sampling.max_tokens, vision)
+    check.rooflines = roofline.phases(text, _chip(c), c.sampling.max_tokens, vision)
     told = {
         name: dataclasses.asdict(f) | {"time": f.time, "bound": f.bound}
         for name, f in check.rooflines.items()
     }
     return {
-        "images": c.data.batch,
+        "overrides": _overrides(c),
         "compile_seconds": check.compile_seconds,
         "bytes": _compiled_bytes(check.program.memory_analysis()),
         "planned_bytes": check.plan.get("total"),
         "rooflines": told,
     }
+
+
+def _overrides(c: ml_collections.ConfigDict) -> str:
+    """Returns the flags that give another config this one's images and slices."""
+    slices = {f"caprl.{name}": c.caprl[name] for name in SLICES}
+    batch = {"data.batch": c.data.batch, "eval.batch": c.eval.batch}
+    return as_flags(batch | slices)
 
 
 def _compiled_bytes(found: Any) -> int:

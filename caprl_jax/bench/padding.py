@@ -170,14 +170,15 @@ def rows(texts: Texts, count: int, usual: int, devices: int = 1) -> Rows:
     padded = texts.limit + asked
     tokens, pairs = np.full(b, g * padded), np.full(b, g * texts.pairs(texts.limit, False))
     real = texts.pairs(drawn, False).sum(axis=1)
-    options = packing.lengths((g, padded), usual + asked if usual else 0)
+    options = np.asarray(packing.lengths((g, padded), usual + asked if usual else 0), int)
     sizes = (drawn + asked).sum(axis=1)
     # As slices.alike and slices.split put them: [count, images of a slice].
     order = np.argsort(sizes.reshape(devices, -1), axis=1, kind="stable")
     order = (order + np.arange(devices)[:, None] * (b // devices)).reshape(devices, count, -1)
     for images in order.swapaxes(0, 1).reshape(count, -1):
-        length = options[np.searchsorted(options, sizes[images].max())]
-        if length < options[-1]:
+        which = np.searchsorted(options, sizes[images].max())
+        if which < len(options):
+            length = options[which]
             tokens[images] = length
             pairs[images] = packed_pairs(drawn[images] + asked, length)
             real[images] = texts.pairs(drawn[images], True).sum(axis=1)

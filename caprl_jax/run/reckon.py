@@ -29,6 +29,7 @@ from caprl_jax.models.attention import SCORE_BYTES
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import CACHED, ShardRules
+from caprl_jax.rl import packing
 from caprl_jax.run.models import Models, models
 
 GIB = 2**30
@@ -241,7 +242,9 @@ class Reckoner:
             return {}
         c, config = self.models.judge.config, self.config
         i, g, t = self.images(count), config.caprl.group, config.sampling.max_tokens
-        asked = g * config.caprl.questions * config.data.max_question
+        each = config.caprl.questions * config.data.max_question
+        usual, asked = config.caprl.usual_tokens, g * each
+        most = packing.most_tokens((g, t + each), usual + each if usual else 0)
         hidden = c.feed_forward // self.rules.size("mlp")
         scores = max(
             self._scores(c.heads, g * t, t),
@@ -249,8 +252,11 @@ class Reckoner:
         )
         return self._between(
             {
-                "keys and values": i * (g * t + asked) * self._kv_bytes(c),
-                "layer": i * max(g * t, asked) * self.itemsize * (3 * hidden + 4 * c.width),
+                "keys and values": i * most * self._kv_bytes(c),
+                "layer": i
+                * (most if usual else max(g * t, asked))
+                * self.itemsize
+                * (3 * hidden + 4 * c.width),
                 "scores": i * READ_SCORES * scores,
                 "gathered weights": self._gathered(self.models.judge_params, self.rules),
             }
@@ -263,7 +269,8 @@ class Reckoner:
         """
         c, config, on = self.models.policy.decoder.config, self.config, self.rules
         i, g, t = self.images(count), config.caprl.group, config.sampling.max_tokens
-        captions, p = i * g * t, config.data.max_prompt
+        captions = i * packing.most_tokens((g, t), config.caprl.usual_tokens)
+        p = config.data.max_prompt
         gradients = _on_one(self.models.params, on, 4)
         chunk = -(-c.vocab // -(-c.vocab // 8192))
         logits = LOGITS * chunk
@@ -277,7 +284,7 @@ class Reckoner:
         } | self._between(
             {
                 "layer": max(self._layer(captions), i * self._vision_layer()),
-                "scores": i * SCORES * self._scores(c.heads, g * t, t + p),
+                "scores": i * SCORES * self._scores(c.heads, captions // i, t + p),
                 "logits": 4 * captions * logits // on.size("vocab"),
                 "head": ROWS * c.vocab * c.width * self.itemsize // on.size("vocab"),
                 "gathered weights": self._gathered(self.models.params["decoder"], on),

@@ -62,7 +62,8 @@ def test_every_line_of_the_check_runs_with_core_packages_only(tmp_path):
     done, found = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(found) == list(gpu_check.PARTS)
-    assert found["compiled"]["images"] == 2 and found["compiled"]["planned_bytes"] == 12345
+    assert "--config.data.batch=4" in found["compiled"]["overrides"]
+    assert found["compiled"]["planned_bytes"] == 12345
     assert found["fixed"]["mean_length"] == 16 and 1 <= found["natural"]["mean_length"] < 4
     assert found["fixed"]["padding"]["decode"] < 0.1 < found["natural"]["padding"]["decode"]
     assert all(found[name]["reached"] > 0 for name in ("fixed", "natural"))
@@ -76,15 +77,15 @@ def test_every_line_of_the_check_runs_with_core_packages_only(tmp_path):
     assert not missed, sorted(missed)
 
 
-def test_one_slice_is_as_large_as_each_of_the_whole():
-    config = shipped.module("3b").get_config("h200")
-    found = gpu_check.one_slice(config)
-    for whole, part in ((config, found),):
-        assert part.data.batch * whole.caprl.rollout_batches == whole.data.batch
-        assert part.caprl.rollout_batches == 1
-        for name in ("micro_batches", "prefill_batches", "score_batches"):
-            sizes = [c.data.batch // c.caprl[name] for c in (whole, part)]
-            assert sizes[0] == sizes[1], name
+@pytest.mark.parametrize(("seconds", "images"), [(20, 128), (200, 16), (20_000, 2)])
+def test_fewer_images_are_in_slices_of_the_same_size(seconds, images):
+    """As many as a step of 25 seconds has, and at least one for each device."""
+    whole = shipped.module("3b").get_config("h200")
+    small = gpu_check.smaller(whole, seconds, 2)
+    assert small.data.batch == small.eval.batch == images and whole.data.batch == 128
+    for name in ("micro_batches", "prefill_batches", "score_batches", "rollout_batches"):
+        of_whole, of_small = (c.data.batch // c.caprl[name] for c in (whole, small))
+        assert of_small == min(of_whole, images), name
 
 
 DECODER = DecoderConfig(60, 32, 2, 4, 2, 16, 48, 1e4, 1e-6, False)
