@@ -146,11 +146,11 @@ def test_devices_that_share_the_work_get_the_result_of_one(monkeypatch, shape):
     given, rules = problem(batch=(8, 1), t=40), rules_of(shape)
     sizes = set()
 
-    def fold(inputs, size, original=blocks.fold):
+    def pad(inputs, size, original=blocks.pad):
         sizes.add(inputs.q.size)
         return original(inputs, size)
 
-    monkeypatch.setattr(blocks, "fold", fold)
+    monkeypatch.setattr(blocks, "pad", pad)
 
     def run(given):
         with axes.using(rules):

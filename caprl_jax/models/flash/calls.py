@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from caprl_jax.models.flash import blocks
 from caprl_jax.models.flash.blocks import Gradient, Inputs, Sizes
 from caprl_jax.parallel import axes
 
@@ -76,7 +75,8 @@ def forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
     """
     _check(inputs)
     inputs, _ = _enough_heads(inputs)
-    return _sharded(lambda inputs: _forward(inputs, kernel), inputs)(inputs)
+    module, size = _module(inputs, kernel)
+    return _sharded(lambda inputs: module.forward(inputs, size), inputs)(inputs)
 
 
 def backward(
@@ -102,7 +102,8 @@ def backward(
     chex.assert_equal_shape([inputs.q, gradient.out])
     chex.assert_shape([gradient.lse, gradient.delta], inputs.q.shape[:-1])
     inputs, copies = _enough_heads(inputs)
-    compute = _sharded(lambda *args: _backward(*args, kernel), inputs)
+    module, size = _module(inputs, kernel)
+    compute = _sharded(lambda *args: module.backward(*args, size), inputs)
     grad_q, grad_k, grad_v = compute(inputs, gradient)
     return grad_q, _sum_copies(grad_k, copies), _sum_copies(grad_v, copies)
 
@@ -117,28 +118,6 @@ def _check(inputs: Inputs) -> None:
     chex.assert_shape(jax.tree.leaves(inputs.queries), q.shape[:2])
     chex.assert_shape(jax.tree.leaves(inputs.keys), k.shape[:2])
     chex.assert_type(jax.tree.leaves((inputs.queries, inputs.keys)), jnp.int32)
-
-
-def _forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention on one device."""
-    module, size = _module(inputs, kernel)
-    out, lse = module.forward(blocks.fold(inputs, size), size)
-    shape = inputs.q.shape
-    return blocks.unfold_heads(out, shape), blocks.unfold_statistic(lse, shape[:-1])
-
-
-def _backward(inputs: Inputs, gradient: Gradient, kernel: str) -> tuple[jax.Array, ...]:
-    """Gradients on one device."""
-    module, size = _module(inputs, kernel)
-    kv_heads, folded = inputs.k.shape[2], blocks.fold(inputs, size)
-    rows = (
-        blocks.fold_heads(gradient.out.astype(inputs.q.dtype), kv_heads, size),
-        blocks.fold_statistic(gradient.lse, kv_heads, size),
-        blocks.fold_statistic(gradient.delta, kv_heads, size),
-    )
-    grad_q = module.query_gradient(folded, size, rows)
-    keys = (blocks.unfold_keys(a, inputs.k.shape) for a in module.key_gradient(folded, size, rows))
-    return blocks.unfold_heads(grad_q, inputs.q.shape), *keys
 
 
 def _module(inputs: Inputs, kernel: str) -> tuple[ModuleType, Sizes]:
