@@ -17,7 +17,7 @@ class Caprl:
     group: int = setting(8, "captions per image, G; advantages compare them", least=2)
     usual_tokens: int = setting(
         0,
-        "length that most captions stay within, as 640 where their mean is 500 and the limit 4096; "
+        "length that most captions stay within, as 512 where their mean is 500 and the limit 4096; "
         "longer ones go on in fewer rows, which hold and read fewer caches. 0: any may be the "
         "longest allowed",
         least=0,
