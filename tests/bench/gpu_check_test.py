@@ -21,10 +21,13 @@ from caprl_jax.parallel import mesh
 from .. import shipped
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = (
+SMALL = (
     "--config.data.batch=4",
     "--config.eval.batch=4",
+    "--config.data.max_windows=1",
+    "--config.data.max_prompt=32",
     "--config.caprl.group=2",
+    "--config.caprl.questions=2",
     "--config.caprl.rollout_batches=2",
     "--config.caprl.usual_tokens=4",
     "--config.sampling.max_tokens=16",
@@ -50,13 +53,15 @@ def test_every_line_of_the_check_runs_with_core_packages_only(tmp_path):
     python.chmod(0o755)
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"total": 12345}))
-    own = {"PYTHON": str(python), "CONFIG": "configs/tiny.py", "PYTHONPATH": str(ROOT)}
+    own = {"PYTHON": str(python), "CONFIG": "configs/peers.py", "PYTHONPATH": str(ROOT)}
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | own
 
     def run(*flags):
+        """Returns the finished process, and what it has written."""
         out = tmp_path / "found.json"
-        command = ["bash", "launch/gpu_check.sh", str(out), f"--plan={plan}", *TINY, *flags]
+        command = ["bash", "launch/gpu_check.sh", str(out), f"--plan={plan}", *SMALL, *flags]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert out.exists(), done.stderr
         return done, json.loads(out.read_text())
 
     done, found = run()
