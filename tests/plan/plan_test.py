@@ -187,6 +187,7 @@ def made(fits, refusal="no room", **changed):
         "chips": 4,
         "hbm": 16 * 2**30,
         "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+        "caption": 20,
         "tokens": 100,
         "overrides": {},
         "next": [],
