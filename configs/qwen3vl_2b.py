@@ -21,7 +21,7 @@ def get_config(argument=""):
     c = released("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-4B", side=32, windows=1024)
     if hardware in SLICES:
         fix_slices(c, SLICES[hardware])
-        c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 7 GiB a chip
+        c.caprl.rollout_batches = 2  # 8 key-value heads: large caches
         decode_over_tensor(c, 4, heads=True)
     c.optimizer.learning_rate = 1e-5  # CapRL++'s value, like its constant schedule
     c.optimizer.schedule = "constant"

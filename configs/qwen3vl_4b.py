@@ -5,7 +5,8 @@ Arguments:  the hardware, found (default): mesh, slices and rematerialisation ar
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_4b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
-Hardware:   planned (caprl_jax.plan; seconds by roofline, real steps take longer), GiB a chip:
+Hardware:   planned with captions of at most 1,024 tokens (caprl_jax.plan; seconds by
+            roofline, real steps take longer), GiB a chip:
             v5e_16 (v5e:4x4) 13.6 of 16, 45.6 s a step, bound by the traffic of its caches;
             found on 8 H100 (h100:8) 46.5 of 60, 25.6 s
 Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL++ trains this
@@ -23,7 +24,7 @@ def get_config(argument=""):
     c = released("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-4B", side=32, windows=1024)
     if hardware in SLICES:
         fix_slices(c, SLICES[hardware])
-        c.caprl.rollout_batches = 2  # 8 key-value heads: caches for 1024 captions take 9 GiB a chip
+        c.caprl.rollout_batches = 2  # 8 key-value heads: large caches
         decode_over_tensor(c, 4, heads=True)
     c.optimizer.learning_rate = 1e-5  # CapRL++'s value, like its constant schedule
     c.optimizer.schedule = "constant"

@@ -191,7 +191,7 @@ def tell(found: Comparison) -> str:
     """Formats the comparison as a table; FLOPs are those of matrix products."""
     head = f"{'tree':>12}{'naive':>12}{'ratio':>7}"
     lines = [
-        f"a step of {found.images} images on one device, captions as long as their bucket:",
+        f"a step of {found.images} images on one device, captions of sampling.max_tokens tokens:",
         f"{'':8}{'TFLOP':>12}{'':19}{'memory GB':>12}",
         f"{'phase':8}{head}{head}",
     ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from caprl_jax.bench import decoding, synthetic
 from caprl_jax.bench.decoding import Turns
-from caprl_jax.models import blocks
+from caprl_jax.models import packed_attention
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.slices import Slices
@@ -189,13 +189,13 @@ def packed_pairs(sizes: np.ndarray, length: int) -> int:
     """Counts an image's pairs in the blocks that attention computes for a slice's packed rows.
 
     A block of queries meets a block of keys up to its own that shares a text with it, in any image
-    of the slice (models/blocks.py).
+    of the slice (models/packed_attention.py).
 
     Args:
       sizes: int [images, texts], tokens of each text.
       length: tokens of each row.
     """
-    size = blocks.SIZE
+    size = packed_attention.SIZE
     count = -(-length // size)
     met = np.zeros((count, count), bool)
     for texts in sizes:
@@ -267,10 +267,12 @@ def phases(
       cuts: slices of the step's phases.
       devices: devices that the images are cut over.
       planned: counts what plan counts, whatever the lengths: each stage of the decode loop once up
-        to its end, and captions that are judged and learned from padded to the limit.
+        to its end, and for judge and update captions of the usual length, or of the limit if
+        caprl.usual_tokens is 0.
     """
-    asked, own = Texts(drawn, s.limit, s.questions, s.question), Texts(drawn, s.limit)
-    usual = 0 if planned else cuts.usual
+    usual = cuts.usual
+    read = np.full_like(drawn, min(usual or s.limit, s.limit)) if planned else drawn
+    asked, own = Texts(read, s.limit, s.questions, s.question), Texts(read, s.limit)
     turns = decoding.of_slices(drawn, s.limit, cuts, devices, planned)
     found = {
         "prefill": prefill(s, len(drawn)),

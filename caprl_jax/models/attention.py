@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from caprl_jax.models import blocks, places
+from caprl_jax.models import packed_attention, places
 from caprl_jax.models.flash import calls, merge
 from caprl_jax.models.flash.merge import KEPT
 from caprl_jax.models.places import Places
@@ -210,7 +210,7 @@ def _forward(q, segments):
     total = sum(total * s for (_, _, total), s in zip(parts, scales, strict=True))
     out = (values / total[..., None]).astype(q.dtype).reshape(q.shape)
     # A query that has nothing to attend to gets weights of 0 in the gradient.
-    log_total = jnp.where(top > blocks.MASKED / 2, top + jnp.log(total), 0)
+    log_total = jnp.where(top > packed_attention.MASKED / 2, top + jnp.log(total), 0)
     out, log_total = checkpoint_name((out, log_total), KEPT)
     return out, (q, segments, out, log_total)
 
@@ -279,7 +279,7 @@ def _partial_backward(
 
 def _packed(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes _partial for the keys of a packed row."""
-    return blocks.forward(_blocks(q, segment), q.shape[1])
+    return packed_attention.forward(_blocks(q, segment), q.shape[1])
 
 
 def _packed_backward(
@@ -287,13 +287,15 @@ def _packed_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes _partial_backward for the keys of a packed row."""
     found = _blocks(q, segment)
-    grad_q, *grads = blocks.backward(found, grad_out, delta, log_total, segment.k.shape[1])
+    grad_q, *grads = packed_attention.backward(
+        found, grad_out, delta, log_total, segment.k.shape[1]
+    )
     return grad_q, *(grad.astype(segment.k.dtype) for grad in grads)
 
 
-def _blocks(q: jax.Array, segment: Segment) -> blocks.Blocks:
+def _blocks(q: jax.Array, segment: Segment) -> packed_attention.Blocks:
     chex.assert_rank(q, 5)  # packed rows have one batch axis
-    return blocks.cut(q, segment.k, segment.v, segment.queries, segment.keys)
+    return packed_attention.cut(q, segment.k, segment.v, segment.queries, segment.keys)
 
 
 def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
@@ -321,7 +323,7 @@ def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
     # Scaling the queries instead would round each of them once more in bfloat16.
     scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
     mask = segment.mask[..., None, :] if segment.keys is None else segment.seen
-    return jnp.where(mask[..., None, None, :, :], scores, blocks.MASKED)
+    return jnp.where(mask[..., None, None, :, :], scores, packed_attention.MASKED)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

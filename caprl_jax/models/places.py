@@ -38,8 +38,8 @@ def causal(mask: jax.Array) -> Places:
       mask: bool [*batch, t], True where a token is real.
 
     Returns:
-      Places whose padding nobody sees. As queries they see the same keys as `causal_mask` shows,
-      except that a padding query sees nothing.
+      Places whose padding nobody sees. As queries, real tokens see the real ones up to themselves,
+      and padding sees nothing.
     """
     order = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
     group = jnp.where(mask, 0, PAD_KEY).astype(jnp.int32)

@@ -41,8 +41,10 @@ class MeshSettings:
     )
     attention: str = setting(
         "auto",
-        "how attention is computed: by a kernel that keeps scores on chip (flash), by XLA (plain), "
-        "or by a kernel on GPUs and TPUs where shapes suit (auto)",
+        "implementation of attention: auto is kernels on GPUs and TPUs for long segments, else "
+        "XLA; "
+        "plain is XLA only, but for the decode loop's kernel on GPUs; flash is kernels wherever "
+        "possible, emulated and very slow on CPUs, for tests",
         choices=("auto", "plain", "flash"),
         resume=True,
     )

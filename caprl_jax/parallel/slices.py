@@ -19,7 +19,7 @@ from caprl_jax.parallel import axes
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """Numbers of slices that each phase of a step cuts its images into.
+    """How the phases of a step cut their images into slices, and pack captions into rows.
 
     Attributes:
       rollout: slices that are captioned, each with caches of its own. The draws depend on it.
@@ -40,7 +40,9 @@ class Slices:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < field.default:
-                raise ValueError(f"{field.name}={getattr(self, field.name)} must be positive")
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)} must be at least {field.default}"
+                )
 
     @property
     def prefill_of_rollout(self) -> int:

@@ -17,10 +17,10 @@ class Caprl:
     group: int = setting(8, "captions per image, G; advantages compare them", least=2)
     usual_tokens: int = setting(
         0,
-        "length that most captions stay within, as 512 where their mean is 500 and the limit 4096. "
-        "Longer ones go on in fewer rows of the decode loop, and judge and update pack an image's "
-        "captions end to end into rows of about this length times group. 0: any caption may have "
-        "the longest length allowed. The draws depend on it",
+        "usual length of a caption, about the mean: 512 for a mean of 500 and a limit of 4096. "
+        "Longer captions move to fewer rows of the decode loop; judge and update pack an image's "
+        "captions into a row of 0.7 to 2 times group x this length. 0: no packing, and room for "
+        "sampling.max_tokens everywhere. The draws depend on whether it is 0",
         least=0,
     )
     questions: int = setting(4, "questions per caption, N", least=1)

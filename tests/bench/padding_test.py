@@ -9,7 +9,7 @@ import pytest
 
 from caprl_jax.bench import decoding, padding, phases, synthetic
 from caprl_jax.bench.padding import Part
-from caprl_jax.models import blocks
+from caprl_jax.models import packed_attention
 from caprl_jax.models.decoder import DecoderConfig
 from caprl_jax.models.places import visible
 from caprl_jax.models.vision import VisionConfig
@@ -82,14 +82,14 @@ def test_images_of_alike_sizes_share_a_slice_and_the_shortest_row_that_holds_the
 
 
 def test_packed_rows_compute_the_blocks_that_attention_does():
-    """The same as models.blocks finds, for captions that end inside of blocks."""
+    """The same as models.packed_attention finds, for captions that end inside of blocks."""
     rng = np.random.default_rng(0)
     sizes, length = rng.integers(1, 300, (3, 4)), 1200
     mask = np.arange(300) < sizes[..., None]
     places = packing.pack(jnp.asarray(mask), length).seen().places
     q, k = jnp.zeros((3, length, 1, 1, 2)), jnp.zeros((3, length, 1, 2))
-    expected = blocks.cut(q, k, k, places, places).count
-    assert padding.packed_pairs(sizes, length) == expected * blocks.SIZE**2
+    expected = packed_attention.cut(q, k, k, places, places).count
+    assert padding.packed_pairs(sizes, length) == expected * packed_attention.SIZE**2
 
 
 def test_a_judges_questions_see_their_caption_and_themselves():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from caprl_jax.models import attention, blocks
+from caprl_jax.models import attention, packed_attention
 from caprl_jax.models.attention import Row, Segment, attend, own, text
 from caprl_jax.models.places import Places, visible
 
@@ -115,7 +115,7 @@ def packed_row():
 
 @pytest.mark.parametrize("queries_at_once", [18, 7])
 def test_blocks_of_a_row_are_the_whole_row(monkeypatch, queries_at_once):
-    monkeypatch.setattr(blocks, "SIZE", 4)
+    monkeypatch.setattr(packed_attention, "SIZE", 4)
     monkeypatch.setattr(attention, "SCORE_BYTES", queries_at_once * 4 * 3 * 4)
     rng, row = np.random.default_rng(0), packed_row()
     q, k, v, *root = (
@@ -139,10 +139,10 @@ def test_blocks_of_a_row_are_the_whole_row(monkeypatch, queries_at_once):
 
 
 def test_only_blocks_that_see_each_other_are_computed(monkeypatch):
-    monkeypatch.setattr(blocks, "SIZE", 3)
+    monkeypatch.setattr(packed_attention, "SIZE", 3)
     row = packed_row()
     q, k = jnp.zeros((2, 18, 2, 2, 4)), jnp.zeros((2, 18, 2, 4))
-    found = blocks.cut(q, k, k, row.places, row.places)
+    found = packed_attention.cut(q, k, k, row.places, row.places)
     seen = visible(row.places, row.places)[0].reshape(6, 3, 6, 3).any((1, 3))
     assert found.count < 36 // 2
     computed = set(np.asarray(found.pairs[: found.count]).tolist())

@@ -16,7 +16,8 @@ from caprl_jax.run import compile as compile_lib
 from .. import shipped
 
 GIB = 2**30
-COMPILED = [  # (config, argument, devices, GiB on each as compilers said: plan/README.md)
+# (config, argument, devices, GiB on each as compilers said for captions of 1,024 tokens)
+COMPILED = [
     ("3b", "v5e_16", "v5e:4x4", 11.9),
     ("3b", "v6e_16", "v6e:4x4", 14.8),
     ("3b", "v5p_8", "v5p:2x2x2", 19.1),
@@ -130,11 +131,12 @@ def test_one_h100_is_refused_and_two_are_not():
 
 def test_smaller_work_is_named_where_it_would_fit():
     """Captions whose caches and layers are too long for a slice of one image on a chip."""
-    c = read("3b", **{"sampling.max_tokens": 4096})
+    c = read("3b", **{"sampling.max_tokens": 4096, "caprl.usual_tokens": 0})
     with pytest.raises(ConfigError, match=r"--config\.sampling\.max_tokens=(\d+)") as told:
         fit.settle(c, hardware.described("v5e:4x4"))
     tokens = int(re.search(r"max_tokens=(\d+)", str(told.value))[1])
-    fit.settle(read("3b", **{"sampling.max_tokens": tokens}), hardware.described("v5e:4x4"))
+    c.sampling.max_tokens = tokens
+    fit.settle(c, hardware.described("v5e:4x4"))
 
 
 def test_jaxs_share_of_a_gpu_counts(monkeypatch):
