@@ -75,7 +75,7 @@ def released(policy: str, judge: str, side: int, windows: int) -> ml_collections
     c.policy.path = policy
     c.judge.path, c.judge.mode = judge, "sampled"
     c.steps = 1800  # the shipped checkpoint's step; a pass over the data is about 588 steps
-    c.sampling.max_tokens, c.caprl.usual_tokens = 4096, 640  # captions have about 500 on average
+    c.sampling.max_tokens, c.caprl.usual_tokens = 4096, 512  # captions have about 500 on average
     c.caprl.group = 8
     c.caprl.advantage = "rloo"
     c.caprl.questions = 8

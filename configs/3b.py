@@ -50,8 +50,8 @@ def get_config(argument=""):
     c = released("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct", side=28, windows=80)
     if hardware in SLICES:
         fix_slices(c, SLICES[hardware])
-    if hardware == "h200":  # captions of all images at a time: their caches take 44 GB
-        c.caprl.rollout_batches = 1
+    if hardware == "h200":  # captions of 64 images at a time: their caches take 27 GB
+        c.caprl.rollout_batches = 2
         c.caprl.prefill_batches, c.caprl.score_batches = 32, 32
     if hardware in SLICES and not hardware.startswith("h200"):
         decode_over_tensor(c, 4, heads=False)  # 2 key-value heads

@@ -72,11 +72,11 @@ def stages(images: int, group: int, tokens: int, usual: int = 0) -> tuple[Stage,
 
 
 def _size(images: int, group: int, share: int) -> tuple[int, int]:
-    """Returns (cells, width) with at least 1 / share of the rows; cells are as wide as they can."""
+    """Returns (cells, width) with at least 1 / share of the rows."""
     if share == 1:
         return images, group
-    # Half as wide for each stage: with wider cells, more rows would be empty.
-    width = max(math.ceil(group / 2 ** (SHARES.index(share))), 1)
+    # Wider cells would leave more rows empty; narrower ones read prompts more often.
+    width = math.ceil(group / 2 ** (SHARES.index(share) + 1))
     return math.ceil(images * group / share / width), width
 
 

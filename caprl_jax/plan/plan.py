@@ -4,8 +4,9 @@ python -m caprl_jax.plan --config=configs/3b.py --topology=v5e:4x4 [--json=FILE]
 
 The run's real step is compiled for the topology, which need not exist. A TPU's compiler gives the
 verdict; for GPUs the total is compared with the memory that JAX takes. Rooflines are the work of
-the compiled program at the chip's published peaks. Loops count with their trips, every caption is
-as long as its bucket, and several slices count as one. Policy and judge are assumed to share a
+the compiled program at the chip's published peaks. Loops count with their trips, judge and update
+read captions of the usual length, or of the limit if caprl.usual_tokens is 0, decoding goes to the
+limit, and several slices count as one. Policy and judge are assumed to share a
 tokenizer, as they do if a step is one program. Work outside of the steps, mainly evaluation, is not
 planned.
 """
@@ -47,6 +48,8 @@ class Plan:
       hbm: the chip's published bytes; 0 if unknown.
       usable: bytes of it that programs can use; on a GPU the share that JAX takes; 0 if unknown.
       mesh: the mesh's sizes by axis.
+      caption: tokens of a caption for the rooflines of judge and update: caprl.usual_tokens, or the
+        limit without. Decoding counts every stage up to its end.
       tokens: tokens of a step's prompts and captions; every caption counts its own prompt, as in
         EasyR1.
       overrides: changes of the config by --suggest.
@@ -64,6 +67,7 @@ class Plan:
     chips: int
     hbm: float
     mesh: dict[str, int]
+    caption: int
     tokens: int
     overrides: dict[str, Any]
     next: list[dict[str, Any]]
@@ -133,12 +137,14 @@ def _given(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> dict[st
     """Returns the fields of a plan that need no compilation."""
     known = hardware.chip(devices[0])
     captions = config.data.batch * config.caprl.group
+    caption = config.caprl.usual_tokens or config.sampling.max_tokens
     return {
         "chip": known.name if known else devices[0].device_kind,
         "chips": len(devices),
         "hbm": known.hbm if known else 0.0,
         "usable": hardware.usable(devices[0]) or 0.0,
-        "tokens": captions * (config.data.max_prompt + config.sampling.max_tokens),
+        "caption": caption,
+        "tokens": captions * (config.data.max_prompt + caption),
     }
 
 
@@ -258,7 +264,7 @@ def _roofline_lines(plan: Plan) -> list[str]:
     return [
         *lines,
         f"{'step':10}{'':{36 if far else 27}}{plan.step_seconds:9.2f}  by roofline, with captions "
-        f"as long as their bucket: {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, "
+        f"of {plan.caption:,} tokens: {rate:,.0f} tokens/s, {rate / plan.chips:,.0f} a chip, "
         f"{used:.0%} of its peak FLOP/s",
     ]
 

@@ -139,14 +139,14 @@ def _seconds(costs: Costs, chip: Chip, links: float) -> dict[str, float]:
 def branch_weights(vision: VisionConfig) -> hlo_costs.BranchWeights:
     """Returns how often each branch of a conditional of the models is taken.
 
-    A vision layer attends in its windows or over the whole image; captions are assumed to have the
-    largest length.
+    A vision layer attends in its windows or over the whole image; captions that are packed into
+    rows are assumed to have the usual length.
     """
     full = len(vision.full_layers) / vision.layers
 
     def weights(op_name: str, branches: int) -> Any:
-        if re.search(rf"{packing.SCOPE}(/cond)?$", op_name):
-            return (*[0.0] * (branches - 1), 1.0)
+        if expected := re.search(rf"{packing.SCOPE}(\d+)(/cond)?$", op_name):
+            return [float(i == int(expected[1])) for i in range(branches)]
         tower = "VisionTower" in op_name and branches == 2
         return (1 - full, full) if tower else None
 

@@ -17,7 +17,7 @@ class Caprl:
     group: int = setting(8, "captions per image, G; advantages compare them", least=2)
     usual_tokens: int = setting(
         0,
-        "length that most captions stay within, as 640 where their mean is 500 and the limit 4096. "
+        "length that most captions stay within, as 512 where their mean is 500 and the limit 4096. "
         "Longer ones go on in fewer rows of the decode loop, and judge and update pack an image's "
         "captions end to end into rows of about this length times group. 0: any caption may have "
         "the longest length allowed. The draws depend on it",

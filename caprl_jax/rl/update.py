@@ -159,16 +159,11 @@ def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.A
         return caption_logps(learner.policy, params, batch, captions, row)[0]
 
     def padded(params, batch, captions):
-        return packing.map_parts(
-            lambda part: logps(None, params, batch, part), captions, _parts(captions)
-        )
+        count = packing.parts(captions.mask.shape[1:], usual)
+        return packing.map_parts(lambda part: logps(None, params, batch, part), captions, count)
 
-    args = learner.reference, batch, captions
-    return packing.by_length(logps, padded, captions.mask, slices.current().usual, args)
-
-
-def _parts(captions: Rollout) -> int:
-    return packing.parts(captions.mask.shape[1:], slices.current().usual)
+    usual, args = slices.current().usual, (learner.reference, batch, captions)
+    return packing.by_length(logps, padded, captions.mask, usual, args)
 
 
 def _real_tokens(example: _Example) -> jax.Array:
@@ -204,40 +199,36 @@ def _sum_gradients(
 ) -> tuple[Params, Metrics]:
     """Sums float32 gradients and metrics of loss(params, part, row) over parts [slices, ..]."""
 
-    def gradients(row, params, part):
+    def add(row, total, params, part):
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part, row)
-        return jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
+        found = jax.tree.map(lambda a: a.astype(jnp.float32), (like_params(grads), metrics))
+        return found if total is None else jax.tree.map(jnp.add, total, found)
 
-    def padded(params, part):
-        count = _parts(part.captions)
+    def none(part):
+        zeros = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(add, None, None, params, part)
+        )
+        return like_params(zeros[0]), zeros[1]
+
+    def add_padded(total, params, part):
+        count = packing.parts(part.captions.mask.shape[1:], slices.current().usual)
         if count == 1:
-            return gradients(None, params, part)
-        of_captions = part.captions, part.advantages, part.reference_logp
+            return add(None, total, params, part)
 
-        def one(own):
-            captions, advantages, reference = own
-            return gradients(None, params, _Example(part.batch, captions, advantages, reference))
+        def one(total, own):
+            return add(None, total, params, _Example(part.batch, *own)), None
 
-        return _sum(one, packing.split(of_captions, count))
+        own = packing.split((part.captions, part.advantages, part.reference_logp), count)
+        return jax.lax.scan(one, none(part) if total is None else total, own)[0]
 
-    def run(part):
-        usual = slices.current().usual
-        return packing.by_length(gradients, padded, part.captions.mask, usual, (params, part))
+    def add_slice(total, part):
+        usual, args = slices.current().usual, (total, params, part)
+        return packing.by_length(add, add_padded, part.captions.mask, usual, args), None
 
+    one = jax.tree.map(lambda a: a[0], parts)
     if jax.tree.leaves(parts)[0].shape[0] == 1:  # one slice needs no sums beside its gradients
-        return run(jax.tree.map(lambda a: a[0], parts))
-    return _sum(run, parts, lambda zeros: (like_params(zeros[0]), zeros[1]))
-
-
-def _sum(function: Callable, parts: Any, pin: Callable = lambda zeros: zeros) -> Any:
-    """Sums function(part), float32, over parts [n, ..]; `pin` pins where the sums lie."""
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, function(part)), None
-
-    first = jax.eval_shape(function, jax.tree.map(lambda a: a[0], parts))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
-    return jax.lax.scan(add, pin(zeros), parts)[0]
+        return add_slice(None, one)[0]
+    return jax.lax.scan(add_slice, none(one), parts)[0]
 
 
 def _like_params(policy: Policy) -> Callable[[Params], Params]:

@@ -24,9 +24,9 @@ def test_each_stage_has_rows_for_fewer_captions_of_more_tokens():
     found = [(s.first, s.end, s.cells, s.width) for s in scheduling.stages(128, 8, 4096, usual=640)]
     assert found == [
         (0, 640, 128, 8),
-        (640, 1280, 128, 4),
-        (1280, 2560, 64, 2),
-        (2560, 4096, 128 // 4, 1),
+        (640, 1280, 256, 2),
+        (1280, 2560, 128, 1),
+        (2560, 4096, 32, 1),
     ]
     ends = [stage.end for stage in scheduling.stages(128, 8, 1000, usual=640)]
     assert ends == [640, 1000]
@@ -161,9 +161,10 @@ def test_tokens_are_computed_for_as_many_rows_as_a_stage_has(world):
     whole = draw(world, 0, stop=())
     assert whole.computed.sum() == pytest.approx(16 * 28)
     sizes = [stage.rows for stage in scheduling.stages(4, GROUP, 16, usual=2)]
-    assert sizes == [28, 16, 4, 1]
-    # 7 captions of an image take 2 of 4 cells, then 4 in 2 cells, then 7 in 1 cell, in turn.
-    computed = 2 * 28 + 2 * 2 * 16 + 4 * 8 * 4 + 8 * 28
+    assert sizes == [28, 14, 4, 1]
+    # An image's 7 captions take 4 of 7 cells, so 13, 12 and 3 are taken. The 3 go on at once, and
+    # so does the last of the 13; else there are 4 at a time, and then each alone.
+    computed = 2 * 28 + 2 * 2 * 14 + 4 * (3 + 3) * 4 + 6 * 4 + 8 * 27 + 12
     assert draw(world, 2, stop=()).computed.sum() == pytest.approx(computed)
     ending = draw(world, 2)
     assert ending.length.sum() <= ending.computed.sum() < draw(world, 0).computed.sum()

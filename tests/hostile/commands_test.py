@@ -71,9 +71,9 @@ LINES = {
         ),
     },
     "plan": {
-        "a topology of no kind": ([TINY, "--topology=v9:4x4"], "--topology=v9:4x4"),
-        "a topology without a size": ([TINY, "--topology=v5e"], "--topology=v5e"),
-        "a topology of words": ([TINY, "--topology=cpu:many"], "--topology=cpu:many"),
+        "a topology of no kind": ([TINY, "--topology=v9:4x4"], "'v9:4x4' describes no devices"),
+        "a topology without a size": ([TINY, "--topology=v5e"], "'v5e' describes no devices"),
+        "a topology of words": ([TINY, "--topology=cpu:many"], "'cpu:many' describes no devices"),
         "steps of 0": ([TINY, "--topology=local", "--config.steps=0"], "config.steps=0"),
     },
     "bench": {

@@ -1,6 +1,7 @@
 """Attention kernels compiled for devices that need not be there: their calls, and no scores."""
 
 import math
+import os
 import re
 
 import jax
@@ -13,6 +14,12 @@ from caprl_jax.models.attention import Segment
 from caprl_jax.parallel import axes, hardware, mesh
 
 IMAGES, PROMPT, TOKENS, HEADS, KV_HEADS = 8, 512, 2048, 16, 2
+
+
+@pytest.fixture(autouse=True)
+def flags(monkeypatch):
+    """Flags of the GPUs' compiler, for this test only."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 
 
 def devices(topology):
@@ -52,7 +59,10 @@ def largest(text):
     return max(math.prod(map(int, dims.split(","))) for dims in shapes)
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:1", "a100:1"])
+SLOW = [pytest.param(t, marks=pytest.mark.slow) for t in ("v6e:2x4", "v5p:2x2x2", "a100:1")]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "h100:1", *SLOW])
 def test_compiled_attention_is_kernels_and_keeps_no_scores(topology):
     on = mesh.make_mesh({"fsdp": -1}, devices(topology))
     compiled = gradients(mesh.shard_rules(on))
@@ -62,4 +72,7 @@ def test_compiled_attention_is_kernels_and_keeps_no_scores(topology):
         assert len(calls) == 2, name  # the prompt's and the captions' own
     queries = IMAGES // on.size * TOKENS * HEADS * 128
     assert largest(text) <= queries  # scores of the captions alone would be 16 times as large
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 2 * queries
+    # Of the queries' size: a result, or a gradient of the queries, for each of the two segments. On
+    # TPUs, arrays are copied to have heads before tokens.
+    most = 8 if topology.startswith("v") else 2.5
+    assert compiled.memory_analysis().temp_size_in_bytes < most * 2 * queries

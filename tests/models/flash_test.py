@@ -142,8 +142,15 @@ def rules_of(shape, attention="flash"):
 
 # Two key-value heads are fewer than four devices of an axis: there each head is copied.
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
-def test_devices_that_share_the_work_get_the_result_of_one(shape):
+def test_devices_that_share_the_work_get_the_result_of_one(monkeypatch, shape):
     given, rules = problem(batch=(8, 1), t=40), rules_of(shape)
+    sizes = set()
+
+    def pad(inputs, size, original=blocks.pad):
+        sizes.add(inputs.q.size)
+        return original(inputs, size)
+
+    monkeypatch.setattr(blocks, "pad", pad)
 
     def run(given):
         with axes.using(rules):
@@ -153,6 +160,8 @@ def test_devices_that_share_the_work_get_the_result_of_one(shape):
     everywhere = jax.NamedSharding(rules.mesh, jax.P())
     shared = jax.tree.map(lambda a: by_image if a.shape[0] == 8 else everywhere, given)
     assert_close(jax.jit(run, in_shardings=(shared,))(given), value_and_gradients(plain, given))
+    # Each device computes its part; the whole is seen by the inference of shapes alone.
+    assert sizes == {given.q.size, given.q.size // 8}
 
 
 def test_a_callers_shard_map_may_surround_the_kernels():

@@ -172,9 +172,9 @@ def test_caches_are_counted_as_they_lie():
     text = built.policy.decoder.config
     token = 2 * 4 * text.layers * text.kv_heads * text.head_dim
     assert reckon.caches(c, built.policy.decoder, built.rules) == token * (8 // 2) * (32 + 6 * 4)
-    # Later stages hold prompts and caches of their own: of each 4 images 4 cells of 3 rows, 2 of 2.
+    # Later stages hold prompts and caches of their own: of each 4 images 6 cells of 2 rows, 3 of 1.
     c.sampling.max_tokens, c.caprl.usual_tokens = 8, 2
-    held = 4 * (32 + 6 * 2) + 4 * (32 + 3 * 4) + 2 * (32 + 2 * 8)
+    held = 4 * (32 + 6 * 2) + 6 * (32 + 2 * 4) + 3 * (32 + 1 * 8)
     assert reckon.caches(c, built.policy.decoder, built.rules) == token * held
 
 
@@ -187,6 +187,7 @@ def made(fits, refusal="no room", **changed):
         "chips": 4,
         "hbm": 16 * 2**30,
         "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+        "caption": 20,
         "tokens": 100,
         "overrides": {},
         "next": [],

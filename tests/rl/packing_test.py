@@ -10,7 +10,6 @@ import pytest
 
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models.places import visible
-from caprl_jax.models.vlm import root_kv
 from caprl_jax.parallel import mesh, slices
 from caprl_jax.parallel.jit import bind
 from caprl_jax.parallel.slices import Slices
@@ -78,9 +77,9 @@ def test_a_token_sees_its_text_and_its_branch_up_to_itself():
 
 def test_lengths_are_close_to_each_other_around_the_usual():
     found = packing.lengths((8, 4096), 640)
-    assert found[6] == 8 * 640 and found[-1] == 16 * 640 and len(found) == 9
+    assert found[2] == 8 * 640 and found[-1] == 16 * 640 and len(found) == 6
     assert packing.lengths((8, 64), 0) == packing.lengths((8, 64), 64) == []
-    assert packing.lengths((4, 6), 3) == [5, 6, 7, 8, 9, 11, 12, 15]
+    assert packing.lengths((4, 6), 3) == [9, 11, 12, 14, 17]
 
 
 def test_what_fits_into_no_row_takes_no_more_memory_than_the_longest_row():
@@ -90,7 +89,7 @@ def test_what_fits_into_no_row_takes_no_more_memory_than_the_longest_row():
     assert packing.parts((7, 100), 10) == 7 and packing.most_tokens((7, 100), 10) == 140
 
 
-@pytest.mark.parametrize(("tokens", "length"), [(0, 5), (5, 5), (6, 6), (10, 11), (16, 0)])
+@pytest.mark.parametrize(("tokens", "length"), [(0, 9), (9, 9), (10, 11), (13, 14), (18, 0)])
 def test_the_shortest_length_that_holds_every_row_is_taken(tokens, length):
     mask = np.zeros((2, 4, 6), bool)
     mask[1].reshape(-1)[np.random.default_rng(0).permutation(24)[:tokens]] = True
@@ -201,12 +200,10 @@ def test_a_row_costs_what_its_tokens_do(eight, cuts, two_lengths):
 
 
 @pytest.mark.slow
-def test_captions_are_planned_as_long_as_they_may_be(eight, two_lengths):
+def test_captions_are_planned_with_the_usual_length(eight, monkeypatch):
     """The choice among lengths is not guessed by the roofline."""
+    monkeypatch.setattr(packing, "USUAL", (0.5, 1.0))
     run, *rest = args(eight)
-    judge = run.judge  # its instruction is read once, or each length would read it
-    kv = root_kv(judge.decoder, judge.params, judge.instruction.tokens)
-    run = run.replace(judge=judge.replace(instruction=judge.instruction.replace(kv=kv)))
 
     def planned(usual):
         text = jax.jit(step(**CUTS, usual=usual)).lower(run, *rest).compile().as_text()
@@ -214,5 +211,5 @@ def test_captions_are_planned_as_long_as_they_may_be(eight, two_lengths):
 
     whole, rows = planned(0), planned(4)
     for name in ("score", "update"):
-        assert rows[name].flops >= whole[name].flops  # in parts, each with its image's prompt
+        assert 0.5 * whole[name].flops < rows[name].flops < whole[name].flops
         assert rows[name].uncounted == whole[name].uncounted

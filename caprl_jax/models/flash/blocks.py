@@ -1,8 +1,8 @@
 """The form in which kernels take their arrays, and the blocks of keys and queries that meet.
 
-Query heads that share a key-value head join the queries' axis: [b, t, heads, d] becomes
-[b, kv_heads, x, d] with x = t * heads / kv_heads, each token's places repeated. Axes are padded to
-whole blocks; padding has places that see nothing and that nobody sees.
+Axes are padded to whole blocks; padding has places that see nothing and that nobody sees. On TPUs
+query heads that share a key-value head join the queries' axis: [b, t, heads, d] becomes
+[b, kv_heads, x, d] with x = t * heads / kv_heads, each token's places repeated.
 """
 
 import dataclasses
@@ -58,14 +58,14 @@ class Gradient:
 
 
 @flax.struct.dataclass
-class Folded:
-    """Inputs in the kernels' form.
+class Arrays:
+    """Inputs in the kernels' form, padded: as Inputs has them on GPUs, folded on TPUs.
 
     Attributes:
-      q: [b, kv_heads, x, d].
-      k: [b, kv_heads, s, d].
-      v: [b, kv_heads, s, d].
-      queries: int32 [b, PLACE_ROWS, x].
+      q: [b, t, heads, d]; folded [b, kv_heads, x, d].
+      k: [b, s, kv_heads, d]; folded [b, kv_heads, s, d].
+      v: as k.
+      queries: int32 [b, PLACE_ROWS, t or x].
       keys: int32 [b, PLACE_ROWS, s].
       scale: factor of the scores, 1 / sqrt of the unpadded d.
       share: as of Inputs.
@@ -85,7 +85,7 @@ class Sizes:
     """Block sizes of a kernel.
 
     Attributes:
-      x: folded queries in a block.
+      x: queries in a block, on TPUs folded ones.
       s: keys in a block.
       d: multiple that the head dimension is padded to.
       interpret: whether the kernel is emulated, which runs anywhere.
@@ -110,13 +110,32 @@ class Range:
     count: jax.Array
 
 
-def fold(inputs: Inputs, sizes: Sizes) -> Folded:
+def pad(inputs: Inputs, sizes: Sizes) -> Arrays:
+    """Returns the inputs padded to whole blocks."""
+    k, v = (pad_axes(a, {1: sizes.s, 3: sizes.d}) for a in (inputs.k, inputs.v))
+    return Arrays(
+        pad_axes(inputs.q, {1: sizes.x, 3: sizes.d}),
+        k,
+        v,
+        _place_rows(inputs.queries, sizes.x, PAD_QUERY),
+        _place_rows(inputs.keys, sizes.s, PAD_KEY),
+        inputs.q.shape[-1] ** -0.5,
+        inputs.share,
+    )
+
+
+def pad_axes(a: jax.Array, multiples: dict[int, int]) -> jax.Array:
+    """Pads axes with zeros to multiples."""
+    return jnp.pad(a, [(0, -n % multiples.get(axis, 1)) for axis, n in enumerate(a.shape)])
+
+
+def fold(inputs: Inputs, sizes: Sizes) -> Arrays:
     """Returns the inputs in the kernels' form, padded to whole blocks."""
     repeats = inputs.q.shape[2] // inputs.k.shape[2]
     queries = jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=1), inputs.queries)
-    return Folded(
+    return Arrays(
         fold_heads(inputs.q, inputs.k.shape[2], sizes),
-        *(_pad(jnp.swapaxes(a, 1, 2), sizes.s, sizes.d) for a in (inputs.k, inputs.v)),
+        *(pad_axes(jnp.swapaxes(a, 1, 2), {2: sizes.s, 3: sizes.d}) for a in (inputs.k, inputs.v)),
         _place_rows(queries, sizes.x, PAD_QUERY),
         _place_rows(inputs.keys, sizes.s, PAD_KEY),
         inputs.q.shape[-1] ** -0.5,
@@ -128,14 +147,14 @@ def fold_heads(a: jax.Array, kv_heads: int, sizes: Sizes) -> jax.Array:
     """Folds and pads queries or their results: [b, t, heads, d] -> [b, kv_heads, x, d]."""
     b, t, _, d = a.shape
     a = jnp.moveaxis(a.reshape(b, t, kv_heads, -1, d), 1, 2)
-    return _pad(a.reshape(b, kv_heads, -1, d), sizes.x, sizes.d)
+    return pad_axes(a.reshape(b, kv_heads, -1, d), {2: sizes.x, 3: sizes.d})
 
 
 def fold_statistic(a: jax.Array, kv_heads: int, sizes: Sizes) -> jax.Array:
     """Folds and pads a number of each query: [b, t, heads] -> [b, kv_heads, 1, x]."""
     b, t, _ = a.shape
     a = jnp.moveaxis(a.reshape(b, t, kv_heads, -1), 1, 2).reshape(b, kv_heads, 1, -1)
-    return _pad(a, 1, sizes.x)
+    return pad_axes(a, {3: sizes.x})
 
 
 def unfold_heads(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -156,24 +175,24 @@ def unfold_keys(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.swapaxes(a[:, :, : shape[1], : shape[3]], 1, 2)
 
 
-def key_range(folded: Folded, sizes: Sizes) -> Range:
+def key_range(arrays: Arrays, sizes: Sizes) -> Range:
     """Returns the blocks of keys that each block of queries meets."""
-    return _range(_meeting(folded, sizes))
+    return _range(_meeting(arrays, sizes))
 
 
-def query_range(folded: Folded, sizes: Sizes) -> Range:
+def query_range(arrays: Arrays, sizes: Sizes) -> Range:
     """Returns the blocks of queries that each block of keys meets."""
-    return _range(jnp.swapaxes(_meeting(folded, sizes), 1, 2))
+    return _range(jnp.swapaxes(_meeting(arrays, sizes), 1, 2))
 
 
-def priced(folded: Folded) -> AbstractContextManager:
+def priced(arrays: Arrays) -> AbstractContextManager:
     """Returns a scope that tells plan/hlo which share of the pairs a kernel computes."""
-    return jax.named_scope(f"share_{folded.share:.4g}")
+    return jax.named_scope(f"share_{arrays.share:.4g}")
 
 
-def shape_of(shape: tuple[int, ...], dtype: jnp.dtype, folded: Folded) -> jax.ShapeDtypeStruct:
+def shape_of(shape: tuple[int, ...], dtype: jnp.dtype, arrays: Arrays) -> jax.ShapeDtypeStruct:
     """Returns a result's shape, varying over the axes of a caller's shard_map as the inputs do."""
-    probe = sum(a.ravel()[0].astype(jnp.float32) for a in jax.tree.leaves(folded))
+    probe = sum(a.ravel()[0].astype(jnp.float32) for a in jax.tree.leaves(arrays))
     varying = getattr(jax.typeof(probe), "manual_axis_type", None)
     known = {} if varying is None else {"manual_axis_type": varying}
     return jax.ShapeDtypeStruct(shape, dtype, **known)
@@ -193,12 +212,6 @@ def seen(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return (keys[GROUP] == queries[GROUP]) & leaf & (keys[ORDER] <= queries[ORDER])
 
 
-def _pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Pads the last two axes with zeros to multiples."""
-    pad = [(0, -size % by) for size, by in zip(a.shape[-2:], (rows, columns), strict=True)]
-    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + pad)
-
-
 def _place_rows(places: Places, multiple: int, padding: int) -> jax.Array:
     """Places as int32 [b, PLACE_ROWS, length], padded to a multiple."""
     pad = ((0, 0), (0, -places.group.shape[1] % multiple))
@@ -209,13 +222,13 @@ def _place_rows(places: Places, multiple: int, padding: int) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (0, PLACE_ROWS - 3), (0, 0)))
 
 
-def _meeting(folded: Folded, sizes: Sizes) -> jax.Array:
+def _meeting(arrays: Arrays, sizes: Sizes) -> jax.Array:
     """Tells which blocks may hold a query and a key that it sees: bool [b, x blocks, s blocks].
 
     Never wrong in saying no. Ordered by group and order within it, a key that is seen comes at or
     before its query; so it is compared with the last query of the block.
     """
-    queries, keys = _Summary(folded.queries, sizes.x), _Summary(folded.keys, sizes.s)
+    queries, keys = _Summary(arrays.queries, sizes.x), _Summary(arrays.keys, sizes.s)
 
     def pairs(of_queries, of_keys):
         return of_queries[:, :, None], of_keys[:, None, :]

@@ -1,6 +1,7 @@
 """One segment's softmax attention and its gradient, by the kernels of the program's platform."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -9,11 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from caprl_jax.models.flash import blocks, gpu, tpu
 from caprl_jax.models.flash.blocks import Gradient, Inputs, Sizes
 from caprl_jax.parallel import axes
 
-_KERNELS = {"gpu": gpu, "tpu": tpu}
 _DTYPES = (jnp.bfloat16, jnp.float32)
 _FEWEST_QUERIES = 16
 _FEWEST_KEYS = 128  # a block; windows of the vision tower have fewer
@@ -49,6 +48,15 @@ def kernel(q: jax.Array, keys: Sequence[jax.Array]) -> str | None:
     return platform if max(k.shape[-3] for k in keys) >= _FEWEST_KEYS else None
 
 
+def described(rules: axes.ShardRules) -> str:
+    """Returns a few words on how a program with these rules computes attention."""
+    kernels = {"gpu": "kernels for GPUs (Triton)", "tpu": "kernels for TPUs (Mosaic)"}
+    platform = _PLATFORMS.get(rules.platform)
+    if rules.attention == "plain" or (rules.attention == "auto" and platform is None):
+        return "XLA"
+    return f"{kernels[platform]}, XLA for short rows" if platform else "kernels, emulated"
+
+
 def forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over one segment.
 
@@ -67,7 +75,8 @@ def forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
     """
     _check(inputs)
     inputs, _ = _enough_heads(inputs)
-    return _sharded(lambda inputs: _forward(inputs, kernel), inputs)(inputs)
+    module, size = _module(inputs, kernel)
+    return _sharded(lambda inputs: module.forward(inputs, size), inputs)(inputs)
 
 
 def backward(
@@ -93,7 +102,8 @@ def backward(
     chex.assert_equal_shape([inputs.q, gradient.out])
     chex.assert_shape([gradient.lse, gradient.delta], inputs.q.shape[:-1])
     inputs, copies = _enough_heads(inputs)
-    compute = _sharded(lambda *args: _backward(*args, kernel), inputs)
+    module, size = _module(inputs, kernel)
+    compute = _sharded(lambda *args: module.backward(*args, size), inputs)
     grad_q, grad_k, grad_v = compute(inputs, gradient)
     return grad_q, _sum_copies(grad_k, copies), _sum_copies(grad_v, copies)
 
@@ -110,31 +120,11 @@ def _check(inputs: Inputs) -> None:
     chex.assert_type(jax.tree.leaves((inputs.queries, inputs.keys)), jnp.int32)
 
 
-def _forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention on one device."""
-    module, size = _module(inputs, kernel)
-    out, lse = module.forward(blocks.fold(inputs, size), size)
-    shape = inputs.q.shape
-    return blocks.unfold_heads(out, shape), blocks.unfold_statistic(lse, shape[:-1])
-
-
-def _backward(inputs: Inputs, gradient: Gradient, kernel: str) -> tuple[jax.Array, ...]:
-    """Gradients on one device."""
-    module, size = _module(inputs, kernel)
-    kv_heads, folded = inputs.k.shape[2], blocks.fold(inputs, size)
-    rows = (
-        blocks.fold_heads(gradient.out.astype(inputs.q.dtype), kv_heads, size),
-        blocks.fold_statistic(gradient.lse, kv_heads, size),
-        blocks.fold_statistic(gradient.delta, kv_heads, size),
-    )
-    grad_q = module.query_gradient(folded, size, rows)
-    keys = (blocks.unfold_keys(a, inputs.k.shape) for a in module.key_gradient(folded, size, rows))
-    return blocks.unfold_heads(grad_q, inputs.q.shape), *keys
-
-
 def _module(inputs: Inputs, kernel: str) -> tuple[ModuleType, Sizes]:
     """The kernel's module and block sizes."""
-    module, interpret = _KERNELS[kernel], _platform() not in _PLATFORMS
+    # Imported where needed: CPUs need neither.
+    module = importlib.import_module(f"caprl_jax.models.flash.{kernel}")
+    interpret = _platform() not in _PLATFORMS
     return module, dataclasses.replace(module.sizes(inputs), interpret=interpret)
 
 

@@ -14,7 +14,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from caprl_jax.models.flash import blocks
-from caprl_jax.models.flash.blocks import GROUP, LEAF, MASKED, NOTHING, ORDER, Folded, Inputs, Sizes
+from caprl_jax.models.flash.blocks import (
+    GROUP,
+    LEAF,
+    MASKED,
+    NOTHING,
+    ORDER,
+    Arrays,
+    Gradient,
+    Inputs,
+    Sizes,
+)
 
 _LANES = 128
 
@@ -30,56 +40,47 @@ def _block_of(length: int) -> int:
     return 512 if length >= 1024 else 256 if length > 128 else _LANES
 
 
-def forward(folded: Folded, size: Sizes) -> tuple[jax.Array, jax.Array]:
+def forward(inputs: Inputs, size: Sizes) -> tuple[jax.Array, jax.Array]:
     """Attention of each query over the keys, and its log-sum-exp.
 
     Args:
-      folded: the inputs.
+      inputs: queries, keys and values.
       size: what `sizes` returned.
 
     Returns:
-      ([b, kv_heads, x, d] in q's dtype, float32 [b, kv_heads, 1, x]).
+      ([b, t, heads, d] in q's dtype, float32 [b, t, heads]).
     """
-    b, kv_heads, x, d = folded.q.shape
+    arrays, shape = blocks.fold(inputs, size), inputs.q.shape
+    b, kv_heads, x, d = arrays.q.shape
     lse = jax.ShapeDtypeStruct((b, kv_heads, 1, x), jnp.float32)
     column = _scratch(size.x, _LANES)
     scratch = [_scratch(size.x, d), column, column, _scratch(size.x, _LANES, jnp.int32)]
-    return _launch(_forward_kernel, folded, size, (), ((folded.q, lse), scratch))
+    out, lse = _launch(_forward_kernel, arrays, size, (), ((arrays.q, lse), scratch))
+    return blocks.unfold_heads(out, shape), blocks.unfold_statistic(lse, shape[:-1])
 
 
-def query_gradient(folded: Folded, size: Sizes, rows: Sequence[jax.Array]) -> jax.Array:
-    """Gradient of the queries.
-
-    Args:
-      folded: the inputs.
-      size: what `sizes` returned.
-      rows: the result's gradient [b, kv_heads, x, d], lse and delta float32 [b, kv_heads, 1, x].
-
-    Returns:
-      [b, kv_heads, x, d] in q's dtype.
-    """
-    column = _scratch(size.x, _LANES)
-    scratch = [_scratch(size.x, folded.q.shape[3]), column, column]
-    scratch.append(_scratch(size.x, _LANES, jnp.int32))
-    return _launch(_query_kernel, folded, size, rows, ((folded.q,), scratch))[0]
-
-
-def key_gradient(
-    folded: Folded, size: Sizes, rows: Sequence[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of the keys and values, summed over the queries that share them.
+def backward(inputs: Inputs, gradient: Gradient, size: Sizes) -> tuple[jax.Array, ...]:
+    """Gradients of q, k and v, in their shapes and dtypes.
 
     Args:
-      folded: the inputs.
+      inputs: queries, keys and values.
+      gradient: the result's gradient and statistics.
       size: what `sizes` returned.
-      rows: the result's gradient [b, kv_heads, x, d], lse and delta float32 [b, kv_heads, 1, x].
-
-    Returns:
-      Two [b, kv_heads, s, d] in k's and v's dtypes.
     """
-    total = _scratch(size.s, folded.q.shape[3])
+    arrays, kv_heads = blocks.fold(inputs, size), inputs.k.shape[2]
+    rows = (
+        blocks.fold_heads(gradient.out.astype(inputs.q.dtype), kv_heads, size),
+        blocks.fold_statistic(gradient.lse, kv_heads, size),
+        blocks.fold_statistic(gradient.delta, kv_heads, size),
+    )
+    d, column = arrays.q.shape[3], _scratch(size.x, _LANES)
+    scratch = [_scratch(size.x, d), column, column, _scratch(size.x, _LANES, jnp.int32)]
+    (grad_q,) = _launch(_query_kernel, arrays, size, rows, ((arrays.q,), scratch))
+    total = _scratch(size.s, d)
     scratch = [total, total, _scratch(size.s, _LANES, jnp.int32)]
-    return _launch(_key_kernel, folded, size, rows, ((folded.k, folded.v), scratch))
+    of_keys = _launch(_key_kernel, arrays, size, rows, ((arrays.k, arrays.v), scratch))
+    grad_k, grad_v = (blocks.unfold_keys(a, inputs.k.shape) for a in of_keys)
+    return blocks.unfold_heads(grad_q, inputs.q.shape), grad_k, grad_v
 
 
 def _scratch(rows: int, columns: int, dtype=jnp.float32):
@@ -88,16 +89,16 @@ def _scratch(rows: int, columns: int, dtype=jnp.float32):
 
 def _launch(
     kernel: Callable,
-    folded: Folded,
+    arrays: Arrays,
     size: Sizes,
     rows: Sequence[jax.Array],
     results: tuple[Sequence, Sequence],
 ) -> tuple[jax.Array, ...]:
     """Calls a kernel; results are (shapes and dtypes of what it returns, its scratch)."""
     by_keys = kernel is _key_kernel
-    met = (blocks.query_range if by_keys else blocks.key_range)(folded, size)
-    b, kv_heads, x, d = folded.q.shape
-    length, step, other = folded.k.shape[2], size.s, size.x
+    met = (blocks.query_range if by_keys else blocks.key_range)(arrays, size)
+    b, kv_heads, x, d = arrays.q.shape
+    length, step, other = arrays.k.shape[2], size.s, size.x
     if not by_keys:
         length, step, other = x, size.x, size.s
 
@@ -115,28 +116,28 @@ def _launch(
             return pl.BlockSpec((None, a.shape[1], block), place)
         return pl.BlockSpec((None, None, *((1, block) if a.shape[2] == 1 else (block, d))), place)
 
-    of_queries, of_keys = (folded.q, folded.queries, *rows), (folded.k, folded.v, folded.keys)
+    given = (arrays.q, arrays.queries, arrays.k, arrays.v, arrays.keys, *rows)
+    of_keys = (False, False, True, True, True, *[False] * len(rows))
     outs, scratch = results
     turns = jnp.maximum(jnp.max(met.count), 1)
     call = pl.pallas_call(
-        functools.partial(kernel, scale=folded.scale),
+        functools.partial(kernel, scale=arrays.scale),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, kv_heads, length // step, turns),
-            in_specs=[spec(a, not by_keys) for a in of_queries]
-            + [spec(a, by_keys) for a in of_keys],
+            in_specs=[spec(a, by_keys == of) for a, of in zip(given, of_keys, strict=True)],
             out_specs=[spec(a, True) for a in outs],
             scratch_shapes=scratch,
         ),
-        out_shape=[blocks.shape_of(a.shape, a.dtype, folded) for a in outs],
+        out_shape=[blocks.shape_of(a.shape, a.dtype, arrays) for a in outs],
         compiler_params=tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         interpret=size.interpret,
         name="flash" + kernel.__name__.removesuffix("_kernel"),
     )
-    with blocks.priced(folded):
-        return call(met.first, met.count, *of_queries, *of_keys)
+    with blocks.priced(arrays):
+        return call(met.first, met.count, *given)
 
 
 def _turn(count_ref) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -199,8 +200,8 @@ def _forward_kernel(_, count_ref, *refs, scale):
 
 
 def _query_kernel(_, count_ref, *refs, scale):
-    q_ref, queries_ref, grad_out_ref, lse_ref, delta_ref, *refs = refs
-    k_ref, v_ref, keys_ref, grad_q_ref, *refs = refs
+    q_ref, queries_ref, k_ref, v_ref, keys_ref, *refs = refs
+    grad_out_ref, lse_ref, delta_ref, grad_q_ref, *refs = refs
     sum_ref, lse_column_ref, delta_column_ref, columns_ref = refs
     is_first, has_block, is_last = _turn(count_ref)
 
@@ -227,8 +228,8 @@ def _query_kernel(_, count_ref, *refs, scale):
 
 
 def _key_kernel(_, count_ref, *refs, scale):
-    q_ref, queries_ref, grad_out_ref, lse_ref, delta_ref, *refs = refs
-    k_ref, v_ref, keys_ref, grad_k_ref, grad_v_ref, *refs = refs
+    q_ref, queries_ref, k_ref, v_ref, keys_ref, *refs = refs
+    grad_out_ref, lse_ref, delta_ref, grad_k_ref, grad_v_ref, *refs = refs
     k_sum_ref, v_sum_ref, columns_ref = refs
     is_first, has_block, is_last = _turn(count_ref)
 

@@ -84,10 +84,11 @@ def _call_flops(computation: Computation, call: Instruction) -> int | None:
     kernel = _KERNEL.search(call.op_name)
     if given is not None:
         return given
-    if kernel:  # queries come first and values last of those with four axes
-        full = [dims for dims in shapes if len(dims) == 4]
+    if kernel:  # queries, then keys come first of those with more than places' axes
+        queries, keys = [dims for dims in shapes if len(dims) > 3][:2]
         share = float(kernel[1] or 1)
-        return round(share * 2 * _ATTENTION[kernel[2]] * math.prod(full[0]) * full[-1][2])
+        count = keys[2 if name == "tpu_custom_call" else 1]  # on TPUs heads come before keys
+        return round(share * 2 * _ATTENTION[kernel[2]] * math.prod(queries) * count)
     if name.startswith("__cublas"):
         contracted = [shapes[0][axis] for axis in _axes(call, "lhs_contracting_dimensions")]
         return 2 * call.arrays[0].size * math.prod(contracted) if contracted else None
