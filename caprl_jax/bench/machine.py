@@ -26,6 +26,7 @@ def facts(work: Work) -> dict[str, Any]:
         f"{transformers.__version__}; float32 on both sides",
         "torch.get_num_threads()": torch.get_num_threads(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        "load average of the last minutes": peers.load(),
         "GFLOP/s of a large product, JAX and torch": "{:.0f}, {:.0f}".format(*rates()),
     }
 

@@ -188,6 +188,12 @@ def alone(run: Callable[..., Any], *args: Any) -> Any:
             ) from e
 
 
+def load() -> str:
+    """Describes how busy the machine has been; with other work on it, times and ratios mislead."""
+    one, _, fifteen = os.getloadavg()
+    return f"{one:.1f} (1 minute), {fifteen:.1f} (15 minutes), {os.cpu_count()} CPU cores"
+
+
 def turn(run: Callable[[], Any]) -> float:
     """Times the second of two runs, in seconds."""
     seconds(run)

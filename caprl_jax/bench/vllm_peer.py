@@ -243,6 +243,7 @@ def _facts(work: Work, theirs: Theirs, lengths: str) -> dict[str, Any]:
         "policy": c.policy.path,
         "batch": f"{c.data.batch} images, {c.caprl.group} captions each",
         "lengths": lengths,
+        "load average of the last minutes": peers.load(),
         "JAX": f"{jax.__version__} on {jax.device_count()} x {device.device_kind}, float32",
         "vLLM's environment": ", ".join(f"{name} {value}" for name, value in theirs.facts.items()),
     }
