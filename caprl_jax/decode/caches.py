@@ -127,8 +127,13 @@ class Stacked:
         return self.decoder.apply({"params": weights["decoder"]}, hidden, method=Decoder.logits)
 
     def opened(self, cache: KV, prompt: KV, stage: Stage) -> KV:
-        """Returns the cache unchanged; it has room for the stage already."""
-        return cache
+        """Returns the cache with room up to the stage's end; fewer rows may have less until then."""
+        more = stage.end - cache.mask.shape[-1]
+        if more <= 0:
+            return cache
+        wider = [(0, 0)] * 3 + [(0, more), (0, 0), (0, 0)]
+        k, v = (_cached(jnp.pad(a, wider), 2) for a in (cache.k, cache.v))
+        return KV(k, v, jnp.pad(cache.mask, [(0, 0), (0, 0), (0, more)]))
 
     def token(
         self,

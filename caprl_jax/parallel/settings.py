@@ -43,7 +43,7 @@ class MeshSettings:
         "auto",
         "implementation of attention: auto is kernels on GPUs and TPUs for long segments, else "
         "XLA; "
-        "plain is XLA only, but for the decode loop's kernel on GPUs; flash is kernels wherever "
+        "plain is XLA only; flash is kernels wherever "
         "possible, emulated and very slow on CPUs, for tests",
         choices=("auto", "plain", "flash"),
         resume=True,

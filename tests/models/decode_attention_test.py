@@ -37,13 +37,13 @@ def test_the_kernel_equals_plain_attention(filled, heads, kv_heads):
     found = decode_attention.attend(
         q, [Part(*prompt, mask, 100), Part(*own, None, jnp.int32(filled))], interpret=True
     )
-    seen = jnp.broadcast_to(jnp.arange(130) < filled, (c, w, 1, 130))
+    seen = jnp.broadcast_to(jnp.arange(130) < filled, (c, w, 130))
 
     def segment(kv, mask, *batch):
         tokens_first = (jnp.swapaxes(a, 1, 2) for a in kv)
         return Segment(*(a.reshape(*batch, *a.shape[1:]) for a in tokens_first), mask)
 
-    segments = [segment(prompt, mask[:, None], c), segment(own, seen, c, w)]
+    segments = [segment(prompt, mask, c), segment(own, seen, c, w)]
     expected = attention.attend(q[:, :, None], segments)[:, :, 0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

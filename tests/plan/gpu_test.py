@@ -24,7 +24,8 @@ def flags(monkeypatch):
 
 def compiler(topology):
     """The topology's devices; skips if its compiler isn't installed."""
-    if not topology.startswith("v5e") and not importlib.util.find_spec("jax_plugins.xla_cuda12"):
+    names = "jax_plugins", "jax_plugins.xla_cuda12"
+    if not topology.startswith("v5e") and not all(map(importlib.util.find_spec, names)):
         pytest.skip("no NVIDIA compiler: pip install 'caprl_jax[plan-gpu]'")
     try:
         hardware.before_jax(topology)

@@ -69,7 +69,7 @@ def losses(world):
     captions_ = Rollout(tokens, mask, zeros, zeros, length, length > 9)
     example = update._Example(world.batch, captions_, jnp.ones((4, 3)), zeros)
     learner = make_run(world, kl=0.1).learner
-    return lambda params: update._slice_loss(learner, params, example)[0]
+    return lambda params: update._slice_loss(learner, params, example, None)[0]
 
 
 def test_the_gradient_of_attention_has_its_softmax_in_float32():
