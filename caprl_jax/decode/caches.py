@@ -127,7 +127,7 @@ class Stacked:
         return self.decoder.apply({"params": weights["decoder"]}, hidden, method=Decoder.logits)
 
     def opened(self, cache: KV, prompt: KV, stage: Stage) -> KV:
-        """Returns the cache with room up to the stage's end; fewer rows may have less until then."""
+        """Returns the cache with room up to the stage's end; fewer rows may have less yet."""
         more = stage.end - cache.mask.shape[-1]
         if more <= 0:
             return cache

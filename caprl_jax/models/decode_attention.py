@@ -65,8 +65,7 @@ def suits(q: jax.Array) -> bool:
     Triton's arrays have sizes that are powers of 2; float32 is left to XLA, which is exact.
     """
     size, rules = q.shape[-1], axes.current()
-    # As for models/flash: "plain" is XLA, and the compiler can't divide a kernel without rules.
-    if (rules is None and jax.device_count() > 1) or (rules and rules.attention == "plain"):
+    if rules is not None and rules.attention == "plain":
         return False
     return _platform() in _GPUS and q.dtype == jnp.bfloat16 and size & (size - 1) == 0
 

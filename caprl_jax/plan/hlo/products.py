@@ -87,7 +87,9 @@ def _call_flops(computation: Computation, call: Instruction) -> int | None:
     if kernel:  # queries, then keys come first of those with more than places' axes
         queries, keys = [dims for dims in shapes if len(dims) > 3][:2]
         share = float(kernel[1] or 1)
-        count = keys[2 if name == "tpu_custom_call" else 1]  # on TPUs heads come before keys
+        # On TPUs, and in the decode loop's caches, heads come before keys.
+        heads_first = name == "tpu_custom_call" or kernel[2] == "decode_attention"
+        count = keys[2 if heads_first else 1]
         return round(share * 2 * _ATTENTION[kernel[2]] * math.prod(queries) * count)
     if name.startswith("__cublas"):
         contracted = [shapes[0][axis] for axis in _axes(call, "lhs_contracting_dimensions")]
