@@ -19,7 +19,7 @@ from caprl_jax.parallel import axes
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """How the phases of a step cut their images into slices, and pack captions into rows.
+    """Cuts of images into slices, by phase of a step, and the length by which captions are packed.
 
     Attributes:
       rollout: slices that are captioned, each with caches of its own. The draws depend on it.
