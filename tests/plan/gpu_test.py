@@ -1,6 +1,5 @@
 """The same small step, compiled for TPUs and for GPUs that aren't there."""
 
-import importlib.util
 import os
 
 import pytest
@@ -24,9 +23,9 @@ def flags(monkeypatch):
 
 def compiler(topology):
     """The topology's devices; skips if its compiler isn't installed."""
-    names = "jax_plugins", "jax_plugins.xla_cuda12"
-    if not topology.startswith("v5e") and not all(map(importlib.util.find_spec, names)):
-        pytest.skip("no NVIDIA compiler: pip install 'caprl_jax[plan-gpu]'")
+    if not topology.startswith("v5e"):
+        told = "no NVIDIA compiler: pip install 'caprl_jax[plan-gpu]'"
+        pytest.importorskip("jax_plugins.xla_cuda12", reason=told)
     try:
         hardware.before_jax(topology)
         return hardware.devices(topology)
