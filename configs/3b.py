@@ -27,17 +27,16 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
             | v5p:2x2x2      | products | 8      | 72.2 of 95.0  |
 
             (JAX takes 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another
-            share.) Compiled ahead of time as chosen (caprl_jax.plan --topology=h100:8): 8 H100
-            43.4 of 59.7 GiB, 14.1 s a step by roofline.
-            With fixed values and captions of at most 1,024 tokens, compiled ahead of time
-            (caprl_jax.plan; seconds by roofline, real steps take longer), GiB a device: v5e_16
-            (v5e:4x4) 11.9 of 16, 20.4 s a step;
+            share.)
+            With captions of at most 1,024 tokens, compiled ahead of time (caprl_jax.plan;
+            seconds by roofline, real steps take longer), GiB a device: as chosen on 8 H100 43.4
+            of 59.7, 14.1 s a step; with fixed values v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s;
             v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
-            (v5p:4x4x4) 11.9 of 95, 2.9 s; h200 (one, all
-            captions in one slice, compiled last) 100.7 of 105, 61.5 s; h200_8 23.0 of 105,
-            10.7 s. h200 captions its batch in slices, whose draws differ: a run begun on other
-            devices can't continue with that argument. With `found` it can, in the slices that it
-            began with.
+            (v5p:4x4x4) 11.9 of 95, 2.9 s; h200_8 23.0 of 105, 10.7 s. Only h200 (one, with
+            caprl.rollout_batches=1) was compiled with today's code: 100.7 of 105, 61.5 s.
+            h200 captions its batch in slices, whose draws differ: a run begun on other devices
+            can't continue with that argument. With `found` it can, in the slices that it began
+            with; but TPUs draw otherwise than GPUs and CPUs (decode/sampling.py).
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 

@@ -44,7 +44,7 @@ Answer = Callable[[dict], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """What a server does; see serving."""
+    """Behaviour of a server; see serving."""
 
     answer: Answer
     faults: tuple[str, ...]

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = (
+    "attention: XLA",
     "preparing 64 + 128 scenes",
     "loading the judge, asset:tiny/judge",
     "loading the reference policy, asset:tiny/policy",

@@ -98,7 +98,11 @@ class Theirs:
             env=kept | _ENVIRONMENT,
             process_group=0,  # of the same session, whose processes share their time
         )
-        self.facts = self._ask(setup)
+        try:
+            self.facts = self._ask(setup)
+        except BaseException:  # also Ctrl-C, which doesn't reach a process group of its own
+            self.close()
+            raise
 
     def __call__(self, drawn: Drawn) -> dict[str, Any]:
         """Draws; returns the worker's answer."""
@@ -123,9 +127,13 @@ class Theirs:
             raise WorkerFailed(f"vLLM's process has failed; the end of its log:\n{last}") from e
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, by force if it doesn't end by itself."""
         self._process.stdin.close()
-        self._process.wait(60)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         self._process.stdout.close()
         self._log.close()
 

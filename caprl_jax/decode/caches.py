@@ -48,7 +48,7 @@ def weights(policy: Policy, params: Params, per_layer: bool | None = None) -> Pa
     if (rules := axes.current()) is not None:
         boxed = jax.eval_shape(policy.init, jax.random.key(0))["decoder"]
         decoder = jax.lax.with_sharding_constraint(decoder, mesh.param_shardings(boxed, rules))
-    platform = _platform()
+    platform = axes.platform()
     if per_layer or (per_layer is None and platform != "tpu"):
         layers = _unstacked(decoder["layers"], policy.decoder.config.layers)
         if platform == "cpu":
@@ -56,11 +56,6 @@ def weights(policy: Policy, params: Params, per_layer: bool | None = None) -> Pa
         decoder = decoder | {"layers": layers}
     # Without the barrier the compiler may move the cast, or the gathering, into the loop.
     return {"decoder": jax.lax.optimization_barrier(decoder)}
-
-
-def _platform() -> str:
-    rules = axes.current()
-    return jax.default_backend() if rules is None else rules.platform
 
 
 def _unstacked(stacked: Any, layers: int) -> tuple[Any, ...]:

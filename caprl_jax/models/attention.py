@@ -114,7 +114,16 @@ class Segment:
 
 def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
     """Returns the segment of a row's own keys and values, for queries of all of its tokens."""
-    return Segment(k, v, row.mask, row.places, row.places, row.packed, row.seen, row.texts)
+    return Segment(
+        k,
+        v,
+        row.mask,
+        keys=row.places,
+        queries=row.places,
+        packed=row.packed,
+        seen=row.seen,
+        texts=row.texts,
+    )
 
 
 def align_right(a: jax.Array, ndim: int) -> jax.Array:
@@ -210,7 +219,7 @@ def _forward(q, segments):
     total = sum(total * s for (_, _, total), s in zip(parts, scales, strict=True))
     out = (values / total[..., None]).astype(q.dtype).reshape(q.shape)
     # A query that has nothing to attend to gets weights of 0 in the gradient.
-    log_total = jnp.where(top > packed_attention.MASKED / 2, top + jnp.log(total), 0)
+    log_total = jnp.where(top > places.NOTHING, top + jnp.log(total), 0)
     out, log_total = checkpoint_name((out, log_total), KEPT)
     return out, (q, segments, out, log_total)
 
@@ -323,7 +332,7 @@ def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
     # Scaling the queries instead would round each of them once more in bfloat16.
     scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
     mask = segment.mask[..., None, :] if segment.keys is None else segment.seen
-    return jnp.where(mask[..., None, None, :, :], scores, packed_attention.MASKED)
+    return jnp.where(mask[..., None, None, :, :], scores, places.MASKED)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -6,22 +6,21 @@ read. Segments are merged by their log-sum-exp, as in flash decoding (Dao and ot
 """
 
 import functools
-import math
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 
+from caprl_jax.models.places import MASKED, NOTHING
 from caprl_jax.parallel import axes
 
 BLOCK = 64  # keys in a turn of a program's loop
 _FEWEST_QUERIES = 16  # rows of a matrix product in Triton
-_MASKED = -1e30
 _GPUS = ("gpu", "cuda")
 
 
@@ -67,12 +66,7 @@ def suits(q: jax.Array) -> bool:
     size, rules = q.shape[-1], axes.current()
     if rules is not None and rules.attention == "plain":
         return False
-    return _platform() in _GPUS and q.dtype == jnp.bfloat16 and size & (size - 1) == 0
-
-
-def _platform() -> str:
-    rules = axes.current()
-    return jax.default_backend() if rules is None else rules.platform
+    return axes.platform() in _GPUS and q.dtype == jnp.bfloat16 and size & (size - 1) == 0
 
 
 def attend(q: jax.Array, parts: Sequence[Part], interpret: bool = False) -> jax.Array:
@@ -140,6 +134,7 @@ def _sharded(launch: Callable, k: jax.Array) -> Callable:
 
 def _launch(filled, q, k, v, mask, *, interpret):
     """Runs a program for each row or cell and key-value head."""
+    pl, triton = _pallas()
     n, kv_heads, x, d = q.shape
     s = k.shape[2]
 
@@ -148,7 +143,7 @@ def _launch(filled, q, k, v, mask, *, interpret):
 
     shared = mask.shape[0] == 1
     return pl.pallas_call(
-        functools.partial(_kernel, s=s, scale=1 / math.sqrt(d)),
+        _kernel,
         grid=(n, kv_heads),
         in_specs=[
             pl.BlockSpec((1,), lambda i, h: (0,)),
@@ -168,8 +163,16 @@ def _launch(filled, q, k, v, mask, *, interpret):
     )(filled, q, k, v, mask)
 
 
-def _kernel(filled_ref, q_ref, k_ref, v_ref, mask_ref, out_ref, lse_ref, *, s, scale):
-    x, d = q_ref.shape
+def _pallas() -> tuple[ModuleType, ModuleType]:
+    """Imports Pallas and Triton where they are needed; CPUs and TPUs need neither here."""
+    names = "jax.experimental.pallas", "jax.experimental.pallas.triton"
+    return tuple(map(importlib.import_module, names))
+
+
+def _kernel(filled_ref, q_ref, *refs):
+    k_ref, v_ref, mask_ref, out_ref, lse_ref = refs
+    (pl, triton), (x, d), s = _pallas(), q_ref.shape, k_ref.shape[0]
+    scale = d**-0.5
     filled, queries = filled_ref[0], pl.ds(0, max(_FEWEST_QUERIES, pl.next_power_of_2(x)))
     real = jnp.arange(queries.size) < x
     real_rows = jnp.broadcast_to(real[:, None], (queries.size, d))
@@ -184,14 +187,14 @@ def _kernel(filled_ref, q_ref, k_ref, v_ref, mask_ref, out_ref, lse_ref, *, s, s
         v = triton.load(v_ref.at[at, :], mask=rows, other=0)
         seen = inside & (triton.load(mask_ref.at[at], mask=inside, other=0) > 0)
         scores = jnp.dot(q, k.T, preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(seen[None, :], scores, 2 * _MASKED)
+        scores = jnp.where(seen[None, :], scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
         added = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return out * shrink[:, None] + added, new_top, total * shrink + jnp.sum(weights, axis=1)
 
     none = jnp.zeros(q.shape[:1], jnp.float32)
-    start = jnp.zeros(q.shape, jnp.float32), none + _MASKED, none
+    start = jnp.zeros(q.shape, jnp.float32), none + NOTHING, none
     blocks = pl.cdiv(jnp.minimum(filled, s), BLOCK)
     out, top, total = jax.lax.fori_loop(0, blocks, body, start)
     total = jnp.maximum(total, 1e-30)

@@ -11,11 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.places import PAD_KEY, PAD_QUERY, Places, visible
+from caprl_jax.models.places import MASKED, NOTHING, PAD_KEY, PAD_QUERY, Places, meeting, visible
 
 SIZE = 128  # tokens of a block
-MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite
-_FAR = 2**30
 
 
 @flax.struct.dataclass
@@ -51,10 +49,15 @@ class Blocks:
     def loop(self, body: Callable, carry: tuple) -> tuple:
         """Iterates carry = body(i, j, carry) over the pairs of blocks with something to see."""
 
-        def one(n, carry):
-            return body(self.pairs[n] // len(self.k), self.pairs[n] % len(self.k), carry)
+        def more(state):
+            return (state[0] < self.count) & (state[0] < len(self.pairs))  # a bound, for plans
 
-        return jax.lax.fori_loop(0, self.count, one, carry)
+        def one(state):
+            n, carry = state
+            pair, keys = self.pairs[n], len(self.k)
+            return n + 1, body(pair // keys, pair % keys, carry)
+
+        return jax.lax.while_loop(more, one, (jnp.int32(0), carry))[1]
 
 
 def cut(q: jax.Array, k: jax.Array, v: jax.Array, queries: Places, keys: Places) -> Blocks:
@@ -70,7 +73,8 @@ def cut(q: jax.Array, k: jax.Array, v: jax.Array, queries: Places, keys: Places)
     q, k, v = (_cut(a) for a in (q, k, v))
     queries = _cut_places(queries, PAD_QUERY)
     keys = _cut_places(keys, PAD_KEY)
-    sees = _may_see(queries, keys).reshape(-1)
+    by_row = (jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), p) for p in (queries, keys))
+    sees = jnp.any(meeting(*by_row), axis=0).reshape(-1)  # in any row
     pairs = jnp.argsort(~sees, stable=True).astype(jnp.int32)
     q, k, v = jnp.moveaxis(q, 2, 4), jnp.moveaxis(k, 2, 3), jnp.moveaxis(v, 2, 3)
     return Blocks(q, k, v, queries, keys, pairs, jnp.sum(sees, dtype=jnp.int32))
@@ -89,7 +93,7 @@ def forward(blocks: Blocks, tokens: int) -> tuple[jax.Array, jax.Array, jax.Arra
     """
     shape = blocks.q.shape[:-1]
     values = jnp.zeros(blocks.q.shape, jnp.float32)
-    top, total = jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    top, total = jnp.full(shape, NOTHING, jnp.float32), jnp.zeros(shape, jnp.float32)
 
     def body(i, j, carry):
         values, top, total = carry
@@ -102,8 +106,8 @@ def forward(blocks: Blocks, tokens: int) -> tuple[jax.Array, jax.Array, jax.Arra
         return values, top.at[i].set(new_top), total
 
     values, top, total = blocks.loop(body, (values, top, total))
-    # Like a query whose keys are all masked, one that no block was computed for has a sum.
-    total = jnp.where(top <= MASKED / 2, 1.0, total)
+    # A query that sees nothing has a sum all the same, so that its result is finite.
+    total = jnp.where(top <= NOTHING, 1.0, total)
     return tuple(_joined(a, 4, tokens) for a in (values, top, total))
 
 
@@ -161,23 +165,6 @@ def _joined(blocks: jax.Array, axis: int, tokens: int) -> jax.Array:
     """Joins [blocks, b, .., tokens of a block, ..] with tokens at `axis` to [b, tokens, ..]."""
     a = jnp.moveaxis(jnp.moveaxis(blocks, axis, 2), 0, 1)
     return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :tokens]
-
-
-def _may_see(queries: Places, keys: Places) -> jax.Array:
-    """Returns bool [query blocks, key blocks], True where a query of any row may see a key."""
-    first, last, latest = (a[:, None] for a in _bounds(queries, jnp.max))
-    key_first, key_last, earliest = (a[None] for a in _bounds(keys, jnp.min))
-    sees = (key_first <= last) & (key_last >= first) & (earliest <= latest)
-    return jnp.any(sees, axis=-1)
-
-
-def _bounds(places: Places, order: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (first group, last group, `order` of the orders) of real tokens, [blocks, b] each."""
-    real = places.group >= 0
-    first = jnp.min(jnp.where(real, places.group, _FAR), axis=-1)
-    last = jnp.max(jnp.where(real, places.group, -_FAR), axis=-1)
-    none = _FAR if order is jnp.min else -_FAR
-    return first, last, order(jnp.where(real, places.order, none), axis=-1)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

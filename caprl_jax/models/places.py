@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 PAD_KEY = -1  # group of a key that nobody sees
 PAD_QUERY = -2  # group of a query that sees nothing
+NOTHING = -1e30  # log-sum-exp of a query that sees no key; finite, as are all of its results
+MASKED = 2 * NOTHING  # score of a key that isn't seen: exp(MASKED - NOTHING) is 0
+_FAR = 2**30
 
 
 @flax.struct.dataclass
@@ -59,15 +62,64 @@ def shared(mask: jax.Array) -> Places:
     return Places(jnp.where(mask, 0, PAD_KEY).astype(jnp.int32), zeros, zeros)
 
 
+def sees(queries: Places, keys: Places) -> jax.Array:
+    """Tells which keys queries see: bool, of the shape that the two broadcast to.
+
+    Padding is seen unless keys and queries give it different groups.
+    """
+    leaf = (keys.leaf == 0) | (keys.leaf == queries.leaf)
+    return (keys.group == queries.group) & leaf & (keys.order <= queries.order)
+
+
 def visible(queries: Places, keys: Places) -> jax.Array:
     """Returns the mask of queries and keys: bool [*batch, t, s]."""
-    group, leaf, order = (
-        (q[..., :, None], k[..., None, :])
-        for q, k in (
-            (queries.group, keys.group),
-            (queries.leaf, keys.leaf),
-            (queries.order, keys.order),
-        )
-    )
-    same_text = (group[0] == group[1]) & (group[1] >= 0)
-    return same_text & ((leaf[1] == 0) | (leaf[1] == leaf[0])) & (order[1] <= order[0])
+    queries = jax.tree.map(lambda a: a[..., :, None], queries)
+    keys = jax.tree.map(lambda a: a[..., None, :], keys)
+    return sees(queries, keys) & (keys.group >= 0)
+
+
+def meeting(queries: Places, keys: Places) -> jax.Array:
+    """Tells which blocks of queries and of keys may see each other.
+
+    False is always right; True may be too cautious. Ordered by group and order within it, a key
+    that is seen comes at or before its query; so it is compared with the last query of the block.
+
+    Args:
+      queries: [b, blocks, tokens of a block].
+      keys: likewise.
+
+    Returns:
+      bool [b, blocks of queries, blocks of keys].
+    """
+    queries, keys = _Extremes(queries), _Extremes(keys)
+
+    def pairs(of_queries, of_keys):
+        return of_queries[:, :, None], of_keys[:, None, :]
+
+    top, low = pairs(queries.group_max, keys.group_min)
+    last, first = pairs(queries.last_order, keys.first_order)
+    before = (low < top) | ((low == top) & (first <= last))
+    bottom, high = pairs(queries.group_min, keys.group_max)
+    leaf_top, leaf_low = pairs(queries.leaf_max, keys.leaf_min)
+    leaf_bottom, leaf_high = pairs(queries.leaf_min, keys.leaf_max)
+    leaf = (leaf_low == 0) | ((leaf_low <= leaf_top) & (leaf_high >= leaf_bottom))
+    return before & (high >= bottom) & leaf
+
+
+class _Extremes:
+    """Extremes of the places in each block, int32 [b, blocks]; an empty range without real ones."""
+
+    def __init__(self, places: Places):
+        group, leaf, order = places.group, places.leaf, places.order
+        real = group >= 0
+
+        def least(a, where):
+            return jnp.min(jnp.where(where, a, _FAR), axis=-1)
+
+        def most(a, where):
+            return jnp.max(jnp.where(where, a, -_FAR), axis=-1)
+
+        self.group_min, self.group_max = least(group, real), most(group, real)
+        self.leaf_min, self.leaf_max = least(leaf, real), most(leaf, real)
+        self.first_order = least(order, real & (group == self.group_min[..., None]))
+        self.last_order = most(order, real & (group == self.group_max[..., None]))

@@ -83,6 +83,12 @@ def current() -> ShardRules | None:
     return _current.get()
 
 
+def platform() -> str:
+    """Returns the platform of the program that is being traced."""
+    rules = current()
+    return jax.default_backend() if rules is None else rules.platform
+
+
 @contextlib.contextmanager
 def using(rules: ShardRules | None) -> Iterator[None]:
     """Traces the block under the rules; with None, nothing is constrained."""

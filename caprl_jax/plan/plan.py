@@ -102,7 +102,7 @@ def make(
     try:
         choice = fit.settle(config, devices)
     except fit.DoesNotFit as e:
-        return _refused(config, devices, e)
+        return dataclasses.replace(_refused(config, devices, e), overrides=overrides or {})
     known = hardware.chip(devices[0])
     built = shapes.build(config, devices)
     began = time.perf_counter()
@@ -283,6 +283,9 @@ def as_json(name: str, topology: str, plan: Plan) -> dict[str, Any]:
 
 def suggest(config: ml_collections.ConfigDict, topology: str, name: str, plan: Plan) -> Plan:
     """Tries changes until one fits, and prints its overrides."""
+    if not plan.next:  # as run.fit refuses
+        print("\nnothing is left to try: open keys were chosen as small as they can be")
+        return plan
     made: dict[str, Any] = {}
     for change in plan.next:
         try:

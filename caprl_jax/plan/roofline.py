@@ -41,12 +41,17 @@ class Roofline:
 
     def scaled(self, share: float) -> "Roofline":
         """Returns the roofline of this share of the work."""
-        link_bytes, seconds = (
-            {name: share * value for name, value in found.items()}
-            for found in (self.link_bytes, self.seconds)
-        )
-        return Roofline(
-            share * self.flops, share * self.hbm_bytes, link_bytes, seconds, self.uncounted
+
+        def part(of):
+            return {name: share * value for name, value in of.items()}
+
+        return dataclasses.replace(
+            self,
+            flops=share * self.flops,
+            hbm_bytes=share * self.hbm_bytes,
+            link_bytes=part(self.link_bytes),
+            seconds=part(self.seconds),
+            network_bytes=part(self.network_bytes),
         )
 
     @property

@@ -132,7 +132,7 @@ def caption_logps(
       policy: modules.
       params: the policy's parameters.
       batch: Batch [b, ..]; images and prompts are read.
-      captions: tokens and mask [b, g, t].
+      captions: tokens and mask [b, g, t]; for rows the masks have no holes.
       row: tokens of the row that an image's captions are packed into; None computes them padded.
 
     Returns:

@@ -98,7 +98,7 @@ DECODER = DecoderConfig(60, 32, 2, 4, 2, 16, 48, 1e4, 1e-6, False)
 
 @pytest.fixture(scope="module")
 def rules():
-    """Of one device."""
+    """Shard rules of one device."""
     sizes = config_lib.default().mesh
     sizes.data = sizes.fsdp = sizes.tensor = 1
     whole = mesh.make_mesh(sizes, jax.devices()[:1])

@@ -44,6 +44,16 @@ def test_captions_as_long_as_their_limit_have_padding_only_in_the_cache():
     assert all(part.share == 0 for part in found.values())
 
 
+def test_a_plan_counts_captions_of_the_usual_length():
+    """The share of its rooflines that captions of that length take is then 1."""
+    cuts, usual = Slices(usual=4), np.full((2, 4), 4)
+    planned = padding.phases(SIZES, np.full((2, 4), 8), cuts, planned=True)
+    found = padding.phases(SIZES, usual, cuts)
+    for name in ("score", "update"):
+        assert planned[name] == found[name]
+        assert found[name].computed < padding.phases(SIZES, usual, Slices())[name].computed
+
+
 def test_decoding_costs_rows_that_wait_and_cache_places_without_a_token():
     turns = decoding.of_slices(DRAWN, 8, Slices(), 1)
     found = padding.decode(SIZES, DRAWN, turns)

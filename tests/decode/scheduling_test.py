@@ -15,6 +15,8 @@ from caprl_jax.rl import update
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Decoding
 
+from ..conftest import make_world
+
 STOP = tuple(range(8))  # of 60 tokens: captions end at any length, or not at all
 SAMPLING = Sampling(max_tokens=16)
 GROUP = 7
@@ -120,7 +122,7 @@ def draw(world, usual, sampling=SAMPLING, stop=STOP, valid=None):
 )
 def test_captions_that_moved_have_the_policys_probabilities(world, monkeypatch, platform, usual):
     """A token that saw another caption's, or another image, would have another."""
-    monkeypatch.setattr(caches, "_platform", lambda: platform)
+    monkeypatch.setattr(caches.axes, "platform", lambda: platform)
     found = draw(world, usual)
     logp, _ = jax.jit(
         lambda params, captions: update.caption_logps(world.policy, params, world.batch, captions)
@@ -141,13 +143,25 @@ def test_captions_that_moved_have_the_policys_probabilities(world, monkeypatch, 
     [("tpu", STOP), ("gpu", STOP), pytest.param("cpu", STOP, marks=pytest.mark.slow), ("cpu", ())],
 )
 def test_greedy_captions_are_those_of_all_rows_at_once(world, monkeypatch, stop, platform):
-    monkeypatch.setattr(caches, "_platform", lambda: platform)
+    monkeypatch.setattr(caches.axes, "platform", lambda: platform)
     greedy = dataclasses.replace(SAMPLING, temperature=0.0)
     alone, moved = (draw(world, usual, greedy, stop) for usual in (0, 2))
     for name in ("tokens", "mask", "length", "truncated"):
         np.testing.assert_array_equal(getattr(moved, name), getattr(alone, name))
     np.testing.assert_allclose(moved.logp, alone.logp, rtol=1e-5, atol=1e-6)
     assert np.any(alone.length > 4)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_stages_of_as_many_rows_go_on_with_longer_caches(monkeypatch, platform):
+    """Two later stages of one image have a row each: what the second draws is kept and seen."""
+    world, greedy = make_world(1), dataclasses.replace(SAMPLING, temperature=0.0)
+    rows = [stage.rows for stage in scheduling.stages(1, GROUP, greedy.max_tokens, 2)]
+    assert rows[-1] == rows[-2]
+    monkeypatch.setattr(caches.axes, "platform", lambda: platform)
+    alone, moved = (draw(world, usual, greedy, ()) for usual in (0, 2))
+    np.testing.assert_array_equal(moved.tokens, alone.tokens)
+    np.testing.assert_allclose(moved.logp, alone.logp, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_only_fill_up_have_empty_captions_in_fewer_rows_too(world):
@@ -191,7 +205,7 @@ def test_draws_depend_neither_on_rows_nor_on_other_images(world):
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_later_stages_hold_caches_of_fewer_captions(world, monkeypatch, platform):
-    monkeypatch.setattr(caches, "_platform", lambda: platform)
+    monkeypatch.setattr(caches.axes, "platform", lambda: platform)
 
     def temporaries(usual):
         decoding = Decoding(8, (), Sampling(max_tokens=512), usual)

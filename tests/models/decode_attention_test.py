@@ -65,7 +65,7 @@ def test_a_plan_prices_the_kernel_by_its_shapes():
 
 
 def test_float32_and_odd_sizes_are_left_to_xla(monkeypatch):
-    monkeypatch.setattr(decode_attention, "_platform", lambda: "gpu")
+    monkeypatch.setattr(decode_attention.axes, "platform", lambda: "gpu")
     assert decode_attention.suits(jnp.zeros((2, 128), jnp.bfloat16))
     assert not decode_attention.suits(jnp.zeros((2, 128), jnp.float32))
     assert not decode_attention.suits(jnp.zeros((2, 80), jnp.bfloat16))
@@ -78,7 +78,7 @@ def test_float32_and_odd_sizes_are_left_to_xla(monkeypatch):
 def test_captions_drawn_by_the_kernel_are_those_of_plain_attention(monkeypatch, usual, shape):
     """Greedy, float32, all in one row each or moved to fewer rows, and on eight devices."""
     world = make_world(8)
-    monkeypatch.setattr(caches, "_platform", lambda: "gpu")
+    monkeypatch.setattr(caches.axes, "platform", lambda: "gpu")
     rules = None if shape is None else mesh.shard_rules(mesh.make_mesh(shape))
     decoding = Decoding(4, tuple(range(8)), Sampling(max_tokens=8, temperature=0.0), usual)
 

@@ -231,7 +231,7 @@ def test_no_block_that_holds_a_visible_pair_is_left_out():
     ids=["long", "decoding", "windows"],
 )
 def test_shapes_choose_the_kernel(monkeypatch, t, keys, expected):
-    monkeypatch.setattr(calls, "_platform", lambda: "tpu")
+    monkeypatch.setattr(calls.axes, "platform", lambda: "tpu")
     q, k = jnp.zeros((8, t, 4, 16)), jnp.zeros((8, keys, 4, 16))
     assert calls.kernel(q, [k]) is None  # eight devices without rules
     for wanted, chosen in (("auto", expected), ("plain", None)):

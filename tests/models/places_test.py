@@ -1,4 +1,4 @@
-"""Who sees whom in packed rows."""
+"""Places of tokens say who sees whom in packed rows."""
 
 import jax.numpy as jnp
 import numpy as np

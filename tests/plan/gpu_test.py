@@ -14,6 +14,8 @@ from caprl_jax.plan.hlo.costs import Collective, Costs
 from caprl_jax.run import fit
 from tests import shipped
 
+from .plan_test import small
+
 
 @pytest.fixture(autouse=True)
 def flags(monkeypatch):
@@ -31,15 +33,6 @@ def compiler(topology):
         return hardware.devices(topology)
     except ConfigError as e:
         pytest.skip(str(e))
-
-
-def small():
-    c = config_lib.default()
-    c.sampling.max_tokens = 8
-    c.caprl.group, c.caprl.questions = 2, 2
-    c.data.batch, c.data.max_windows, c.data.max_prompt, c.data.max_question = 8, 4, 32, 16
-    c.eval.batch = 8
-    return c
 
 
 @pytest.mark.slow

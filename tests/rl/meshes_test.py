@@ -15,6 +15,7 @@ from caprl_jax.decode import caches
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.jit import bind
 from caprl_jax.plan.hlo import costs
+from caprl_jax.rl import packing
 from caprl_jax.rl.judge import Judge, letter_logits
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Captions, State
@@ -49,7 +50,7 @@ def eight():
 def rules_of(name, monkeypatch):
     """The shard rules of one of MESHES, with its variant of decoding."""
     shape, tables, platform = MESHES[name]
-    monkeypatch.setattr(caches, "_platform", lambda: platform)
+    monkeypatch.setattr(caches.axes, "platform", lambda: platform)
     return mesh.shard_rules(mesh.make_mesh(shape), *tables)
 
 
@@ -155,10 +156,11 @@ def test_devices_share_the_judges_reading_and_none_reads_for_another(eight):
 
 
 @pytest.mark.slow
-def test_captions_are_cut_to_their_length_bucket_on_a_mesh_too(eight, monkeypatch):
+def test_captions_are_packed_into_rows_on_a_mesh_too(eight, monkeypatch):
+    monkeypatch.setattr(packing, "USUAL", (0.5, 0.7))  # fewer lengths to compile
     rules, stop = rules_of("fsdp=4, tensor=2", monkeypatch), tuple(range(45))
     expected, whole, _ = go(start(eight, stop=stop), None)
-    found, metrics, _ = go(start(eight, rules, stop=stop), rules, lengths=3)
+    found, metrics, _ = go(start(eight, rules, stop=stop), rules, usual=4)
     for own, other in zip(metrics, whole, strict=True):
         same_metrics(own, other)
     assert_close(moved(eight, found), moved(eight, expected), 2e-3)

@@ -48,7 +48,7 @@ def test_without_a_stop_token_the_bucket_truncates(world):
 def decoded(world, monkeypatch, stage, platform):
     """(captions of 8 tokens, FLOPs of their decoding), stages so long, layers as on a platform."""
     monkeypatch.setattr(scheduling, "STAGE", stage)
-    monkeypatch.setattr(caches, "_platform", lambda: platform)
+    monkeypatch.setattr(caches.axes, "platform", lambda: platform)
     decoding = Decoding(2, (5,), Sampling(8))
     run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
     compiled = run.lower(world.params, world.batch).compile()
@@ -86,7 +86,7 @@ def test_every_variant_of_the_weights_gives_the_same_captions(world, monkeypatch
 
 def test_the_platform_decides_the_variant_of_the_weights(world, monkeypatch):
     def prepared(platform, per_layer=None):
-        monkeypatch.setattr(caches, "_platform", lambda: platform)
+        monkeypatch.setattr(caches.axes, "platform", lambda: platform)
         found = caches.weights(world.policy, world.params, per_layer)
         layers = found["decoder"]["layers"]
         kernel = (layers[0] if isinstance(layers, tuple) else layers)["gate"]["kernel"]

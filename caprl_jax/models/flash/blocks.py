@@ -12,13 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from caprl_jax.models.places import PAD_KEY, PAD_QUERY, Places
+from caprl_jax.models.places import PAD_KEY, PAD_QUERY, Places, meeting
 
-NOTHING = -1e30  # log-sum-exp of a query that sees no key
-MASKED = -2e30  # score of a key that isn't seen: exp(MASKED - NOTHING) is 0
 PLACE_ROWS = 8  # group, leaf and order, filled up to a TPU's tile
-GROUP, LEAF, ORDER = 0, 1, 2
-_FAR = 2**30
 
 
 @flax.struct.dataclass
@@ -198,20 +194,6 @@ def shape_of(shape: tuple[int, ...], dtype: jnp.dtype, arrays: Arrays) -> jax.Sh
     return jax.ShapeDtypeStruct(shape, dtype, **known)
 
 
-def seen(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Tells which keys queries see.
-
-    Args:
-      queries: sequence of int32 (group, leaf, order), shaped to broadcast against the keys'.
-      keys: likewise.
-
-    Returns:
-      bool, of the shape that they broadcast to. Padding's groups equal nobody's.
-    """
-    leaf = (keys[LEAF] == 0) | (keys[LEAF] == queries[LEAF])
-    return (keys[GROUP] == queries[GROUP]) & leaf & (keys[ORDER] <= queries[ORDER])
-
-
 def _place_rows(places: Places, multiple: int, padding: int) -> jax.Array:
     """Places as int32 [b, PLACE_ROWS, length], padded to a multiple."""
     pad = ((0, 0), (0, -places.group.shape[1] % multiple))
@@ -223,44 +205,10 @@ def _place_rows(places: Places, multiple: int, padding: int) -> jax.Array:
 
 
 def _meeting(arrays: Arrays, sizes: Sizes) -> jax.Array:
-    """Tells which blocks may hold a query and a key that it sees: bool [b, x blocks, s blocks].
-
-    Never wrong in saying no. Ordered by group and order within it, a key that is seen comes at or
-    before its query; so it is compared with the last query of the block.
-    """
-    queries, keys = _Summary(arrays.queries, sizes.x), _Summary(arrays.keys, sizes.s)
-
-    def pairs(of_queries, of_keys):
-        return of_queries[:, :, None], of_keys[:, None, :]
-
-    top, low = pairs(queries.group_max, keys.group_min)
-    last, first = pairs(queries.last_order, keys.first_order)
-    before = (low < top) | ((low == top) & (first <= last))
-    bottom, high = pairs(queries.group_min, keys.group_max)
-    leaf_top, leaf_low = pairs(queries.leaf_max, keys.leaf_min)
-    leaf_bottom, leaf_high = pairs(queries.leaf_min, keys.leaf_max)
-    leaf = (leaf_low == 0) | ((leaf_low <= leaf_top) & (leaf_high >= leaf_bottom))
-    return before & (high >= bottom) & leaf
-
-
-class _Summary:
-    """Extremes of the places in each block, int32 [b, blocks]; an empty range without real ones."""
-
-    def __init__(self, rows: jax.Array, size: int):
-        blocks = rows.reshape(rows.shape[0], rows.shape[1], -1, size)
-        group, leaf, order = (blocks[:, i] for i in (GROUP, LEAF, ORDER))
-        real = group >= 0
-
-        def least(a, where):
-            return jnp.min(jnp.where(where, a, _FAR), axis=-1)
-
-        def most(a, where):
-            return jnp.max(jnp.where(where, a, -_FAR), axis=-1)
-
-        self.group_min, self.group_max = least(group, real), most(group, real)
-        self.leaf_min, self.leaf_max = least(leaf, real), most(leaf, real)
-        self.first_order = least(order, real & (group == self.group_min[..., None]))
-        self.last_order = most(order, real & (group == self.group_max[..., None]))
+    """Tells which blocks meet: bool [b, x blocks, s blocks]."""
+    sides = (arrays.queries, sizes.x), (arrays.keys, sizes.s)
+    cut = (rows.reshape(*rows.shape[:2], -1, size) for rows, size in sides)
+    return meeting(*(Places(rows[:, 0], rows[:, 1], rows[:, 2]) for rows in cut))
 
 
 def _range(meeting: jax.Array) -> Range:

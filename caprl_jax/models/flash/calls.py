@@ -42,7 +42,7 @@ def kernel(q: jax.Array, keys: Sequence[jax.Array]) -> str | None:
     )
     if wanted == "plain" or not possible:
         return None
-    platform = _PLATFORMS.get(_platform())
+    platform = _PLATFORMS.get(axes.platform())
     if wanted == "flash":
         return platform or "gpu"
     return platform if max(k.shape[-3] for k in keys) >= _FEWEST_KEYS else None
@@ -124,14 +124,8 @@ def _module(inputs: Inputs, kernel: str) -> tuple[ModuleType, Sizes]:
     """The kernel's module and block sizes."""
     # Imported where needed: CPUs need neither.
     module = importlib.import_module(f"caprl_jax.models.flash.{kernel}")
-    interpret = _platform() not in _PLATFORMS
+    interpret = axes.platform() not in _PLATFORMS
     return module, dataclasses.replace(module.sizes(inputs), interpret=interpret)
-
-
-def _platform() -> str:
-    """Platform of the program that is being traced."""
-    rules = axes.current()
-    return jax.default_backend() if rules is None else rules.platform
 
 
 def _manual() -> bool:

@@ -15,17 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from caprl_jax.models.flash import blocks
-from caprl_jax.models.flash.blocks import (
-    GROUP,
-    LEAF,
-    MASKED,
-    NOTHING,
-    ORDER,
-    Arrays,
-    Gradient,
-    Inputs,
-    Sizes,
-)
+from caprl_jax.models.flash.blocks import Arrays, Gradient, Inputs, Sizes
+from caprl_jax.models.places import MASKED, NOTHING, Places, sees
 
 # Rows of a program's own block, and of the other side's in a turn of its loop. Exact products of
 # float32 take the multiprocessor's registers, not its matrix units.
@@ -157,8 +148,12 @@ def _call(
     return call
 
 
-def _read_places(ref, at=slice(None)) -> list[jax.Array]:
-    return [ref[row, at] for row in (GROUP, LEAF, ORDER)]
+def _columns(ref, at=slice(None)) -> Places:
+    return Places(*(ref[row, at][:, None] for row in range(3)))
+
+
+def _rows(ref, at=slice(None)) -> Places:
+    return Places(*(ref[row, at][None, :] for row in range(3)))
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -174,19 +169,18 @@ def _loop(first_ref, count_ref, body, start):
 
 
 def _scores(q, k, queries, keys, scale):
-    """Masked scores, float32 [queries, keys]."""
-    shown = blocks.seen([a[:, None] for a in queries], [a[None, :] for a in keys])
-    return jnp.where(shown, _product(q, k.T) * scale, MASKED)
+    """Masked scores, float32 [queries, keys]; the queries' places are columns, the keys' rows."""
+    return jnp.where(sees(queries, keys), _product(q, k.T) * scale, MASKED)
 
 
 def _forward_kernel(first_ref, count_ref, *refs, step, scale):
     q_ref, queries_ref, k_ref, v_ref, keys_ref, out_ref, lse_ref = refs
-    q, queries = q_ref[...], _read_places(queries_ref)
+    q, queries = q_ref[...], _columns(queries_ref)
 
     def body(i, carry):
         out, top, total = carry
         at = pl.ds(i * step, step)
-        scores = _scores(q, k_ref[at, :], queries, _read_places(keys_ref, at), scale)
+        scores = _scores(q, k_ref[at, :], queries, _rows(keys_ref, at), scale)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights, shrink = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
         v = v_ref[at, :]
@@ -204,13 +198,13 @@ def _forward_kernel(first_ref, count_ref, *refs, step, scale):
 def _query_kernel(first_ref, count_ref, *refs, step, scale):
     q_ref, queries_ref, k_ref, v_ref, keys_ref, *refs = refs
     grad_out_ref, lse_ref, delta_ref, grad_q_ref = refs
-    q, queries, grad_out = q_ref[...], _read_places(queries_ref), grad_out_ref[...]
+    q, queries, grad_out = q_ref[...], _columns(queries_ref), grad_out_ref[...]
     lse, delta = lse_ref[...], delta_ref[...]
 
     def body(i, grad_q):
         at = pl.ds(i * step, step)
         k = k_ref[at, :]
-        scores = _scores(q, k, queries, _read_places(keys_ref, at), scale)
+        scores = _scores(q, k, queries, _rows(keys_ref, at), scale)
         weights = jnp.exp(scores - lse[:, None])
         grad = weights * (_product(grad_out, v_ref[at, :].T) - delta[:, None]) * scale
         return grad_q + _product(grad.astype(k.dtype), k)
@@ -222,16 +216,15 @@ def _query_kernel(first_ref, count_ref, *refs, step, scale):
 def _key_kernel(first_ref, count_ref, *refs, step, scale):
     q_ref, queries_ref, k_ref, v_ref, keys_ref, *refs = refs
     grad_out_ref, lse_ref, delta_ref, grad_k_ref, grad_v_ref = refs
-    k, v = k_ref[...], v_ref[...]
-    keys = [a[:, None] for a in _read_places(keys_ref)]
+    k, v, keys = k_ref[...], v_ref[...], _columns(keys_ref)
 
     def add_block(head, i, carry):
         grad_k, grad_v = carry
         at = pl.ds(i * step, step)
         q, grad_out = q_ref[at, head, :], grad_out_ref[at, head, :]
         # Keys come first, so that both sums are products with scores as they are.
-        shown = blocks.seen([a[None, :] for a in _read_places(queries_ref, at)], keys)
-        scores = jnp.where(shown, _product(k, q.T) * scale, MASKED)
+        seen = sees(_rows(queries_ref, at), keys)
+        scores = jnp.where(seen, _product(k, q.T) * scale, MASKED)
         weights = jnp.exp(scores - lse_ref[head, at][None, :])
         grad_v = grad_v + _product(weights.astype(v.dtype), grad_out)
         grad = weights * (_product(v, grad_out.T) - delta_ref[head, at][None, :]) * scale

@@ -14,17 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from caprl_jax.models.flash import blocks
-from caprl_jax.models.flash.blocks import (
-    GROUP,
-    LEAF,
-    MASKED,
-    NOTHING,
-    ORDER,
-    Arrays,
-    Gradient,
-    Inputs,
-    Sizes,
-)
+from caprl_jax.models.flash.blocks import Arrays, Gradient, Inputs, Sizes
+from caprl_jax.models.places import MASKED, NOTHING, Places, sees
 
 _LANES = 128
 
@@ -152,12 +143,12 @@ def _columns(rows: jax.Array) -> jax.Array:
     return jnp.transpose(jnp.tile(rows, (_LANES // rows.shape[0], 1)))
 
 
-def _as_columns(ref) -> list[jax.Array]:
-    return [ref[:, row : row + 1] for row in (GROUP, LEAF, ORDER)]
+def _as_columns(ref) -> Places:
+    return Places(*(ref[:, row : row + 1] for row in range(3)))
 
 
-def _as_rows(ref) -> list[jax.Array]:
-    return [ref[row : row + 1, :] for row in (GROUP, LEAF, ORDER)]
+def _as_rows(ref) -> Places:
+    return Places(*(ref[row : row + 1, :] for row in range(3)))
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -181,8 +172,8 @@ def _forward_kernel(_, count_ref, *refs, scale):
 
     @pl.when(has_block)
     def _():
-        shown = blocks.seen(_as_columns(columns_ref), _as_rows(keys_ref))
-        scores = jnp.where(shown, _product(q_ref[...], k_ref[...], (1, 1)) * scale, MASKED)
+        seen = sees(_as_columns(columns_ref), _as_rows(keys_ref))
+        scores = jnp.where(seen, _product(q_ref[...], k_ref[...], (1, 1)) * scale, MASKED)
         top = top_ref[:, :1]
         new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
         weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
@@ -215,8 +206,8 @@ def _query_kernel(_, count_ref, *refs, scale):
     @pl.when(has_block)
     def _():
         k = k_ref[...]
-        shown = blocks.seen(_as_columns(columns_ref), _as_rows(keys_ref))
-        scores = jnp.where(shown, _product(q_ref[...], k, (1, 1)) * scale, MASKED)
+        seen = sees(_as_columns(columns_ref), _as_rows(keys_ref))
+        scores = jnp.where(seen, _product(q_ref[...], k, (1, 1)) * scale, MASKED)
         weights = jnp.exp(scores - lse_column_ref[:, :1])
         grad = _product(grad_out_ref[...], v_ref[...], (1, 1)) - delta_column_ref[:, :1]
         grad = (weights * grad * scale).astype(k.dtype)
@@ -243,8 +234,8 @@ def _key_kernel(_, count_ref, *refs, scale):
     def _():
         q, grad_out = q_ref[...], grad_out_ref[...]
         # Keys come first, so that a number of each query lies along a row, as it is stored.
-        shown = blocks.seen(_as_rows(queries_ref), _as_columns(columns_ref))
-        scores = jnp.where(shown, _product(k_ref[...], q, (1, 1)) * scale, MASKED)
+        seen = sees(_as_rows(queries_ref), _as_columns(columns_ref))
+        scores = jnp.where(seen, _product(k_ref[...], q, (1, 1)) * scale, MASKED)
         weights = jnp.exp(scores - lse_ref[...])
         v_sum_ref[...] += _product(weights.astype(q.dtype), grad_out, (1, 0))
         grad = weights * (_product(v_ref[...], grad_out, (1, 1)) - delta_ref[...]) * scale

@@ -74,7 +74,7 @@ def test_asynchronous_collectives_count_once():
 
 
 def test_slices_of_tpus_hand_their_sums_to_their_hosts():
-    """Of three slices' sum of 4 x 128 each device lacks two thirds, twice."""
+    """Each device lacks two thirds of the sum of 4 x 128 of three slices, twice."""
     text = """HloModule jit_sum, is_scheduled=true, num_partitions=4
 
 ENTRY %main (x: f32[4,128]) -> f32[4,128] {
