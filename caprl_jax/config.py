@@ -115,8 +115,8 @@ def _opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Fills defaults of chosen entries in place, so that every key is there.
 
-    Reward terms and sinks become {term or sink, weight, options}, and options get all of their
-    keys.
+    Reward terms become {term, weight, mask, options} and sinks {sink, options}, and options get all
+    of their keys.
 
     Raises:
       ConfigError: an entry or an option is unknown.
@@ -128,7 +128,7 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             _fill(config.caprl[f"{name}_options"], dataclasses.asdict(choice.options))
         for name in config.caprl.rewards:
             term = _entry(config, "caprl.rewards", "term", name, REWARDS)
-            defaults = {"term": term.name, "weight": 1.0}
+            defaults = {"term": term.name, "weight": 1.0, "mask": ""}
             _fill(config.caprl.rewards[name], defaults, dataclasses.asdict(term.options))
         for name in config.sinks:
             sink = _entry(config, "sinks", "sink", name, SINKS)
@@ -156,7 +156,8 @@ def choose_entry(config: ml_collections.ConfigDict, key: str, name: str) -> None
                 continue
             old = entries.get(entry, {})
             if entry not in entries or old.get(kind, entry) != name:
-                entries[entry] = {k: v for k, v in old.items() if k == "weight"} | {kind: name}
+                kept = {k: v for k, v in old.items() if k in ("weight", "mask")}
+                entries[entry] = kept | {kind: name}
         if key == "data.source" and config.data.source != name:
             _choose_source(config, name)
 
@@ -184,7 +185,7 @@ def _fill(section: ml_collections.ConfigDict, values: dict, options: dict | None
 def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) -> Choice:
     """Returns an entry by name from a section of {kind, options, ..}, its options checked."""
     entry = get(config, where)[name]
-    allowed = (kind, "weight", "options") if kind == "term" else (kind, "options")
+    allowed = (kind, "options") if kind == "sink" else (kind, "weight", "mask", "options")
     if not is_section(entry):
         raise ConfigError(f"config.{where}.{name}={entry!r} must be a dict of {', '.join(allowed)}")
     for key in entry:
@@ -196,6 +197,12 @@ def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) ->
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight):
         raise ConfigError(f"config.{where}.{name}.weight={weight!r} must be a number, and finite")
+    others = [other for other in get(config, where) if other != name]
+    if (mask := entry.get("mask", "")) and mask not in others:
+        raise ConfigError(
+            f"config.{where}.{name}.mask={mask!r} is no other term; there is "
+            f"{did_you_mean(str(mask), others)}"
+        )
     with about(f"{where}.{name}"):
         return registry.choose(entry.get(kind, name), entry.get("options", {}))
 
@@ -208,6 +215,7 @@ def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
             name,
             _entry(config, "caprl.rewards", "term", name, REWARDS),
             float(rewards[name].get("weight", 1.0)),
+            rewards[name].get("mask", ""),
         )
         for name in sorted(rewards)
     )
@@ -302,6 +310,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not config.caprl.rewards:
         raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
     terms(config), sinks(config)
+    if config.data.batch % config.caprl.minibatches:
+        raise ConfigError(
+            f"config.data.batch={config.data.batch} is not a multiple of "
+            f"config.caprl.minibatches={config.caprl.minibatches}"
+        )
     left = open_keys(config)
     for name in SLICES:
         if f"caprl.{name}" in left or (not config.caprl[name] and "caprl.micro_batches" in left):
@@ -369,10 +382,12 @@ def _options(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Setting]]
     for name in CHOICES:
         yield from within(f"caprl.{name}_options", choice(config, name))
     weight = Setting("weight of the term in the reward")
+    mask = Setting("name of another term that this one is multiplied by, a length_band for one")
     for term in terms(config):
         key = f"caprl.rewards.{term.name}"
         yield f"{key}.term", Setting("the term", choices=REWARDS)
         yield f"{key}.weight", weight
+        yield f"{key}.mask", mask
         yield from within(f"{key}.options", term.choice)
     for name, chosen in sinks(config).items():
         yield f"sinks.{name}.sink", Setting("the sink", choices=SINKS)

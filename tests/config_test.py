@@ -27,6 +27,7 @@ def changed(**changes):
         ({"sampling.max_tokens": 0}, "config.sampling.max_tokens=0 must be positive"),
         ({"sampling.top_p": 1.5}, "config.sampling.top_p=1.5 must be above 0, at most 1"),
         ({"caprl.micro_batches": 3}, "not a multiple"),
+        ({"caprl.minibatches": 5}, "not a multiple of config.caprl.minibatches=5"),
         ({"caprl.questions": 0}, "config.caprl.questions=0 must be positive"),
         ({"caprl.usual_tokens": -1}, "config.caprl.usual_tokens=-1 must be at least 0"),
         (
@@ -42,7 +43,15 @@ def changed(**changes):
             {"caprl.rewards.more": {"term": "accuracy", "weight": "1"}},
             "config.caprl.rewards.more.weight='1' must be a number",
         ),
-        ({"caprl.rewards.more": 1.0}, "rewards.more=1.0 must be a dict of term, weight, options"),
+        (
+            {"caprl.rewards.more": 1.0},
+            "rewards.more=1.0 must be a dict of term, weight, mask, options",
+        ),
+        (
+            {"caprl.rewards.more": {"term": "accuracy", "mask": "acuracy"}},
+            "rewards.more.mask='acuracy' is no other term; .*did you mean 'accuracy'",
+        ),
+        ({"caprl.rewards.accuracy.mask": "accuracy"}, "mask='accuracy' is no other term"),
         ({"sinks.csv": "csv"}, "config.sinks.csv='csv' must be a dict of sink, options"),
         ({"sinks.tensorboard.sink": "aim"}, "config.sinks.tensorboard: 'aim' is not one of"),
         ({"data.source": "parquet"}, "config.data.*'parquet' is not one of 'digits', 'files'"),

@@ -161,6 +161,7 @@ def test_a_completed_config_has_every_key_of_its_entries(tmp_path):
     assert c.caprl.rewards.brief.to_dict() == {
         "term": f"{MINE}:brief_if_dark",
         "weight": 0.5,
+        "mask": "",
         "options": {"rate": 1},
     }
     assert c.caprl.rewards.accuracy.to_dict() == {"term": "accuracy", "weight": 1.0, "options": {}}

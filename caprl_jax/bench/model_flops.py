@@ -60,5 +60,7 @@ def update(config: ml_collections.ConfigDict, built: AbstractStep) -> float:
     needed = forward(config, built)
     whole = needed.images + needed.prompts + needed.captions
     trained = whole - (needed.images if built.policy.freeze_vision else 0)
-    reference = whole if config.caprl.kl else 0.0
-    return reference + config.caprl.updates * (whole + 2 * trained)
+    caprl = config.caprl
+    several = caprl.updates * caprl.minibatches > 1
+    fixed = bool(caprl.kl) + bool(caprl.importance_cap and several)  # passes without gradient
+    return fixed * whole + caprl.updates * (whole + 2 * trained)

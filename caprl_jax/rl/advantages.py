@@ -1,8 +1,8 @@
 """Advantages: how much better a caption is than the others of its group, or of the batch.
 
 To add one, write `advantages(rewards, valid) -> float32 [b, g]`, or with a third parameter
-`options`, and register it here or name it in a config by its import path. It receives the whole
-batch, so that it may normalise over all of it.
+`options`, and register it here or name it in a config by its import path. It receives the Rewards
+of the whole batch, the sum and each term, so that it may normalise over all of it.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from caprl_jax.registry import Choice, Registry
+from caprl_jax.rl.types import Rewards
 
 ADVANTAGES = Registry("advantage", ("rewards", "valid"))
 _EPSILON = 1e-6
 
 
 @jax.named_scope("advantage")
-def advantage(choice: Choice, rewards: jax.Array, valid: jax.Array) -> jax.Array:
+def advantage(choice: Choice, rewards: Rewards, valid: jax.Array) -> jax.Array:
     """Returns the advantages of all captions of a batch.
 
     Args:
       choice: an entry of ADVANTAGES.
-      rewards: float32 [b, g].
+      rewards: Rewards [b, g].
       valid: bool [b], False for images that only fill up the batch.
 
     Returns:
@@ -32,10 +33,10 @@ def advantage(choice: Choice, rewards: jax.Array, valid: jax.Array) -> jax.Array
     Raises:
       AssertionError: they are not [b, g] floats; the message names the entry.
     """
-    chex.assert_rank([rewards, valid], [2, 1])
+    chex.assert_rank([rewards.total, valid], [2, 1])
     found = choice(rewards, valid)
     chex.assert_equal_shape(
-        [found, rewards], custom_message=f"advantage {choice.name!r} must be [b, g]"
+        [found, rewards.total], custom_message=f"advantage {choice.name!r} must be [b, g]"
     )
     if not jnp.issubdtype(found.dtype, jnp.floating):
         raise AssertionError(f"advantage {choice.name!r} must be floats, not {found.dtype}")
@@ -74,6 +75,20 @@ def rloo_advantages(rewards: jax.Array) -> jax.Array:
     return _centred(rewards) * (g / (g - 1))
 
 
+def dr_grpo_advantages(rewards: jax.Array) -> jax.Array:
+    """Returns A_i = r_i - mean(r), not divided by a deviation (Dr. GRPO, arXiv 2503.20783, eq. 4).
+
+    Args:
+      rewards: float32 [g], of one group; vmap over groups.
+
+    Returns:
+      float32 [g].
+    """
+    chex.assert_rank(rewards, 1)
+    chex.assert_type(rewards, float)
+    return _centred(rewards)
+
+
 def _centred(rewards: jax.Array) -> jax.Array:
     """Returns rewards - mean(rewards), exactly 0 where all are equal: float32 [g] -> [g].
 
@@ -87,10 +102,57 @@ def _centred(rewards: jax.Array) -> jax.Array:
 def _per_group(function: Callable) -> Callable:
     def advantages(rewards, valid):
         del valid  # groups do not see each other
-        return jax.vmap(function)(rewards)
+        return jax.vmap(function)(rewards.total)
 
     return advantages
 
 
 ADVANTAGES.register("grpo")(_per_group(grpo_advantages))
 ADVANTAGES.register("rloo")(_per_group(rloo_advantages))
+ADVANTAGES.register("dr_grpo")(_per_group(dr_grpo_advantages))
+
+
+@ADVANTAGES.register("reinforce_pp")
+def reinforce_pp(rewards: Rewards, valid: jax.Array) -> jax.Array:
+    """Returns A = (r - mean) / std over all captions of the batch (REINFORCE++, arXiv 2501.03262).
+
+    A caption is compared with those of other images, so a group of equal rewards has advantages.
+    """
+    return _over_batch(rewards.total, valid)
+
+
+@ADVANTAGES.register("reinforce_pp_baseline")
+def reinforce_pp_baseline(rewards: Rewards, valid: jax.Array) -> jax.Array:
+    """Returns r - mean of its group, divided by the deviation over the batch (arXiv 2501.03262).
+
+    Small differences in one group don't weigh as much as large ones in another, as they do in
+    GRPO.
+    """
+    return _over_batch(jax.vmap(_centred)(rewards.total), valid)
+
+
+@ADVANTAGES.register("gdpo")
+def gdpo(rewards: Rewards, valid: jax.Array) -> jax.Array:
+    """Returns the weighted sum of each term's own GRPO advantages, normalised over the batch.
+
+    So a term counts by its weight, whatever the spread of its values (GDPO, arXiv 2601.05242,
+    eq. 4 to 6; BalCapRL, arXiv 2605.07394).
+    """
+    own = {name: jax.vmap(grpo_advantages)(values) for name, values in rewards.terms.items()}
+    return _over_batch(sum(rewards.weights[name] * value for name, value in own.items()), valid)
+
+
+def _over_batch(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Returns (values - mean) / std over valid images, 0 elsewhere: float32 [b, g] -> [b, g].
+
+    The deviation is the unbiased one, plus 1e-6.
+    """
+    real = jnp.broadcast_to(valid[:, None], values.shape)
+    count = jnp.sum(real)
+    centred = jnp.where(real, values - jnp.sum(values, where=real) / jnp.maximum(count, 1), 0)
+    top, low = (
+        f(values, where=real, initial=start)
+        for f, start in ((jnp.max, -jnp.inf), (jnp.min, jnp.inf))
+    )
+    centred = jnp.where(top > low, centred, 0)  # as in _centred
+    return centred / (jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(count - 1, 1)) + _EPSILON)

@@ -281,10 +281,12 @@ def verdicts(
     masked = among_options(logits, letters, judging.temperature)
     p = jax.nn.softmax(masked, axis=-1)
     p_truth = jnp.take_along_axis(p, truth[..., None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
     sampled = judging.mode == "sampled"
     letter = jax.random.categorical(key, masked) if sampled else jnp.argmax(masked, axis=-1)
     right = (letter == truth).astype(jnp.float32)
     # Where a logit is NaN, so is p_truth; the letter would look like any other.
     right = jnp.where(jnp.isfinite(p_truth), right, jnp.nan)
     score = p_truth if judging.mode == "expected" else right
-    return Verdicts(jnp.where(valid, score, 0), p_truth, letter, letter == letters - 1, valid)
+    score, abstained = jnp.where(valid, score, 0), letter == letters - 1
+    return Verdicts(score, p_truth, letter, abstained, valid, entropy)

@@ -13,6 +13,38 @@ from caprl_jax.registry import Registry
 KL_ESTIMATORS = Registry("KL estimator", ("logp", "reference_logp"))
 
 
+@KL_ESTIMATORS.register("k1")
+def k1(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
+    """Returns logp - reference_logp, whose mean is the divergence; single values may be negative.
+
+    In a loss its gradient is 0 on average, for any policy: it says how far, and holds nothing back.
+
+    Args:
+      logp: float32 [*batch, t], of the policy.
+      reference_logp: float32 [*batch, t].
+
+    Returns:
+      float32 [*batch, t], nats.
+    """
+    chex.assert_equal_shape([logp, reference_logp])
+    return logp - reference_logp
+
+
+@KL_ESTIMATORS.register("k2")
+def k2(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
+    """Returns (logp - reference_logp)^2 / 2, whose gradient is the divergence's on average.
+
+    Args:
+      logp: float32 [*batch, t], of the policy.
+      reference_logp: float32 [*batch, t].
+
+    Returns:
+      float32 [*batch, t], nats.
+    """
+    chex.assert_equal_shape([logp, reference_logp])
+    return 0.5 * (logp - reference_logp) ** 2
+
+
 @KL_ESTIMATORS.register("k3")
 def k3(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
     """Returns Schulman's k3 of KL(policy || reference): exp(d) - d - 1 >= 0 for each token.

@@ -26,7 +26,7 @@ class Caprl:
     questions: int = setting(4, "questions per caption, N", least=1)
     rewards: dict = setting(
         {"accuracy": {"term": "accuracy", "weight": 1.0}},
-        "reward terms by name: {term, weight, options}; term defaults to the name",
+        "reward terms by name: {term, weight, mask, options}; term defaults to the name",
     )
     advantage: str = setting("grpo", "advantages of captions", choices=ADVANTAGES)
     advantage_options: dict = setting({}, OPTIONS)
@@ -41,7 +41,22 @@ class Caprl:
     )
     kl_estimator: str = setting("k3", "estimator of that divergence", choices=KL_ESTIMATORS)
     kl_estimator_options: dict = setting({}, OPTIONS)
-    updates: int = setting(1, "optimizer updates per rollout", least=1)
+    updates: int = setting(1, "passes over a rollout", least=1)
+    minibatches: int = setting(
+        1, "parts of the batch with an optimizer update each, in every pass", least=1
+    )
+    importance_cap: float = setting(
+        0.0,
+        "largest weight of a token for the difference between the rollout's log-probabilities and "
+        "the update's own, 2 for one; 0: the loss compares the policy with the rollout's",
+        least=0,
+    )
+    mask_truncated: bool = setting(
+        False, "leave captions that were cut off at the limit out of the loss"
+    )
+    mask_equal: bool = setting(
+        False, "leave groups without any advantage out of the loss and of its mean"
+    )
     micro_batches: int = setting(
         1,
         "slices of the batch whose gradients are summed for an update; 0: chosen for the devices",

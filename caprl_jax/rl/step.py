@@ -102,7 +102,7 @@ def learn(
     verbs = run.verbs
     verdicts = verbs.judge(run.judge, readable, batch.questions, judging=run.judging, key=key)
     rewards = verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models))
-    advantages = verbs.advantage(run.advantage, rewards.total, batch.valid)
+    advantages = verbs.advantage(run.advantage, rewards, batch.valid)
     state, metrics = verbs.update(
         run.learner, state, batch, captions=captions, advantages=advantages
     )

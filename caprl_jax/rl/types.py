@@ -124,6 +124,8 @@ class Verdicts:
       letter: int32 [b, g, n], index of the chosen letter (the most likely one in mode "expected").
       abstained: bool [b, g, n], True where the chosen letter is the last option.
       valid: bool [b, g, n], False for padding.
+      entropy: float32 [b, g, n], nats, of the options' probabilities; None where a judge doesn't
+        tell them.
     """
 
     score: jax.Array
@@ -131,6 +133,7 @@ class Verdicts:
     letter: jax.Array
     abstained: jax.Array
     valid: jax.Array
+    entropy: jax.Array | None = None
 
     @property
     def reward(self) -> jax.Array:
@@ -165,8 +168,10 @@ class Rewards:
 
     Attributes:
       total: float32 [b, g], the weighted sum of the terms.
-      terms: float32 [b, g] by name, unweighted.
+      terms: float32 [b, g] by name, unweighted; a masked term is 0 where its mask is.
+      weights: float32 [] by name.
     """
 
     total: jax.Array
-    terms: Mapping[str, jax.Array]
+    terms: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    weights: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)

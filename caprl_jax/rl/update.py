@@ -1,6 +1,8 @@
 """The update: it turns captions and their advantages into gradients and new parameters."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,12 @@ class Objective:
       aggregation: an entry of rl.losses.AGGREGATIONS.
       kl_estimator: an entry of rl.kl.KL_ESTIMATORS.
       kl: weight of the KL divergence from the reference; 0 needs no reference.
-      updates: optimizer updates per rollout.
+      updates: passes over a rollout.
+      minibatches: parts of the batch with an optimizer update each, in every pass.
+      importance_cap: largest importance weight of a token, for the difference between the rollout's
+        log-probabilities and the update's; 0 compares the policy with the rollout's directly.
+      mask_truncated: whether captions that were cut off at the limit are left out of the loss.
+      mask_equal: whether groups without any advantage are left out of the loss and of its mean.
     """
 
     loss: Choice
@@ -34,6 +41,10 @@ class Objective:
     kl_estimator: Choice
     kl: float = 0.0
     updates: int = 1
+    minibatches: int = 1
+    importance_cap: float = 0.0
+    mask_truncated: bool = False
+    mask_equal: bool = False
 
 
 @flax.struct.dataclass
@@ -56,18 +67,29 @@ class Learner:
 
 @flax.struct.dataclass
 class _Example:
-    """The data of one slice of the update: [b, ..], [b, g, t], [b, g], [b, g, t] or None."""
+    """The data of one slice of the update.
+
+    Attributes:
+      batch: Batch [b, ..].
+      captions: Rollout [b, g, t].
+      advantages: float32 [b, g].
+      learned: bool [b, g], captions that the loss is made of.
+      reference_logp: float32 [b, g, t], or None without a KL divergence.
+      old_logp: float32 [b, g, t], by the update's own pass before it; None if that isn't needed.
+    """
 
     batch: Batch
     captions: Rollout
     advantages: jax.Array
-    reference_logp: jax.Array | None
+    learned: jax.Array
+    reference_logp: jax.Array | None = None
+    old_logp: jax.Array | None = None
 
 
 def update(
     learner: Learner, state: State, batch: Batch, *, captions: Rollout, advantages: jax.Array
 ) -> tuple[State, Metrics]:
-    """Takes learner.objective.updates optimizer updates on one rollout. Pure and jittable.
+    """Takes updates * minibatches optimizer updates on one rollout. Pure and jittable.
 
     Args:
       learner: policy, optimizer and objective.
@@ -79,48 +101,83 @@ def update(
     Returns:
       (state after, metrics as (sum, count)): loss, entropy, grad_norm, skipped_updates (the share
       that was skipped because a number isn't finite), logp_gap (mean absolute difference between
-      the rollout's log-probabilities and the first update's: numerics only), the loss's own, and kl
-      with a reference.
+      the rollout's log-probabilities and the first update's: numerics only), the loss's own, kl
+      with a reference, importance with a cap: the mean weight.
     """
+    objective, count = learner.objective, _slices(learner)
     with jax.named_scope("update"):
         if slices.current().usual:  # slices of captions that are alike have little padding
-            order = slices.alike(jnp.sum(captions.mask, axis=(1, 2)), slices.current().update)
+            order = slices.alike(jnp.sum(captions.mask, axis=(1, 2)), count)
             batch, captions, advantages = slices.ordered((batch, captions, advantages), order)
-        reference_logp = None
-        if learner.objective.kl:
-            reference_logp = slices.map_slices(
-                lambda part: _reference_logps(learner, *part),
-                (batch, captions),
-                slices.current().update,
-            )
-        example = _Example(batch, captions, advantages, reference_logp)
+
+        def logps(params):
+            logps = functools.partial(_constant_logps, learner.policy, params)
+            return slices.map_slices(lambda part: logps(*part), (batch, captions), count)
+
+        several = objective.updates * objective.minibatches > 1
+        example = _Example(
+            batch,
+            captions,
+            advantages,
+            _learned(objective, captions, advantages),
+            logps(learner.reference) if objective.kl else None,
+            logps(state.params) if objective.importance_cap and several else None,
+        )
         return _updates(learner, state, example)
 
 
+def _slices(learner: Learner) -> int:
+    """Returns the number of slices of a batch; each minibatch has as many as the others."""
+    return math.lcm(slices.current().update, learner.objective.minibatches)
+
+
+def _learned(objective: Objective, captions: Rollout, advantages: jax.Array) -> jax.Array:
+    """Returns the captions that the loss is made of, bool [b, g]."""
+    learned = jnp.ones(advantages.shape, bool)
+    if objective.mask_truncated:
+        learned &= ~captions.truncated
+    if objective.mask_equal:
+        learned &= jnp.any(advantages != 0, axis=1, keepdims=True)
+    return learned
+
+
 def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, Metrics]:
-    parts = slices.split(example, slices.current().update)
-    mask = _real_tokens(example)
-    _, count = learner.objective.aggregation(jnp.zeros(mask.shape), mask)
-    count = jnp.maximum(count, 1)
+    objective, parts = learner.objective, slices.split(example, _slices(learner))
 
-    def loss(params, part, row):
-        total, metrics = _slice_loss(learner, params, part, row)
-        return total / count, metrics
-
-    def one(carry, _):
+    def one(carry, parts):
         params, opt_state = carry
+        _, counts = jax.vmap(lambda m: objective.aggregation(jnp.zeros(m.shape), m))(
+            _in_loss(parts)
+        )
+        count = jnp.maximum(jnp.sum(counts), 1)
+
+        def loss(params, part, row):
+            total, metrics = _slice_loss(learner, params, part, row)
+            return total / count, metrics
+
         grads, metrics = _sum_gradients(loss, params, parts, _like_params(learner.policy))
         state, told = apply_gradients(
             learner.optimizer, (params, opt_state), grads, metrics["loss"][0]
         )
         return state, metrics | told
 
+    def whole(carry, _):
+        if objective.minibatches == 1:
+            return one(carry, parts)
+        return jax.lax.scan(one, carry, _minibatches(parts, objective.minibatches))
+
     carry = state.params, state.opt_state
-    (params, opt_state), metrics = jax.lax.scan(one, carry, length=learner.objective.updates)
-    total = jax.tree.map(lambda a: jnp.sum(a, axis=0), metrics)
+    (params, opt_state), metrics = jax.lax.scan(whole, carry, length=objective.updates)
+    metrics = jax.tree.map(lambda a: a.reshape(-1), metrics)
+    total = jax.tree.map(jnp.sum, metrics)
     # Before the first update, rollout and update have the same parameters: the gap is numerics.
     total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
     return State(state.step + 1, params, opt_state), total
+
+
+def _minibatches(parts: _Example, count: int) -> _Example:
+    """Cuts slices [s, ..] into minibatches [count, s / count, ..], short and long ones in each."""
+    return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, count, *a.shape[1:]), 0, 1), parts)
 
 
 def caption_logps(
@@ -152,23 +209,28 @@ def caption_logps(
     return packed.texts(logp), packed.texts(entropy)
 
 
-def _reference_logps(learner: Learner, batch: Batch, captions: Rollout) -> jax.Array:
-    """Returns the reference policy's caption_logps, without gradient: float32 [b, g, t]."""
+def _constant_logps(policy: Policy, params: Params, batch: Batch, captions: Rollout) -> jax.Array:
+    """Returns a policy's caption_logps, without gradient: float32 [b, g, t]."""
 
     def logps(row, params, batch, captions):
-        return caption_logps(learner.policy, params, batch, captions, row)[0]
+        return caption_logps(policy, params, batch, captions, row)[0]
 
     def padded(params, batch, captions):
         count = packing.parts(captions.mask.shape[1:], usual)
         return packing.map_parts(lambda part: logps(None, params, batch, part), captions, count)
 
-    usual, args = slices.current().usual, (learner.reference, batch, captions)
+    usual, args = slices.current().usual, (params, batch, captions)
     return packing.by_length(logps, padded, captions.mask, usual, args)
 
 
 def _real_tokens(example: _Example) -> jax.Array:
-    """Returns bool [b, g, t], True for tokens of captions of valid images."""
-    return example.captions.mask & example.batch.valid[:, None, None]
+    """Returns bool [*slices, b, g, t], True for tokens of captions of valid images."""
+    return example.captions.mask & example.batch.valid[..., None, None]
+
+
+def _in_loss(example: _Example) -> jax.Array:
+    """Returns bool [*slices, b, g, t], True for the real tokens that the loss is made of."""
+    return _real_tokens(example) & example.learned[..., None]
 
 
 def _slice_loss(
@@ -178,13 +240,16 @@ def _slice_loss(
     objective, captions = learner.objective, example.captions
     logp, entropy = caption_logps(learner.policy, params, example.batch, captions, row)
     advantages = jnp.broadcast_to(example.advantages[..., None], logp.shape)
-    tokens = _real_tokens(example)
-    loss, shown = objective.loss(logp, captions.logp, advantages, tokens)
+    tokens, in_loss = _real_tokens(example), _in_loss(example)
+    old_logp, importance = _old_logps(objective, example, logp)
+    loss, shown = objective.loss(logp, old_logp, advantages, in_loss)
     shown = shown | {"entropy": entropy, "logp_gap": jnp.abs(logp - captions.logp)}
+    if importance is not None:
+        loss, shown["importance"] = importance * loss, importance
     if example.reference_logp is not None:
         shown["kl"] = kl = objective.kl_estimator(logp, example.reference_logp)
         loss = loss + objective.kl * kl
-    total, count = objective.aggregation(loss, tokens)
+    total, count = objective.aggregation(loss, in_loss)
 
     def over_tokens(values):
         values = jax.lax.stop_gradient(values)
@@ -192,6 +257,23 @@ def _slice_loss(
 
     metrics = {name: over_tokens(values) for name, values in shown.items()}
     return total, metrics | {"loss": (jax.lax.stop_gradient(total), count)}
+
+
+def _old_logps(
+    objective: Objective, example: _Example, logp: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns (log-probabilities that a loss compares with, importance weights or None).
+
+    Truncated importance sampling: the loss compares the policy with itself before the update, and
+    the weight min(exp(old_logp - rollout's), cap) stands for what rollout and update compute
+    differently (Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+    training", 2025).
+    """
+    if not objective.importance_cap:
+        return example.captions.logp, None
+    old = jax.lax.stop_gradient(logp) if example.old_logp is None else example.old_logp
+    weight = jnp.exp(old - example.captions.logp)
+    return old, jnp.minimum(weight, objective.importance_cap)
 
 
 def _sum_gradients(
@@ -218,7 +300,10 @@ def _sum_gradients(
         def one(total, own):
             return add(None, total, params, _Example(part.batch, *own)), None
 
-        own = packing.split((part.captions, part.advantages, part.reference_logp), count)
+        own = packing.split(
+            (part.captions, part.advantages, part.learned, part.reference_logp, part.old_logp),
+            count,
+        )
         return jax.lax.scan(one, none(part) if total is None else total, own)[0]
 
     def add_slice(total, part):

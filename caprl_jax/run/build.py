@@ -237,7 +237,7 @@ def sft(
     """
     model = _read_policy(config)
     stored = load.dataset(config, set_aside)
-    optimizer = compile_lib.optimizer(config, 1)
+    optimizer = compile_lib.optimizer(config)
     logging.info("loading the policy, %s", config.policy.path)
     state = load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
     one, traces = counted(lambda state, batch: step(model.policy, optimizer, state, batch))

@@ -72,7 +72,7 @@ def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
             )
     if config.objective != "caprl":
         return
-    for name in SLICES:
+    for name in (*SLICES, "minibatches"):
         if (config.data.batch // slices_of(config, name)) % multiple:
             raise ConfigError(
                 f"config.data.batch={config.data.batch} in config.caprl.{name}="
@@ -117,13 +117,12 @@ def default_dtype(platform: str = "") -> Any:
     return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
 
 
-def optimizer(
-    config: ml_collections.ConfigDict, updates_per_step: int
-) -> optax.GradientTransformation:
-    """Returns the config's optimizer, for a number of updates per step."""
-    settings = make(Optimizer, dict(config.optimizer))
-    updates = config.steps * updates_per_step
-    return optimizer_lib.make(settings, updates, updates_per_step, config.policy.freeze_vision)
+def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Returns the config's optimizer; its schedule knows how often it is called in a step."""
+    settings, caprl = make(Optimizer, dict(config.optimizer)), config.caprl
+    each = caprl.updates * caprl.minibatches if config.objective == "caprl" else 1
+    frozen = config.policy.freeze_vision
+    return optimizer_lib.make(settings, config.steps * each, each, frozen)
 
 
 def sampling(config: ml_collections.ConfigDict) -> Sampling:
@@ -154,9 +153,13 @@ def make_run(
         kl_estimator=config_lib.choice(config, "kl_estimator"),
         kl=caprl.kl,
         updates=caprl.updates,
+        minibatches=caprl.minibatches,
+        importance_cap=caprl.importance_cap,
+        mask_truncated=caprl.mask_truncated,
+        mask_equal=caprl.mask_equal,
     )
     return Run(
-        learner=Learner(policy, optimizer(config, caprl.updates), objective, reference),
+        learner=Learner(policy, optimizer(config), objective, reference),
         judge=judge,
         decoding=Decoding(caprl.group, stop, sampling(config), caprl.usual_tokens),
         judging=Judging(config.judge.mode, config.judge.temperature),

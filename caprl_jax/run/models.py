@@ -87,7 +87,7 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
     judge = None if is_url(config.judge.path) else build(config.judge).decoder
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
-    optimizer, key = compile_lib.optimizer(config, config.caprl.updates), jax.random.key(0)
+    optimizer, key = compile_lib.optimizer(config), jax.random.key(0)
     return Models(
         policy=policy,
         params=jax.eval_shape(policy.init, key),

@@ -29,9 +29,9 @@ def brief_if_dark(scored, options: Brief):
 
 # An advantage: it sees [b, g] rewards, so it may normalise over the whole batch.
 def over_the_batch(rewards, valid):
-    real = jnp.broadcast_to(valid[:, None], rewards.shape)
-    centred = rewards - jnp.mean(rewards, where=real)
-    return centred / (jnp.std(rewards, where=real) + 1e-6)
+    total, real = rewards.total, jnp.broadcast_to(valid[:, None], rewards.total.shape)
+    centred = total - jnp.mean(total, where=real)
+    return centred / (jnp.std(total, where=real) + 1e-6)
 
 
 # A loss: values of each token, and metrics by name.

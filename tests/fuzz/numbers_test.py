@@ -13,8 +13,10 @@ from caprl_jax.decode.lengths import bucket, even_buckets
 from caprl_jax.rl import kl, packing
 from caprl_jax.rl.advantages import ADVANTAGES, advantage
 from caprl_jax.rl.losses import AGGREGATIONS, LOSSES, caption_means
+from caprl_jax.rl.types import Rewards
 
 GROUPS = (2, 3, 6, 7, 8)  # shapes are few, as each is compiled
+IN_GROUPS = ("grpo", "rloo", "dr_grpo")  # advantages that see their own group only
 rewards = st.sampled_from(GROUPS).flatmap(
     lambda g: hnp.arrays(np.float32, (2, g), elements=st.floats(-100, 100, width=32))
 )
@@ -26,7 +28,9 @@ def compiled(name):
 
 
 def advantages(name, values):
-    return np.asarray(compiled(name)(jnp.asarray(values), jnp.ones(len(values), bool)))
+    rewards = jnp.asarray(values)
+    rewards = Rewards(rewards, {"only": rewards}, {"only": jnp.float32(1)})
+    return np.asarray(compiled(name)(rewards, jnp.ones(len(values), bool)))
 
 
 @given(st.one_of(st.integers(0, 10_000), st.integers(0, 2**70)))
@@ -55,21 +59,27 @@ def test_packed_texts_come_back(mask):
 
 
 @given(rewards, st.sampled_from(ADVANTAGES.names()))
-def test_advantages_are_finite_sum_to_zero_and_keep_the_order_of_rewards(values, name):
+def test_advantages_are_finite_and_keep_the_order_of_rewards(values, name):
     found = advantages(name, values)
     assert np.all(np.isfinite(found))
-    assert np.all(np.abs(found.sum(1)) <= 1e-5 * np.maximum(np.abs(found).sum(1), 1))
     for r, a in zip(values, found, strict=True):
         assert np.all(np.diff(a[np.argsort(r, kind="stable")]) >= -1e-6)
 
 
+@given(rewards, st.sampled_from(IN_GROUPS))
+def test_advantages_sum_to_zero_in_a_group(values, name):
+    found = advantages(name, values)
+    assert np.all(np.abs(found.sum(1)) <= 1e-5 * np.maximum(np.abs(found).sum(1), 1))
+
+
 @given(st.floats(-100, 100, width=32), st.sampled_from(GROUPS), st.sampled_from(ADVANTAGES.names()))
 @example(float(np.float32(1.7)), 6, "grpo")
-def test_a_group_of_equal_rewards_has_no_advantages(reward, g, name):
+@example(float(np.float32(1.7)), 6, "reinforce_pp")
+def test_equal_rewards_have_no_advantages(reward, g, name):
     assert not advantages(name, np.full((2, g), reward, np.float32)).any()
 
 
-@given(rewards, st.integers(-64, 64), st.sampled_from(ADVANTAGES.names()))
+@given(rewards, st.integers(-64, 64), st.sampled_from(IN_GROUPS))
 def test_a_reward_for_all_captions_of_a_group_changes_nothing(values, shift, name):
     values = np.round(values * 8) / 8  # eighths, which a shift by a whole number leaves exact
     np.testing.assert_allclose(
@@ -82,8 +92,8 @@ masks = hnp.arrays(bool, (2, 3, 5))
 
 
 @functools.cache
-def loss_and_gradient():
-    loss, mean = LOSSES.choose("clipped"), AGGREGATIONS.choose("caption_mean")
+def loss_and_gradient(name, mean):
+    loss, mean = LOSSES.choose(name), AGGREGATIONS.choose(mean)
 
     def total(logp, old, advantages, mask):
         values, metrics = loss(logp, old, advantages, mask)
@@ -93,13 +103,19 @@ def loss_and_gradient():
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-@given(logps, logps, hnp.arrays(np.float32, (2, 3, 1), elements=st.floats(-8, 8, width=32)), masks)
-def test_the_loss_and_its_gradient_are_finite_and_see_no_padding(logp, old, advantages, mask):
+@given(
+    st.sampled_from(LOSSES.names()),
+    st.sampled_from(AGGREGATIONS.names()),
+    *(logps, logps, hnp.arrays(np.float32, (2, 3, 1), elements=st.floats(-8, 8, width=32)), masks),
+)
+def test_the_loss_and_its_gradient_are_finite_and_see_no_padding(
+    name, mean, logp, old, advantages, mask
+):
     args = jnp.asarray(old), jnp.broadcast_to(advantages, logp.shape), jnp.asarray(mask)
-    (value, _), gradient = loss_and_gradient()(jnp.asarray(logp), *args)
+    (value, _), gradient = loss_and_gradient(name, mean)(jnp.asarray(logp), *args)
     assert np.isfinite(value) and np.all(np.isfinite(gradient)) and not np.any(gradient[~mask])
     other = np.where(mask, logp, -1.0)  # other log-probabilities of padding
-    (again, _), _ = loss_and_gradient()(jnp.asarray(other), *args)
+    (again, _), _ = loss_and_gradient(name, mean)(jnp.asarray(other), *args)
     assert again == value
 
 

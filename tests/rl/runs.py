@@ -23,7 +23,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
 ACCURACY = (Term("accuracy", REWARDS.choose("accuracy")),)
 
 
-def objective(kl=0.05, updates=2):
+def objective(kl=0.05, updates=2, **more):
     """The default loss with a KL."""
     return Objective(
         LOSSES.choose("clipped"),
@@ -31,6 +31,7 @@ def objective(kl=0.05, updates=2):
         KL_ESTIMATORS.choose("k3"),
         kl,
         updates,
+        **more,
     )
 
 
@@ -42,7 +43,8 @@ def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, usual=0, **changes):
       optimizer: optax's.
       reference: factor of the policy's parameters; None for no reference.
       usual: as Decoding's.
-      **changes: group, sampling, stop, mode, temperature, rewards, advantage, kl, updates.
+      **changes: group, sampling, stop, mode, temperature, rewards, advantage, kl, updates,
+        minibatches and others of Objective.
     """
     given = {
         "group": 4,
@@ -56,7 +58,9 @@ def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, usual=0, **changes):
         "updates": 2,
     } | changes
     other = None if reference is None else jax.tree.map(lambda a: a * reference, world.params)
-    aim = objective(given["kl"], given["updates"])
+    own = ("minibatches", "importance_cap", "mask_truncated", "mask_equal")
+    more = {name: given[name] for name in own if name in given}
+    aim = objective(given["kl"], given["updates"], **more)
     return Run(
         learner=Learner(world.policy, optimizer, aim, other),
         judge=world.judge,

@@ -11,7 +11,7 @@ from caprl_jax.rl.advantages import ADVANTAGES, advantage
 from caprl_jax.rl.judge import judge
 from caprl_jax.rl.rewards import REWARDS, Term, reward
 from caprl_jax.rl.rollout import rollout
-from caprl_jax.rl.types import Scored
+from caprl_jax.rl.types import Rewards, Scored
 from caprl_jax.rl.update import update
 
 from .runs import ACCURACY, make_run, start
@@ -89,7 +89,11 @@ def test_reward_over_captions_and_verdicts(world, run, keys, captions):
 
 @pytest.mark.parametrize("name", ADVANTAGES.names())
 def test_advantage_over_rewards(name):
-    rewards = jax.random.uniform(jax.random.key(0), (PARTS, 4, 4))
+    terms = {
+        name: jax.random.uniform(jax.random.key(i), (PARTS, 4, 4)) for i, name in enumerate("ab")
+    }
+    weights = {name: jnp.full(PARTS, weight) for name, weight in (("a", 1.0), ("b", 0.5))}
+    rewards = Rewards(terms["a"] + 0.5 * terms["b"], terms, weights)
     valid = jnp.asarray([[True] * 4, [True, False, True, True], [False] * 4])
     weigh = functools.partial(advantage, ADVANTAGES.choose(name))
     found = assert_parts(jax.vmap(weigh), weigh, rewards, valid)

@@ -15,12 +15,16 @@ import jax.numpy as jnp
 
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.rewards.accuracy import accuracy
+from caprl_jax.rl.rewards.confidence import confidence
 from caprl_jax.rl.rewards.length import length
+from caprl_jax.rl.rewards.length_band import length_band
+from caprl_jax.rl.rewards.repetition import repetition
+from caprl_jax.rl.rewards.truncation import truncation
 from caprl_jax.rl.types import Rewards, Scored
 
 REWARDS = Registry("reward", ("scored",))
-REWARDS.register("accuracy")(accuracy)
-REWARDS.register("length")(length)
+for _term in (accuracy, confidence, length, length_band, repetition, truncation):
+    REWARDS.register(_term.__name__)(_term)
 MODELS = ("judge", "reference")  # frozen models that a term may declare
 
 
@@ -32,11 +36,14 @@ class Term:
       name: its name in the log, as reward/NAME.
       choice: function and options.
       weight: factor in the sum.
+      mask: name of the term that this one is multiplied by, before anything else sees it; empty
+        for none.
     """
 
     name: str = flax.struct.field(pytree_node=False)
     choice: Choice = flax.struct.field(pytree_node=False)
     weight: float = flax.struct.field(pytree_node=False, default=1.0)
+    mask: str = flax.struct.field(pytree_node=False, default="")
 
 
 def needs(*models: str) -> Callable[[Callable], Callable]:
@@ -82,5 +89,6 @@ def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
         chex.assert_shape(value, shape, custom_message=f"reward {term.name!r} must be [b, g]")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise AssertionError(f"reward {term.name!r} must be floats, not {value.dtype}")
-    total = sum(term.weight * values[term.name] for term in terms)
-    return Rewards(total, values)
+    masked = {t.name: values[t.name] * values[t.mask] if t.mask else values[t.name] for t in terms}
+    total = sum(term.weight * masked[term.name] for term in terms)
+    return Rewards(total, masked, {term.name: jnp.float32(term.weight) for term in terms})

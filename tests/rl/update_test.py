@@ -1,0 +1,104 @@
+"""Several updates of a rollout, and what a loss is made of, against the same by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from caprl_jax.decode.sampling import Sampling
+from caprl_jax.parallel.jit import bind
+from caprl_jax.parallel.slices import Slices
+from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.update import update
+
+from .runs import assert_close, make_run, moved, start
+
+SGD = optax.sgd(1.0)  # the distance is the gradient
+ADVANTAGES = np.asarray(
+    [[1.0, -1, 0.5, -0.5], [0.3, 0.1, -0.2, -0.2], [2, -1, -1, 0], [0, 1, -1, 0]]
+)
+
+
+@pytest.fixture(scope="module")
+def drawn(world):
+    """Captions of the world's images; some are cut off at 6 tokens."""
+    run = make_run(world, sampling=Sampling(6), stop=tuple(range(12)), kl=0.0)
+    draw = functools.partial(rollout, world.policy, decoding=run.decoding)
+    found = jax.jit(draw)(world.params, world.batch, key=jax.random.key(3))
+    assert 2 < int(found.truncated.sum()) < 14
+    return found
+
+
+def after(world, captions, advantages=ADVANTAGES, state=None, batch=None, slices=1, **changes):
+    """(state, metrics) after an update with an objective of these changes."""
+    run = make_run(world, optimizer=SGD, reference=None, **{"kl": 0.0, "updates": 1} | changes)
+    one = jax.jit(bind(update, None, Slices(update=slices)))
+    advantages = jnp.asarray(advantages, jnp.float32)
+    state, batch = state or start(world, SGD), batch or world.batch
+    return jax.device_get(one(run.learner, state, batch, captions=captions, advantages=advantages))
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_minibatches_are_updates_on_parts_of_the_batch(world, drawn, slices):
+    """Images 0 and 2, then 1 and 3: each pass goes over both."""
+    found, metrics = after(world, drawn, minibatches=2, updates=2, slices=slices)
+    expected, sums = None, []
+    for part in (0, 1, 0, 1):
+
+        def of(a, part=part):
+            return a if a is None else a[part::2]
+
+        batch, captions = (jax.tree.map(of, a) for a in (world.batch, drawn))
+        expected, told = after(world, captions, ADVANTAGES[part::2], expected, batch)
+        sums.append(told["loss"])
+    assert_close(moved(world, found), moved(world, expected))
+    np.testing.assert_allclose(metrics["loss"][0], sum(total for total, _ in sums), rtol=1e-4)
+    assert metrics["loss"][1] == sum(count for _, count in sums)
+    assert metrics["grad_norm"][1] == 4 and metrics["logp_gap"][1] == drawn.mask[::2].sum()
+
+
+def test_captions_that_were_cut_off_are_left_out(world, drawn):
+    """As if they had no tokens."""
+    found, _ = after(world, drawn, mask_truncated=True)
+    mask = drawn.mask & ~drawn.truncated[..., None]
+    expected, _ = after(world, drawn.replace(mask=mask))
+    whole, _ = after(world, drawn)
+    assert_close(moved(world, found), moved(world, expected))
+    with pytest.raises(AssertionError):
+        assert_close(moved(world, found), moved(world, whole))
+
+
+def test_groups_without_advantages_are_left_out_of_the_mean(world, drawn):
+    """Two of four images teach nothing: the others count for twice as much."""
+    advantages = ADVANTAGES * [[1], [0], [1], [0]]
+    found, metrics = after(world, drawn, advantages, mask_equal=True)
+    whole, _ = after(world, drawn, advantages)
+    twice = jax.tree.map(lambda a: 2 * a, moved(world, whole))
+    assert_close(moved(world, found), twice)
+    assert metrics["entropy"][1] == drawn.mask.sum()  # they are still measured
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_importance_weights_scale_what_the_rollout_drew_too_seldom(world, drawn, updates):
+    """A rollout that says e^0.5 too little counts for that much, at most the cap.
+
+    With several updates the policy is compared with what it was before the first.
+    """
+    told = drawn.replace(logp=drawn.logp - 0.5)
+
+    def run(captions, cap):
+        found, metrics = after(world, captions, importance_cap=cap, updates=updates)
+        return moved(world, found), metrics
+
+    (plain, _), (capped, metrics), (free, _) = run(drawn, 2.0), run(told, 1.2), run(told, 9.0)
+    if updates == 1:
+        assert_close(capped, jax.tree.map(lambda a: 1.2 * a, plain))
+        assert_close(free, jax.tree.map(lambda a: np.exp(0.5) * a, plain), 1e-3)
+        without, _ = after(world, drawn)  # rollout and update agree but for rounding
+        assert_close(moved(world, without), plain, 1e-3)
+    total, count = metrics["importance"]
+    assert total / count == pytest.approx(1.2) and count == updates * drawn.mask.sum()
+    assert_close(run(drawn, 2.0)[0], moved(world, after(world, drawn, updates=updates)[0]), 1e-3)
