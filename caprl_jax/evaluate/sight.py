@@ -19,7 +19,7 @@ from caprl_jax.parallel import mesh, slices
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.jit import jit
 from caprl_jax.parallel.slices import Slices
-from caprl_jax.rl.update import caption_logps
+from caprl_jax.rl.logps import caption_logps
 
 
 class Sight:

@@ -23,14 +23,15 @@ def token_logprobs(
     targets: jax.Array,
     known: int | None = None,
     chunk: int = 8192,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities log softmax(hidden @ head.T)[target], and the entropy of the softmax.
 
     One pass over chunks of the vocabulary keeps a running maximum, sum of exponentials and sum of
     exponential-weighted logits. The backward pass needs only the normaliser of the first pass. It
     computes each chunk's logits once more, unless `keeps_logits` is true. The gradient of a logit
-    is (1 for the target, else 0) - softmax. It is rounded to hidden's dtype before its products
-    with head and hidden, which are summed in float32.
+    is (1 for the target, else 0) - softmax, and that of an entropy H is -p (log p + H). It is
+    rounded to hidden's dtype before its products with head and hidden, which are summed in float32.
 
     Args:
       hidden: [*batch, e].
@@ -38,9 +39,10 @@ def token_logprobs(
       targets: int [*batch].
       known: only this many first rows have a token and compete; None means all.
       chunk: rows of the head at a time.
+      entropy_gradient: whether entropies have a gradient; without one it costs nothing.
 
     Returns:
-      float32 (log-probabilities [*batch], entropies [*batch] in nats, without gradient).
+      float32 (log-probabilities [*batch], entropies [*batch] in nats).
     """
     chex.assert_equal_shape_prefix([hidden, targets], targets.ndim)
     chex.assert_rank(head, 2)
@@ -51,7 +53,7 @@ def token_logprobs(
     # Chunk i holds rows i, i + chunks, ..: each device of a sharded head keeps its own rows.
     rows = jnp.pad(head, ((0, size * chunks - vocab), (0, 0))).reshape(size, chunks, e)
     flat, known = hidden.reshape(-1, e), vocab if known is None else known
-    logp, entropy = _logprobs(flat, rows, targets.reshape(-1), known)
+    logp, entropy = _logprobs(flat, rows, targets.reshape(-1), known, entropy_gradient)
     return logp.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
@@ -82,15 +84,15 @@ def _grad_factors(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _logprobs(
-    hidden: jax.Array, rows: jax.Array, targets: jax.Array, known: int
+    hidden: jax.Array, rows: jax.Array, targets: jax.Array, known: int, entropy_gradient: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Like token_logprobs, for hidden [n, e], rows [size, chunks, e] and targets [n]."""
-    return _forward(hidden, rows, targets, known)[0]
+    return _forward(hidden, rows, targets, known, entropy_gradient)[0]
 
 
-def _forward(hidden, rows, targets, known):
+def _forward(hidden, rows, targets, known, entropy_gradient):
     keep = keeps_logits(targets.size, rows.shape[0] * rows.shape[1])
 
     def body(carry, i):
@@ -113,12 +115,13 @@ def _forward(hidden, rows, targets, known):
     (top, total, weighted, logit), kept = jax.lax.scan(body, carry, jnp.arange(rows.shape[1]))
     # The sum top + log total would lose the small logarithm to rounding when top is large.
     out = logit - top - jnp.log(total), jnp.log(total) - weighted / total
-    return out, (hidden, rows, targets, top, jnp.log(total), kept)
+    entropy = out[1] if entropy_gradient else None
+    return out, (hidden, rows, targets, top, jnp.log(total), entropy, kept)
 
 
-def _backward(known, residuals, cotangents):
-    hidden, rows, targets, top, log_total, kept = residuals
-    grad_logp, _ = cotangents  # entropies have no gradient
+def _backward(known, entropy_gradient, residuals, cotangents):
+    hidden, rows, targets, top, log_total, entropy, kept = residuals
+    grad_logp, grad_entropy = cotangents
 
     def body(total, chunk):
         i, z = chunk
@@ -126,9 +129,13 @@ def _backward(known, residuals, cotangents):
         if z is None:
             z = _logits(hidden, part, row, known)
         is_target = row == targets[:, None]
-        p = jnp.exp(z - top[:, None] - log_total[:, None])
-        grad_z = _grad_logits(grad_logp, is_target, p).astype(hidden.dtype)
-        grad_hidden, grad_part = _grad_factors(grad_z, hidden, part)
+        logp = z - top[:, None] - log_total[:, None]
+        p = jnp.exp(logp)
+        grad_z = _grad_logits(grad_logp, is_target, p)
+        if entropy_gradient:
+            more = grad_entropy[:, None] * p * (logp + entropy[:, None])
+            grad_z -= jnp.where(p > 0, more, 0)
+        grad_hidden, grad_part = _grad_factors(grad_z.astype(hidden.dtype), hidden, part)
         return total + grad_hidden, grad_part.astype(rows.dtype)
 
     start = jnp.zeros(hidden.shape, jnp.float32)

@@ -9,6 +9,7 @@ import jax
 from caprl_jax.registry import Choice
 from caprl_jax.rl.advantages import advantage
 from caprl_jax.rl.judge import Judge, Judging, judge
+from caprl_jax.rl.logps import Reference
 from caprl_jax.rl.measure import measure
 from caprl_jax.rl.rewards import Term, needed_models, reward
 from caprl_jax.rl.rollout import rollout
@@ -52,7 +53,8 @@ class Run:
     @property
     def models(self) -> dict:
         """Returns the frozen models that the reward terms declare, by name."""
-        known = {"judge": self.judge, "reference": self.learner.reference}
+        reference = Reference(self.learner.policy, self.learner.reference)
+        known = {"judge": self.judge, "reference": reference}
         return {name: known[name] for name in sorted(needed_models(self.rewards))}
 
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from caprl_jax.models import logprobs
 from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import axes, mesh, slices
 from caprl_jax.registry import Choice
 from caprl_jax.rl import packing
+from caprl_jax.rl.logps import caption_logps, constant_logps
 from caprl_jax.rl.types import Batch, Metrics, Rollout, State
 
 
@@ -28,6 +28,7 @@ class Objective:
       aggregation: an entry of rl.losses.AGGREGATIONS.
       kl_estimator: an entry of rl.kl.KL_ESTIMATORS.
       kl: weight of the KL divergence from the reference; 0 needs no reference.
+      entropy: weight of the policy's entropy, which is subtracted from the loss.
       updates: passes over a rollout.
       minibatches: parts of the batch with an optimizer update each, in every pass.
       importance_cap: largest importance weight of a token, for the difference between the rollout's
@@ -45,6 +46,7 @@ class Objective:
     importance_cap: float = 0.0
     mask_truncated: bool = False
     mask_equal: bool = False
+    entropy: float = 0.0
 
 
 @flax.struct.dataclass
@@ -111,7 +113,7 @@ def update(
             batch, captions, advantages = slices.ordered((batch, captions, advantages), order)
 
         def logps(params):
-            logps = functools.partial(_constant_logps, learner.policy, params)
+            logps = functools.partial(constant_logps, learner.policy, params)
             return slices.map_slices(lambda part: logps(*part), (batch, captions), count)
 
         several = objective.updates * objective.minibatches > 1
@@ -146,10 +148,8 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
 
     def one(carry, parts):
         params, opt_state = carry
-        _, counts = jax.vmap(lambda m: objective.aggregation(jnp.zeros(m.shape), m))(
-            _in_loss(parts)
-        )
-        count = jnp.maximum(jnp.sum(counts), 1)
+        size = jax.vmap(lambda mask: objective.aggregation(jnp.zeros(mask.shape), mask)[1])
+        count = jnp.maximum(jnp.sum(size(_in_loss(parts))), 1)
 
         def loss(params, part, row):
             total, metrics = _slice_loss(learner, params, part, row)
@@ -180,49 +180,6 @@ def _minibatches(parts: _Example, count: int) -> _Example:
     return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, count, *a.shape[1:]), 0, 1), parts)
 
 
-def caption_logps(
-    policy: Policy, params: Params, batch: Batch, captions: Rollout, row: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probabilities at temperature 1 and entropies of given captions.
-
-    Args:
-      policy: modules.
-      params: the policy's parameters.
-      batch: Batch [b, ..]; images and prompts are read.
-      captions: tokens and mask [b, g, t]; for rows the masks have no holes.
-      row: tokens of the row that an image's captions are packed into; None computes them padded.
-
-    Returns:
-      (log-probabilities, entropies in nats), float32 [b, g, t], 0 outside the mask.
-    """
-    trunk = policy.trunk(params, batch.images, batch.prompt)
-    tokens, mask, known = captions.tokens, captions.mask, policy.decoder.config.known
-    if row is None:
-        hidden = policy.branches(params, trunk, tokens, mask)
-        logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), tokens, known)
-        return jnp.where(mask, logp, 0), jnp.where(mask, entropy, 0)
-    packed = packing.pack(mask, row)
-    index = packed.row(jax.lax.broadcasted_iota(jnp.int32, mask.shape, 2))
-    tokens = packed.row(tokens)
-    hidden = policy.packed(params, trunk, tokens, index, packed.seen())
-    logp, entropy = logprobs.token_logprobs(hidden, policy.head(params), tokens, known)
-    return packed.texts(logp), packed.texts(entropy)
-
-
-def _constant_logps(policy: Policy, params: Params, batch: Batch, captions: Rollout) -> jax.Array:
-    """Returns a policy's caption_logps, without gradient: float32 [b, g, t]."""
-
-    def logps(row, params, batch, captions):
-        return caption_logps(policy, params, batch, captions, row)[0]
-
-    def padded(params, batch, captions):
-        count = packing.parts(captions.mask.shape[1:], usual)
-        return packing.map_parts(lambda part: logps(None, params, batch, part), captions, count)
-
-    usual, args = slices.current().usual, (params, batch, captions)
-    return packing.by_length(logps, padded, captions.mask, usual, args)
-
-
 def _real_tokens(example: _Example) -> jax.Array:
     """Returns bool [*slices, b, g, t], True for tokens of captions of valid images."""
     return example.captions.mask & example.batch.valid[..., None, None]
@@ -238,7 +195,8 @@ def _slice_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Returns one slice's (loss summed by the aggregation float32 [], metrics as (sum, count))."""
     objective, captions = learner.objective, example.captions
-    logp, entropy = caption_logps(learner.policy, params, example.batch, captions, row)
+    of = learner.policy, params, example.batch, captions
+    logp, entropy = caption_logps(*of, row, entropy_gradient=bool(objective.entropy))
     advantages = jnp.broadcast_to(example.advantages[..., None], logp.shape)
     tokens, in_loss = _real_tokens(example), _in_loss(example)
     old_logp, importance = _old_logps(objective, example, logp)
@@ -249,6 +207,8 @@ def _slice_loss(
     if example.reference_logp is not None:
         shown["kl"] = kl = objective.kl_estimator(logp, example.reference_logp)
         loss = loss + objective.kl * kl
+    if objective.entropy:
+        loss = loss - objective.entropy * entropy
     total, count = objective.aggregation(loss, in_loss)
 
     def over_tokens(values):

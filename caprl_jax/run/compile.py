@@ -152,6 +152,7 @@ def make_run(
         aggregation=config_lib.choice(config, "aggregation"),
         kl_estimator=config_lib.choice(config, "kl_estimator"),
         kl=caprl.kl,
+        entropy=caprl.entropy,
         updates=caprl.updates,
         minibatches=caprl.minibatches,
         importance_cap=caprl.importance_cap,

@@ -6,8 +6,8 @@ import optax
 import pytest
 
 from caprl_jax.bench import naive
-from caprl_jax.rl import update
 from caprl_jax.rl.judge import letter_logits
+from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.step import Verbs
 from caprl_jax.rl.types import Captions
@@ -55,7 +55,7 @@ def test_captions_and_their_log_probabilities_equal_the_trees(world):
     )
     np.testing.assert_array_equal(found.tokens, plain.tokens)
     assert relative(found.logp, plain.logp) <= 1e-5
-    again = jax.jit(lambda b, c: update.caption_logps(world.policy, world.params, b, c)[0])
+    again = jax.jit(lambda b, c: caption_logps(world.policy, world.params, b, c)[0])
     rows = jax.tree.map(lambda a: a.reshape(12, 1, *a.shape[2:]), plain)
     copies = jax.tree.map(lambda a: np.repeat(a, 3, axis=0), world.batch)
     tree, plain = again(world.batch, found), again(copies, rows)

@@ -11,7 +11,7 @@ from caprl_jax.decode import caches, scheduling
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.decode.scheduling import Stage
 from caprl_jax.plan.hlo import costs as hlo_costs
-from caprl_jax.rl import update
+from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Decoding
 
@@ -125,7 +125,7 @@ def test_captions_that_moved_have_the_policys_probabilities(world, monkeypatch, 
     monkeypatch.setattr(caches.axes, "platform", lambda: platform)
     found = draw(world, usual)
     logp, _ = jax.jit(
-        lambda params, captions: update.caption_logps(world.policy, params, world.batch, captions)
+        lambda params, captions: caption_logps(world.policy, params, world.batch, captions)
     )(world.params, found)
     np.testing.assert_allclose(found.logp, logp, rtol=1e-4, atol=1e-5)
     place, ends = np.arange(SAMPLING.max_tokens), np.isin(found.tokens, STOP)

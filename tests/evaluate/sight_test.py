@@ -10,8 +10,8 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.evaluate import heldout
 from caprl_jax.evaluate.heldout import Written
 from caprl_jax.evaluate.sight import Sight, warn_if_blind
+from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.step import caprl_step
-from caprl_jax.rl.update import caption_logps
 from caprl_jax.run import build
 from caprl_jax.run.build import Task
 

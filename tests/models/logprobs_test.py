@@ -64,7 +64,29 @@ def test_bfloat16_gradients_equal_float32_up_to_rounding(arrays, monkeypatch, ke
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-7 * float(jnp.abs(b).max()))
 
 
-def test_entropies_have_no_gradient(arrays):
+@pytest.mark.parametrize("kept", [0, 4 * B * T * V])
+def test_gradients_of_entropies_equal_those_of_log_softmax(arrays, monkeypatch, kept):
+    """Rows without a token, 50 and on, have no part in them."""
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", kept)
+    hidden, head, targets = arrays
+    targets, weight = targets % 50, jax.random.normal(jax.random.key(9), (2, B, T))
+
+    def gradients(function, head):
+        def total(*a):
+            return sum(jnp.sum(w * x) for w, x in zip(weight, function(*a, targets), strict=True))
+
+        return jax.grad(total, (0, 1))(hidden, head)
+
+    def chunked(*a):
+        return token_logprobs(*a, known=50, chunk=8, entropy_gradient=True)
+
+    found, expected = gradients(chunked, head), gradients(plain, head[:50])
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[1][:50], expected[1], rtol=1e-4, atol=1e-5)
+    assert not np.any(found[1][50:])
+
+
+def test_entropies_have_no_gradient_unless_it_is_asked_for(arrays):
     hidden, head, targets = arrays
     gradient = jax.grad(lambda h: jnp.sum(token_logprobs(h, head, targets)[1]))(hidden)
     np.testing.assert_array_equal(gradient, 0)

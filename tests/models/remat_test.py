@@ -9,7 +9,7 @@ import pytest
 from caprl_jax.decode.loop import Rollout
 from caprl_jax.models.layers import REMAT
 from caprl_jax.plan import flops
-from caprl_jax.rl import update
+from caprl_jax.rl.logps import caption_logps
 
 from ..rl.runs import assert_close
 
@@ -29,7 +29,7 @@ def learned(world):
         )
 
         def loss(params, policy=policy):
-            return jnp.sum(update.caption_logps(policy, params, world.batch, captions)[0])
+            return jnp.sum(caption_logps(policy, params, world.batch, captions)[0])
 
         grad = jax.jit(jax.grad(loss))
         traced = grad.trace(world.params).jaxpr

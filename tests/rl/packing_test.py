@@ -18,9 +18,9 @@ from caprl_jax.plan import roofline
 from caprl_jax.plan.flops import jaxpr_flops
 from caprl_jax.rl import packing
 from caprl_jax.rl.judge import letter_logits
+from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Captions
-from caprl_jax.rl.update import caption_logps
 
 from ..conftest import make_world
 from .runs import SAMPLING, assert_close, make_run, moved, same_metrics, start, step

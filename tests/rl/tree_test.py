@@ -11,8 +11,8 @@ from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.parallel import mesh
 from caprl_jax.plan.hlo import costs
-from caprl_jax.rl import update
 from caprl_jax.rl.judge import letter_logits
+from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Captions, Decoding
 from caprl_jax.run import compile as compile_lib
@@ -88,7 +88,7 @@ def naive_logps(world, params, captions):
 
 
 def tree_logps(world, params, captions):
-    return update.caption_logps(world.policy, params, world.batch, captions)[0]
+    return caption_logps(world.policy, params, world.batch, captions)[0]
 
 
 def test_rollout_and_update_logps_equal_naive(world, captions):
@@ -222,7 +222,7 @@ def test_padding_shifts_nothing(world, captions):
         tokens=jnp.pad(captions.tokens, ((0, 0), (0, 0), (0, 4)), constant_values=33),
         mask=jnp.pad(captions.mask, ((0, 0), (0, 0), (0, 4))),
     )
-    logps = jax.jit(lambda batch, c: update.caption_logps(world.policy, world.params, batch, c)[0])
+    logps = jax.jit(lambda batch, c: caption_logps(world.policy, world.params, batch, c)[0])
     plain = logps(world.batch, captions)
     found = logps(world.batch.replace(prompt=padded), longer)
     np.testing.assert_allclose(found[..., :9], plain, rtol=1e-5, atol=1e-6)

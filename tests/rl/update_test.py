@@ -11,7 +11,10 @@ import pytest
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.parallel.jit import bind
 from caprl_jax.parallel.slices import Slices
+from caprl_jax.rl.logps import caption_logps
+from caprl_jax.rl.rewards import REWARDS, Term
 from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.types import Scored
 from caprl_jax.rl.update import update
 
 from .runs import assert_close, make_run, moved, start
@@ -102,3 +105,29 @@ def test_importance_weights_scale_what_the_rollout_drew_too_seldom(world, drawn,
     total, count = metrics["importance"]
     assert total / count == pytest.approx(1.2) and count == updates * drawn.mask.sum()
     assert_close(run(drawn, 2.0)[0], moved(world, after(world, drawn, updates=updates)[0]), 1e-3)
+
+
+def test_an_entropy_bonus_makes_the_policy_less_sure(world, drawn):
+    """Nothing else moves it here."""
+
+    def entropy(metrics):
+        return float(metrics["entropy"][0] / metrics["entropy"][1])
+
+    state, before = after(world, drawn, 0 * ADVANTAGES, entropy=0.1)
+    _, then = after(world, drawn, 0 * ADVANTAGES, state, entropy=0.1)
+    assert entropy(then) > entropy(before) + 0.01
+    assert before["loss"][0] / before["loss"][1] < 0
+    still, _ = after(world, drawn, 0 * ADVANTAGES)
+    assert not any(np.any(a) for a in jax.tree.leaves(moved(world, still)))
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_the_divergence_may_be_a_reward(world, drawn, slices):
+    """Summed over tokens, against the run's reference."""
+    run = make_run(world, rewards=(Term("kl", REWARDS.choose("kl"), weight=0.1),))
+    given = Scored(world.batch, drawn, None, run.models)
+    found = jax.jit(bind(run.rewards[0].choice, None, Slices(update=slices)))(given)
+    logp, _ = caption_logps(world.policy, run.learner.reference, world.batch, drawn)
+    expected = np.sum(np.where(drawn.mask, logp - drawn.logp, 0), axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(expected).max() > 0.1

@@ -10,9 +10,9 @@ import pytest
 
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.rl.judge import letter_logits
+from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Captions, Decoding
-from caprl_jax.rl.update import caption_logps
 
 KNOWN = 40  # of 60 rows
 

@@ -5,7 +5,7 @@ dataclass of options, and register it here or name it in a config by its import 
 `@needs("judge")` declares the frozen models that a term reads from `scored.models`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import chex
@@ -16,16 +16,17 @@ import jax.numpy as jnp
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.rewards.accuracy import accuracy
 from caprl_jax.rl.rewards.confidence import confidence
+from caprl_jax.rl.rewards.kl import kl
 from caprl_jax.rl.rewards.length import length
 from caprl_jax.rl.rewards.length_band import length_band
+from caprl_jax.rl.rewards.needs import needs as needs
 from caprl_jax.rl.rewards.repetition import repetition
 from caprl_jax.rl.rewards.truncation import truncation
 from caprl_jax.rl.types import Rewards, Scored
 
 REWARDS = Registry("reward", ("scored",))
-for _term in (accuracy, confidence, length, length_band, repetition, truncation):
+for _term in (accuracy, confidence, kl, length, length_band, repetition, truncation):
     REWARDS.register(_term.__name__)(_term)
-MODELS = ("judge", "reference")  # frozen models that a term may declare
 
 
 @flax.struct.dataclass
@@ -44,23 +45,6 @@ class Term:
     choice: Choice = flax.struct.field(pytree_node=False)
     weight: float = flax.struct.field(pytree_node=False, default=1.0)
     mask: str = flax.struct.field(pytree_node=False, default="")
-
-
-def needs(*models: str) -> Callable[[Callable], Callable]:
-    """Returns a decorator that declares a term's frozen models: "judge", "reference".
-
-    scored.models["judge"] is an rl.judge.Judge, scored.models["reference"] the initial policy's
-    parameters.
-    """
-    unknown = set(models) - set(MODELS)
-    if unknown:
-        raise ValueError(f"a reward can't need {sorted(unknown)}: models are {', '.join(MODELS)}")
-
-    def declare(term: Callable) -> Callable:
-        term.needs = models
-        return term
-
-    return declare
 
 
 def needed_models(terms: Iterable[Term]) -> set[str]:

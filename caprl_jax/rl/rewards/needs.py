@@ -1,0 +1,22 @@
+"""The frozen models that a reward term may read."""
+
+from collections.abc import Callable
+
+MODELS = ("judge", "reference")
+
+
+def needs(*models: str) -> Callable[[Callable], Callable]:
+    """Returns a decorator that declares a term's frozen models: "judge", "reference".
+
+    scored.models["judge"] is an rl.judge.Judge, scored.models["reference"] an
+    rl.logps.Reference, the initial policy.
+    """
+    unknown = set(models) - set(MODELS)
+    if unknown:
+        raise ValueError(f"a reward can't need {sorted(unknown)}: models are {', '.join(MODELS)}")
+
+    def declare(term: Callable) -> Callable:
+        term.needs = models
+        return term
+
+    return declare
