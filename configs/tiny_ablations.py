@@ -29,8 +29,7 @@ LEMON's grid (arXiv 2111.12233), model size x data size: not reproduced. There i
   A run draws 256 images, and 16 images seen 16 times teach about as much.
 """
 
-from caprl_jax.config import default
-from caprl_jax.recipes import choose
+from caprl_jax.recipes import choose, embedded_arm
 from caprl_jax.sweep.arms import Sweep
 
 ARMS = {
@@ -91,26 +90,7 @@ def get_sweep():
 
 def get_config(arm="base"):
     [arm] = choose(arm, tuple(ARMS))
-    c = default(objective="sft" if arm.startswith("sft") else "caprl")
-    c.steps = 32
-    c.sampling.max_tokens = 32
-    c.caprl.group = 8
-    c.caprl.questions = 4
-    c.caprl.updates = 2
-    c.caprl.kl = 0.01
-    c.optimizer.learning_rate = 2e-4
-    c.optimizer.warmup_steps = 5
-    c.data.batch = 8
-    c.data.train = 512
-    c.data.max_windows = 4
-    c.data.max_prompt = 32
-    c.data.max_question = 46  # a leaky question is longer
-    c.eval.every = 0
-    c.eval.images = 64
-    c.eval.batch = 32
-    c.eval.group = 1
-    c.checkpoint.every = 16
-    c.export.when = "never"
+    c = embedded_arm(objective="sft" if arm.startswith("sft") else "caprl")
     if c.objective == "sft":
         c.sft.judged = True
         c.sft.max_tokens = 32

@@ -1,0 +1,70 @@
+"""The field's algorithms on the embedded world: advantages, losses, means, divergences, with seeds.
+
+Argument:  an arm (grpo by default), which trains that arm alone
+Command:   python -m caprl_jax.sweep --config=configs/tiny_algorithms.py --out=DIR
+Measured:  not yet: 18 arms with 3 seeds take about 40 CPU minutes, as tiny_ablations.py did.
+
+Every arm has 32 steps of 8 images and two passes over each rollout, so that the policy leaves the
+rollout's and clips have something to do.
+"""
+
+from caprl_jax.recipes import choose, embedded_arm
+from caprl_jax.sweep.arms import Sweep
+
+ARMS = {
+    "grpo": {},
+    "rloo": {"caprl.advantage": "rloo"},
+    "dr_grpo": {"caprl.advantage": "dr_grpo", "caprl.aggregation": "constant"},
+    "reinforce_pp": {"caprl.advantage": "reinforce_pp"},
+    "reinforce_pp_baseline": {"caprl.advantage": "reinforce_pp_baseline"},
+    "dapo": {
+        "caprl.loss": "dapo",
+        "caprl.aggregation": "token_mean",
+        "caprl.mask_equal": True,
+        "caprl.mask_truncated": True,
+    },
+    "gspo": {"caprl.loss": "gspo"},
+    "gspo_token": {"caprl.loss": "gspo_token"},
+    "cispo": {"caprl.loss": "cispo", "caprl.aggregation": "token_mean"},
+    "sapo": {"caprl.loss": "sapo"},
+    "reinforce": {"caprl.loss": "reinforce", "caprl.updates": 1},
+    "one_pass": {"caprl.updates": 1},
+    "minibatches": {"caprl.updates": 1, "caprl.minibatches": 2},
+    "importance": {"caprl.importance_cap": 2.0},
+    "no_kl": {"caprl.kl": 0.0},
+    "k1": {"caprl.kl_estimator": "k1"},
+    "k2": {"caprl.kl_estimator": "k2"},
+    "entropy": {"caprl.entropy": 0.001},
+}
+
+
+def get_sweep():
+    return Sweep(
+        panels={
+            "advantage": {
+                name: name
+                for name in ("grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline")
+            },
+            "loss": {
+                "clipped": "grpo",
+                **{n: n for n in ("dapo", "gspo", "gspo_token", "cispo", "sapo", "reinforce")},
+            },
+            "updates of a rollout": {
+                "2 passes": "grpo",
+                "1 pass": "one_pass",
+                "2 minibatches": "minibatches",
+                "2 passes, weighted": "importance",
+            },
+            "held to the reference by": {"k3": "grpo", "k1": "k1", "k2": "k2", "nothing": "no_kl"},
+            "entropy bonus": {"none": "grpo", "0.001": "entropy"},
+        },
+        base="grpo",
+        seeds=(0, 1, 2),
+    )
+
+
+def get_config(arm="grpo"):
+    [arm] = choose(arm, tuple(ARMS))
+    c = embedded_arm()
+    c.update_from_flattened_dict(ARMS[arm])
+    return c
