@@ -9,9 +9,8 @@ from caprl_jax import config as config_lib
 from caprl_jax import rl
 
 README = (pathlib.Path(rl.__file__).parent / "README.md").read_text()
-ROWS = [
-    line.split("|")[1:3] for line in README.splitlines() if "`caprl." in line and line[0] == "|"
-]
+TABLE = re.findall(r"^\|.*`caprl\..*$", README, re.MULTILINE)
+ROWS = [line.split("|")[1:3] for line in TABLE]
 
 
 @pytest.mark.parametrize(("method", "lines"), ROWS, ids=[method.strip() for method, _ in ROWS])
