@@ -24,6 +24,8 @@ ADVANTAGES = np.asarray(
     [[1.0, -1, 0.5, -0.5], [0.3, 0.1, -0.2, -0.2], [2, -1, -1, 0], [0, 1, -1, 0]]
 )
 
+ONE = {n: jax.jit(bind(update, None, Slices(update=n))) for n in (1, 4)}  # compiled once a case
+
 
 @pytest.fixture(scope="module")
 def drawn(world):
@@ -38,13 +40,13 @@ def drawn(world):
 def after(world, captions, advantages=ADVANTAGES, state=None, batch=None, slices=1, **changes):
     """(state, metrics) after an update with an objective of these changes."""
     run = make_run(world, optimizer=SGD, reference=None, **{"kl": 0.0, "updates": 1} | changes)
-    one = jax.jit(bind(update, None, Slices(update=slices)))
     advantages = jnp.asarray(advantages, jnp.float32)
     state, batch = state or start(world, SGD), batch or world.batch
-    return jax.device_get(one(run.learner, state, batch, captions=captions, advantages=advantages))
+    found = ONE[slices](run.learner, state, batch, captions=captions, advantages=advantages)
+    return jax.device_get(found)
 
 
-@pytest.mark.parametrize("slices", [1, 4])
+@pytest.mark.parametrize("slices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_minibatches_are_updates_on_parts_of_the_batch(world, drawn, slices):
     """Images 0 and 2, then 1 and 3: each pass goes over both."""
     found, metrics = after(world, drawn, minibatches=2, updates=2, slices=slices)
@@ -84,7 +86,7 @@ def test_groups_without_advantages_are_left_out_of_the_mean(world, drawn):
     assert metrics["entropy"][1] == drawn.mask.sum()  # they are still measured
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_importance_weights_scale_what_the_rollout_drew_too_seldom(world, drawn, updates):
     """A rollout that says e^0.5 too little counts for that much, at most the cap.
 
@@ -121,7 +123,7 @@ def test_an_entropy_bonus_makes_the_policy_less_sure(world, drawn):
     assert not any(np.any(a) for a in jax.tree.leaves(moved(world, still)))
 
 
-@pytest.mark.parametrize("slices", [1, 4])
+@pytest.mark.parametrize("slices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_divergence_may_be_a_reward(world, drawn, slices):
     """Summed over tokens, against the run's reference."""
     run = make_run(world, rewards=(Term("kl", REWARDS.choose("kl"), weight=0.1),))
