@@ -28,12 +28,11 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
 
             (JAX takes 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another
             share.)
-            With captions of at most 1,024 tokens, compiled ahead of time (caprl_jax.plan;
-            seconds by roofline, real steps take longer), GiB a device: as chosen on 8 H100 43.4
-            of 59.7, 14.1 s a step; with fixed values v5e_16 (v5e:4x4) 11.9 of 16, 20.4 s;
-            v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
-            (v5p:4x4x4) 11.9 of 95, 2.9 s; h200_8 23.0 of 105, 10.7 s. Only h200 (one, with
-            caprl.rollout_batches=1) was compiled with today's code: 100.7 of 105, 61.5 s.
+            Compiled ahead of time (caprl_jax.plan; seconds by roofline, real steps take longer),
+            GiB a device: as chosen on 8 H100 38.0 of 59.7, 14.6 s a step; h200 94.6 of 105.3,
+            60.8 s; h200_8 23.7 of 105.3, 11.8 s; v5e_16 (v5e:4x4) 12.4 of 15.8, 23.1 s. With
+            captions of at most 1,024 tokens and earlier code: v6e_16 (v6e:4x4) 14.8 of 32, 10.2
+            s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64 (v5p:4x4x4) 11.9 of 95, 2.9 s.
             h200 captions its batch in slices, whose draws differ: a run begun on other devices
             can't continue with that argument. With `found` it can, in the slices that it began
             with; but TPUs draw otherwise than GPUs and CPUs (decode/sampling.py).
