@@ -5,10 +5,10 @@ Arguments:  the hardware, found (default): mesh, slices and rematerialisation ar
 Command:    python -m caprl_jax.main --config=configs/qwen3vl_4b.py --workdir=DIR \
                 --config.data.path=CapRL-QA-75K/
 Measured:   not on an accelerator yet.
-Hardware:   planned with captions of at most 1,024 tokens (caprl_jax.plan; seconds by
-            roofline, real steps take longer), GiB a chip:
-            v5e_16 (v5e:4x4) 13.6 of 16, 45.6 s a step, bound by the traffic of its caches;
-            found on 8 H100 (h100:8) 46.5 of 60, 25.6 s
+Hardware:   planned (caprl_jax.plan; seconds by roofline, real steps take longer), GiB a chip:
+            found on 8 H100 (h100:8) 45.8 of 60, 24.4 s a step. With captions of at most 1,024
+            tokens and earlier code: v5e_16 (v5e:4x4) 13.6 of 16, 45.6 s, bound by the traffic of
+            its caches
 Expected:   no figures of this pair on the Prism benchmarks are known here; CapRL++ trains this
             size with a judge of this family.
 """
