@@ -4,8 +4,9 @@ Argument:  an arm (grpo by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_algorithms.py --out=DIR
 Measured:  not yet: 18 arms with 3 seeds take about 40 CPU minutes, as tiny_ablations.py did.
 
-Every arm has 32 steps of 8 images and two passes over each rollout, so that the policy leaves the
-rollout's and clips have something to do.
+Every arm has 32 steps of 8 images and, but for reinforce, one_pass and minibatches, two passes over
+each rollout, so that the policy leaves the rollout's and clips have something to do. A method comes
+with its mean and masks, as its paper has them. gdpo is not there: it needs several rewards.
 """
 
 from caprl_jax.recipes import choose, embedded_arm
@@ -45,7 +46,7 @@ def get_sweep():
                 name: name
                 for name in ("grpo", "rloo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline")
             },
-            "loss": {
+            "method": {
                 "clipped": "grpo",
                 **{n: n for n in ("dapo", "gspo", "gspo_token", "cispo", "sapo", "reinforce")},
             },

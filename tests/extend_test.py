@@ -164,7 +164,12 @@ def test_a_completed_config_has_every_key_of_its_entries(tmp_path):
         "mask": "",
         "options": {"rate": 1},
     }
-    assert c.caprl.rewards.accuracy.to_dict() == {"term": "accuracy", "weight": 1.0, "options": {}}
+    assert c.caprl.rewards.accuracy.to_dict() == {
+        "term": "accuracy",
+        "weight": 1.0,
+        "mask": "",
+        "options": {},
+    }
     assert c.sinks.csv.to_dict() == {"sink": f"{MINE}:CsvSink", "options": {}}
     keys = {key for key, _, _ in config_lib.rows(c)}
     assert {"caprl.rewards.brief.options.rate", "data.side", "sinks.csv.sink"} <= keys

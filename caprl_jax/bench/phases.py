@@ -173,7 +173,7 @@ def phases(
     def update(run, state, batch, captions, verdicts):
         scored = Scored(batch, captions, verdicts, run.models)
         rewards = reward(run.rewards, scored)
-        advantages = advantage(run.advantage, rewards.total, batch.valid)
+        advantages = advantage(run.advantage, rewards, batch.valid)
         return update_lib.update(
             run.learner, state, batch, captions=captions, advantages=advantages
         )

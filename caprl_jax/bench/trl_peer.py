@@ -29,6 +29,11 @@ STEP = "a whole step"
 _TAKEN = {
     "objective": "caprl",
     "caprl.updates": 1,
+    "caprl.minibatches": 1,
+    "caprl.importance_cap": 0.0,
+    "caprl.entropy": 0.0,
+    "caprl.mask_truncated": False,
+    "caprl.mask_equal": False,
     "caprl.kl": 0.0,
     "caprl.advantage": "grpo",
     "caprl.loss": "clipped",

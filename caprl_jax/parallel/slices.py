@@ -93,7 +93,7 @@ def map_slices(function: Callable, tree: Any, count: int, key: jax.Array | None 
     )
 
 
-def alike(size: jax.Array, count: int) -> jax.Array:
+def alike(size: jax.Array, count: int, parts: int = 1) -> jax.Array:
     """Returns an order of images, int32 [b], in which each of `count` slices has alike sizes.
 
     Every device sorts its own images, so `ordered` moves none between devices.
@@ -101,9 +101,13 @@ def alike(size: jax.Array, count: int) -> jax.Array:
     Args:
       size: int32 [b], a number of tokens, say.
       count: slices, as for `split`.
+      parts: parts of the batch that are sorted by themselves, a divisor of count: images i,
+        i + parts, .. stay in slices i, i + parts, .., whatever their sizes.
     """
     devices = _devices()
-    order = jnp.argsort(size.reshape(devices, -1), axis=1).reshape(devices, count, -1)
+    own = size.reshape(devices, -1, parts)
+    order = jnp.argsort(own, axis=1) * parts + jnp.arange(parts)
+    order = order.reshape(devices, count // parts, -1, parts)
     return jnp.swapaxes(order, 1, 2).reshape(size.shape)
 
 

@@ -128,7 +128,7 @@ def reinforce_pp_baseline(rewards: Rewards, valid: jax.Array) -> jax.Array:
     Small differences in one group don't weigh as much as large ones in another, as they do in
     GRPO.
     """
-    return _over_batch(jax.vmap(_centred)(rewards.total), valid)
+    return _scaled(jax.vmap(_centred)(rewards.total), valid)
 
 
 @ADVANTAGES.register("gdpo")
@@ -139,20 +139,23 @@ def gdpo(rewards: Rewards, valid: jax.Array) -> jax.Array:
     eq. 4 to 6; BalCapRL, arXiv 2605.07394).
     """
     own = {name: jax.vmap(grpo_advantages)(values) for name, values in rewards.terms.items()}
-    return _over_batch(sum(rewards.weights[name] * value for name, value in own.items()), valid)
+    return _scaled(sum(rewards.weights[name] * value for name, value in own.items()), valid)
 
 
 def _over_batch(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """Returns (values - mean) / std over valid images, 0 elsewhere: float32 [b, g] -> [b, g].
-
-    The deviation is the unbiased one, plus 1e-6.
-    """
+    """Returns (values - mean) / std over valid images: float32 [b, g] -> [b, g]."""
     real = jnp.broadcast_to(valid[:, None], values.shape)
-    count = jnp.sum(real)
-    centred = jnp.where(real, values - jnp.sum(values, where=real) / jnp.maximum(count, 1), 0)
-    top, low = (
-        f(values, where=real, initial=start)
-        for f, start in ((jnp.max, -jnp.inf), (jnp.min, jnp.inf))
-    )
-    centred = jnp.where(top > low, centred, 0)  # as in _centred
-    return centred / (jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(count - 1, 1)) + _EPSILON)
+    mean = jnp.sum(values, where=real) / jnp.maximum(jnp.sum(real), 1)
+    top = jnp.max(values, where=real, initial=-jnp.inf)
+    equal = top == jnp.min(values, where=real, initial=jnp.inf)  # as in _centred
+    return _scaled(jnp.where(equal, 0, values - mean), valid)
+
+
+def _scaled(centred: jax.Array, valid: jax.Array) -> jax.Array:
+    """Returns values whose mean is 0 over their deviation, and 0 for images that are not valid.
+
+    The deviation is the unbiased one over valid images, plus 1e-6.
+    """
+    real = jnp.broadcast_to(valid[:, None], centred.shape)
+    squares = jnp.sum(centred**2, where=real) / jnp.maximum(jnp.sum(real) - 1, 1)
+    return jnp.where(real, centred, 0) / (jnp.sqrt(squares) + _EPSILON)

@@ -281,7 +281,7 @@ def verdicts(
     masked = among_options(logits, letters, judging.temperature)
     p = jax.nn.softmax(masked, axis=-1)
     p_truth = jnp.take_along_axis(p, truth[..., None], axis=-1)[..., 0]
-    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
+    entropy = jnp.sum(jax.scipy.special.entr(p), axis=-1)
     sampled = judging.mode == "sampled"
     letter = jax.random.categorical(key, masked) if sampled else jnp.argmax(masked, axis=-1)
     right = (letter == truth).astype(jnp.float32)

@@ -17,7 +17,8 @@ KL_ESTIMATORS = Registry("KL estimator", ("logp", "reference_logp"))
 def k1(logp: jax.Array, reference_logp: jax.Array) -> jax.Array:
     """Returns logp - reference_logp, whose mean is the divergence; single values may be negative.
 
-    In a loss its gradient is 0 on average, for any policy: it says how far, and holds nothing back.
+    In a loss its gradient is 0 on average for the policy that drew the tokens: it tells how far the
+    policy is, and holds nothing back.
 
     Args:
       logp: float32 [*batch, t], of the policy.

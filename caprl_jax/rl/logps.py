@@ -57,18 +57,18 @@ def caption_logps(
     """
     trunk = policy.trunk(params, batch.images, batch.prompt)
     tokens, mask, known = captions.tokens, captions.mask, policy.decoder.config.known
-    found = functools.partial(
+    token_logps = functools.partial(
         logprobs.token_logprobs, known=known, entropy_gradient=entropy_gradient
     )
     if row is None:
         hidden = policy.branches(params, trunk, tokens, mask)
-        logp, entropy = found(hidden, policy.head(params), tokens)
+        logp, entropy = token_logps(hidden, policy.head(params), tokens)
         return jnp.where(mask, logp, 0), jnp.where(mask, entropy, 0)
     packed = packing.pack(mask, row)
     index = packed.row(jax.lax.broadcasted_iota(jnp.int32, mask.shape, 2))
     tokens = packed.row(tokens)
     hidden = policy.packed(params, trunk, tokens, index, packed.seen())
-    logp, entropy = found(hidden, policy.head(params), tokens)
+    logp, entropy = token_logps(hidden, policy.head(params), tokens)
     return packed.texts(logp), packed.texts(entropy)
 
 

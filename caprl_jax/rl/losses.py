@@ -28,14 +28,14 @@ class Clipped:
     """Options of the clipped loss."""
 
     clip: float = setting(0.2, "how far the probability ratio may fall below 1", above=0)
-    clip_high: float = setting(0.2, "how far it may rise above 1", above=0)
+    clip_high: float = setting(0.0, "how far it may rise above 1; 0: as clip", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dapo(Clipped):
     """Options of the clipped loss with DAPO's bounds."""
 
-    clip_high: float = setting(0.28, "how far the ratio may rise above 1", above=0)
+    clip_high: float = setting(0.28, "how far the ratio may rise above 1; 0: as clip", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Gspo(Clipped):
     """Options of GSPO: a caption's ratio is a mean, so its bounds are narrow."""
 
     clip: float = setting(3e-4, "how far a caption's ratio may fall below 1", above=0)
-    clip_high: float = setting(4e-4, "how far it may rise above 1", above=0)
+    clip_high: float = setting(4e-4, "how far it may rise above 1; 0: as clip", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def is_clipped(
 
 
 def _clip(logp, old_logp, advantages, options: Clipped) -> Loss:
-    args = logp, old_logp, advantages, options.clip, options.clip_high
+    args = logp, old_logp, advantages, options.clip, options.clip_high or options.clip
     return clipped_loss(*args), {"clip_fraction": is_clipped(*args)}
 
 

@@ -42,7 +42,9 @@ class Caprl:
     kl_estimator: str = setting("k3", "estimator of that divergence", choices=KL_ESTIMATORS)
     kl_estimator_options: dict = setting({}, OPTIONS)
     entropy: float = setting(
-        0.0, "weight of the policy's entropy at each token, in nats; above 0 it keeps draws diverse"
+        0.0,
+        "weight of the policy's entropy at each token, in nats; above 0 it keeps draws diverse",
+        least=0,
     )
     updates: int = setting(1, "passes over a rollout", least=1)
     minibatches: int = setting(

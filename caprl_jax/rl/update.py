@@ -109,7 +109,8 @@ def update(
     objective, count = learner.objective, _slices(learner)
     with jax.named_scope("update"):
         if slices.current().usual:  # slices of captions that are alike have little padding
-            order = slices.alike(jnp.sum(captions.mask, axis=(1, 2)), count)
+            tokens = jnp.sum(captions.mask, axis=(1, 2))
+            order = slices.alike(tokens, count, objective.minibatches)
             batch, captions, advantages = slices.ordered((batch, captions, advantages), order)
 
         def logps(params):
@@ -176,7 +177,7 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
 
 
 def _minibatches(parts: _Example, count: int) -> _Example:
-    """Cuts slices [s, ..] into minibatches [count, s / count, ..], short and long ones in each."""
+    """Cuts slices [s, ..] into minibatches [count, s / count, ..], of images i, i + count, .."""
     return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, count, *a.shape[1:]), 0, 1), parts)
 
 
@@ -195,13 +196,13 @@ def _slice_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Returns one slice's (loss summed by the aggregation float32 [], metrics as (sum, count))."""
     objective, captions = learner.objective, example.captions
-    of = learner.policy, params, example.batch, captions
-    logp, entropy = caption_logps(*of, row, entropy_gradient=bool(objective.entropy))
+    inputs = learner.policy, params, example.batch, captions, row
+    logp, entropy = caption_logps(*inputs, entropy_gradient=bool(objective.entropy))
     advantages = jnp.broadcast_to(example.advantages[..., None], logp.shape)
     tokens, in_loss = _real_tokens(example), _in_loss(example)
     old_logp, importance = _old_logps(objective, example, logp)
-    loss, shown = objective.loss(logp, old_logp, advantages, in_loss)
-    shown = shown | {"entropy": entropy, "logp_gap": jnp.abs(logp - captions.logp)}
+    loss, own = objective.loss(logp, old_logp, advantages, in_loss)
+    shown = {"entropy": entropy, "logp_gap": jnp.abs(logp - captions.logp)}
     if importance is not None:
         loss, shown["importance"] = importance * loss, importance
     if example.reference_logp is not None:
@@ -211,11 +212,12 @@ def _slice_loss(
         loss = loss - objective.entropy * entropy
     total, count = objective.aggregation(loss, in_loss)
 
-    def over_tokens(values):
+    def over(values, mask):
         values = jax.lax.stop_gradient(values)
-        return jnp.sum(jnp.where(tokens, values, 0)), jnp.sum(tokens)
+        return jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask)
 
-    metrics = {name: over_tokens(values) for name, values in shown.items()}
+    metrics = {name: over(values, in_loss) for name, values in own.items()}
+    metrics |= {name: over(values, tokens) for name, values in shown.items()}
     return total, metrics | {"loss": (jax.lax.stop_gradient(total), count)}
 
 

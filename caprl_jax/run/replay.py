@@ -60,7 +60,7 @@ def _verbs(run: Run, state: State, batch: Batch, key: jax.Array) -> dict[str, An
     )
     verdicts = verbs.judge(run.judge, captions, batch.questions, judging=run.judging, key=judge_key)
     rewards = verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models))
-    advantages = verbs.advantage(run.advantage, rewards.total, batch.valid)
+    advantages = verbs.advantage(run.advantage, rewards, batch.valid)
     _, metrics = verbs.update(run.learner, state, batch, captions=captions, advantages=advantages)
     return {
         "captions": captions,

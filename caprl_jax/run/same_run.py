@@ -1,6 +1,7 @@
 """Compares the config of a run with that of the run that a workdir holds."""
 
 import json
+import re
 from typing import Any
 
 import ml_collections
@@ -23,6 +24,7 @@ _GONE = {
     "caprl.reuse": None,
     "caprl.slots": (0,),
 }
+_TERM = re.compile(r"caprl\.rewards\.[^.]+\.term")
 _OF_A_CHOICE = ("data.rows", "data.columns", "data.digits", "data.train", "data.path", "sft.")
 
 
@@ -59,6 +61,8 @@ def differences(saved: dict, config: ml_collections.ConfigDict) -> list[str]:
     fresh = config_lib.complete(config_lib.default(config.objective, config.data.source))
     old = {_RENAMED.get(key, key): value for key, value in _flat(saved).items()}
     old = {k: v for k, v in _flat(json.loads(fresh.to_json())).items() if k in new} | old
+    terms = {key.removesuffix(".term") for key in old if _TERM.fullmatch(key)}
+    old = {f"{term}.mask": "" for term in terms} | old  # terms had no masks once
     return [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

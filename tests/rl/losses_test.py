@@ -84,7 +84,7 @@ def logs(*ratios):
     return jnp.log(logp) - 3, jnp.full(logp.shape, -3.0)
 
 
-def of(name, ratios, advantage, mask=None, **options):
+def token_losses(name, ratios, advantage, mask=None, **options):
     """Loss of each token of one caption, by ratio."""
     logp, old = logs(*ratios)
     mask = jnp.ones(logp.shape, bool) if mask is None else jnp.asarray([[mask]], bool)
@@ -104,17 +104,17 @@ def of(name, ratios, advantage, mask=None, **options):
     ],
 )
 def test_losses_of_tokens_by_hand(name, ratios, advantage, expected):
-    found, _ = of(name, ratios, advantage)
+    found, _ = token_losses(name, ratios, advantage)
     np.testing.assert_allclose(found[0, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gspo", "gspo_token"])
 def test_a_caption_has_one_ratio_in_gspo(name):
     """2, 0.5 and 1.21 have the geometric mean 1.0656 of three; the padding's 9 does not count."""
-    found, told = of(name, (2, 0.5, 1.21, 9), 1, (1, 1, 1, 0), clip=0.1, clip_high=0.05)
+    found, told = token_losses(name, (2, 0.5, 1.21, 9), 1, (1, 1, 1, 0), clip=0.1, clip_high=0.05)
     np.testing.assert_allclose(found[0, 0, :3], 3 * [-1.05], rtol=1e-5)
     assert told["clip_fraction"].all()
-    found, told = of(name, (2, 0.5, 1.21, 9), 1, (1, 1, 1, 0), clip=0.1, clip_high=0.1)
+    found, told = token_losses(name, (2, 0.5, 1.21, 9), 1, (1, 1, 1, 0), clip=0.1, clip_high=0.1)
     np.testing.assert_allclose(found[0, 0, :3], 3 * [-(1.21 ** (1 / 3))], rtol=1e-5)
     assert not told["clip_fraction"].any()
 
@@ -146,7 +146,7 @@ def naive(name, options, logp, old, advantages, mask):
             elif name == "reinforce":
                 found[i][t] = -a * lp
             else:
-                bounded = min(max(rho, 1 - options.clip), 1 + options.clip_high)
+                bounded = min(max(rho, 1 - options.clip), 1 + (options.clip_high or options.clip))
                 found[i][t] = -min(rho * a, bounded * a)
     return found
 

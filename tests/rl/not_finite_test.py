@@ -90,3 +90,4 @@ def test_a_judge_that_is_not_finite_scores_nothing_plausible(world):
         ask = functools.partial(judge, judging=Judging(mode), key=jax.random.key(0))
         found = jax.jit(ask)(model, captions, world.batch.questions)
         assert np.all(np.isnan(found.score)) and np.all(np.isnan(found.p_truth))
+        assert np.all(np.isnan(found.entropy))

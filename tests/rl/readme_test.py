@@ -28,8 +28,3 @@ def test_the_lines_of_a_method_are_a_config(method, lines):
             section, _, name = key.rpartition(".")
             config_lib.get(c, section)[name] = value if isinstance(old, str) else type(old)(value)
     config_lib.validate(c)
-
-
-def test_the_table_of_rewards_is_complete():
-    listed = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
-    assert listed == sorted(config_lib.REWARDS.names())

@@ -11,20 +11,25 @@ import pytest
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.parallel.jit import bind
 from caprl_jax.parallel.slices import Slices
+from caprl_jax.rl.advantages import ADVANTAGES
 from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.rewards import REWARDS, Term
 from caprl_jax.rl.rollout import rollout
-from caprl_jax.rl.types import Scored
+from caprl_jax.rl.types import Rewards, Scored
 from caprl_jax.rl.update import update
 
 from .runs import assert_close, make_run, moved, start
 
 SGD = optax.sgd(1.0)  # the distance is the gradient
-ADVANTAGES = np.asarray(
-    [[1.0, -1, 0.5, -0.5], [0.3, 0.1, -0.2, -0.2], [2, -1, -1, 0], [0, 1, -1, 0]]
-)
+WEIGHED = np.asarray([[1.0, -1, 0.5, -0.5], [0.3, 0.1, -0.2, -0.2], [2, -1, -1, 0], [0, 1, -1, 0]])
 
-ONE = {n: jax.jit(bind(update, None, Slices(update=n))) for n in (1, 4)}  # compiled once a case
+CUTS = {
+    "1": Slices(),
+    "4": Slices(update=4),
+    "packed": Slices(usual=3),
+    "packed, 4": Slices(update=4, usual=3),
+}
+ONE = {name: jax.jit(bind(update, None, cut)) for name, cut in CUTS.items()}  # compiled once a case
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def drawn(world):
     return found
 
 
-def after(world, captions, advantages=ADVANTAGES, state=None, batch=None, slices=1, **changes):
+def after(world, captions, advantages=WEIGHED, state=None, batch=None, slices="1", **changes):
     """(state, metrics) after an update with an objective of these changes."""
     run = make_run(world, optimizer=SGD, reference=None, **{"kl": 0.0, "updates": 1} | changes)
     advantages = jnp.asarray(advantages, jnp.float32)
@@ -46,10 +51,18 @@ def after(world, captions, advantages=ADVANTAGES, state=None, batch=None, slices
     return jax.device_get(found)
 
 
-@pytest.mark.parametrize("slices", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_minibatches_are_updates_on_parts_of_the_batch(world, drawn, slices):
-    """Images 0 and 2, then 1 and 3: each pass goes over both."""
-    found, metrics = after(world, drawn, minibatches=2, updates=2, slices=slices)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param("1", marks=pytest.mark.slow),
+        "4",
+        pytest.param("packed", marks=pytest.mark.slow),
+        pytest.param("packed, 4", marks=pytest.mark.slow),
+    ],
+)
+def test_minibatches_are_updates_on_parts_of_the_batch(world, drawn, cut):
+    """Images 0 and 2, then 1 and 3, whatever their lengths are: each pass goes over both."""
+    found, metrics = after(world, drawn, minibatches=2, updates=2, slices=cut)
     expected, sums = None, []
     for part in (0, 1, 0, 1):
 
@@ -57,7 +70,7 @@ def test_minibatches_are_updates_on_parts_of_the_batch(world, drawn, slices):
             return a if a is None else a[part::2]
 
         batch, captions = (jax.tree.map(of, a) for a in (world.batch, drawn))
-        expected, told = after(world, captions, ADVANTAGES[part::2], expected, batch)
+        expected, told = after(world, captions, WEIGHED[part::2], expected, batch)
         sums.append(told["loss"])
     assert_close(moved(world, found), moved(world, expected))
     np.testing.assert_allclose(metrics["loss"][0], sum(total for total, _ in sums), rtol=1e-4)
@@ -76,9 +89,18 @@ def test_captions_that_were_cut_off_are_left_out(world, drawn):
         assert_close(moved(world, found), moved(world, whole))
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo", "reinforce_pp_baseline", "gdpo"])
+def test_groups_of_equal_rewards_have_no_advantage_at_all(name):
+    """Not even a rounded one, so that mask_equal finds them."""
+    total = jnp.asarray([[0.1, 0.7, 0.3], [0.3, 0.3, 0.3], [0.9, 0.2, 0.2]])
+    rewards = Rewards(total, {"only": total}, {"only": jnp.float32(0.7)})
+    found = jax.jit(ADVANTAGES.choose(name))(rewards, jnp.ones(3, bool))
+    assert not np.any(found[1]) and np.all(np.any(np.asarray(found)[[0, 2]], axis=1))
+
+
 def test_groups_without_advantages_are_left_out_of_the_mean(world, drawn):
     """Two of four images teach nothing: the others count for twice as much."""
-    advantages = ADVANTAGES * [[1], [0], [1], [0]]
+    advantages = WEIGHED * [[1], [0], [1], [0]]
     found, metrics = after(world, drawn, advantages, mask_equal=True)
     whole, _ = after(world, drawn, advantages)
     twice = jax.tree.map(lambda a: 2 * a, moved(world, whole))
@@ -115,11 +137,11 @@ def test_an_entropy_bonus_makes_the_policy_less_sure(world, drawn):
     def entropy(metrics):
         return float(metrics["entropy"][0] / metrics["entropy"][1])
 
-    state, before = after(world, drawn, 0 * ADVANTAGES, entropy=0.1)
-    _, then = after(world, drawn, 0 * ADVANTAGES, state, entropy=0.1)
+    state, before = after(world, drawn, 0 * WEIGHED, entropy=0.1)
+    _, then = after(world, drawn, 0 * WEIGHED, state, entropy=0.1)
     assert entropy(then) > entropy(before) + 0.01
     assert before["loss"][0] / before["loss"][1] < 0
-    still, _ = after(world, drawn, 0 * ADVANTAGES)
+    still, _ = after(world, drawn, 0 * WEIGHED)
     assert not any(np.any(a) for a in jax.tree.leaves(moved(world, still)))
 
 

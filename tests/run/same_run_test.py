@@ -51,6 +51,23 @@ def test_a_run_from_before_a_key_did_what_its_default_says():
     assert same_run.differences(before, c) == ["caprl.usual_tokens was 0, is 2"]
 
 
+def test_terms_had_no_masks_and_bounds_of_the_ratio_were_one_number():
+    c = config_lib.default()
+    config_lib.choose_entry(c, "caprl.rewards.brief.term", "length")
+    c.caprl.loss_options = {"clip": 0.3}
+    before = values(c)
+    for term in before["caprl"]["rewards"].values():
+        del term["mask"]
+    del before["caprl"]["loss_options"]["clip_high"]
+    assert same_run.differences(before, c) == []
+    c.caprl.rewards.accuracy.mask = "brief"
+    c.caprl.loss_options.clip_high = 0.28
+    assert same_run.differences(before, c) == [
+        "caprl.loss_options.clip_high was 0.0, is 0.28",
+        "caprl.rewards.accuracy.mask was '', is 'brief'",
+    ]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

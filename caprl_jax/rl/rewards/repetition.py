@@ -19,7 +19,7 @@ class Repetition:
 def repetition(scored: Scored, options: Repetition) -> jax.Array:
     """Returns minus the share of a caption's runs of n tokens that stood in it before.
 
-    That is 1 - rep-n of arXiv 1908.04319, section 6.1, with the other sign and from 0.
+    That is minus seq-rep-n of arXiv 1908.04319, section 6.1.
 
     Args:
       scored: its captions are read; their masks have no holes.

@@ -6,7 +6,6 @@ compares ours with them.
 """
 
 import collections
-import contextlib
 import importlib.metadata
 import pathlib
 import sys
@@ -43,7 +42,7 @@ def trl(given):
         logp = torch.tensor(given["logp"], requires_grad=True)
         mask = torch.tensor(given["mask"]).int()
         trainer = types.SimpleNamespace(
-            _get_per_token_logps_and_entropies=lambda *a, **k: (logp, torch.zeros(()), None),
+            _get_per_token_logps_and_entropies=lambda *a, **k: (logp, logp.detach(), None),
             accelerator=types.SimpleNamespace(
                 num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
             ),
@@ -69,7 +68,6 @@ def trl(given):
             use_vllm=False,
             _entropy_bonus_enabled=False,
         )
-        trainer._get_per_token_logps_and_entropies = lambda *a, **k: (logp, logp.detach(), None)
         loss = GRPOTrainer._compute_loss(
             trainer,
             None,
@@ -134,10 +132,9 @@ def tunix(given):
 
     rewards = given["rewards"] @ np.asarray(WEIGHTS, np.float32)
     by_name = {"grpo": "grpo", "rloo": "rloo", "dr_grpo": "drgrpo"}
-    with contextlib.suppress(KeyError):
-        for ours, theirs in by_name.items():
-            found = algo_core.function_registry.get_advantage_estimator(theirs)
-            given[f"advantages/{ours}"] = np.asarray(found(rewards, GROUP))
+    for ours, theirs in by_name.items():
+        found = algo_core.function_registry.get_advantage_estimator(theirs)
+        given[f"advantages/{ours}"] = np.asarray(found(rewards, GROUP))
     return {
         "clipped": run("grpo", "sequence-mean-token-mean"),
         "clipped, k3": run("grpo", "sequence-mean-token-mean", 0.1),
