@@ -106,7 +106,7 @@ def alike(size: jax.Array, count: int, parts: int = 1) -> jax.Array:
     """
     devices = _devices()
     own = size.reshape(devices, -1, parts)
-    order = jnp.argsort(own, axis=1) * parts + jnp.arange(parts)
+    order = jnp.argsort(own, axis=1) * parts + jax.lax.broadcasted_iota(jnp.int32, own.shape, 2)
     order = order.reshape(devices, count // parts, -1, parts)
     return jnp.swapaxes(order, 1, 2).reshape(size.shape)
 
