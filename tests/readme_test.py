@@ -16,7 +16,7 @@ from PIL import Image
 from caprl_jax import config as config_lib
 from caprl_jax.data.records import Question, Record, stored
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.rl.types import Rollout, Scored
+from caprl_jax.rl.types import Rewards, Rollout, Scored
 
 from .xla_flags import ONE_DEVICE
 
@@ -155,7 +155,7 @@ def test_extensions_do_what_they_say():
     captions = Rollout(floats.astype(int), floats > 0, floats, floats, length, length > 4)
     rewards = mine["short"](Scored(None, captions, None))
     np.testing.assert_allclose(rewards, [[-0.02, -0.04], [-0.05, 0]], rtol=1e-6)
-    centred = mine["centred"](rewards, jnp.asarray([True, False]))
+    centred = mine["centred"](Rewards(rewards), jnp.asarray([True, False]))
     np.testing.assert_allclose(centred[0], [0.01, -0.01], rtol=1e-5)
     found = mine["records"](config_lib.default().data, SetAside())
     assert {split: len(rows) for split, rows in found.items()} == {"heldout": 10, "train": 90}

@@ -93,7 +93,7 @@ VALUES = [
     ("caprl.usual_tokens", -1, "config.caprl.usual_tokens=-1"),
     ("caprl.rewards.accuracy.wight", 1, "did you mean 'weight'"),
     ("caprl.rewards.accuracy.weight", NAN, "weight=nan must be a number, and finite"),
-    ("caprl.rewards.more", 1.0, "must be a dict of term, weight, options"),
+    ("caprl.rewards.more", 1.0, "must be a dict of term, weight, mask, options"),
     ("caprl.loss_options.clp", 1, "config.caprl.loss_options.clp is unknown"),
     ("caprl.loss_options.clip", NAN, "clip=nan must be a finite number"),
     ("sinks.csv", "csv", "config.sinks.csv='csv' must be a dict"),

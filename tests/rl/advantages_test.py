@@ -76,8 +76,10 @@ def naive(name, rewards):
     total = np.asarray(rewards.total, np.float64)
     if name == "gdpo":
         terms = {k: np.asarray(v, np.float64) for k, v in rewards.terms.items()}
-        own = [[sum(w * naive_grpo(terms[k][i])[j] for k, w in WEIGHTS.items()) for j in range(4)]
-               for i in range(len(total))]  # fmt: skip
+        own = [
+            sum(w * np.asarray(naive_grpo(terms[k][i])) for k, w in WEIGHTS.items())
+            for i in range(len(total))
+        ]
         return naive_over_batch(np.asarray(own))
     if name.startswith("reinforce_pp"):
         if name.endswith("baseline"):

@@ -67,7 +67,9 @@ def losses(world):
     length = jnp.sum(mask, -1)
     zeros = jnp.zeros(tokens.shape)
     captions_ = Rollout(tokens, mask, zeros, zeros, length, length > 9)
-    example = update._Example(world.batch, captions_, jnp.ones((4, 3)), zeros)
+    example = update._Example(
+        world.batch, captions_, jnp.ones((4, 3)), jnp.ones((4, 3), bool), zeros
+    )
     learner = make_run(world, kl=0.1).learner
     return lambda params: update._slice_loss(learner, params, example, None)[0]
 
