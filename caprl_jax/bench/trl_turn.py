@@ -157,7 +157,7 @@ def settings(work: Work, folder: str) -> Any:
         beta=0.0,
         loss_type="grpo",
         epsilon=choice(c, "loss").options.clip,
-        epsilon_high=choice(c, "loss").options.clip_high or choice(c, "loss").options.clip,
+        epsilon_high=choice(c, "loss").options.high,
         num_iterations=c.caprl.updates,
         learning_rate=o.learning_rate,
         lr_scheduler_type="constant",

@@ -30,6 +30,11 @@ class Clipped:
     clip: float = setting(0.2, "how far the probability ratio may fall below 1", above=0)
     clip_high: float = setting(0.0, "how far it may rise above 1; 0: as clip", least=0)
 
+    @property
+    def high(self) -> float:
+        """Returns how far the ratio may rise above 1."""
+        return self.clip_high or self.clip
+
 
 @dataclasses.dataclass(frozen=True)
 class Dapo(Clipped):
@@ -93,7 +98,7 @@ def is_clipped(
 
 
 def _clip(logp, old_logp, advantages, options: Clipped) -> Loss:
-    args = logp, old_logp, advantages, options.clip, options.clip_high or options.clip
+    args = logp, old_logp, advantages, options.clip, options.high
     return clipped_loss(*args), {"clip_fraction": is_clipped(*args)}
 
 

@@ -138,7 +138,7 @@ def test_the_length_band_includes_its_ends():
 
 
 def test_confidence_is_one_for_a_sure_judge_and_zero_for_one_that_guesses():
-    """Of three letters; the fourth is no option, and the second question is padding."""
+    """Three letters are options, the fourth is none, and the second question is padding."""
     logits = jnp.asarray([[[[0.0, 0, 0, 9], [9, 0, 0, 0]], [[50.0, 0, 0, 0], [0] * 4]]])
     letters, truth = jnp.full((1, 2), 3), jnp.zeros((1, 2), jnp.int32)
     questions = Questions(None, None, truth, letters, jnp.asarray([[True, False]]))
