@@ -65,7 +65,8 @@ def shared(mask: jax.Array) -> Places:
 def sees(queries: Places, keys: Places) -> jax.Array:
     """Tells which keys queries see: bool, of the shape that the two broadcast to.
 
-    Padding is seen unless keys and queries give it different groups.
+    Callers give padded keys and padded queries groups of their own (PAD_KEY, PAD_QUERY), so that
+    padding is never seen.
     """
     leaf = (keys.leaf == 0) | (keys.leaf == queries.leaf)
     return (keys.group == queries.group) & leaf & (keys.order <= queries.order)
