@@ -2,7 +2,7 @@
 
 import pytest
 
-from caprl_jax.config import default
+from caprl_jax.config import complete, default
 from caprl_jax.errors import UserError
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
@@ -16,7 +16,7 @@ def _card(step=2, **changes):
     config = default()
     config.policy.path = POLICY
     config.update_from_flattened_dict(changes)
-    return export.model_card(config, step, {"accuracy": 0.5})
+    return export.model_card(complete(config), step, {"accuracy": 0.5})
 
 
 @pytest.fixture(scope="module")
