@@ -21,7 +21,7 @@ from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.advantages import ADVANTAGES
 from caprl_jax.rl.kl import KL_ESTIMATORS
 from caprl_jax.rl.losses import AGGREGATIONS, LOSSES
-from caprl_jax.rl.rewards import REWARDS, Term
+from caprl_jax.rl.rewards import REWARDS, Term, needed_models
 from caprl_jax.rl.settings import Caprl
 from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.run.settings import (
@@ -310,11 +310,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not config.caprl.rewards:
         raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
     terms(config), sinks(config)
-    if config.data.batch % config.caprl.minibatches:
-        raise ConfigError(
-            f"config.data.batch={config.data.batch} is not a multiple of "
-            f"config.caprl.minibatches={config.caprl.minibatches}"
-        )
+    _check_learned(config)
     left = open_keys(config)
     for name in SLICES:
         if f"caprl.{name}" in left or (not config.caprl[name] and "caprl.micro_batches" in left):
@@ -324,6 +320,40 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.data.batch={config.data.batch} is not a multiple of "
                 f"config.caprl.{name}={slices_of(config, name)}"
             )
+
+
+def _check_learned(config: ml_collections.ConfigDict) -> None:
+    """Checks the images that an update learns from, and what its KL divergence needs."""
+    caprl, key = config.caprl, "data.batch"
+    if caprl.kl_target and not caprl.kl:
+        raise ConfigError(
+            f"config.caprl.kl_target={caprl.kl_target} adapts the weight config.caprl.kl=0: give "
+            "the weight to begin with, 0.01 for one"
+        )
+    held = caprl.kl or "reference" in needed_models(terms(config))
+    if caprl.reference_mix and not held:
+        raise ConfigError(
+            f"config.caprl.reference_mix={caprl.reference_mix} changes a reference that nothing "
+            "reads: give config.caprl.kl, or a reward term that needs the reference"
+        )
+    if caprl.kept_images:
+        key = "caprl.kept_images"
+        if caprl.kept_images >= config.data.batch:
+            raise ConfigError(
+                f"config.caprl.kept_images={caprl.kept_images} are all of config.data.batch="
+                f"{config.data.batch} images: keep fewer, or 0 for all"
+            )
+    for name in ("minibatches", "micro_batches"):
+        if (count := caprl[name]) and learned_images(config) % count:
+            raise ConfigError(
+                f"config.{key}={learned_images(config)} is not a multiple of "
+                f"config.caprl.{name}={count}"
+            )
+
+
+def learned_images(config: ml_collections.ConfigDict) -> int:
+    """Returns the images of a batch that an update learns from."""
+    return config.caprl.kept_images or config.data.batch
 
 
 def _names(classes: tuple[type, ...]) -> set[str]:

@@ -50,7 +50,12 @@ def state(built: AbstractStep, seed: int = 0) -> State:
 
     def init(key):
         params = nn.meta.unbox(policy.init(key))
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        if built.state.reference is not None:
+            state = state.replace(reference=jax.tree.map(jnp.copy, params))
+        if built.state.kl_weight is not None:
+            state = state.replace(kl_weight=jnp.float32(built.run.learner.objective.kl))
+        return state
 
     return jax.jit(init, out_shardings=_shardings(built.state))(jax.random.key(seed))
 

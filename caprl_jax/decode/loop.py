@@ -32,12 +32,15 @@ class Decoding:
       usual: tokens that most captions don't exceed; the others go on in fewer rows, so caches
         are not held for all of them. 0 holds the longest captions' caches for all. The draws
         depend on it.
+      baseline: whether the first caption of each image takes the most likely tokens, as a baseline
+        for the others (self-critical training, arXiv 1612.00563).
     """
 
     group: int
     stop: tuple[int, ...]
     sampling: Sampling
     usual: int = 0
+    baseline: bool = False
 
 
 @flax.struct.dataclass
@@ -53,6 +56,8 @@ class Rollout:
       truncated: bool [b, g], True where no stop token was drawn within the limit.
       computed: float32 [b, g], tokens that the loop computed, those of empty and ended rows too;
         the sum over its images is spread evenly.
+      baseline: bool [b, g], True for a greedy caption that only the others are compared with; None
+        where there is none.
     """
 
     tokens: jax.Array
@@ -62,6 +67,7 @@ class Rollout:
     length: jax.Array
     truncated: jax.Array
     computed: jax.Array | None = None
+    baseline: jax.Array | None = None
 
     def cut(self, tokens: int) -> "Rollout":
         """Truncates every field to the first `tokens` tokens; no caption may be longer."""
@@ -123,6 +129,7 @@ def decode_with(
     blocks = scheduling.blocks(b, axes.current())
     stages = scheduling.stages(b // blocks, group, t, decoding.usual)
     zeros = jnp.zeros((b, group, t), jnp.float32)
+    first = jnp.broadcast_to(jnp.arange(group) == 0, (b, group)) if decoding.baseline else None
     image = jnp.broadcast_to(jnp.arange(b // blocks, dtype=jnp.int32), (blocks, b // blocks))
     rows = _Rows(
         image=image,
@@ -132,6 +139,7 @@ def decode_with(
         out=Rollout(zeros.astype(jnp.int32), zeros.astype(bool), zeros, zeros, None, None),
         at=jnp.int32(0),
         key=jax.random.key_data(key),
+        greedy=first,
         computed=jnp.float32(0),
         cache=variant.empty(prompt, group, scheduling.held(stages)[0].end),
     )
@@ -142,6 +150,7 @@ def decode_with(
         length=jnp.sum(out.mask, axis=-1),
         truncated=(most > 0) & ~jnp.any(stopped, axis=-1),
         computed=jnp.broadcast_to(computed, (b, group)),
+        baseline=first,
     )
 
 
@@ -157,6 +166,7 @@ class _Rows:
       out: Rollout [c, w, t] of the captions in these rows.
       at: int32 [], place of the next token in every open caption.
       key: data of a key, of keys [c], or of keys [c, w] that move with the rows.
+      greedy: bool [c, w], captions that take the most likely tokens; None for none.
       computed: float32 [], tokens computed so far, in any rows.
       cache: as the variant keeps it; None once no stage follows.
     """
@@ -168,6 +178,7 @@ class _Rows:
     out: Rollout
     at: jax.Array
     key: jax.Array
+    greedy: jax.Array | None
     computed: jax.Array
     cache: Any
 
@@ -191,6 +202,7 @@ class _Rows:
             most=move(self.most),
             hidden=move(self.hidden),
             key=move(self.key),
+            greedy=None if self.greedy is None else move(self.greedy),
             out=jax.tree.map(move, self.out),
             cache=variant.moved(self.cache, cells.row, tokens),
         )
@@ -243,7 +255,7 @@ class _Loop:
         logits = only_known(logits, self.policy.decoder.config.known)
         sampling, stop = self.decoding.sampling, self.decoding.stop
         key = _fold_in(jax.random.wrap_key_data(rows.key, impl=self.random), rows.at)
-        token, logp, drawn = draw(key, logits, sampling)
+        token, logp, drawn = draw(key, logits, sampling, rows.greedy)
         ends = jnp.isin(token, jnp.asarray(stop, jnp.int32))
         return Rollout(token, None, logp, drawn, None, None), ends
 

@@ -70,7 +70,7 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 def draw(
-    key: jax.Array, logits: jax.Array, sampling: Sampling
+    key: jax.Array, logits: jax.Array, sampling: Sampling, greedy: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token for each row of logits.
 
@@ -79,14 +79,20 @@ def draw(
         other's.
       logits: float32 [*batch, vocab]; the batch axes are the tree's.
       sampling: temperature and filters.
+      greedy: bool [*batch], rows that take their most likely token whatever the temperature; None
+        for no such rows.
 
     Returns:
       [*batch] each: (token int32, log-probability at temperature 1, log-probability as drawn).
     """
     chex.assert_type(logits, jnp.float32)
     if sampling.temperature == 0:
-        token = _largest(logits)
-        return token, _logp(logits, token), jnp.zeros_like(logits[..., 0])
+        return _most_likely(logits)
+    if greedy is not None:
+        drawn = draw(key, logits, sampling)
+        return tuple(
+            jnp.where(greedy, a, b) for a, b in zip(_most_likely(logits), drawn, strict=True)
+        )
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     scaled = filter_logits(scaled, sampling.top_k, sampling.top_p)
     # On a TPU, random numbers for the whole vocabulary are cheap, and runs would copy the logits.
@@ -95,6 +101,12 @@ def draw(
         key, scaled, tpu=lambda *a: by_noise(*a), default=lambda *a: by_inversion(*a)
     )
     return token, drawn if scaled is logits else _logp(logits, token), drawn
+
+
+def _most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what `draw` does, of the most likely tokens: their log-probability as drawn is 0."""
+    token = _largest(logits)
+    return token, _logp(logits, token), jnp.zeros_like(logits[..., 0])
 
 
 def by_noise(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -111,16 +111,35 @@ def alike(size: jax.Array, count: int, parts: int = 1) -> jax.Array:
     return jnp.swapaxes(order, 1, 2).reshape(size.shape)
 
 
+def largest(value: jax.Array, count: int) -> jax.Array:
+    """Returns the images of the largest values, int32 [count] in ascending order, for `take`.
+
+    Every device selects as many of its own images; of equal values, the first ones.
+
+    Args:
+      value: [b].
+      count: images in all, a multiple of the devices that images are cut over.
+    """
+    own = value.reshape(_devices(), -1)
+    best = jnp.argsort(own, axis=1, descending=True)[:, : count // len(own)]
+    return jnp.sort(best, axis=1).reshape(count)
+
+
+def take(tree: Any, images: jax.Array) -> Any:
+    """Takes images of arrays [b, ..]: int32 [c], each counted among its own device's images."""
+    images = images.reshape(_devices(), -1)
+
+    def one(a):
+        own = a.reshape(len(images), -1, *a.shape[1:])
+        taken = jax.vmap(lambda a, order: a[order])(own, images)
+        return taken.reshape(images.size, *a.shape[1:])
+
+    return jax.tree.map(one, tree)
+
+
 def ordered(tree: Any, order: jax.Array) -> Any:
     """Puts arrays [b, ..] into an order of `alike`."""
-    devices = _devices()
-    order = order.reshape(devices, -1)
-
-    def take(a):
-        own = a.reshape(*order.shape, *a.shape[1:])
-        return jax.vmap(lambda a, order: a[order])(own, order).reshape(a.shape)
-
-    return jax.tree.map(take, tree)
+    return take(tree, order)
 
 
 def inverse(order: jax.Array) -> jax.Array:

@@ -203,7 +203,7 @@ def _memory(built: shapes.AbstractStep, found: Any, cached: int) -> dict[str, in
         "parameters": _on_one(built.state.params),
         "optimizer": _on_one(built.state.opt_state),
         "judge": _on_one((built.run.judge.params, built.run.judge.instruction)),
-        "reference": _on_one(built.run.learner.reference),
+        "reference": _on_one((built.run.learner.reference, built.state.reference)),
         "batch": _on_one(built.batch),
     }
     return parts | {

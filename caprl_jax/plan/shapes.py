@@ -97,15 +97,14 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
     stop = (int(shape.get("eos_token_id", 0)), int(shape.get("bos_token_id", 0)))
     reference = None
-    if compile_lib.needs_reference(config):
+    if compile_lib.needs_reference(config) and not compile_lib.moves_reference(config):
         reference = params(policy.init, rules, dtype)
     judge = _judge(config.judge.path, dtype, rules)
     run = compile_lib.make_run(config, policy, judge, stop, reference)
     optimizer = run.learner.optimizer
 
     def init(key):
-        params = policy.init(key)
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return compile_lib.first_state(config, policy.init(key), optimizer)
 
     state = params(init, rules)
     program, _ = compile_lib.one_program(caprl_step, config, run, state, rules)

@@ -2,7 +2,8 @@
 
 To add one, write `advantages(rewards, valid) -> float32 [b, g]`, or with a third parameter
 `options`, and register it here or name it in a config by its import path. It receives the Rewards
-of the whole batch, the sum and each term, so that it may normalise over all of it.
+of the whole batch, the sum and each term, so that it may normalise over all of it. With
+`@greedy_baseline`, the first caption of each group is the policy's greedy one.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,17 @@ from caprl_jax.rl.types import Rewards
 
 ADVANTAGES = Registry("advantage", ("rewards", "valid"))
 _EPSILON = 1e-6
+
+
+def greedy_baseline(function: Callable) -> Callable:
+    """Declares that each image's first caption is drawn greedily, and not trained on."""
+    function.greedy_baseline = True
+    return function
+
+
+def needs_baseline(choice: Choice) -> bool:
+    """Tells whether an entry of ADVANTAGES declares a greedy_baseline."""
+    return getattr(choice.function, "greedy_baseline", False)
 
 
 @jax.named_scope("advantage")
@@ -110,6 +122,17 @@ def _per_group(function: Callable) -> Callable:
 ADVANTAGES.register("grpo")(_per_group(grpo_advantages))
 ADVANTAGES.register("rloo")(_per_group(rloo_advantages))
 ADVANTAGES.register("dr_grpo")(_per_group(dr_grpo_advantages))
+
+
+@ADVANTAGES.register("self_critical")
+@greedy_baseline
+def self_critical(rewards: Rewards, valid: jax.Array) -> jax.Array:
+    """Returns r - r of the image's greedy caption (SCST, arXiv 1612.00563, eq. 8; CLIP reward).
+
+    The greedy caption comes first in its group, and gets 0.
+    """
+    del valid
+    return rewards.total - rewards.total[:, :1]
 
 
 @ADVANTAGES.register("reinforce_pp")

@@ -11,7 +11,7 @@ def measure(batch: Batch, captions: Rollout, verdicts: Verdicts, *, rewards: Rew
 
     Args:
       batch: Batch [b, ..]; images that are not valid don't count.
-      captions: Rollout [b, g, t].
+      captions: Rollout [b, g, t]; greedy baselines count in deviations only.
       verdicts: Verdicts [b, g, n].
       rewards: Rewards [b, g].
 
@@ -21,6 +21,8 @@ def measure(batch: Batch, captions: Rollout, verdicts: Verdicts, *, rewards: Rew
     """
     total, valid = rewards.total, batch.valid
     real = jnp.broadcast_to(valid[:, None], total.shape)
+    if captions.baseline is not None:
+        real &= ~captions.baseline
     asked = verdicts.valid & real[..., None]
     prompts = jnp.broadcast_to(jnp.sum(batch.prompt.mask, axis=-1)[:, None], total.shape)
     computed = jnp.sum(captions.computed)

@@ -46,6 +46,25 @@ class Caprl:
         "weight of the policy's entropy at each token, in nats; above 0 it keeps draws diverse",
         least=0,
     )
+    kl_target: float = setting(
+        0.0,
+        "divergence in nats a token that the weight kl adapts to, from kl on; 0: it stays",
+        least=0,
+    )
+    reference_mix: float = setting(
+        0.0,
+        "share of the policy in the reference's next parameters: 1 replaces the reference, 0.01 "
+        "makes it a moving average; 0: it stays the initial policy",
+        least=0,
+        most=1,
+    )
+    reference_every: int = setting(1, "steps from one such change to the next", least=1)
+    kept_images: int = setting(
+        0,
+        "images of a batch that are learned from, those whose captions have advantages first "
+        "(DAPO's dynamic sampling); 0: all",
+        least=0,
+    )
     updates: int = setting(1, "passes over a rollout", least=1)
     minibatches: int = setting(
         1, "parts of the batch with an optimizer update each, in every pass", least=1

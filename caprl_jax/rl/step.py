@@ -13,6 +13,7 @@ from caprl_jax.rl.logps import Reference
 from caprl_jax.rl.measure import measure
 from caprl_jax.rl.rewards import Term, needed_models, reward
 from caprl_jax.rl.rollout import rollout
+from caprl_jax.rl.selection import informative
 from caprl_jax.rl.types import Batch, Captions, Decoding, Metrics, Rollout, Scored, State
 from caprl_jax.rl.update import Learner, update
 
@@ -39,6 +40,7 @@ class Run:
       judging: settings that turn letters into scores; static.
       rewards: reward terms and their weights; static.
       advantage: an entry of rl.advantages.ADVANTAGES; static.
+      kept: images that the update learns from; 0 for all of a batch; static.
       verbs: the five functions; static. Benchmarks swap some of them.
     """
 
@@ -48,12 +50,13 @@ class Run:
     judging: Judging = flax.struct.field(pytree_node=False)
     rewards: tuple[Term, ...]
     advantage: Choice = flax.struct.field(pytree_node=False)
+    kept: int = flax.struct.field(pytree_node=False, default=0)
     verbs: Verbs = flax.struct.field(pytree_node=False, default=Verbs())
 
-    @property
-    def models(self) -> dict:
-        """Returns the frozen models that the reward terms declare, by name."""
-        reference = Reference(self.learner.policy, self.learner.reference)
+    def models(self, state: State) -> dict:
+        """Returns the models that the reward terms declare, by name."""
+        learner = self.learner.at(state)
+        reference = Reference(learner.policy, learner.reference)
         known = {"judge": self.judge, "reference": reference}
         return {name: known[name] for name in sorted(needed_models(self.rewards))}
 
@@ -103,12 +106,16 @@ def learn(
     """
     verbs = run.verbs
     verdicts = verbs.judge(run.judge, readable, batch.questions, judging=run.judging, key=key)
-    rewards = verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models))
+    rewards = verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models(state)))
     advantages = verbs.advantage(run.advantage, rewards, batch.valid)
+    measured = measure(batch, captions, verdicts, rewards=rewards)
+    if run.kept:
+        selected, share = informative(batch, captions, advantages, run.kept)
+        (batch, captions, advantages), measured = selected, measured | share
     state, metrics = verbs.update(
         run.learner, state, batch, captions=captions, advantages=advantages
     )
-    return state, metrics | measure(batch, captions, verdicts, rewards=rewards)
+    return state, metrics | measured
 
 
 def step_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -33,11 +33,16 @@ class State:
       step: int32 [], number of steps done.
       params: the policy's parameters.
       opt_state: optax's state.
+      reference: parameters of a reference policy that follows the policy, float32; None where the
+        reference stays the initial policy.
+      kl_weight: float32 [], weight of the KL divergence where it adapts; None where it is constant.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    reference: Params | None = None
+    kl_weight: jax.Array | None = None
 
 
 @flax.struct.dataclass

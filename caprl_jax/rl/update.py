@@ -35,6 +35,9 @@ class Objective:
         log-probabilities and the update's; 0 compares the policy with the rollout's directly.
       mask_truncated: whether captions that were cut off at the limit are left out of the loss.
       mask_equal: whether groups without any advantage are left out of the loss and of its mean.
+      kl_target: KL divergence that the weight adapts to, in nats a token; 0 keeps the weight.
+      reference_mix: share of the policy in the reference's next parameters; 0 keeps the reference.
+      reference_every: steps from one such change to the next.
     """
 
     loss: Choice
@@ -47,6 +50,9 @@ class Objective:
     mask_truncated: bool = False
     mask_equal: bool = False
     entropy: float = 0.0
+    kl_target: float = 0.0
+    reference_mix: float = 0.0
+    reference_every: int = 1
 
 
 @flax.struct.dataclass
@@ -58,13 +64,20 @@ class Learner:
       optimizer: optax's; static.
       objective: loss, KL and number of updates; static.
       reference: the reference policy's parameters; None where neither the KL nor
-        a reward term needs it.
+        a reward term needs it, or where the state holds them.
+      kl_weight: float32 [], stands for the objective's own; None leaves that.
     """
 
     policy: Policy = flax.struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
     objective: Objective = flax.struct.field(pytree_node=False)
     reference: Params | None = None
+    kl_weight: jax.Array | None = None
+
+    def at(self, state: State) -> "Learner":
+        """Returns the learner with the reference and the KL weight of a state that has them."""
+        reference = self.reference if state.reference is None else state.reference
+        return self.replace(reference=reference, kl_weight=state.kl_weight)
 
 
 @flax.struct.dataclass
@@ -104,9 +117,10 @@ def update(
       (state after, metrics as (sum, count)): loss, entropy, grad_norm, skipped_updates (the share
       that was skipped because a number isn't finite), logp_gap (mean absolute difference between
       the rollout's log-probabilities and the first update's: numerics only), the loss's own, kl
-      with a reference, importance with a cap: the mean weight.
+      with a reference, kl_weight if it adapts, importance with a cap: the mean weight.
     """
     objective, count = learner.objective, _slices(learner)
+    learner = learner.at(state)
     with jax.named_scope("update"):
         if slices.current().usual:  # slices of captions that are alike have little padding
             tokens = jnp.sum(captions.mask, axis=(1, 2))
@@ -137,6 +151,8 @@ def _slices(learner: Learner) -> int:
 def _learned(objective: Objective, captions: Rollout, advantages: jax.Array) -> jax.Array:
     """Returns the captions that the loss is made of, bool [b, g]."""
     learned = jnp.ones(advantages.shape, bool)
+    if captions.baseline is not None:
+        learned &= ~captions.baseline
     if objective.mask_truncated:
         learned &= ~captions.truncated
     if objective.mask_equal:
@@ -173,7 +189,28 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
     total = jax.tree.map(jnp.sum, metrics)
     # Before the first update, rollout and update have the same parameters: the gap is numerics.
     total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
-    return State(state.step + 1, params, opt_state), total
+    if state.kl_weight is not None:
+        total["kl_weight"] = state.kl_weight, jnp.ones((), jnp.float32)
+    return _next_state(objective, state, (params, opt_state), total), total
+
+
+def _next_state(objective: Objective, state: State, after: tuple, metrics: Metrics) -> State:
+    """Returns the state after a step whose updates gave (parameters, optimizer state) `after`.
+
+    The KL weight follows Ziegler et al., "Fine-tuning language models from human preferences",
+    2019, section 2.2: it grows by a tenth of the divergence's relative error, which counts up to
+    0.2 either way.
+    """
+    params, opt_state = after
+    step, reference, weight = state.step + 1, state.reference, state.kl_weight
+    if reference is not None:
+        mix = jnp.where(step % objective.reference_every == 0, objective.reference_mix, 0.0)
+        reference = jax.tree.map(lambda old, new: (1 - mix) * old + mix * new, reference, params)
+    if weight is not None:
+        total, count = metrics["kl"]
+        error = jnp.clip(total / jnp.maximum(count, 1) / objective.kl_target - 1, -0.2, 0.2)
+        weight = weight * (1 + 0.1 * jnp.where(jnp.isfinite(error), error, 0))
+    return State(step, params, opt_state, reference, weight)
 
 
 def _minibatches(parts: _Example, count: int) -> _Example:
@@ -207,7 +244,8 @@ def _slice_loss(
         loss, shown["importance"] = importance * loss, importance
     if example.reference_logp is not None:
         shown["kl"] = kl = objective.kl_estimator(logp, example.reference_logp)
-        loss = loss + objective.kl * kl
+        weight = objective.kl if learner.kl_weight is None else learner.kl_weight
+        loss = loss + weight * kl
     if objective.entropy:
         loss = loss - objective.entropy * entropy
     total, count = objective.aggregation(loss, in_loss)

@@ -140,7 +140,7 @@ def _start(config, model: _Model, reader: Reader) -> tuple[Run, State]:
     """Returns the run with its judge and reference on the mesh, and the initial state."""
     judge = judges.load_judge(config, reader, model.rules)
     reference = None
-    if compile_lib.needs_reference(config):
+    if compile_lib.needs_reference(config) and not compile_lib.moves_reference(config):
         logging.info("loading the reference policy, %s", config.policy.path)
         dtype = compile_lib.compute_dtype(config)
         reference = load.load_frozen(model.policy, model.directory, model.rules, dtype)

@@ -25,6 +25,7 @@ from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.jit import counted, jit
 from caprl_jax.parallel.slices import Slices
+from caprl_jax.rl.advantages import needs_baseline
 from caprl_jax.rl.judge import Judge, Judging, verdicts
 from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.step import Run, learn
@@ -72,13 +73,16 @@ def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
             )
     if config.objective != "caprl":
         return
-    for name in (*SLICES, "minibatches"):
-        if (config.data.batch // slices_of(config, name)) % multiple:
+    sizes = [("data.batch", name) for name in (*SLICES, "minibatches")]
+    if config.caprl.kept_images:
+        sizes += [("caprl.kept_images", name) for name in ("micro_batches", "minibatches")]
+    for key, name in sizes:
+        images = config_lib.get(config, key)
+        if (images // slices_of(config, name)) % multiple:
             raise ConfigError(
-                f"config.data.batch={config.data.batch} in config.caprl.{name}="
-                f"{slices_of(config, name)} slices doesn't divide evenly over {multiple} devices: "
-                "numbers that do are "
-                f"{', '.join(map(str, even_slices(config.data.batch, multiple)))}"
+                f"config.{key}={images} in config.caprl.{name}={slices_of(config, name)} slices "
+                f"doesn't divide evenly over {multiple} devices: numbers that do are "
+                f"{', '.join(map(str, even_slices(images, multiple)))}"
             )
 
 
@@ -158,20 +162,51 @@ def make_run(
         importance_cap=caprl.importance_cap,
         mask_truncated=caprl.mask_truncated,
         mask_equal=caprl.mask_equal,
+        kl_target=caprl.kl_target,
+        reference_mix=caprl.reference_mix,
+        reference_every=caprl.reference_every,
     )
+    advantage = config_lib.choice(config, "advantage")
+    baseline = needs_baseline(advantage)
     return Run(
         learner=Learner(policy, optimizer(config), objective, reference),
         judge=judge,
-        decoding=Decoding(caprl.group, stop, sampling(config), caprl.usual_tokens),
+        decoding=Decoding(caprl.group, stop, sampling(config), caprl.usual_tokens, baseline),
         judging=Judging(config.judge.mode, config.judge.temperature),
         rewards=config_lib.terms(config),
-        advantage=config_lib.choice(config, "advantage"),
+        advantage=advantage,
+        kept=caprl.kept_images,
     )
 
 
 def needs_reference(config: ml_collections.ConfigDict) -> bool:
-    """Tells whether the initial policy's parameters are held: for the KL, or for a reward term."""
+    """Tells whether a reference policy is held: for the KL, or for a reward term."""
     return bool(config.caprl.kl) or "reference" in needed_models(config_lib.terms(config))
+
+
+def moves_reference(config: ml_collections.ConfigDict) -> bool:
+    """Tells whether the reference follows the policy, and so is a part of the state."""
+    return needs_reference(config) and config.caprl.reference_mix > 0
+
+
+def first_state(
+    config: ml_collections.ConfigDict, params: Any, optimizer: optax.GradientTransformation
+) -> State:
+    """Returns the state before the first step; jit it.
+
+    Args:
+      config: the run's config.
+      params: the policy's parameters, boxed or not.
+      optimizer: the config's.
+    """
+    state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    if config.objective != "caprl":
+        return state
+    if moves_reference(config):  # a copy: a step donates both
+        state = state.replace(reference=jax.tree.map(jnp.copy, params))
+    if config.caprl.kl_target:
+        state = state.replace(kl_weight=jnp.float32(config.caprl.kl))
+    return state
 
 
 def check_rules(policy: Policy, rules: ShardRules) -> None:

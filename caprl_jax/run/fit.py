@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from caprl_jax.config import get, open_keys
+from caprl_jax.config import get, learned_images, open_keys
 from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.models.layers import REMAT
 from caprl_jax.parallel import hardware, mesh
@@ -255,7 +255,8 @@ def _check(config: ml_collections.ConfigDict, multiple: int) -> None:
 def _slices(config: ml_collections.ConfigDict, on: Reckoner, most: float) -> Fit:
     """Returns a mesh's first rematerialisation and slices within `most` bytes, or the smallest."""
     left, held = open_keys(config), sum(on.held.values())
-    even = compile_lib.even_slices(config.data.batch, mesh.batch_multiple(on.rules))
+    images = math.gcd(config.data.batch, learned_images(config))
+    even = compile_lib.even_slices(images, mesh.batch_multiple(on.rules))
     remat, micro, better = _update(config, on, even, most - held)
     update = on.update(remat, micro)
     # If the update doesn't fit, the report names it, and decoding need not shrink.

@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -29,6 +28,7 @@ from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.types import State
+from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import params as params_lib
 from caprl_jax.settings import make
 
@@ -92,17 +92,18 @@ def initial_state(
     """Returns parameters (pretrained or random) and optimizer state, float32, on the mesh."""
 
     def init(key):
-        params = policy.init(key)
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return compile_lib.first_state(config, policy.init(key), optimizer)
 
     key = jax.random.key(config.seed)
     shardings = mesh.param_shardings(jax.eval_shape(init, key), rules)
     if config.policy.init == "random":
         return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
     params = _read_params(policy, directory, np.float32, shardings.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(rules))
-    return State(zero, params, opt_state)
+    rest = jax.jit(
+        lambda params: compile_lib.first_state(config, params, optimizer).replace(params=None),
+        out_shardings=shardings.replace(params=None),
+    )
+    return rest(params).replace(params=params)
 
 
 def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> JudgePrompt:

@@ -1,13 +1,14 @@
 """Advice for a config that needs more memory than there is."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
 
-from caprl_jax.config import SLICES, slices_of
+from caprl_jax.config import SLICES, learned_images, slices_of
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.layers import REMAT
 from caprl_jax.parallel import mesh
@@ -24,7 +25,8 @@ def changes(config: ml_collections.ConfigDict, spread: int) -> Iterator[dict[str
     kinds = list(REMAT)
     for remat in kinds[kinds.index(config.policy.remat) + 1 :]:
         yield {"policy.remat": remat}
-    even = compile_lib.even_slices(config.data.batch, spread)
+    images = math.gcd(config.data.batch, learned_images(config))
+    even = compile_lib.even_slices(images, spread)
     reading = [name for name in SLICES if name != "rollout_batches"]
     for count in even:
         if count > max(slices_of(config, name) for name in reading):

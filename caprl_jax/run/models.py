@@ -28,7 +28,7 @@ class Models:
       opt_state: the optimizer's state.
       judge: the judge's decoder; None behind an endpoint.
       judge_params: its parameters.
-      reference: whether the initial policy is held too.
+      reference: bytes of each parameter of the reference policy; 0 if there is none.
       platform: the devices' platform: cpu, gpu or tpu.
     """
 
@@ -37,7 +37,7 @@ class Models:
     opt_state: Any
     judge: Decoder | None
     judge_params: Any
-    reference: bool
+    reference: int
     platform: str
 
 
@@ -94,9 +94,15 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
         opt_state=jax.eval_shape(lambda key: optimizer.init(policy.init(key)), key),
         judge=judge,
         judge_params=jax.eval_shape(functools.partial(init_decoder, judge), key) if judge else {},
-        reference=compile_lib.needs_reference(config),
+        reference=_reference_bytes(config, dtype),
         platform=platform,
     )
+
+
+def _reference_bytes(config: ml_collections.ConfigDict, dtype: Any) -> int:
+    if not compile_lib.needs_reference(config):
+        return 0
+    return 4 if compile_lib.moves_reference(config) else jnp.dtype(dtype).itemsize
 
 
 def init_decoder(decoder: Decoder, key: jax.Array) -> Any:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import AbstractMesh, NamedSharding
 
-from caprl_jax.config import about, slices_of
+from caprl_jax.config import about, learned_images, slices_of
 from caprl_jax.decode import scheduling
 from caprl_jax.models import logprobs
 from caprl_jax.models.attention import SCORE_BYTES
@@ -195,7 +195,7 @@ class Reckoner:
             "parameters": _on_one(m.params, self.rules),
             "optimizer": _on_one(m.opt_state, self.rules),
             "judge": _on_one(m.judge_params, self.rules, own),
-            "reference": _on_one(m.params, self.rules, own) if m.reference else 0,
+            "reference": _on_one(m.params, self.rules, m.reference),
             "batch": self._batch(),
         }
 
@@ -269,6 +269,7 @@ class Reckoner:
         """
         c, config, on = self.models.policy.decoder.config, self.config, self.rules
         i, g, t = self.images(count), config.caprl.group, config.sampling.max_tokens
+        i = -(-i * learned_images(config) // config.data.batch)
         captions = i * packing.most_tokens((g, t), config.caprl.usual_tokens)
         p = config.data.max_prompt
         gradients = _on_one(self.models.params, on, 4)

@@ -49,6 +49,7 @@ def test_rloo_advantages_by_hand():
     ("name", "expected"),
     [
         ("dr_grpo", [[-0.5, 0.5], [-1.0, 1.0]]),
+        ("self_critical", [[0.0, 1.0], [0.0, 2.0]]),
         # mean 1.25, deviation sqrt((1.25^2 + 0.25^2 + 0.25^2 + 1.75^2) / 3) = 1.25831
         ("reinforce_pp", np.asarray([[-1.25, -0.25], [-0.25, 1.75]]) / 1.258306),
         # deviation of -0.5, 0.5, -1, 1: sqrt(2.5 / 3) = 0.912871
@@ -86,6 +87,7 @@ def naive(name, rewards):
             total = np.asarray([[r - np.mean(row) for r in row] for row in total])
         return naive_over_batch(total)
     one = {"grpo": naive_grpo, "dr_grpo": lambda row: [r - np.mean(row) for r in row]}
+    one["self_critical"] = lambda row: [r - row[0] for r in row]
     one["rloo"] = lambda row: [r - np.mean(np.delete(row, i)) for i, r in enumerate(row)]
     return np.asarray([one[name](row) for row in total])
 

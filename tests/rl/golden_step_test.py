@@ -60,7 +60,7 @@ def look(run, state, batch, key):
     verdicts = run.verbs.judge(
         run.judge, captions, batch.questions, judging=run.judging, key=judge_key
     )
-    rewards = run.verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models))
+    rewards = run.verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models(state)))
     return captions, rewards.total
 
 

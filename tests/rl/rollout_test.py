@@ -45,6 +45,26 @@ def test_without_a_stop_token_the_bucket_truncates(world):
     assert not np.array_equal(found.tokens, drawn(world, (99,), key=1).tokens)
 
 
+@pytest.mark.parametrize(
+    "usual", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["all rows", "fewer rows"]
+)
+def test_a_baseline_is_the_greedy_caption_beside_the_same_draws(world, usual):
+    def captions(baseline, sampling):
+        decoding = Decoding(3, (5, 7), sampling, usual, baseline)
+        run = jax.jit(lambda params, batch: sample(world, params, batch, decoding))
+        return jax.device_get(run(world.params, world.batch))
+
+    found, drawn = captions(True, Sampling(6)), captions(False, Sampling(6))
+    greedy = captions(False, Sampling(6, temperature=0))
+    for name in ("tokens", "mask", "logp", "sample_logp"):
+        for row, expected in enumerate((greedy, drawn, drawn)):
+            np.testing.assert_allclose(
+                getattr(found, name)[:, row], getattr(expected, name)[:, row], rtol=1e-5, atol=1e-6
+            )
+    assert found.baseline.tolist() == [[True, False, False]] * 4 and drawn.baseline is None
+    assert np.any(greedy.tokens[:, 0] != drawn.tokens[:, 0])
+
+
 def decoded(world, monkeypatch, stage, platform):
     """(captions of 8 tokens, FLOPs of their decoding), stages so long, layers as on a platform."""
     monkeypatch.setattr(scheduling, "STAGE", stage)

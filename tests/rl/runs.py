@@ -59,6 +59,7 @@ def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, usual=0, **changes):
     } | changes
     other = None if reference is None else jax.tree.map(lambda a: a * reference, world.params)
     own = ("entropy", "minibatches", "importance_cap", "mask_truncated", "mask_equal")
+    own += ("kl_target", "reference_mix", "reference_every")
     more = {name: given[name] for name in own if name in given}
     aim = objective(given["kl"], given["updates"], **more)
     return Run(

@@ -89,6 +89,14 @@ def test_captions_that_were_cut_off_are_left_out(world, drawn):
         assert_close(moved(world, found), moved(world, whole))
 
 
+def test_a_greedy_baseline_is_left_out(world, drawn):
+    """As if it had no tokens; so is its part of the KL divergence and of the mean."""
+    first = jnp.broadcast_to(jnp.arange(4) == 0, (4, 4))
+    found, _ = after(world, drawn.replace(baseline=first), entropy=0.1)
+    expected, _ = after(world, drawn.replace(mask=drawn.mask & ~first[..., None]), entropy=0.1)
+    assert_close(moved(world, found), moved(world, expected))
+
+
 @pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo", "reinforce_pp_baseline", "gdpo"])
 def test_groups_of_equal_rewards_have_no_advantage_at_all(name):
     """Not even a rounded one, so that mask_equal finds them."""
@@ -149,7 +157,7 @@ def test_an_entropy_bonus_makes_the_policy_less_sure(world, drawn):
 def test_the_divergence_may_be_a_reward(world, drawn, slices):
     """Summed over tokens, against the run's reference."""
     run = make_run(world, rewards=(Term("kl", REWARDS.choose("kl"), weight=0.1),))
-    given = Scored(world.batch, drawn, None, run.models)
+    given = Scored(world.batch, drawn, None, run.models(start(world)))
     found = jax.jit(bind(run.rewards[0].choice, None, Slices(update=slices)))(given)
     logp, _ = caption_logps(world.policy, run.learner.reference, world.batch, drawn)
     expected = np.sum(np.where(drawn.mask, logp - drawn.logp, 0), axis=-1)
