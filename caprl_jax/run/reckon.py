@@ -195,7 +195,7 @@ class Reckoner:
             "parameters": _on_one(m.params, self.rules),
             "optimizer": _on_one(m.opt_state, self.rules),
             "judge": _on_one(m.judge_params, self.rules, own),
-            "reference": _on_one(m.params, self.rules, m.reference),
+            "reference": _on_one(m.params, self.rules, m.reference) if m.reference else 0,
             "batch": self._batch(),
         }
 
