@@ -80,6 +80,7 @@ def get_sweep():
         },
         base="grpo",
         seeds=(0, 1, 2),
+        beside=("fact_precision", "fact_recall", "caption_length", "kl", "seconds_step"),
     )
 
 

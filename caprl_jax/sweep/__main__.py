@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
         own = arms.chosen(sweep, given.only)
         planned = arms.runs(given.config, sweep, out, _OVERRIDES)
         with _held(out):
-            for ended in runs.carry_out(planned, runs.in_a_process, sweep.figure, own):
+            for ended in runs.carry_out(planned, runs.in_a_process, sweep, own):
                 results = figures.compare(sweep, ended) | {"overrides": _OVERRIDES}
                 with workdir.writing(out):
                     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")

@@ -28,12 +28,15 @@ class Sweep:
       base: the arm that the others are compared with.
       seeds: values of the key `seed`; all arms are trained with the first, then with the next.
       figure: what is compared, a figure of summary.json without its _before or _after.
+      beside: others that the table shows: likewise, or metrics of the last step; seconds_step is
+        the median over steps. A run that lacks one shows none.
     """
 
     panels: Mapping[str, Mapping[str, str]]
     base: str = "base"
     seeds: tuple[int, ...] = (0, 1, 2)
     figure: str = "heldout_accuracy"
+    beside: tuple[str, ...] = ()
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -40,10 +40,10 @@ def compare(sweep: Sweep, ended: Sequence[Outcome | Failure]) -> dict[str, Any]:
       ended: finished and failed runs.
 
     Returns:
-      {"figure", "interval", "base", "panels", "cpu_seconds", "failed", "arms"}; each arm has
-      "seeds", {seed: {"before", "after", "cpu_seconds"}}, and spreads over them: "before", "after"
-      and, seed by seed with the base arm's, "difference" (None for the base, and without a seed in
-      common).
+      {"figure", "interval", "base", "panels", "cpu_seconds", "failed", "beside", "arms"}; each arm
+      has "seeds", {seed: {"before", "after", "cpu_seconds", "beside"}}, and spreads over them:
+      "before", "after" and, seed by seed with the base arm's, "difference" (None for the base, and
+      without a seed in common), and "beside", {name: spread of a figure that seeds have}.
     """
     outcomes = [e for e in ended if isinstance(e, Outcome)]
     failures = [e for e in ended if isinstance(e, Failure)]
@@ -56,6 +56,7 @@ def compare(sweep: Sweep, ended: Sequence[Outcome | Failure]) -> dict[str, Any]:
         "base": sweep.base,
         "panels": {title: dict(panel) for title, panel in sweep.panels.items()},
         "cpu_seconds": round(math.fsum(o.cpu_seconds for o in outcomes), 1),
+        "beside": list(sweep.beside),
         "failed": [{"arm": f.arm, "seed": f.seed, "said": f.said} for f in failures],
         "arms": arms,
     }
@@ -65,23 +66,36 @@ def _arm(own: Sequence[Outcome], base: Mapping[int, float], is_base: bool) -> di
     pairs = [o.after - base[o.seed] for o in own if o.seed in base]
     return {
         "seeds": {
-            str(o.seed): {"before": o.before, "after": o.after, "cpu_seconds": o.cpu_seconds}
+            str(o.seed): {
+                "before": o.before,
+                "after": o.after,
+                "cpu_seconds": o.cpu_seconds,
+                "beside": dict(o.beside),
+            }
             for o in own
         },
         "before": spread([o.before for o in own]),
         "after": spread([o.after for o in own]),
         "difference": spread(pairs) if pairs and not is_base else None,
+        "beside": {
+            name: spread([o.beside[name] for o in own if name in o.beside])
+            for name in dict.fromkeys(name for o in own for name in o.beside)
+        },
     }
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Formats results as plain text: a line for each arm of each panel."""
-    head = ("", "seeds", "before", "after", "95% interval", "minus base", "95% interval")
+    beside = results.get("beside", [])
+    head = ("", "seeds", "before", "after", "95% interval", "minus base", "95% interval", *beside)
     rows: list[tuple[str, ...]] = [head]
     for title, panel in results["panels"].items():
         rows.append((title,))
         for label, arm in panel.items():
-            rows.append((f"  {label}", *_cells(results["arms"].get(arm), arm == results["base"])))
+            found = results["arms"].get(arm)
+            others = found["beside"] if beside and found else {}
+            means = (f"{others[n]['mean']:.3f}" if n in others else "" for n in beside)
+            rows.append((f"  {label}", *_cells(found, arm == results["base"]), *means))
     widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(len(head))]
     lines = []
     for row in rows:

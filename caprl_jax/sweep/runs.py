@@ -5,17 +5,19 @@ import json
 import logging
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from caprl_jax.errors import ConfigError
 from caprl_jax.files import write_whole
 from caprl_jax.parallel import processes
-from caprl_jax.sweep.arms import Run
+from caprl_jax.run import metrics
+from caprl_jax.sweep.arms import Run, Sweep
 
 _RECORD = "sweep.json"  # in a run's directory: its config, and the CPU seconds it took
 _LAST_LINES = 5  # of a failed run's log that are shown
@@ -33,6 +35,7 @@ class Outcome:
       before: the sweep's figure before training.
       after: the same after training.
       cpu_seconds: CPU time of its processes, all starts together.
+      beside: the sweep's other figures after training, by name.
     """
 
     arm: str
@@ -40,6 +43,7 @@ class Outcome:
     before: float
     after: float
     cpu_seconds: float
+    beside: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +56,14 @@ class Failure:
 
 
 def carry_out(
-    runs: Sequence[Run], start: Start, figure: str, only: Collection[str]
+    runs: Sequence[Run], start: Start, sweep: Sweep, only: Collection[str]
 ) -> Iterator[list[Outcome | Failure]]:
     """Starts every run that isn't finished; one that fails doesn't stop the others.
 
     Args:
       runs: in the order in which they are started.
       start: in_a_process, or a test's own.
-      figure: name of the compared figure.
+      sweep: names the figures.
       only: arms to start; others are yielded where they are finished.
 
     Yields:
@@ -73,7 +77,7 @@ def carry_out(
         _require_same(run)
     done: dict[str, Outcome | Failure] = {}
     for run in runs:
-        if isinstance(outcome := _outcome(run, figure), Outcome):
+        if isinstance(outcome := _outcome(run, sweep), Outcome):
             done[run.name] = outcome
     left = [run for run in runs if run.name not in done and run.arm in only]
     if done:
@@ -82,7 +86,7 @@ def carry_out(
     began = time.monotonic()
     for number, run in enumerate(left, 1):
         logging.info("run %d of %d: %s, seed %d", number, len(left), run.arm, run.seed)
-        done[run.name] = _carry_out_one(run, start, figure)
+        done[run.name] = _carry_out_one(run, start, sweep)
         pace = (time.monotonic() - began) / number
         _tell(done[run.name], pace * (len(left) - number))
         yield [done[run.name] for run in runs if run.name in done]
@@ -96,7 +100,7 @@ def _tell(ended: Outcome | Failure, left: float) -> None:
         logging.warning("%s, seed %d failed; %s", ended.arm, ended.seed, remaining)
 
 
-def _carry_out_one(run: Run, start: Start, figure: str) -> Outcome | Failure:
+def _carry_out_one(run: Run, start: Start, sweep: Sweep) -> Outcome | Failure:
     run.workdir.mkdir(parents=True, exist_ok=True)
     earlier = (_recorded(run) or {}).get("cpu_seconds", 0.0)
     _record(run, earlier)
@@ -105,7 +109,7 @@ def _carry_out_one(run: Run, start: Start, figure: str) -> Outcome | Failure:
         code = start(run)
     finally:
         _record(run, earlier + _children_seconds() - before)
-    ended = f"exit code {code}" if code else _outcome(run, figure)
+    ended = f"exit code {code}" if code else _outcome(run, sweep)
     return Failure(run.arm, run.seed, _last(run, ended)) if isinstance(ended, str) else ended
 
 
@@ -178,19 +182,33 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _outcome(run: Run, figure: str) -> Outcome | str:
+def _outcome(run: Run, sweep: Sweep) -> Outcome | str:
     """Returns the outcome of a finished run; of another, why it has none."""
     path, record = run.workdir / "summary.json", _recorded(run)
     if record is None or not path.is_file():
         return f"no {path.name}"
     try:
         summary = json.loads(path.read_text())
-        before, after = (float(summary[f"{figure}_{when}"]) for when in ("before", "after"))
+        before, after = (float(summary[f"{sweep.figure}_{when}"]) for when in ("before", "after"))
+        beside = _beside(run, summary, sweep.beside)
     except KeyError as e:
         return f"{path} has no figure {e.args[0]!r}; it has {', '.join(map(repr, summary))}"
     except (OSError, ValueError, TypeError) as e:
         return f"{path} can't be read: {type(e).__name__}: {e}"
-    return Outcome(run.arm, run.seed, before, after, record["cpu_seconds"])
+    return Outcome(run.arm, run.seed, before, after, record["cpu_seconds"], beside)
+
+
+def _beside(run: Run, summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Returns the figures of these names that a finished run has."""
+    history = metrics.read(run.workdir)
+    found = {}
+    for name in names:
+        steps = [line[name] for line in history if line.get(name) is not None]
+        if f"{name}_after" in summary:
+            found[name] = float(summary[f"{name}_after"])
+        elif steps:
+            found[name] = statistics.median(steps) if name == "seconds_step" else steps[-1]
+    return found
 
 
 def _children_seconds() -> float:

@@ -3,6 +3,7 @@
 Runs are scripted, without training, but for the slow test at the end.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -130,12 +131,16 @@ class Script:
         if not told:
             after = {"base": 0.8, "few": 0.6, "many": 0.9}[run.arm] + run.seed / 100
             found = {"heldout_accuracy_before": 0.5, "heldout_accuracy_after": after}
+            found["fact_recall_after"] = after / 2
             (run.workdir / "summary.json").write_text(json.dumps(found))
+            lines = ({"step": i, "kl": i / 10, "seconds_step": s} for i, s in ((1, 9), (2, 3)))
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (run.workdir / "metrics.jsonl").write_text(text)
         return told
 
 
-def carried_out(planned, start, only=ALL, figure="heldout_accuracy"):
-    return list(runs.carry_out(planned, start, figure, only))[-1]
+def carried_out(planned, start, only=ALL, **figures):
+    return list(runs.carry_out(planned, start, Sweep({}, **figures), only))[-1]
 
 
 def test_finished_runs_are_not_repeated(planned):
@@ -160,6 +165,13 @@ def test_a_failed_run_is_listed_and_tried_again(planned):
 def test_a_run_without_the_figure_fails_by_name(planned):
     ended = carried_out(planned[:1], Script(), figure="fact_recall")
     assert "has no figure 'fact_recall_before'; it has 'heldout_accuracy_before'" in ended[0].said
+
+
+def test_other_figures_stand_beside_the_compared_one(planned):
+    """Of the summary, of the last step, and a step's usual time; a missing one is left out."""
+    names = ("fact_recall", "kl", "seconds_step", "entropy")
+    [found] = carried_out(planned[:1], Script(), beside=names)
+    assert found.beside == {"fact_recall": 0.4, "kl": 0.2, "seconds_step": 6}
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(planned):
@@ -262,6 +274,18 @@ def test_the_table_has_a_line_for_each_arm():
     assert lines[3].split()[-1] == "base" and lines[5].split() == ["x", "0"]
     assert lines[6] == "heldout_accuracy; 95%, Student's t over seeds; 3 CPU minutes"
     assert lines[7] == "failed: base, seed 2: exit code 1"
+
+
+def test_the_table_shows_other_figures_where_runs_have_them():
+    sweep = dataclasses.replace(SWEEP, beside=("kl", "fact_recall"))
+    ended = [
+        Outcome("base", 0, 0.5, 0.80, 60, {"kl": 0.1, "fact_recall": 0.5}),
+        Outcome("base", 1, 0.5, 0.90, 60, {"kl": 0.3}),
+        Outcome("few", 1, 0.5, 0.70, 30, {"fact_recall": 0.25}),
+    ]
+    lines = figures.table(json.loads(json.dumps(figures.compare(sweep, ended)))).splitlines()
+    assert lines[0].split()[-2:] == ["kl", "fact_recall"]
+    assert lines[2].split()[-1] == "0.250" and lines[3].split()[-2:] == ["0.200", "0.500"]
 
 
 def test_the_plot_shows_every_seed_and_orders_the_means():
