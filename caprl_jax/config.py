@@ -32,6 +32,7 @@ from caprl_jax.run.settings import (
     General,
     JudgeSettings,
     PolicySettings,
+    VerifierSettings,
 )
 from caprl_jax.run.sinks import SINKS
 from caprl_jax.settings import Setting, default_of, is_section, make, of
@@ -70,6 +71,7 @@ def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
         "": (General,),
         "policy": (PolicySettings,),
         "judge": (JudgeSettings,),
+        "verifier": (VerifierSettings,),
         "sampling": (Sampling,),
         "caprl": (Caprl,),
         "optimizer": (Optimizer,),

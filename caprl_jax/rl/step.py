@@ -1,7 +1,8 @@
 """The CapRL step: rollout, judge, reward, advantage, update, in one program for jax.jit."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -40,6 +41,7 @@ class Run:
       rewards: reward terms and their weights; static.
       advantage: an entry of rl.advantages.ADVANTAGES; static.
       verbs: the five functions; static. Benchmarks swap some of them.
+      frozen: further frozen models that reward terms need, by name: rl.rewards.needs.
     """
 
     learner: Learner
@@ -49,12 +51,13 @@ class Run:
     rewards: tuple[Term, ...]
     advantage: Choice = flax.struct.field(pytree_node=False)
     verbs: Verbs = flax.struct.field(pytree_node=False, default=Verbs())
+    frozen: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
     @property
     def models(self) -> dict:
         """Returns the frozen models that the reward terms declare, by name."""
         reference = Reference(self.learner.policy, self.learner.reference)
-        known = {"judge": self.judge, "reference": reference}
+        known = {"judge": self.judge, "reference": reference, **self.frozen}
         return {name: known[name] for name in sorted(needed_models(self.rewards))}
 
 

@@ -32,8 +32,10 @@ from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import State
 from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import frozen as frozen_lib
 from caprl_jax.run import judges, load
 from caprl_jax.run.endpoint_judge import EndpointReader
+from caprl_jax.run.frozen import Frozen, Trained
 from caprl_jax.run.judges import Reader
 from caprl_jax.run.through_text import Retokeniser
 
@@ -111,6 +113,7 @@ def caprl(
     if model.policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
     reader = judges.read(config, model.tokenizer)
+    frozen = frozen_lib.read(config, Trained(model.policy, model.directory, model.tokenizer))
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
     example = load.examples(config, inputs, reader.prompt)
     stored = load.dataset(config, set_aside)
@@ -118,7 +121,7 @@ def caprl(
     held = pipeline.held_out(stored["heldout"], inputs, reader.prompt, _size(config), set_aside)
     compile_lib.check_rules(model.policy, model.rules)
 
-    run, state = _start(config, model, reader)
+    run, state = _start(config, model, reader, frozen)
     program, traces = _programs(config, run, state, model, reader, step)
     evaluation = _Evaluation(config, model, reader, held, run)
     return Task(
@@ -136,7 +139,7 @@ def caprl(
     ), state
 
 
-def _start(config, model: _Model, reader: Reader) -> tuple[Run, State]:
+def _start(config, model: _Model, reader: Reader, frozen: Frozen) -> tuple[Run, State]:
     """Returns the run with its judge and reference on the mesh, and the initial state."""
     judge = judges.load_judge(config, reader, model.rules)
     reference = None
@@ -145,6 +148,7 @@ def _start(config, model: _Model, reader: Reader) -> tuple[Run, State]:
         dtype = compile_lib.compute_dtype(config)
         reference = load.load_frozen(model.policy, model.directory, model.rules, dtype)
     run = compile_lib.make_run(config, model.policy, judge, model.tokenizer.stop, reference)
+    run = run.replace(frozen=frozen.load(config, model.rules, reference))
     optimizer = run.learner.optimizer
     logging.info("loading the policy, %s", config.policy.path)
     return run, load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
@@ -265,6 +269,10 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
     grid, own = (config.data.rows, config.data.columns), config.sft
     task = digits_sft.PolicyTask(grid, own.probes, own.captions, tuple(own.stated), own.count)
+    if own.statements:
+        question = frozen_lib.question(config, model.tokenizer)
+        asked = question, config.verifier.yes, config.verifier.no
+        task = dataclasses.replace(task, statements=own.statements, asked=asked)
     example = pipeline.SftExamples(
         task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens
     )

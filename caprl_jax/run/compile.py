@@ -171,7 +171,9 @@ def make_run(
 
 def needs_reference(config: ml_collections.ConfigDict) -> bool:
     """Tells whether the initial policy's parameters are held: for the KL, or for a reward term."""
-    return bool(config.caprl.kl) or "reference" in needed_models(config_lib.terms(config))
+    needed = needed_models(config_lib.terms(config))
+    verifies = "verifier" in needed and not config.verifier.path
+    return bool(config.caprl.kl) or "reference" in needed or verifies
 
 
 def check_rules(policy: Policy, rules: ShardRules) -> None:
