@@ -1,4 +1,4 @@
-"""The verifier: a vision-language model that tells, sentence by sentence, whether a caption is true.
+"""The verifier: a vision-language model that tells whether a caption's sentences are true.
 
 It sees the image. The forward pass runs over the tree image and prompt -> sentence: a sentence
 stands as the assistant's answer to the prompt, and the user then asks about it. The answer is the
