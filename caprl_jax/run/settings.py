@@ -120,7 +120,7 @@ class VerifierSettings:
     no: str = setting("No", "the answer that denies, one token")
     ends: str = setting(
         ".!?。！？",
-        "characters that end a sentence, those of ASCII before white space only; line breaks do, too",
+        "characters that end a sentence, ASCII before white space only; line breaks always do",
     )
     sentences: int = setting(
         32, "sentences of a caption that are read; the log counts the others", least=1
