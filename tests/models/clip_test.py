@@ -14,16 +14,27 @@ from caprl_jax.models.hf import clip as hf
 
 SMALL = {
     "text_config": {
-        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "max_position_embeddings": 12, "hidden_act": "quick_gelu",
-        "bos_token_id": 58, "eos_token_id": 59,
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 12,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 58,
+        "eos_token_id": 59,
     },
     "vision_config": {
-        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "image_size": 20, "patch_size": 5, "hidden_act": "gelu",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 20,
+        "patch_size": 5,
+        "hidden_act": "gelu",
     },
     "projection_dim": 16,
-}  # fmt: skip
+}
 
 
 def theirs(config, directory):

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.rewards.accuracy import accuracy
+from caprl_jax.rl.rewards.clip_score import clip_score
 from caprl_jax.rl.rewards.confidence import confidence
+from caprl_jax.rl.rewards.contrastive import contrastive
 from caprl_jax.rl.rewards.correctness import correctness
 from caprl_jax.rl.rewards.kl import kl
 from caprl_jax.rl.rewards.length import length
@@ -27,7 +29,18 @@ from caprl_jax.rl.rewards.truncation import truncation
 from caprl_jax.rl.types import Rewards, Scored
 
 REWARDS = Registry("reward", ("scored",))
-for _term in (accuracy, confidence, correctness, kl, length, length_band, repetition, truncation):
+for _term in (
+    accuracy,
+    clip_score,
+    confidence,
+    contrastive,
+    correctness,
+    kl,
+    length,
+    length_band,
+    repetition,
+    truncation,
+):
     REWARDS.register(_term.__name__)(_term)
 
 
