@@ -27,6 +27,7 @@ from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.run.settings import (
     Alarms,
     Checkpointing,
+    ClipSettings,
     Evaluation,
     Export,
     General,
@@ -72,6 +73,7 @@ def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
         "policy": (PolicySettings,),
         "judge": (JudgeSettings,),
         "verifier": (VerifierSettings,),
+        "clip": (ClipSettings,),
         "sampling": (Sampling,),
         "caprl": (Caprl,),
         "optimizer": (Optimizer,),

@@ -31,6 +31,7 @@ from caprl_jax.parallel.jit import counted
 from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import State
+from caprl_jax.run import clip as clip_lib
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import frozen as frozen_lib
 from caprl_jax.run import judges, load
@@ -115,14 +116,14 @@ def caprl(
     reader = judges.read(config, model.tokenizer)
     frozen = frozen_lib.read(config, Trained(model.policy, model.directory, model.tokenizer))
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
-    example = load.examples(config, inputs, reader.prompt)
+    example = frozen.examples(load.examples(config, inputs, reader.prompt))
     stored = load.dataset(config, set_aside)
     load.check_data(config, stored["train"], example)
     held = pipeline.held_out(stored["heldout"], inputs, reader.prompt, _size(config), set_aside)
     compile_lib.check_rules(model.policy, model.rules)
 
     run, state = _start(config, model, reader, frozen)
-    program, traces = _programs(config, run, state, model, reader, step)
+    program, traces = _programs(config, run, state, (model, reader, frozen), step)
     evaluation = _Evaluation(config, model, reader, held, run)
     return Task(
         policy=model.policy,
@@ -134,7 +135,7 @@ def caprl(
         evaluate=evaluation,
         ceiling=evaluation.ceiling,
         heldout=held,
-        run=run if not reader.through_text and not reader.asked else None,
+        run=None if reader.through_text or reader.asked or frozen.through_text else run,
         rules=model.rules,
     ), state
 
@@ -154,15 +155,28 @@ def _start(config, model: _Model, reader: Reader, frozen: Frozen) -> tuple[Run, 
     return run, load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
 
 
-def _programs(config, run, state, model: _Model, reader: Reader, step) -> compile_lib.Program:
-    """Compiles one program, or two if captions pass to the judge as text."""
+def _programs(config, run, state, models: tuple, step) -> compile_lib.Program:
+    """Compiles one program, or two if captions pass to the judge or to CLIP as text.
+
+    Args:
+      config: the run's config.
+      run: only its policy is used here.
+      state: the initial state.
+      models: model in training, judge and frozen models, as they were read.
+      step: rl.step.caprl_step.
+    """
+    model, reader, frozen = models
     if reader.asked:
         return compile_lib.endpoint_programs(config, state, model.rules, reader.asked)
-    if not reader.through_text:
-        return compile_lib.one_program(step, config, run, state, model.rules)
-    longest = config.judge.max_caption or 2 * config.sampling.max_tokens
-    retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
-    return compile_lib.two_programs(config, state, model.rules, retokenise)
+    retokenise = None
+    if reader.through_text:
+        longest = config.judge.max_caption or 2 * config.sampling.max_tokens
+        retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
+    if frozen.through_text:
+        return clip_lib.two_programs(config, state, model.rules, frozen.clip, retokenise)
+    if retokenise:
+        return compile_lib.two_programs(config, state, model.rules, retokenise)
+    return compile_lib.one_program(step, config, run, state, model.rules)
 
 
 def _heldout_reader(

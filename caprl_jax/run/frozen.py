@@ -11,15 +11,19 @@ import numpy as np
 
 from caprl_jax import config as config_lib
 from caprl_jax.data import sentences, templates
+from caprl_jax.data.pipeline import CaprlExamples
 from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.verify import Verifier
+from caprl_jax.run import clip as clip_lib
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import load
+from caprl_jax.run.clip import ClipReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +48,21 @@ class Frozen:
     Attributes:
       verifier: the verifier without parameters; None if no term needs one.
       source: the verifier's directory; None for the initial policy.
+      clip: CLIP; None if no term needs it.
     """
 
     verifier: Verifier | None = None
     source: Path | None = None
+    clip: ClipReader | None = None
+
+    def examples(self, example: CaprlExamples) -> CaprlExamples:
+        """Returns the maker of examples with the arrays that the models read of a record."""
+        return dataclasses.replace(example, arrays=self.clip.arrays) if self.clip else example
+
+    @property
+    def through_text(self) -> bool:
+        """Tells whether captions must pass to CLIP as text."""
+        return self.clip is not None and self.clip.policy is not None
 
     def load(
         self, config: ml_collections.ConfigDict, rules: ShardRules, reference: Any
@@ -68,6 +83,8 @@ class Frozen:
                 params = load.load_frozen(self.verifier.policy, self.source, rules, dtype)
             own = self.verifier.replace(params={})
             out["verifier"] = jax.device_put(own, mesh.replicated(rules)).replace(params=params)
+        if self.clip is not None:
+            out["clip"] = self.clip.load(rules, compile_lib.compute_dtype(config))
         return out
 
 
@@ -78,7 +95,16 @@ def read(config: ml_collections.ConfigDict, trained: Trained) -> Frozen:
       ConfigError, ModelDirectoryError: one can't be used.
     """
     needed = needed_models(config_lib.terms(config))
-    return Frozen(*_verifier(config, trained)) if "verifier" in needed else Frozen()
+    verifier, source = _verifier(config, trained) if "verifier" in needed else (None, None)
+    clip = clip_lib.read(config, trained.tokenizer) if "clip" in needed else None
+    found = Frozen(verifier, source, clip)
+    if found.through_text and is_url(config.judge.path):
+        raise ConfigError(
+            f"config.clip.path={config.clip.path} has another tokenizer than the policy, and "
+            f"config.judge.path={config.judge.path} is an endpoint: a step can't be two programs "
+            "for both yet; give a judge's directory"
+        )
+    return found
 
 
 def _verifier(config: ml_collections.ConfigDict, trained: Trained) -> tuple[Verifier, Path | None]:

@@ -104,6 +104,14 @@ class JudgeSettings(Judging):
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipSettings:
+    """Settings of CLIP, which reward terms such as clip_score read."""
+
+    path: str = setting("", f"{_PATH}; it holds transformers' CLIPModel")
+    revision: str = setting("", "branch, tag or commit of a hub id")
+
+
+@dataclasses.dataclass(frozen=True)
 class VerifierSettings:
     """Settings of the verifier, which reward terms such as correctness ask with the image."""
 
