@@ -20,6 +20,7 @@ from caprl_jax.rl.rewards.clip_score import clip_score
 from caprl_jax.rl.rewards.confidence import confidence
 from caprl_jax.rl.rewards.contrastive import contrastive
 from caprl_jax.rl.rewards.correctness import correctness
+from caprl_jax.rl.rewards.grounding import grounding
 from caprl_jax.rl.rewards.kl import kl
 from caprl_jax.rl.rewards.length import length
 from caprl_jax.rl.rewards.length_band import length_band
@@ -35,6 +36,7 @@ for _term in (
     confidence,
     contrastive,
     correctness,
+    grounding,
     kl,
     length,
     length_band,
