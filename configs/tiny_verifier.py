@@ -15,9 +15,9 @@ def get_config():
     c.log_every = 20
     c.sft.task = "caption"
     c.sft.statements = 16
-    c.sft.probes = 4
+    c.sft.probes = 0
     c.sft.captions = 1
-    c.sft.max_tokens = 20
+    c.sft.max_tokens = 18
     c.verifier.question = "?"
     c.verifier.yes = " A"
     c.verifier.no = " B"
@@ -27,7 +27,7 @@ def get_config():
     c.data.max_prompt = 32
     c.data.max_question = 40
     c.sampling.max_tokens = 32
-    c.optimizer.learning_rate = 5e-4
+    c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 50
     c.optimizer.b2 = 0.98
     c.optimizer.weight_decay = 0.1

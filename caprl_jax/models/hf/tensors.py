@@ -178,11 +178,11 @@ def _vision_tensors(c: VisionConfig, kernel: tuple[int, int, int, int]) -> list[
 
 def _merger_tensors(ours: str, theirs: str, c: VisionConfig, normed: int) -> list[Tensor]:
     third, path, merged = c.layer_norm, ("vision", ours), c.width * c.merge**2
-    norm, first, second = (
+    before, first, second = (
         ("norm", "linear_fc1", "linear_fc2") if third else ("ln_q", "mlp.0", "mlp.2")
     )
     return [
-        *norm((*path, "norm"), f"{theirs}.{norm}", normed, third),
+        *norm((*path, "norm"), f"{theirs}.{before}", normed, third),
         *linear((*path, "in"), f"{theirs}.{first}", (merged,), (merged,)),
         *linear((*path, "out"), f"{theirs}.{second}", (c.out_width,), (merged,)),
     ]
