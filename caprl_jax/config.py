@@ -27,11 +27,13 @@ from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.run.settings import (
     Alarms,
     Checkpointing,
+    ClipSettings,
     Evaluation,
     Export,
     General,
     JudgeSettings,
     PolicySettings,
+    VerifierSettings,
 )
 from caprl_jax.run.sinks import SINKS
 from caprl_jax.settings import Setting, default_of, is_section, make, of
@@ -70,6 +72,8 @@ def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
         "": (General,),
         "policy": (PolicySettings,),
         "judge": (JudgeSettings,),
+        "verifier": (VerifierSettings,),
+        "clip": (ClipSettings,),
         "sampling": (Sampling,),
         "caprl": (Caprl,),
         "optimizer": (Optimizer,),

@@ -105,6 +105,7 @@ class CaprlExamples:
       draw: draws the questions.
       max_question: length bucket of a question.
       extras: names of the records' extras to put in the batch.
+      arrays: further arrays of a record for batch.extras: record -> arrays by name.
     """
 
     inputs: ImagePrompt
@@ -112,6 +113,7 @@ class CaprlExamples:
     draw: QuestionDraw
     max_question: int
     extras: tuple[str, ...] = ()
+    arrays: Callable[[Record], Mapping[str, np.ndarray]] | None = None
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
         """Makes the Batch; rng draws and shuffles the questions."""
@@ -121,6 +123,8 @@ class CaprlExamples:
         ]
         asked = jax.tree.map(lambda *a: np.stack(a), *sets) if self.draw.sets else sets[0]
         extras = {name: records.extra_array(record, name) for name in self.extras}
+        if self.arrays is not None:
+            extras |= self.arrays(record)
         return Batch(questions=asked, valid=np.True_, extras=extras, **self.inputs(record))
 
 

@@ -52,4 +52,9 @@ class Sft:
     captions: int = setting(3, "captions per image, for the policy", least=1)
     stated: tuple = setting((0.55, 0.35, 0.1), "probability of stating 1, 2, .. facts")
     count: float = setting(0.2, "probability of stating the count", least=0, most=1)
+    statements: int = setting(
+        0,
+        "statements per image that are asked about as config.verifier asks; half of them are true",
+        least=0,
+    )
     judged: bool = setting(False, "whether the judge reads the policy's held-out captions")

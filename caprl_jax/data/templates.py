@@ -120,6 +120,28 @@ def around_text(directory: Path, inner: Any, image: bool) -> tuple[str, str]:
     return before, after
 
 
+def after_reply(directory: Path, inner: Any, text: str) -> str:
+    """Renders what follows an assistant's message when the user says `text`, up to the next answer.
+
+    Args:
+      directory: the model directory, for error messages.
+      inner: transformers' tokenizer.
+      text: the user's.
+
+    Raises:
+      ModelDirectoryError: as around_text.
+    """
+    turns = [("user", "."), ("assistant", _TEXT), ("user", text)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    parts = _render(directory, inner, messages).split(_TEXT)
+    if len(parts) != 2:
+        raise ModelDirectoryError(
+            f"{directory}: the chat template renders an earlier answer {len(parts) - 1} times, not "
+            "once"
+        )
+    return _OPEN.sub(_CLOSED, parts[1])
+
+
 def _render(directory: Path, inner: Any, messages: list[dict[str, Any]]) -> str:
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     template = inner.chat_template

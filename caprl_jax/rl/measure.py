@@ -41,6 +41,7 @@ def measure(batch: Batch, captions: Rollout, verdicts: Verdicts, *, rewards: Rew
     for name, values in rewards.terms.items():
         metrics[f"reward/{name}"] = _mean_over(real, values)
         metrics[f"reward/{name}_std"] = _mean_over(valid, jnp.std(values, axis=1))
+    metrics |= {f"reward/{name}": _mean_over(real, told) for name, told in rewards.told.items()}
     return metrics
 
 

@@ -1,7 +1,8 @@
 """The CapRL step: rollout, judge, reward, advantage, update, in one program for jax.jit."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -42,6 +43,8 @@ class Run:
       advantage: an entry of rl.advantages.ADVANTAGES; static.
       kept: images that the update learns from; 0 for all of a batch; static.
       verbs: the five functions; static. Benchmarks swap some of them.
+      frozen: further models that reward terms need, by name: rl.rewards.needs. A verifier without
+        parameters has those of the reference.
     """
 
     learner: Learner
@@ -52,12 +55,16 @@ class Run:
     advantage: Choice = flax.struct.field(pytree_node=False)
     kept: int = flax.struct.field(pytree_node=False, default=0)
     verbs: Verbs = flax.struct.field(pytree_node=False, default=Verbs())
+    frozen: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
     def models(self, state: State) -> dict:
         """Returns the models that the reward terms declare, by name."""
         learner = self.learner.at(state)
         reference = Reference(learner.policy, learner.reference)
-        known = {"judge": self.judge, "reference": reference}
+        known = {"judge": self.judge, "reference": reference, **self.frozen}
+        verifier = known.get("verifier")
+        if verifier is not None and verifier.params is None:  # it is a reference that moves
+            known["verifier"] = verifier.replace(params=learner.reference)
         return {name: known[name] for name in sorted(needed_models(self.rewards))}
 
 

@@ -175,8 +175,10 @@ class Rewards:
       total: float32 [b, g], the weighted sum of the terms.
       terms: float32 [b, g] by name, unweighted; a masked term is 0 where its mask is.
       weights: float32 [] by name.
+      told: float32 [b, g] by TERM_NAME, what terms tell beside their values, for the log.
     """
 
     total: jax.Array
     terms: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
     weights: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    told: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)

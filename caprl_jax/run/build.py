@@ -31,9 +31,12 @@ from caprl_jax.parallel.jit import counted
 from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import State
+from caprl_jax.run import clip as clip_lib
 from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import frozen as frozen_lib
 from caprl_jax.run import judges, load
 from caprl_jax.run.endpoint_judge import EndpointReader
+from caprl_jax.run.frozen import Frozen, Trained
 from caprl_jax.run.judges import Reader
 from caprl_jax.run.through_text import Retokeniser
 
@@ -111,15 +114,16 @@ def caprl(
     if model.policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
     reader = judges.read(config, model.tokenizer)
+    frozen = frozen_lib.read(config, Trained(model.policy, model.directory, model.tokenizer))
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
-    example = load.examples(config, inputs, reader.prompt)
+    example = frozen.examples(load.examples(config, inputs, reader.prompt))
     stored = load.dataset(config, set_aside)
     load.check_data(config, stored["train"], example)
     held = pipeline.held_out(stored["heldout"], inputs, reader.prompt, _size(config), set_aside)
     compile_lib.check_rules(model.policy, model.rules)
 
-    run, state = _start(config, model, reader)
-    program, traces = _programs(config, run, state, model, reader, step)
+    run, state = _start(config, model, reader, frozen)
+    program, traces = _programs(config, run, state, (model, reader, frozen), step)
     evaluation = _Evaluation(config, model, reader, held, run)
     return Task(
         policy=model.policy,
@@ -131,12 +135,12 @@ def caprl(
         evaluate=evaluation,
         ceiling=evaluation.ceiling,
         heldout=held,
-        run=run if not reader.through_text and not reader.asked else None,
+        run=None if reader.through_text or reader.asked or frozen.through_text else run,
         rules=model.rules,
     ), state
 
 
-def _start(config, model: _Model, reader: Reader) -> tuple[Run, State]:
+def _start(config, model: _Model, reader: Reader, frozen: Frozen) -> tuple[Run, State]:
     """Returns the run with its judge and reference on the mesh, and the initial state."""
     judge = judges.load_judge(config, reader, model.rules)
     reference = None
@@ -145,20 +149,34 @@ def _start(config, model: _Model, reader: Reader) -> tuple[Run, State]:
         dtype = compile_lib.compute_dtype(config)
         reference = load.load_frozen(model.policy, model.directory, model.rules, dtype)
     run = compile_lib.make_run(config, model.policy, judge, model.tokenizer.stop, reference)
+    run = run.replace(frozen=frozen.load(config, model.rules, reference))
     optimizer = run.learner.optimizer
     logging.info("loading the policy, %s", config.policy.path)
     return run, load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
 
 
-def _programs(config, run, state, model: _Model, reader: Reader, step) -> compile_lib.Program:
-    """Compiles one program, or two if captions pass to the judge as text."""
+def _programs(config, run, state, models: tuple, step) -> compile_lib.Program:
+    """Compiles one program, or two if captions pass to the judge or to CLIP as text.
+
+    Args:
+      config: the run's config.
+      run: only its policy is used here.
+      state: the initial state.
+      models: model in training, judge and frozen models, as they were read.
+      step: rl.step.caprl_step.
+    """
+    model, reader, frozen = models
     if reader.asked:
         return compile_lib.endpoint_programs(config, state, model.rules, reader.asked)
-    if not reader.through_text:
-        return compile_lib.one_program(step, config, run, state, model.rules)
-    longest = config.judge.max_caption or 2 * config.sampling.max_tokens
-    retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
-    return compile_lib.two_programs(config, state, model.rules, retokenise)
+    retokenise = None
+    if reader.through_text:
+        longest = config.judge.max_caption or 2 * config.sampling.max_tokens
+        retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
+    if frozen.through_text:
+        return clip_lib.two_programs(config, state, model.rules, frozen.clip, retokenise)
+    if retokenise:
+        return compile_lib.two_programs(config, state, model.rules, retokenise)
+    return compile_lib.one_program(step, config, run, state, model.rules)
 
 
 def _heldout_reader(
@@ -265,6 +283,10 @@ def _sft_policy(config, model: _Model, stored: Stored, set_aside: SetAside):
     inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
     grid, own = (config.data.rows, config.data.columns), config.sft
     task = digits_sft.PolicyTask(grid, own.probes, own.captions, tuple(own.stated), own.count)
+    if own.statements:
+        question = frozen_lib.question(config, model.tokenizer)
+        asked = question, config.verifier.yes, config.verifier.no
+        task = dataclasses.replace(task, statements=own.statements, asked=asked)
     example = pipeline.SftExamples(
         task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens
     )

@@ -181,7 +181,9 @@ def make_run(
 
 def needs_reference(config: ml_collections.ConfigDict) -> bool:
     """Tells whether a reference policy is held: for the KL, or for a reward term."""
-    return bool(config.caprl.kl) or "reference" in needed_models(config_lib.terms(config))
+    needed = needed_models(config_lib.terms(config))
+    verifies = "verifier" in needed and not config.verifier.path
+    return bool(config.caprl.kl) or "reference" in needed or verifies
 
 
 def moves_reference(config: ml_collections.ConfigDict) -> bool:
@@ -251,7 +253,7 @@ def two_programs(
         real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
         return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
 
-    (first, second), traces = _rollout_and(finish, config, state, rules)
+    (first, second), traces = rollout_and(finish, config, state, rules)
     return in_two_programs(first, second, retokenise, rules), traces
 
 
@@ -274,14 +276,25 @@ def endpoint_programs(
         asked = asked & batch.valid[:, None, None]
         return state, measured | {"no_letter": (jnp.sum(silent & asked), jnp.sum(asked))}
 
-    (first, second), traces = _rollout_and(finish, config, state, rules)
+    (first, second), traces = rollout_and(finish, config, state, rules)
     return step_with_endpoint(first, second, judge, rules), traces
 
 
-def _rollout_and(
+def rollout_and(
     finish: Callable, config: ml_collections.ConfigDict, state: State, rules: ShardRules
 ) -> tuple[tuple[Callable, Callable], Callable[[], int]]:
-    """Jits the rollout as a program of its own, and `finish`, which donates the state."""
+    """Jits the rollout as a program of its own, and `finish`, which donates the state.
+
+    Args:
+      finish: (run, state, batch, captions, passed, key) -> (state, metrics); `passed` is what the
+        host makes of the captions in between.
+      config: the run's config.
+      state: arrays, or shapes with shardings.
+      rules: mesh and shard rules.
+
+    Returns:
+      ((rollout, finish), how often they were traced).
+    """
 
     def rollout(run, state, batch, key):
         policy, decoding = run.learner.policy, run.decoding

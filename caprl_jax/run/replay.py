@@ -8,6 +8,7 @@ import jax
 
 from caprl_jax.errors import UserError
 from caprl_jax.parallel.jit import jit
+from caprl_jax.rl.selection import informative
 from caprl_jax.rl.step import Run, step_keys
 from caprl_jax.rl.types import Batch, Scored, State
 from caprl_jax.run import compile as compile_lib
@@ -59,13 +60,15 @@ def _verbs(run: Run, state: State, batch: Batch, key: jax.Array) -> dict[str, An
         run.learner.policy, state.params, batch, decoding=run.decoding, key=rollout_key
     )
     verdicts = verbs.judge(run.judge, captions, batch.questions, judging=run.judging, key=judge_key)
-    rewards = verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models))
+    rewards = verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models(state)))
     advantages = verbs.advantage(run.advantage, rewards, batch.valid)
-    _, metrics = verbs.update(run.learner, state, batch, captions=captions, advantages=advantages)
-    return {
+    told = {
         "captions": captions,
         "verdicts": verdicts,
         "rewards": rewards,
         "advantages": advantages,
-        "update": metrics,
     }
+    if run.kept:
+        (batch, captions, advantages), _ = informative(batch, captions, advantages, run.kept)
+    _, metrics = verbs.update(run.learner, state, batch, captions=captions, advantages=advantages)
+    return told | {"update": metrics}

@@ -104,6 +104,39 @@ class JudgeSettings(Judging):
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipSettings:
+    """Settings of CLIP, which reward terms such as clip_score read."""
+
+    path: str = setting("", f"{_PATH}; it holds transformers' CLIPModel")
+    revision: str = setting("", "branch, tag or commit of a hub id")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierSettings:
+    """Settings of the verifier, which reward terms such as correctness ask with the image."""
+
+    path: str = setting(
+        "",
+        f"{_PATH}, with the policy's tokenizer and image processor; empty: the initial policy",
+    )
+    revision: str = setting("", "branch, tag or commit of a hub id")
+    question: str = setting(
+        "Is that true of the image? Answer Yes or No.",
+        "the user's turn after a sentence, which stands as the assistant's answer to policy.prompt",
+    )
+    yes: str = setting("Yes", "the answer that confirms, one token")
+    no: str = setting("No", "the answer that denies, one token")
+    ends: str = setting(
+        ".!?。！？",
+        "characters that end a sentence, ASCII before white space only; line breaks always do",
+    )
+    sentences: int = setting(
+        32, "sentences of a caption that are read; the log counts the others", least=1
+    )
+    max_sentence: int = setting(64, "tokens of a sentence that are read", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Settings of held-out evaluation."""
 

@@ -43,6 +43,8 @@ class PolicyTask:
       captions: captions per image.
       stated: probability of stating 1, 2, 3, .. facts.
       count: probability of stating the count.
+      statements: statements that are asked about, half of them true; they make a verifier.
+      asked: (text after a statement, answer to a true one, answer to a false one).
     """
 
     grid: tuple[int, int]
@@ -50,6 +52,8 @@ class PolicyTask:
     captions: int
     stated: tuple[float, ...]
     count: float
+    statements: int = 0
+    asked: tuple[str, str, str] = ("", "", "")
 
     def cells(self, record: Record, rng: np.random.Generator) -> list[str]:
         """One word for each cell in row-major order: its colour, its digit, or " nothing".
@@ -69,13 +73,57 @@ class PolicyTask:
         cells = rng.permutation(digits.places(*self.grid))[: self.probes]
         probes = [((f" {place}", 0.0), (held.get(place, " nothing"), 1.0)) for place in cells]
         captions = [((self._caption(facts, rng), 1.0), (_END, 1.0)) for _ in range(self.captions)]
-        return [*probes, *captions]
+        asked = [self._asked(facts, rng) for _ in range(self.statements)]
+        return [*probes, *captions, *asked]
+
+    def _asked(self, facts: list[Fact], rng: np.random.Generator) -> Pieces:
+        """Returns a statement as a sentence of a caption, the question and the answer."""
+        question, yes, no = self.asked
+        true = rng.random() < 0.5
+        text = true_statement(facts, rng) if true else false_statement(facts, self.grid, rng)
+        before = "digits: " if rng.random() < 0.2 else " "
+        after = "," if rng.random() < 0.8 else ""
+        return (f"{before}{text}{after}", 0.0), (question, 0.0), (yes if true else no, 1.0)
 
     def _caption(self, facts: list[Fact], rng: np.random.Generator) -> str:
         stated = 1 + rng.choice(len(self.stated), p=self.stated)
         chosen = rng.permutation(len(facts))[:stated]
         count = len(facts) if rng.random() < self.count else None
         return digits.caption([facts[i] for i in chosen], count)
+
+
+def true_statement(facts: Sequence[Fact], rng: np.random.Generator) -> str:
+    """Draws a fact of a scene, or sometimes its count, as a caption states it."""
+    if rng.random() < 0.15:
+        return f"total {digits.NUMBERS[len(facts)]}"
+    return digits.statement(facts[rng.integers(len(facts))])
+
+
+def false_statement(facts: Sequence[Fact], grid: tuple[int, int], rng: np.random.Generator) -> str:
+    """Draws a false statement about a scene: mostly wrong in one word, sometimes no statement."""
+    place, color, digit = facts[rng.integers(len(facts))]
+    others = [f for f in facts if f[0] != place]
+    drawn, kind = others[rng.integers(len(others))] if others else None, rng.random()
+    if kind < 0.5:  # another digit, a third of them of the same scene; these are hardest to tell
+        near = drawn is not None and drawn[2] != digit and rng.random() < 0.33
+        digit = drawn[2] if near else int((digit + rng.integers(1, 10)) % 10)
+    elif kind < 0.7:
+        color = str(rng.choice([c for c in digits.COLORS if c != color]))
+    elif kind < 0.8:  # an empty cell
+        held = {f[0] for f in facts}
+        place = str(rng.choice([p for p in digits.places(*grid) if p not in held]))
+        if rng.random() < 0.5:
+            color, digit = str(rng.choice(list(digits.COLORS))), int(rng.integers(10))
+    elif kind < 0.85 and drawn is not None:  # another place's digit
+        color, digit = drawn[1:]
+    elif kind < 0.92:
+        wrong = [n for n in range(1, 10) if n != len(facts)]
+        near = [n for n in wrong if abs(n - len(facts)) <= 2]
+        return f"total {digits.NUMBERS[rng.choice(near if rng.random() < 0.7 else wrong)]}"
+    else:
+        words = digits.statement((place, color, digit)).split()
+        return " ".join(np.delete(words, rng.integers(len(words))))
+    return digits.statement((place, color, digit))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,6 +90,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def names(directory: Path) -> set[str]:
+    """Returns the canonical names of all tensors in a directory's files."""
+    return set(_index(directory))
+
+
 def _index(directory: Path) -> dict[str, tuple[Path, str]]:
     """Maps each canonical tensor name to (file, name in the file); refuses repeated names."""
     index: dict[str, tuple[Path, str]] = {}
@@ -178,8 +183,32 @@ def load_params(
     directory = Path(directory)
     index, tensors = _index(directory), tensors_lib.tensors(policy, read_config(directory))
     shapes = _checked_shapes(directory, policy, tensors, index)
+    return read_tensors(directory, tensors, shapes, dtype, shardings, progress)
+
+
+def read_tensors(
+    directory: Path,
+    tensors: list[Tensor],
+    shapes: Mapping[tuple[str, ...], tuple[int, ...]],
+    dtype: Any = np.float32,
+    shardings: Any = None,
+    progress: bool = False,
+) -> dict:
+    """Reads parameters whose names and shapes have been checked; see load_params.
+
+    Args:
+      directory: directory in Hugging Face format.
+      tensors: the parameters' tensors.
+      shapes: the parameters' shapes by path.
+      dtype: dtype of the parameters.
+      shardings: tree of NamedSharding with the parameters' structure; None gives numpy arrays.
+      progress: whether to show a progress bar.
+
+    Raises:
+      ModelDirectoryError: numbers aren't finite in dtype.
+    """
     placed = None if shardings is None else flax.traverse_util.flatten_dict(shardings)
-    params, bad = {}, {}
+    index, params, bad = _index(directory), {}, {}
     with _bar(progress, directory, sum(map(math.prod, shapes.values()))) as advance:
         for t in tensors:
             shape, read = shapes[t.path], _Reader(t, shapes[t.path], index, dtype, advance)
@@ -251,12 +280,35 @@ def _checked_shapes(
     """Checks names and shapes in the files' headers; returns the parameters' shapes by path."""
     targets = flax.traverse_util.flatten_dict(abstract_params(policy))
     shapes = {path: a.shape for path, a in targets.items()}
-    wanted = {n: t for t in tensors for n in t.names(range(shapes[t.path][0]))}
+    wanted = tensors_by_name(tensors, shapes)
     # Old files hold RoPE's frequencies as buffers; like transformers, compute them anew.
     left_over = {n for n in set(index) - set(wanted) if not n.endswith("inv_freq")}
     if policy.decoder.config.tied and _HEAD in left_over:  # some files repeat the tied head
         left_over.discard(_HEAD)
         _check_tied(directory, index)
+    check_tensors(directory, wanted, left_over)
+    return shapes
+
+
+def tensors_by_name(
+    tensors: list[Tensor], shapes: Mapping[tuple[str, ...], tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Returns the tensors by each of their names in files; shapes are the parameters'."""
+    return {n: t for t in tensors for n in t.names(range((shapes[t.path] or (1,))[0]))}
+
+
+def check_tensors(directory: Path, wanted: Mapping[str, Tensor], left_over: set[str]) -> None:
+    """Checks names and shapes of the tensors in a directory's files.
+
+    Args:
+      directory: directory in Hugging Face format.
+      wanted: tensors by name.
+      left_over: names in the files that nothing wants.
+
+    Raises:
+      ModelDirectoryError: some are missing, left over or of another shape; it names them.
+    """
+    index = _index(directory)
     problems = [f"missing {n}" for n in sorted(set(wanted) - set(index))]
     problems += [f"left over {n}" for n in sorted(left_over)]
     by_file: dict[Path, list[str]] = {}
@@ -275,7 +327,6 @@ def _checked_shapes(
                     problems.append(f"{name} is of type {kind}, not a float of 16 bits or more")
     if problems:
         raise ModelDirectoryError(_summary(directory, problems))
-    return shapes
 
 
 def _check_tied(directory: Path, index: Mapping[str, tuple[Path, str]], rows: int = 8192) -> None:

@@ -81,7 +81,7 @@ def _length(s: slice) -> int:
     return s.stop - s.start
 
 
-def _linear(path, name, outputs, inputs, bias=True) -> list[Tensor]:
+def linear(path, name, outputs, inputs, bias=True) -> list[Tensor]:
     """Tensors of a Linear: its kernel [*inputs, *outputs] and, with bias, its bias [*outputs]."""
     n, m = len(inputs), len(outputs)
     axes = (tuple(range(n, n + m)), tuple(range(n)))
@@ -92,12 +92,14 @@ def _linear(path, name, outputs, inputs, bias=True) -> list[Tensor]:
     return [kernel, Tensor((*path, "bias"), f"{name}.bias", shape[:1], (tuple(range(m)),))]
 
 
-def _norm(path, name, width, bias=False) -> list[Tensor]:
+def norm(path, name, width, bias=False) -> list[Tensor]:
+    """Tensors of a norm: its scale [width] and, with bias, its bias [width]."""
     scale = Tensor((*path, "scale"), f"{name}.weight", (width,), ((0,),))
     return [scale, Tensor((*path, "bias"), f"{name}.bias", (width,), ((0,),))][: 1 + bias]
 
 
-def _table(path, name, rows, width) -> Tensor:
+def table(path, name, rows, width) -> Tensor:
+    """Tensor of a table of embeddings, [rows, width] in ours and in the file."""
     return Tensor(path, name, (rows, width), ((0,), (1,)))
 
 
@@ -125,30 +127,30 @@ def _decoder_tensors(c: DecoderConfig) -> list[Tensor]:
     ours, theirs = ("decoder", "layers"), "model.layers.{i}"
     attn, mlp, d = f"{theirs}.self_attn", f"{theirs}.mlp", c.head_dim
     out = [
-        _table(("decoder", "embedding"), "model.embed_tokens.weight", c.vocab, c.width),
-        *_norm((*ours, "attention_norm"), f"{theirs}.input_layernorm", c.width),
-        *_linear((*ours, "q"), f"{attn}.q_proj", (c.heads, d), (c.width,), c.qkv_bias),
-        *_linear((*ours, "k"), f"{attn}.k_proj", (c.kv_heads, d), (c.width,), c.qkv_bias),
-        *_linear((*ours, "v"), f"{attn}.v_proj", (c.kv_heads, d), (c.width,), c.qkv_bias),
-        *_linear((*ours, "o"), f"{attn}.o_proj", (c.width,), (c.heads, d), c.o_bias),
-        *_norm((*ours, "mlp_norm"), f"{theirs}.post_attention_layernorm", c.width),
-        *_linear((*ours, "gate"), f"{mlp}.gate_proj", (c.feed_forward,), (c.width,), False),
-        *_linear((*ours, "up"), f"{mlp}.up_proj", (c.feed_forward,), (c.width,), False),
-        *_linear((*ours, "down"), f"{mlp}.down_proj", (c.width,), (c.feed_forward,), False),
-        *_norm(("decoder", "norm"), "model.norm", c.width),
+        table(("decoder", "embedding"), "model.embed_tokens.weight", c.vocab, c.width),
+        *norm((*ours, "attention_norm"), f"{theirs}.input_layernorm", c.width),
+        *linear((*ours, "q"), f"{attn}.q_proj", (c.heads, d), (c.width,), c.qkv_bias),
+        *linear((*ours, "k"), f"{attn}.k_proj", (c.kv_heads, d), (c.width,), c.qkv_bias),
+        *linear((*ours, "v"), f"{attn}.v_proj", (c.kv_heads, d), (c.width,), c.qkv_bias),
+        *linear((*ours, "o"), f"{attn}.o_proj", (c.width,), (c.heads, d), c.o_bias),
+        *norm((*ours, "mlp_norm"), f"{theirs}.post_attention_layernorm", c.width),
+        *linear((*ours, "gate"), f"{mlp}.gate_proj", (c.feed_forward,), (c.width,), False),
+        *linear((*ours, "up"), f"{mlp}.up_proj", (c.feed_forward,), (c.width,), False),
+        *linear((*ours, "down"), f"{mlp}.down_proj", (c.width,), (c.feed_forward,), False),
+        *norm(("decoder", "norm"), "model.norm", c.width),
     ]
     if c.qk_norm:
         for n in ("q", "k"):
-            out += _norm((*ours, f"{n}_norm"), f"{attn}.{n}_norm", d)
+            out += norm((*ours, f"{n}_norm"), f"{attn}.{n}_norm", d)
     if not c.tied:
-        out.append(_table(("decoder", "head"), "lm_head.weight", c.vocab, c.width))
+        out.append(table(("decoder", "head"), "lm_head.weight", c.vocab, c.width))
     return out
 
 
 def _vision_tensors(c: VisionConfig, kernel: tuple[int, int, int, int]) -> list[Tensor]:
     ours, theirs = ("vision", "blocks"), "visual.blocks.{i}"
     heads, third = (c.heads, c.width // c.heads), c.layer_norm
-    patch = _linear(
+    patch = linear(
         ("vision", "patch"), "visual.patch_embed.proj", (c.width,), (c.patch_dim,), c.patch_bias
     )
     patch[0] = dataclasses.replace(patch[0], shape=(c.width, *kernel))
@@ -156,17 +158,17 @@ def _vision_tensors(c: VisionConfig, kernel: tuple[int, int, int, int]) -> list[
     mlp, f = f"{theirs}.mlp", (c.feed_forward,)
     out = [
         *patch,
-        *_norm((*ours, "attention_norm"), f"{theirs}.norm1", c.width, third),
-        *_linear((*ours, "qkv"), f"{theirs}.attn.qkv", (3, *heads), (c.width,)),
-        *_linear((*ours, "o"), f"{theirs}.attn.proj", (c.width,), heads),
-        *_norm((*ours, "mlp_norm"), f"{theirs}.norm2", c.width, third),
-        *([] if third else _linear((*ours, "gate"), f"{mlp}.gate_proj", f, (c.width,))),
-        *_linear((*ours, "up"), f"{mlp}.{up}", f, (c.width,)),
-        *_linear((*ours, "down"), f"{mlp}.{down}", (c.width,), f),
+        *norm((*ours, "attention_norm"), f"{theirs}.norm1", c.width, third),
+        *linear((*ours, "qkv"), f"{theirs}.attn.qkv", (3, *heads), (c.width,)),
+        *linear((*ours, "o"), f"{theirs}.attn.proj", (c.width,), heads),
+        *norm((*ours, "mlp_norm"), f"{theirs}.norm2", c.width, third),
+        *([] if third else linear((*ours, "gate"), f"{mlp}.gate_proj", f, (c.width,))),
+        *linear((*ours, "up"), f"{mlp}.{up}", f, (c.width,)),
+        *linear((*ours, "down"), f"{mlp}.{down}", (c.width,), f),
     ]
     if c.position_side:
         rows = c.position_side**2
-        out.append(_table(("vision", "positions"), "visual.pos_embed.weight", rows, c.width))
+        out.append(table(("vision", "positions"), "visual.pos_embed.weight", rows, c.width))
     out += _merger_tensors("merger", "visual.merger", c, c.width)
     for i in range(len(c.deep_layers)):
         name = f"visual.deepstack_merger_list.{i}"
@@ -176,11 +178,11 @@ def _vision_tensors(c: VisionConfig, kernel: tuple[int, int, int, int]) -> list[
 
 def _merger_tensors(ours: str, theirs: str, c: VisionConfig, normed: int) -> list[Tensor]:
     third, path, merged = c.layer_norm, ("vision", ours), c.width * c.merge**2
-    norm, first, second = (
+    before, first, second = (
         ("norm", "linear_fc1", "linear_fc2") if third else ("ln_q", "mlp.0", "mlp.2")
     )
     return [
-        *_norm((*path, "norm"), f"{theirs}.{norm}", normed, third),
-        *_linear((*path, "in"), f"{theirs}.{first}", (merged,), (merged,)),
-        *_linear((*path, "out"), f"{theirs}.{second}", (c.out_width,), (merged,)),
+        *norm((*path, "norm"), f"{theirs}.{before}", normed, third),
+        *linear((*path, "in"), f"{theirs}.{first}", (merged,), (merged,)),
+        *linear((*path, "out"), f"{theirs}.{second}", (c.out_width,), (merged,)),
     ]

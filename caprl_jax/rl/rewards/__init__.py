@@ -2,7 +2,8 @@
 
 To add one, write `term(scored: Scored) -> float32 [b, g]`, or `term(scored, options)` with a frozen
 dataclass of options, and register it here or name it in a config by its import path.
-`@needs("judge")` declares the frozen models that a term reads from `scored.models`.
+`@needs("judge")` declares the frozen models that a term reads from `scored.models`. A term may also
+return (its values, {name: more values for the log, [b, g]}).
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,11 @@ import jax.numpy as jnp
 
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.rewards.accuracy import accuracy
+from caprl_jax.rl.rewards.clip_score import clip_score
 from caprl_jax.rl.rewards.confidence import confidence
+from caprl_jax.rl.rewards.contrastive import contrastive
+from caprl_jax.rl.rewards.correctness import correctness
+from caprl_jax.rl.rewards.grounding import grounding
 from caprl_jax.rl.rewards.kl import kl
 from caprl_jax.rl.rewards.length import length
 from caprl_jax.rl.rewards.length_band import length_band
@@ -25,7 +30,19 @@ from caprl_jax.rl.rewards.truncation import truncation
 from caprl_jax.rl.types import Rewards, Scored
 
 REWARDS = Registry("reward", ("scored",))
-for _term in (accuracy, confidence, kl, length, length_band, repetition, truncation):
+for _term in (
+    accuracy,
+    clip_score,
+    confidence,
+    contrastive,
+    correctness,
+    grounding,
+    kl,
+    length,
+    length_band,
+    repetition,
+    truncation,
+):
     REWARDS.register(_term.__name__)(_term)
 
 
@@ -68,11 +85,16 @@ def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
     """
     shape = scored.captions.mask.shape[:2]
     values: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     for term in terms:
-        values[term.name] = value = jnp.asarray(term.choice(scored))
+        value = term.choice(scored)
+        if isinstance(value, tuple):
+            value, more = value
+            told |= {f"{term.name}_{name}": a for name, a in more.items()}
+        values[term.name] = value = jnp.asarray(value)
         chex.assert_shape(value, shape, custom_message=f"reward {term.name!r} must be [b, g]")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise AssertionError(f"reward {term.name!r} must be floats, not {value.dtype}")
     masked = {t.name: values[t.name] * values[t.mask] if t.mask else values[t.name] for t in terms}
     total = sum(term.weight * masked[term.name] for term in terms)
-    return Rewards(total, masked, {term.name: jnp.float32(term.weight) for term in terms})
+    return Rewards(total, masked, {term.name: jnp.float32(term.weight) for term in terms}, told)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 
-MODELS = ("judge", "reference")
+MODELS = ("clip", "judge", "reference", "verifier")
 
 
 def needs(*models: str) -> Callable[[Callable], Callable]:
-    """Returns a decorator that declares a term's frozen models: "judge", "reference".
+    """Returns a decorator that declares a term's frozen models.
 
-    scored.models["judge"] is an rl.judge.Judge, scored.models["reference"] an
-    rl.logps.Reference, the initial policy.
+    scored.models["judge"] is an rl.judge.Judge, "reference" an rl.logps.Reference, the initial
+    policy; "verifier" is an rl.verify.Verifier, "clip" an rl.similarity.Clip.
     """
     unknown = set(models) - set(MODELS)
     if unknown:

@@ -1,0 +1,137 @@
+"""A run's CLIP: its model, its images in the batch, and captions in its ids."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from caprl_jax.data.clip_inputs import ClipImages, ClipTexts
+from caprl_jax.data.records import Record
+from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
+from caprl_jax.errors import ConfigError
+from caprl_jax.models.hf import clip as hf
+from caprl_jax.models.hf import download
+from caprl_jax.parallel import mesh
+from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.rl.similarity import MASK, PIXELS, TOKENS, Clip
+from caprl_jax.rl.step import learn
+from caprl_jax.rl.types import Captions, State
+from caprl_jax.run import compile as compile_lib
+from caprl_jax.run.through_text import Retokeniser, in_two_programs
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipReader:
+    """CLIP, read without parameters.
+
+    Attributes:
+      clip: module and ids, no parameters.
+      directory: the directory they came from.
+      images: makes its pixels.
+      texts: makes its ids.
+      policy: the policy's tokenizer, if captions must pass to CLIP as text; None if ids agree.
+    """
+
+    clip: Clip
+    directory: Path
+    images: ClipImages
+    texts: ClipTexts
+    policy: Tokenizer | None = None
+
+    def arrays(self, record: Record) -> Mapping[str, np.ndarray]:
+        """Returns a record's image as CLIP takes it, for batch.extras."""
+        return {PIXELS: self.images(record.image)}
+
+    def load(self, rules: ShardRules, dtype: Any) -> Clip:
+        """Returns CLIP with its parameters on the mesh."""
+        logging.info("loading CLIP, %s", self.directory)
+        boxed = jax.eval_shape(self.clip.module.init_params, jax.random.key(0))
+        shardings = mesh.param_shardings(boxed, rules)
+        params = hf.load(self.directory, self.clip.module, dtype, shardings)
+        special = jax.device_put(self.clip.special, mesh.replicated(rules))
+        return self.clip.replace(params=params, special=special)
+
+    def read(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Converts the policy's captions [b, g, t], through text, to CLIP's ids and their mask."""
+        flat = (a.reshape(-1, a.shape[-1]) for a in (tokens, mask))
+        texts = [self.policy.decode(own[real]) for own, real in zip(*flat, strict=True)]
+        ids, real = self.texts(texts)
+        return tuple(a.reshape(*tokens.shape[:2], -1) for a in (ids, real))
+
+
+def read(config: ml_collections.ConfigDict, policy: Tokenizer) -> ClipReader:
+    """Reads the config's CLIP.
+
+    Args:
+      config: the run's config.
+      policy: the policy's tokenizer.
+
+    Raises:
+      ConfigError: no model is named.
+      ModelDirectoryError: it can't be used.
+    """
+    if not config.clip.path:
+        raise ConfigError(
+            "config.clip.path is empty, and a reward term needs CLIP: name a directory or hub id "
+            "of transformers' CLIPModel, openai/clip-vit-base-patch32 for one"
+        )
+    directory = download.fetch(config.clip.path, config.clip.revision)
+    module = hf.read(directory, compile_lib.compute_dtype(config))
+    c = module.config
+    images = ClipImages.from_pretrained(directory, c.image)
+    texts = ClipTexts.from_pretrained(directory, c.positions, c.vocab)
+    difference = vocabulary_difference(policy, texts)
+    if difference is not None:
+        logging.warning(
+            "policy and CLIP tokenizers differ (%s): captions pass to CLIP as text, and a step is "
+            "two programs",
+            difference,
+        )
+    special = np.asarray(policy.special, np.int32)
+    clip = Clip(module, {}, special, texts.start, texts.end)
+    return ClipReader(clip, directory, images, texts, None if difference is None else policy)
+
+
+def two_programs(
+    config: ml_collections.ConfigDict,
+    state: State,
+    rules: ShardRules,
+    reader: ClipReader,
+    retokenise: Retokeniser | None,
+) -> compile_lib.Program:
+    """Returns the step with captions passing to CLIP as text, and to the judge if it needs that.
+
+    Args:
+      config: the run's config.
+      state: arrays, or shapes with shardings.
+      rules: mesh and shard rules.
+      reader: CLIP's.
+      retokenise: converts captions for a judge with a tokenizer of its own; None for another.
+    """
+
+    def finish(run, state, batch, captions, passed, key):
+        tokens, mask = passed["clip"]
+        batch = batch.replace(extras={**batch.extras, TOKENS: tokens, MASK: mask})
+        if retokenise is None:
+            return learn(run, state, batch, captions, captions, key)
+        tokens, mask, cut = passed["judge"]
+        state, measured = learn(run, state, batch, captions, Captions(tokens, mask), key)
+        real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
+        return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
+
+    (first, second), traces = compile_lib.rollout_and(finish, config, state, rules)
+    return in_two_programs(first, second, _both(reader, retokenise), rules), traces
+
+
+def _both(reader: ClipReader, retokenise: Retokeniser | None) -> Callable:
+    def read(tokens, mask):
+        found = {"clip": reader.read(tokens, mask)}
+        return found if retokenise is None else found | {"judge": retokenise(tokens, mask)}
+
+    return read
