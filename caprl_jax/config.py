@@ -309,7 +309,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         choice(config, name)
     if not config.caprl.rewards:
         raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
-    terms(config), sinks(config)
+    _check_terms(config), sinks(config)
     if config.data.batch % config.caprl.minibatches:
         raise ConfigError(
             f"config.data.batch={config.data.batch} is not a multiple of "
@@ -323,6 +323,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 f"config.data.batch={config.data.batch} is not a multiple of "
                 f"config.caprl.{name}={slices_of(config, name)}"
+            )
+
+
+def _check_terms(config: ml_collections.ConfigDict) -> None:
+    for term in terms(config):
+        if term.choice.name == "rubric" and not config.caprl.rubrics:
+            raise ConfigError(
+                f"config.caprl.rewards.{term.name} is the judge's score of rubrics, and "
+                "config.caprl.rubrics=0 reads none: set it to the most rubrics per caption, 8 say"
             )
 
 

@@ -135,9 +135,9 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
     """Returns shapes of a batch in the config's buckets."""
     data, vision = config.data, policy.vision.config
     b, p, m = data.batch, data.max_prompt, data.max_windows * vision.window**2
-    asked = (b, config.caprl.questions)
+    asked = (b, config.caprl.questions + config.caprl.rubrics)
     if data.per_caption:
-        asked = (b, config.caprl.group, config.caprl.questions)
+        asked = (b, config.caprl.group, asked[1])
     axes = () if policy.decoder.config.mrope_section is None else (3,)
     sharding = rules.sharding("images")
 
@@ -145,6 +145,7 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     integers, truths = functools.partial(of, jnp.int32), functools.partial(of, bool)
+    weight = of(jnp.float32, *asked) if config.caprl.rubrics else None
     tokens = *asked, data.max_question
     return Batch(
         images=Images(of(jnp.float32, b, m, vision.patch_dim), integers(b, m, 2), truths(b, m)),
@@ -152,7 +153,12 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
             integers(b, p), truths(b, p), integers(b, p, *axes), integers(b, p), integers(b)
         ),
         questions=Questions(
-            integers(*tokens), truths(*tokens), integers(*asked), integers(*asked), truths(*asked)
+            integers(*tokens),
+            truths(*tokens),
+            integers(*asked),
+            integers(*asked),
+            truths(*asked),
+            weight,
         ),
         valid=truths(b),
     )

@@ -51,6 +51,8 @@ class Questions:
       truth: int32 [b, n] or [b, g, n], index of the true letter.
       letters: int32, shape of truth: number of options; the last one abstains.
       valid: bool, shape of truth; False for padding.
+      weight: float32, shape of truth: the weight of a rubric, which is a question whose truth says
+        that the caption meets it; 0 for a question. None where there are no rubrics.
     """
 
     tokens: jax.Array
@@ -58,6 +60,7 @@ class Questions:
     truth: jax.Array
     letters: jax.Array
     valid: jax.Array
+    weight: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -123,9 +126,11 @@ class Verdicts:
       p_truth: float32 [b, g, n], probability of the true letter among the options.
       letter: int32 [b, g, n], index of the chosen letter (the most likely one in mode "expected").
       abstained: bool [b, g, n], True where the chosen letter is the last option.
-      valid: bool [b, g, n], False for padding.
+      valid: bool [b, g, n], True for questions; False for padding and for rubrics.
       entropy: float32 [b, g, n], nats, of the options' probabilities; None where a judge doesn't
         tell them.
+      rubric: float32 [b, g, n], the weight of a rubric; 0 for a question and for padding. None
+        where there are no rubrics.
     """
 
     score: jax.Array
@@ -134,6 +139,7 @@ class Verdicts:
     abstained: jax.Array
     valid: jax.Array
     entropy: jax.Array | None = None
+    rubric: jax.Array | None = None
 
     @property
     def reward(self) -> jax.Array:

@@ -21,6 +21,7 @@ from caprl_jax.decode.loop import Decoding
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout, injections
 from caprl_jax.evaluate.hygiene import Hygiene
+from caprl_jax.evaluate.rubrics import Rubrics
 from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.models.flash import calls
@@ -186,6 +187,8 @@ class _Evaluation:
             self._splicing = Splicing(held, reader.prompt, rules, cuts, reader.through_text)
         self._sight = Sight(model.policy, held, rules, cuts)
         self._hygiene = Hygiene(held, self._reader, reader.prompt)
+        rubrics = config.caprl.rubrics > 0
+        self._rubrics = Rubrics(held, self._reader, reader.prompt) if rubrics else None
 
     def __call__(self, params: Any) -> heldout.Evaluation:
         metrics, sets = heldout.evaluate(
@@ -205,6 +208,8 @@ class _Evaluation:
             self._held, self._reader, self._tokenizer, self._judge, greedy
         )
         metrics |= self._hygiene.measure(self._judge, greedy)
+        if self._rubrics:
+            metrics |= self._rubrics.measure(self._judge, sets)
         return metrics, sets
 
     def ceiling(self) -> float | None:
@@ -212,7 +217,8 @@ class _Evaluation:
 
 
 def _size(config: ml_collections.ConfigDict) -> HeldOutSize:
-    return HeldOutSize(config.eval.images, config.eval.batch, config.data.max_question)
+    rubrics = config.caprl.rubrics > 0
+    return HeldOutSize(config.eval.images, config.eval.batch, config.data.max_question, rubrics)
 
 
 def _feed(config, stored: Stored, example, set_aside: SetAside, rules: ShardRules) -> Callable:

@@ -128,6 +128,7 @@ def examples(
         replacement=config.data.replacement,
         shuffle=config.data.shuffle_options,
         sets=config.caprl.group if config.data.per_caption else 0,
+        rubrics=config.caprl.rubrics,
     )
     return CaprlExamples(inputs, judge, draw, config.data.max_question, tuple(config.data.extras))
 
@@ -195,14 +196,16 @@ def check_data(
     """Makes examples of the first records, so that no run starts on data that can't feed it.
 
     Raises:
-      ConfigError: none of them can be used, or one has too few questions.
+      ConfigError: none of them can be used, one has too few questions, or none has the rubrics that
+        the config asks for.
     """
-    reasons, checked = [], min(64, len(source))
+    reasons, checked, rubrics = [], min(64, len(source)), 0
     for i in range(checked):
         try:
             record = records.parse(source[i])
             _check_questions(config, record)
-            questions.fitting(example, record, np.random.default_rng(0))
+            _, record = questions.fitting(example, record, np.random.default_rng(0))
+            rubrics += len(record.rubrics)
         except ConfigError:
             raise
         except ValueError as e:  # malformed, unreadable, or longer than its bucket
@@ -210,6 +213,12 @@ def check_data(
     if len(reasons) == checked:
         why = f"the first: {reasons[0]}" if reasons else "there are none"
         raise ConfigError(f"none of the first {checked} records of config.data can be used; {why}")
+    if config.caprl.rubrics and not rubrics:
+        raise ConfigError(
+            f"config.caprl.rubrics={config.caprl.rubrics}, and none of the first {checked} records "
+            "of config.data has a usable rubric: set it to 0, or write rubrics (curate/README.md); "
+            "those of the embedded world come with config.data.rubrics=true"
+        )
 
 
 def _check_questions(config: ml_collections.ConfigDict, record: records.Record) -> None:

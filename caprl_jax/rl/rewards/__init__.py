@@ -21,11 +21,12 @@ from caprl_jax.rl.rewards.length import length
 from caprl_jax.rl.rewards.length_band import length_band
 from caprl_jax.rl.rewards.needs import needs as needs
 from caprl_jax.rl.rewards.repetition import repetition
+from caprl_jax.rl.rewards.rubric import rubric
 from caprl_jax.rl.rewards.truncation import truncation
 from caprl_jax.rl.types import Rewards, Scored
 
 REWARDS = Registry("reward", ("scored",))
-for _term in (accuracy, confidence, kl, length, length_band, repetition, truncation):
+for _term in (accuracy, confidence, kl, length, length_band, repetition, rubric, truncation):
     REWARDS.register(_term.__name__)(_term)
 
 
