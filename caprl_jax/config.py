@@ -221,6 +221,11 @@ def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
     )
 
 
+def text_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
+    """Returns the reward terms of a config that read captions as text, on the host."""
+    return tuple(term for term in terms(config) if term.reads_text)
+
+
 def choice(config: ml_collections.ConfigDict, name: str) -> Choice:
     """Returns caprl.NAME's entry: "advantage", "loss", "aggregation" or "kl_estimator"."""
     with about(f"caprl.{name}_options"):

@@ -110,6 +110,7 @@ class CaprlExamples:
       draw: draws the questions.
       max_question: length bucket of a question.
       extras: names of the records' extras to put in the batch.
+      numbered: whether to put the records' numbers in the batch.
     """
 
     inputs: ImagePrompt
@@ -117,6 +118,7 @@ class CaprlExamples:
     draw: QuestionDraw
     max_question: int
     extras: tuple[str, ...] = ()
+    numbered: bool = False
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
         """Makes the Batch; rng draws and shuffles the questions and rubrics."""
@@ -127,7 +129,9 @@ class CaprlExamples:
         ]
         asked = jax.tree.map(lambda *a: np.stack(a), *sets) if self.draw.sets else sets[0]
         extras = {name: records.extra_array(record, name) for name in self.extras}
-        return Batch(questions=asked, valid=np.True_, extras=extras, **self.inputs(record))
+        number = np.int32(record.number) if self.numbered else None
+        inputs = self.inputs(record)
+        return Batch(questions=asked, valid=np.True_, extras=extras, number=number, **inputs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from caprl_jax.data.texts import ABSTAIN, MalformedRecord, check_text, read_json
 from caprl_jax.data.texts import plain as _plain
 
 LETTERS = "ABCDEFGHI"
+NUMBER = "record_number"  # key of a stored element's place in its source; never written
 # "A) x", "A. x", "A: x", "(A) x", "[A] x", "A.) x", "A - x", in small letters, and full-width signs
 _LETTERED = re.compile(
     r"\s*(?P<open>[(\[（【]?)\s*(?P<letter>[A-Za-z])"
@@ -57,6 +58,7 @@ class Record:
       dropped: (number from 1, reason) of each question that parse left out; never stored.
       rubrics: criteria of a good caption; may be empty.
       dropped_rubrics: like dropped, of rubrics.
+      number: place in its source, where the source's elements hold it (NUMBER); else -1.
     """
 
     id: str
@@ -67,6 +69,7 @@ class Record:
     dropped: tuple[tuple[int, str], ...] = ()
     rubrics: tuple[Rubric, ...] = ()
     dropped_rubrics: tuple[tuple[int, str], ...] = ()
+    number: int = -1
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Yields (its name in listings, reason) of each question and rubric that is left out."""
@@ -209,7 +212,18 @@ def parse(raw: Mapping[str, Any]) -> Record:
     check_text(identity, "the id")
     facts, extras = read_json_text(facts, "the facts"), parse_extras(extras)
     questions, reasons = parse_questions(asked)
-    return Record(identity, image, questions, facts, extras, reasons, *parse_rubrics(criteria))
+    rubrics, rubric_reasons = parse_rubrics(criteria)
+    return Record(
+        identity,
+        image,
+        questions,
+        facts,
+        extras,
+        reasons,
+        rubrics,
+        rubric_reasons,
+        number=int(raw.get(NUMBER, -1)),
+    )
 
 
 def parse_extras(raw: Any) -> dict[str, Any]:

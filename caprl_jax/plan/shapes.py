@@ -18,7 +18,9 @@ from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Policy, Prompt, root_kv
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.registry import Choice
 from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.rewards import Term
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.run import compile as compile_lib
@@ -101,6 +103,7 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
         reference = params(policy.init, rules, dtype)
     judge = _judge(config.judge.path, dtype, rules)
     run = compile_lib.make_run(config, policy, judge, stop, reference)
+    run = run.replace(rewards=tuple(map(_on_device, run.rewards)))
     optimizer = run.learner.optimizer
 
     def init(key):
@@ -112,6 +115,17 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh.replicated(rules))
     return AbstractStep(rules, program, run, state, batch(config, policy, rules), key)
+
+
+def _on_device(term: Term) -> Term:
+    """Returns a reward term; zeros for one on text, which costs the device nothing."""
+    if not term.reads_text:
+        return term
+
+    def nothing(scored):
+        return jnp.zeros(scored.captions.mask.shape[:2])
+
+    return term.replace(choice=Choice(term.choice.name, nothing))
 
 
 def _judge(path: str, dtype: Any, rules: ShardRules) -> Judge:

@@ -73,6 +73,8 @@ class Batch:
       questions: Questions [b, n, ..] or [b, g, n, ..].
       valid: bool [b], False for images that only fill up an uneven batch.
       extras: float32 arrays [b, ..] by name: the records' extras that the config asks for.
+      number: int32 [b], place of the images' records in their source; None where no reward term
+        reads text.
     """
 
     images: Images
@@ -80,6 +82,7 @@ class Batch:
     questions: Questions
     valid: jax.Array
     extras: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    number: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -160,12 +163,14 @@ class Scored:
       captions: Rollout [b, g, t].
       verdicts: Verdicts [b, g, n].
       models: the frozen models that the run's reward terms declare (rl.rewards), by name.
+      on_text: float32 [b, g] by name: the values of reward terms that read text, from the host.
     """
 
     batch: Batch
     captions: Rollout
     verdicts: Verdicts
     models: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    on_text: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

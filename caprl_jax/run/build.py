@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
@@ -36,6 +37,7 @@ from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import judges, load
 from caprl_jax.run.endpoint_judge import EndpointReader
 from caprl_jax.run.judges import Reader
+from caprl_jax.run.text_terms import Numbered, TextTerms
 from caprl_jax.run.through_text import Retokeniser
 
 Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # stored elements by split
@@ -56,7 +58,7 @@ class Task:
       ceiling: computes held-out accuracy on complete true captions; None without the truth.
       heldout: the held-out images; None for a model that is not evaluated on them.
       run: the record that stays the same in all steps; None for SFT, and where
-        captions pass to the judge as text.
+        captions become text on the host.
       rules: mesh and shard rules.
     """
 
@@ -120,7 +122,8 @@ def caprl(
     compile_lib.check_rules(model.policy, model.rules)
 
     run, state = _start(config, model, reader)
-    program, traces = _programs(config, run, state, model, reader, step)
+    texts = _text_terms(config, model, stored)
+    program, traces = _programs(config, run, state, model, reader, step, texts)
     evaluation = _Evaluation(config, model, reader, held, run)
     return Task(
         policy=model.policy,
@@ -132,7 +135,7 @@ def caprl(
         evaluate=evaluation,
         ceiling=evaluation.ceiling,
         heldout=held,
-        run=run if not reader.through_text and not reader.asked else None,
+        run=run if not (reader.through_text or reader.asked or texts) else None,
         rules=model.rules,
     ), state
 
@@ -151,15 +154,29 @@ def _start(config, model: _Model, reader: Reader) -> tuple[Run, State]:
     return run, load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
 
 
-def _programs(config, run, state, model: _Model, reader: Reader, step) -> compile_lib.Program:
-    """Compiles one program, or two if captions pass to the judge as text."""
+def _programs(
+    config, run, state, model: _Model, reader: Reader, step, texts: TextTerms | None
+) -> compile_lib.Program:
+    """Compiles one program, or two if captions become text on the host."""
     if reader.asked:
-        return compile_lib.endpoint_programs(config, state, model.rules, reader.asked)
-    if not reader.through_text:
-        return compile_lib.one_program(step, config, run, state, model.rules)
-    longest = config.judge.max_caption or 2 * config.sampling.max_tokens
-    retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
-    return compile_lib.two_programs(config, state, model.rules, retokenise)
+        return compile_lib.endpoint_programs(config, state, model.rules, reader.asked, texts)
+    retokenise = None
+    if reader.through_text:
+        longest = config.judge.max_caption or 2 * config.sampling.max_tokens
+        retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
+    if retokenise or texts:
+        return compile_lib.two_programs(config, state, model.rules, retokenise, texts)
+    return compile_lib.one_program(step, config, run, state, model.rules)
+
+
+def _text_terms(config, model: _Model, stored: Stored) -> TextTerms | None:
+    """Returns the reward terms on text; None without any."""
+    terms = config_lib.text_terms(config)
+    if not terms:
+        return None
+    named = ", ".join(term.name for term in terms)
+    logging.info("rewards on text: %s: they run on the host, and a step is two programs", named)
+    return TextTerms(terms, model.tokenizer, stored["train"])
 
 
 def _heldout_reader(
@@ -225,7 +242,9 @@ def _feed(config, stored: Stored, example, set_aside: SetAside, rules: ShardRule
     """Returns a function: number of steps done -> iterator of this process's later batches."""
     rows, epochs = mesh.batch_rows(rules, config.data.batch), config.data.epochs or None
     feed = Feed(config.data.batch, config.seed, config.data.threads, epochs, rows)
-    return lambda start: pipeline.train_iterator(stored["train"], example, feed, set_aside, start)
+    text = config.objective == "caprl" and config_lib.text_terms(config)
+    source = Numbered(stored["train"]) if text else stored["train"]
+    return lambda start: pipeline.train_iterator(source, example, feed, set_aside, start)
 
 
 def sft(

@@ -205,42 +205,68 @@ def one_program(
 
 
 def two_programs(
-    config: ml_collections.ConfigDict, state: State, rules: ShardRules, retokenise: Callable
+    config: ml_collections.ConfigDict,
+    state: State,
+    rules: ShardRules,
+    retokenise: Callable | None = None,
+    texts: Any = None,
 ) -> Program:
-    """Returns one_program's step with captions passing through text (a Retokeniser) on the host."""
-    from caprl_jax.run.through_text import in_two_programs  # it imports tokenizers
+    """Returns one_program's step with captions passing through text on the host.
+
+    Args:
+      config: the run's config.
+      state: as for one_program.
+      rules: mesh and shard rules.
+      retokenise: a through_text.Retokeniser; None where the judge reads the policy's ids.
+      texts: text_terms.TextTerms of the reward; None for none.
+    """
+    from caprl_jax.run import text_terms  # they import tokenizers
+    from caprl_jax.run.through_text import in_two_programs
 
     def finish(run, state, batch, captions, passed, key):
-        tokens, mask, cut = passed
-        state, measured = learn(run, state, batch, captions, Captions(tokens, mask), key)
+        read, told = passed
+        readable = Captions(*read[:2]) if read else captions
+        run = text_terms.telling(run, told)
+        state, measured = learn(run, state, batch, captions, readable, key)
+        measured |= text_terms.failures(told, batch.valid)
+        if not read:
+            return state, measured
+        cut = read[2]
         real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
         return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
 
     (first, second), traces = _rollout_and(finish, config, state, rules)
-    return in_two_programs(first, second, retokenise, rules), traces
+    return in_two_programs(first, second, rules, retokenise, texts), traces
 
 
 def endpoint_programs(
-    config: ml_collections.ConfigDict, state: State, rules: ShardRules, judge: Any
+    config: ml_collections.ConfigDict,
+    state: State,
+    rules: ShardRules,
+    judge: Any,
+    texts: Any = None,
 ) -> Program:
-    """Returns one_program's step with an EndpointJudge, asked on the host."""
-    from caprl_jax.run.endpoint_judge import step_with_endpoint  # it imports tokenizers
+    """Returns two_programs' step with an EndpointJudge, asked on the host."""
+    from caprl_jax.run import text_terms  # they import tokenizers
+    from caprl_jax.run.endpoint_judge import step_with_endpoint
 
     def finish(run, state, batch, captions, passed, key):
-        logits, silent = passed
+        (logits, silent), told = passed
 
         def answered(model, captions, questions, *, judging, key):
             return verdicts(logits, questions, judging=judging, key=key)
 
         run = run.replace(verbs=dataclasses.replace(run.verbs, judge=answered))
+        run = text_terms.telling(run, told)
         state, measured = learn(run, state, batch, captions, captions, key)
+        measured |= text_terms.failures(told, batch.valid)
         valid = batch.questions.valid
         asked = valid if valid.ndim == 3 else jnp.broadcast_to(valid[:, None], silent.shape)
         asked = asked & batch.valid[:, None, None]
         return state, measured | {"no_letter": (jnp.sum(silent & asked), jnp.sum(asked))}
 
     (first, second), traces = _rollout_and(finish, config, state, rules)
-    return step_with_endpoint(first, second, judge, rules), traces
+    return step_with_endpoint(first, second, rules, judge, texts), traces
 
 
 def _rollout_and(

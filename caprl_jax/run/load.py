@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from caprl_jax import config as config_lib
 from caprl_jax.config import about
 from caprl_jax.data import pipeline, questions, records
 from caprl_jax.data.images import ImageProcessor
@@ -130,7 +131,8 @@ def examples(
         sets=config.caprl.group if config.data.per_caption else 0,
         rubrics=config.caprl.rubrics,
     )
-    return CaprlExamples(inputs, judge, draw, config.data.max_question, tuple(config.data.extras))
+    extras, numbered = tuple(config.data.extras), bool(config_lib.text_terms(config))
+    return CaprlExamples(inputs, judge, draw, config.data.max_question, extras, numbered)
 
 
 def dataset(

@@ -1,7 +1,8 @@
-"""The CapRL step in two programs, for a policy and a judge whose tokenizers differ.
+"""The CapRL step in two programs, for captions that become text on the host between them.
 
-Captions leave the first program as the policy's ids, become text and the judge's ids on the host,
-and enter the second. Results and metrics are those of rl.step.caprl_step.
+They do so for a policy and a judge whose tokenizers differ, and for reward terms on text. Captions
+leave the first program as the policy's ids; the judge's ids and the terms' values enter the second.
+Results and metrics are those of rl.step.caprl_step.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.step import Run, step_keys
 from caprl_jax.rl.types import Batch, Metrics, State
+from caprl_jax.run.text_terms import TextTerms
 
 
 class Retokeniser:
@@ -43,26 +45,49 @@ def _flat(a: np.ndarray) -> np.ndarray:
 
 
 def in_two_programs(
-    rollout: Callable, finish: Callable, retokenise: Retokeniser, rules: ShardRules
+    rollout: Callable,
+    finish: Callable,
+    rules: ShardRules,
+    retokenise: Retokeniser | None = None,
+    texts: TextTerms | None = None,
 ) -> Callable[[Run, State, Batch, jax.Array], tuple[State, Metrics]]:
     """Returns (run, state, batch, key) -> (state, metrics), like the one program.
 
     Args:
       rollout: jitted (run, state, batch, key) -> Rollout.
-      finish: jitted (run, state, batch, rollout, (tokens, mask, cut), key) -> (state, metrics);
-        tokens are the judge's.
-      retokenise: runs between the two, on the host.
+      finish: jitted (run, state, batch, rollout, (read, told), key) -> (state, metrics); read is
+        (tokens, mask, cut) of the judge, or () without retokenise, and told is what texts gives.
       rules: mesh of the batch.
+      retokenise: runs between the two, on the host.
+      texts: the run's reward terms on text, likewise.
     """
 
     def step(run: Run, state: State, batch: Batch, key: jax.Array):
         rollout_key, judge_key = keys(key, state.step)
         captions = rollout(run, state, batch, rollout_key)
         host = mesh.fetch_batch((captions.tokens, captions.mask), rules)
-        passed = mesh.put_batch(retokenise(*host), rules)
+        read = mesh.put_batch(retokenise(*host), rules) if retokenise else ()
+        passed = read, told(texts, batch, host, rules)
         return finish(run, state, batch, captions, passed, judge_key)
 
     return step
+
+
+def told(
+    texts: TextTerms | None, batch: Batch, captions: tuple[Any, Any], rules: ShardRules
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Returns the values of a run's reward terms on text on the mesh; {} without any.
+
+    Args:
+      texts: the terms.
+      batch: on the mesh.
+      captions: tokens and mask of this process, numpy.
+      rules: mesh of the batch.
+    """
+    if texts is None:
+        return {}
+    number, valid = mesh.fetch_batch((batch.number, batch.valid), rules)
+    return mesh.put_batch(texts(batch.replace(number=number, valid=valid), captions), rules)
 
 
 @jax.jit
