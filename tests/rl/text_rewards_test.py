@@ -1,11 +1,14 @@
 """Reward terms on text against figures worked out by hand, and how they are told from others."""
 
 import dataclasses
+import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from caprl_jax import rl
 from caprl_jax.errors import ConfigError
 from caprl_jax.rl.rewards import REWARDS, Term, reward
 from caprl_jax.rl.types import Rollout, Scored
@@ -106,6 +109,15 @@ def test_a_function_of_captions_and_record_reads_text_and_any_other_form_is_refu
     assert choice(["a blue ball", "red"], None) == [1, 0]
     with pytest.raises(ConfigError, match=r"must take \(scored\) or.*; or \(captions, record\)"):
         REWARDS.choose("tests.rl.text_rewards_test:wrong")
+
+
+def test_the_readmes_function_is_a_term(monkeypatch):
+    readme = (pathlib.Path(rl.__file__).parent / "README.md").read_text()
+    [code] = [b for b in re.findall(r"```py\n(.*?)```", readme, re.DOTALL) if "record" in b]
+    exec(code, mine := {})
+    monkeypatch.setattr("tests.rl.text_rewards_test.mine", mine["short_words"], raising=False)
+    found = REWARDS.choose("tests.rl.text_rewards_test:mine")(["a red ball", ""], None)
+    assert found == [-0.2, 0.0]
 
 
 def test_the_reward_takes_the_values_of_the_host_and_says_where_they_are_missing():
