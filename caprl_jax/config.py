@@ -226,6 +226,16 @@ def text_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
     return tuple(term for term in terms(config) if term.reads_text)
 
 
+def _check_rubrics(config: ml_collections.ConfigDict) -> None:
+    """Refuses the term rubric where no rubrics are read."""
+    for term in terms(config):
+        if term.choice.name == "rubric" and not config.caprl.rubrics:
+            raise ConfigError(
+                f"config.caprl.rewards.{term.name} is the judge's score of rubrics, and "
+                "config.caprl.rubrics=0 reads none: set it to the most rubrics per caption, 8 say"
+            )
+
+
 def choice(config: ml_collections.ConfigDict, name: str) -> Choice:
     """Returns caprl.NAME's entry: "advantage", "loss", "aggregation" or "kl_estimator"."""
     with about(f"caprl.{name}_options"):
@@ -314,7 +324,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         choice(config, name)
     if not config.caprl.rewards:
         raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
-    _check_terms(config), sinks(config)
+    _check_rubrics(config)
+    terms(config), sinks(config)
     if config.data.batch % config.caprl.minibatches:
         raise ConfigError(
             f"config.data.batch={config.data.batch} is not a multiple of "
@@ -328,15 +339,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 f"config.data.batch={config.data.batch} is not a multiple of "
                 f"config.caprl.{name}={slices_of(config, name)}"
-            )
-
-
-def _check_terms(config: ml_collections.ConfigDict) -> None:
-    for term in terms(config):
-        if term.choice.name == "rubric" and not config.caprl.rubrics:
-            raise ConfigError(
-                f"config.caprl.rewards.{term.name} is the judge's score of rubrics, and "
-                "config.caprl.rubrics=0 reads none: set it to the most rubrics per caption, 8 say"
             )
 
 
