@@ -225,6 +225,21 @@ def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
     )
 
 
+def text_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
+    """Returns the reward terms of a config that read captions as text, on the host."""
+    return tuple(term for term in terms(config) if term.reads_text)
+
+
+def _check_rubrics(config: ml_collections.ConfigDict) -> None:
+    """Refuses the term rubric where no rubrics are read."""
+    for term in terms(config):
+        if term.choice.name == "rubric" and not config.caprl.rubrics:
+            raise ConfigError(
+                f"config.caprl.rewards.{term.name} is the judge's score of rubrics, and "
+                "config.caprl.rubrics=0 reads none: set it to the most rubrics per caption, 8 say"
+            )
+
+
 def choice(config: ml_collections.ConfigDict, name: str) -> Choice:
     """Returns caprl.NAME's entry: "advantage", "loss", "aggregation" or "kl_estimator"."""
     with about(f"caprl.{name}_options"):
@@ -313,6 +328,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         choice(config, name)
     if not config.caprl.rewards:
         raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
+    _check_rubrics(config)
     terms(config), sinks(config)
     _check_learned(config)
     left = open_keys(config)

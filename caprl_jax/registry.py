@@ -45,12 +45,13 @@ class Choice:
 class Registry:
     """Entries of one kind."""
 
-    def __init__(self, kind: str, parameters: tuple[str, ...]):
+    def __init__(self, kind: str, *parameters: tuple[str, ...]):
         """Makes an empty registry.
 
         Args:
           kind: the kind of entry, for messages: "reward".
-          parameters: names of the parameters that each function takes, before `options`.
+          parameters: names of the parameters that each function takes, before `options`; with
+            several tuples, each function takes those of one.
         """
         self.kind, self.parameters = kind, parameters
         self._functions: dict[str, Callable] = {}
@@ -114,11 +115,13 @@ class Registry:
 
     def _check(self, name: str, function: Callable) -> None:
         found = tuple(inspect.signature(function).parameters)
-        if found not in (self.parameters, (*self.parameters, "options")):
+        if not any(found in (own, (*own, "options")) for own in self.parameters):
+            allowed = "; or ".join(
+                f"({', '.join(own)}) or, with options, ({', '.join((*own, 'options'))})"
+                for own in self.parameters
+            )
             raise ConfigError(
-                f"{self.kind} {name!r} takes ({', '.join(found)}): it must take "
-                f"({', '.join(self.parameters)}) or, with options, "
-                f"({', '.join((*self.parameters, 'options'))})"
+                f"{self.kind} {name!r} takes ({', '.join(found)}): it must take {allowed}"
             )
         options = _options_type(function)
         if not (dataclasses.is_dataclass(options) and options.__dataclass_params__.frozen):

@@ -52,6 +52,14 @@ def changed(**changes):
             "rewards.more.mask='acuracy' is no other term; .*did you mean 'accuracy'",
         ),
         ({"caprl.rewards.accuracy.mask": "accuracy"}, "mask='accuracy' is no other term"),
+        (
+            {"caprl.rewards.more": {"term": "rubric"}},
+            "config.caprl.rewards.more is the judge's score of rubrics, and config.caprl.rubrics=0",
+        ),
+        (
+            {"caprl.rewards.more": {"term": "format", "options": {"pattern": "("}}},
+            r"config.caprl.rewards.more.pattern='\(' is no regular expression",
+        ),
         ({"sinks.csv": "csv"}, "config.sinks.csv='csv' must be a dict of sink, options"),
         ({"sinks.tensorboard.sink": "aim"}, "config.sinks.tensorboard: 'aim' is not one of"),
         ({"data.source": "parquet"}, "config.data.*'parquet' is not one of 'digits', 'files'"),

@@ -85,7 +85,7 @@ def sizes(config: ml_collections.ConfigDict, built: AbstractStep) -> Sizes:
         judge=built.run.judge.decoder.config,
         patches=(data.max_windows * vision.window**2, rows * columns),
         prompt=(data.max_prompt, data.max_prompt),
-        questions=config.caprl.questions,
+        questions=config.caprl.questions + config.caprl.rubrics,
         question=data.max_question,
         instruction=INSTRUCTION,
         limit=config.sampling.max_tokens,

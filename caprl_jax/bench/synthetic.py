@@ -126,7 +126,8 @@ def _prompt(config, built: AbstractStep, grid, rng) -> Prompt:
 
 
 def _questions(config, built: AbstractStep, rng) -> Questions:
-    shape = (config.caprl.questions,)
+    count, rubrics = config.caprl.questions, config.caprl.rubrics
+    shape = (count + rubrics,)
     if config.data.per_caption:
         shape = (config.caprl.group, *shape)
     tokens = rng.integers(
@@ -138,4 +139,7 @@ def _questions(config, built: AbstractStep, rng) -> Questions:
         rng.integers(0, 4, shape).astype(np.int32),
         np.full(shape, 5, np.int32),
         np.ones(shape, bool),
+        np.broadcast_to(np.float32(np.arange(count + rubrics) >= count), shape)
+        if rubrics
+        else None,
     )

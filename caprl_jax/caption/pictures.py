@@ -10,6 +10,7 @@ from typing import Any
 
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Question
+from caprl_jax.data.rubrics import Rubric
 from caprl_jax.data.sources import rows
 from caprl_jax.data.sources.prepared import SPLITS, opened
 from caprl_jax.errors import ConfigError, UserError
@@ -20,6 +21,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 # (usable questions, (number from 1, reason) of each other one), as records.parse_questions returns.
 ParsedQuestions = tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]
+ParsedRubrics = tuple[tuple[Rubric, ...], tuple[tuple[int, str], ...]]
 
 
 def _no_questions() -> ParsedQuestions:
@@ -37,6 +39,7 @@ class Picture:
       file: returns the path of its file, absolute; None if the row holds it.
       extras: returns its row's extras; raises MalformedRecord.
       source: the collection that its row names; empty if it names none.
+      parse_rubrics: returns its row's rubrics, as rubrics.parse_rubrics does.
     """
 
     id: str
@@ -45,6 +48,14 @@ class Picture:
     file: Callable[[], Path | None] = lambda: None
     extras: Callable[[], Mapping[str, Any]] = dict
     source: str = ""
+    parse_rubrics: Callable[[], ParsedRubrics] = lambda: ((), ())
+
+    def rubrics(self) -> tuple[Rubric, ...]:
+        """Returns its row's usable rubrics, if it has any."""
+        try:
+            return self.parse_rubrics()[0]
+        except MalformedRecord:
+            return ()
 
     def questions(self) -> tuple[Question, ...]:
         """Returns its row's usable questions, if it has any."""
@@ -160,6 +171,7 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
                     lambda row=row: rows.image_file(row, root),
                     lambda row=row: records.parse_extras(_whole(row).raw.get("extras")),
                     source=rows.data_source(row),
+                    parse_rubrics=lambda row=row: rows.rubrics(_whole(row)),
                 )
 
     def inputs() -> Iterator[Sequence[str | int]]:
@@ -189,6 +201,10 @@ def _of_dataset(made: Any) -> Pictures:
                     lambda record=record: record().image,
                     lambda record=record: (record().questions, record().dropped),
                     extras=lambda record=record: record().extras,
+                    parse_rubrics=lambda record=record: (
+                        record().rubrics,
+                        record().dropped_rubrics,
+                    ),
                 )
 
     files = sorted(Path(made.data_dir).iterdir())

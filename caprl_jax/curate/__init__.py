@@ -1,6 +1,6 @@
-"""Questions for a corpus of images: `python -m caprl_jax.curate generate | filter | report`.
+"""Questions and rubrics for images: `curate generate | rubrics | filter | report`.
 
-generate.py has a model write multiple-choice questions, which parse.py reads; filter.py keeps those
-that need the image, by the answers of local.py or remote.py; report.py shows both. README.md says
-what the files hold. Start at generate.generate.
+generate.py has a model write questions, which parse.py reads, or rubrics, for which rubrics.py has
+request and parser; filter.py keeps those that need the image, by the answers of local.py or an
+endpoint; report.py shows both. README.md says what the files hold. Start at generate.generate.
 """

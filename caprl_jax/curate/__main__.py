@@ -1,10 +1,12 @@
-"""Writes multiple-choice questions about images, and keeps those that need the image.
+"""Writes questions and rubrics about images, and keeps those that need the image.
 
     python -m caprl_jax.curate generate --model=DIR --images=PHOTOS/ --out=DIR2
-    python -m caprl_jax.curate filter --model=DIR --rows=DIR2/rows.jsonl --out=DIR3
+    python -m caprl_jax.curate rubrics --model=DIR --images=PHOTOS/ --out=DIR2
+    python -m caprl_jax.curate filter --model=DIR --rows=DIR2/rows.jsonl [--of=rubrics] --out=DIR3
     python -m caprl_jax.curate report --dir=DIR3
 
-generate has a vision-language model write questions about each image, and reads them strictly.
+generate has a vision-language model write questions about each image, and reads them strictly;
+rubrics has it write criteria of a caption instead, and rows keep the questions that they have.
 filter has a model answer each question several times, its options shuffled, with the image and
 without, and keeps those that the image alone answers (CapRL, arXiv 2509.22647). report writes
 DIR3/report.html. A model is a directory, a hub id, or an endpoint's URL, http://HOST:PORT/v1. An
@@ -43,19 +45,24 @@ def _settings(kind: type, given: flags.FlagValues, more: dict | None = None) -> 
     return make(kind, {n: given[n].value for n in names if n in given} | (more or {}))
 
 
-def generate(given: flags.FlagValues) -> None:
+def generate(given: flags.FlagValues, kind: generate_lib.Kind = generate_lib.QUESTIONS) -> None:
     """Writes questions, as the flags say."""
     place = folder.open_folder(given.out, generate_lib.ROWS, given.process, given.processes)
     images = pictures.find(given.images, given.root)
     settings = _settings(generate_lib.Settings, given)
-    done = generate_lib.generate(_model(given), images, settings, place)
+    done = generate_lib.generate(_model(given), images, settings, place, kind)
     print(f"made {place.out}" if done else "done; other processes go on")
+
+
+def rubrics(given: flags.FlagValues) -> None:
+    """Writes rubrics, as the flags say."""
+    generate(given, generate_lib.RUBRICS)
 
 
 def _generate_flags() -> None:
     flags.DEFINE_string("images", None, "A file, a pattern, or a folder.", required=True)
     flags.DEFINE_integer(
-        "count", 5, "Number of questions to ask for about each image.", lower_bound=1
+        "count", 5, "Number of questions, or rubrics, to ask for about each image.", lower_bound=1
     )
     flags.DEFINE_integer("max_tokens", 2048, "Most tokens of an answer.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.1, "Temperature; 0 is greedy.", lower_bound=0)
@@ -72,12 +79,13 @@ def filter_rows(given: flags.FlagValues) -> None:
     """Filters questions, as the flags say."""
     place = folder.open_folder(given.out, filter_lib.KEPT, given.process, given.processes)
     rows, settings = pictures.find(given.rows, given.root), filter_settings(given)
-    done = filter_lib.filter_questions(_model(given), rows, settings, place)
+    done = filter_lib.filter_questions(_model(given), rows, settings, place, given.of)
     print(f"made {place.out}" if done else "done; other processes go on")
 
 
 def _filter_flags() -> None:
     flags.DEFINE_string("rows", None, "Rows with questions: generate's, or others.", required=True)
+    flags.DEFINE_enum("of", "questions", list(filter_lib.JOBS), "What to ask and filter.")
     flags.DEFINE_enum("preset", "paper", list(PRESETS), "Default trials and bounds.")
     flags.DEFINE_integer(
         "trials", None, "Number of option orders to ask each question in.", lower_bound=1
@@ -125,14 +133,15 @@ def _report_flags() -> None:
 
 JOBS = {
     "generate": (generate, _generate_flags),
+    "rubrics": (rubrics, _generate_flags),
     "filter": (filter_rows, _filter_flags),
     "report": (report, _report_flags),
 }
 
 
 def _define_flags(jobs: list[str]) -> None:
-    for job in jobs:
-        JOBS[job][1]()
+    for define in dict.fromkeys(JOBS[job][1] for job in jobs):
+        define()
     if jobs != ["report"]:
         _model_flags()
 

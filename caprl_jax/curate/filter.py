@@ -1,4 +1,8 @@
-"""Keeps the questions that a model answers with the image, and does not answer without it."""
+"""Keeps the questions that a model answers with the image, and does not answer without it.
+
+Rubrics are kept by the same check: a model that sees the image says that a true caption meets them,
+and without the image it doesn't.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +17,7 @@ from caprl_jax.caption.job import BySize, reason
 from caprl_jax.caption.parts import Add
 from caprl_jax.caption.pictures import Picture, Pictures
 from caprl_jax.curate import folder
+from caprl_jax.curate import rubrics as rubrics_lib
 from caprl_jax.curate import trials as trials_lib
 from caprl_jax.curate.folder import Folder
 from caprl_jax.curate.generate import Model, name
@@ -24,6 +29,7 @@ from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply
 
 KEPT, DROPPED, TRIALS, FAILED = "kept.jsonl", "dropped.jsonl", "trials.jsonl", "failed.jsonl"
 MALFORMED = "malformed"
+JOBS = {"questions": "filter", "rubrics": "filter_rubrics"}  # names in about.json
 _REPLY = "\nReply with the letter alone."
 _ANSWER_TOKENS = 16
 _Errors = (MalformedRecord, UnreadableImage, ValueError)
@@ -35,10 +41,10 @@ class Item:
 
     Attributes:
       index: of the row.
-      stored: the row with its usable questions, as the files hold it.
-      numbers: the numbers of these questions, from 1.
-      bad: (number, reason) of the others.
-      row: the image with the trials of all its questions.
+      stored: the row with its usable questions and rubrics, as the files hold it.
+      numbers: the numbers, from 1, of those that are asked.
+      bad: (number, reason) of the malformed ones.
+      row: the image with all trials.
     """
 
     index: int
@@ -48,7 +54,9 @@ class Item:
     row: Row
 
 
-def filter_questions(model: Model, pictures: Pictures, settings: Settings, place: Folder) -> bool:
+def filter_questions(
+    model: Model, pictures: Pictures, settings: Settings, place: Folder, of: str = "questions"
+) -> bool:
     """Asks about this process's rows that are not done, and puts the parts together.
 
     The folder then holds kept.jsonl: rows with the questions that are kept; dropped.jsonl: rows
@@ -61,6 +69,7 @@ def filter_questions(model: Model, pictures: Pictures, settings: Settings, place
       pictures: rows with questions; process i takes every `processes`th from i on.
       settings: trials and bounds.
       place: the folder.
+      of: "questions" or "rubrics", whichever is asked; rows keep the others.
 
     Returns:
       Whether the job is done: False while other processes have more to do.
@@ -69,56 +78,74 @@ def filter_questions(model: Model, pictures: Pictures, settings: Settings, place
       ConfigError: the folder holds what another job has made.
       UserError: the model can't take the prompt, or the endpoint fails for row after row.
     """
-    about: dict[str, Any] = {"job": "filter", "model": name(model), "rows": pictures.count}
+    about: dict[str, Any] = {"job": JOBS[of], "model": name(model), "rows": pictures.count}
     about |= {"inputs": pictures.digest(), "prompt": INSTRUCTION} | dataclasses.asdict(settings)
     if isinstance(model, LoadedPolicy) and not parts.complete(place, about):
         job.check_prompt(model, INSTRUCTION)
 
     def work(left: Iterator[tuple[int, Picture]], add: Add) -> None:
-        items = _items(left, settings, add)
+        items = _items(left, settings, of, add)
         if isinstance(model, Endpoint):
             _by_endpoint(model, items, settings, add)
         else:
-            _by_policy(model, items, settings, add)
+            _by_policy(model, items, settings.batch, of, add)
 
-    return parts.share(place, about, pictures, work, Verdicts(place, settings))
+    return parts.share(place, about, pictures, work, Verdicts(place, settings, of))
 
 
-def _items(left: Iterator[tuple[int, Picture]], settings: Settings, add: Add) -> Iterator[Item]:
+def _items(
+    left: Iterator[tuple[int, Picture]], settings: Settings, of: str, add: Add
+) -> Iterator[Item]:
     """Yields the rows that can be asked; adds the others' failures."""
     for index, picture in left:
-        usable: tuple[Question, ...] = ()
+        asked: tuple[Question, ...] = ()
+        kept: tuple[Sequence[Any], Sequence[Any]] = (), ()
         encoded: bytes | None = None
         try:
-            usable, bad = picture.parse_questions()
+            asked, bad, kept = _asked(picture, of)
             encoded = picture.read()
-            image, stored = decode_image(encoded), folder.row(picture, encoded, usable)
+            image, stored = decode_image(encoded), folder.row(picture, encoded, *kept)
         except _Errors as e:
-            failed = folder.failed_row(picture, encoded, reason(e), usable)
-            add([{"index": index, "failed": failed, "questions": len(usable)}])
+            failed = folder.failed_row(picture, encoded, reason(e), *kept)
+            add([{"index": index, "failed": failed, of: len(asked)}])
             continue
         malformed = {number for number, _ in bad}
-        numbers = (n for n in range(1, len(usable) + len(bad) + 1) if n not in malformed)
-        questions = dict(zip(numbers, usable, strict=True))
+        numbers = (n for n in range(1, len(asked) + len(bad) + 1) if n not in malformed)
+        questions = dict(zip(numbers, asked, strict=True))
         draw = trials_lib.trials
         trials = [t for n, q in questions.items() for t in draw(picture.id, n, q, settings)]
-        yield Item(index, stored, list(questions), bad, Row(image, trials))
+        item = Item(index, stored, list(questions), bad, Row(image, trials))
+        if trials:
+            yield item
+        else:  # a row without rubrics, which keeps its questions
+            add([_entry(item, ((), ()))])
 
 
-def _by_policy(model: LoadedPolicy, items: Iterator[Item], settings: Settings, add: Add) -> None:
-    reader = Reader(model, settings.batch)
+def _asked(picture: Picture, of: str) -> tuple[tuple[Question, ...], Sequence[Any], Any]:
+    """(what is asked, (number, reason) of the malformed ones, (questions, rubrics) of the row)."""
+    if of == "questions":
+        usable, bad = picture.parse_questions()
+        return usable, bad, (usable, picture.rubrics())
+    rubrics, bad = picture.parse_rubrics()
+    if not rubrics and not picture.questions():
+        raise MalformedRecord("the image has no usable rubrics: give rows that hold some")
+    return tuple(map(rubrics_lib.question, rubrics)), bad, (picture.questions(), rubrics)
+
+
+def _by_policy(model: LoadedPolicy, items: Iterator[Item], batch: int, of: str, add: Add) -> None:
+    reader = Reader(model, batch)
 
     def run(waiting: list[Item]) -> None:
         logits = reader.logits([item.row for item in waiting])
         add([_entry(item, [_lettered(a) for a in logits[:, i]]) for i, item in enumerate(waiting)])
 
-    sizes = BySize(settings.batch, run)
+    sizes = BySize(batch, run)
     for item in items:
         try:
             size = reader.size(item.row)
         except ValueError as e:
             failed = item.stored | {"reason": reason(e)}
-            add([{"index": item.index, "failed": failed, "questions": len(item.numbers)}])
+            add([{"index": item.index, "failed": failed, of: len(item.numbers)}])
             continue
         sizes.take(size, item)
     sizes.flush()
@@ -174,17 +201,17 @@ def _entry(item: Item, answers: Sequence[Sequence[Mapping[str, Any]]]) -> dict[s
 class Verdicts:
     """Sorts questions that are kept from the others, and counts; a parts.Sorter."""
 
-    def __init__(self, place: Folder, settings: Settings):
-        """Starts at nothing."""
-        self._settings = settings
+    def __init__(self, place: Folder, settings: Settings, of: str = "questions"):
+        """Starts at nothing; `of` as for filter_questions."""
+        self._settings, self._of = settings, of
         names = (KEPT, DROPPED, TRIALS, FAILED)
         self.files = tuple(map(place.file, names))
         self._where = dict(zip(names, self.files, strict=True))
         size = settings.trials + 1
         self.counts: dict[str, Any] = dict.fromkeys(
-            ("rows", "with_kept", "without_kept", "failed", "questions", "kept", "dropped"), 0
+            ("rows", "with_kept", "without_kept", "failed", of, "kept", "dropped"), 0
         )
-        self.counts |= {"failed_questions": 0, "dropped_by_reason": {}, "options": {}}
+        self.counts |= {f"failed_{of}": 0, "dropped_by_reason": {}, "options": {}}
         for kind in ("image", "text_only"):
             self.counts[kind] = dict.fromkeys(("answers", "right", "no_letter", "failed"), 0)
         # options: questions by their number of options; table[i][j]: questions right in i trials
@@ -197,8 +224,8 @@ class Verdicts:
         counts["rows"] += 1
         if "failed" in entry:
             counts["failed"] += 1
-            counts["questions"] += entry["questions"]
-            counts["failed_questions"] += entry["questions"]
+            counts[self._of] += entry[self._of]
+            counts[f"failed_{self._of}"] += entry[self._of]
             yield self._where[FAILED], entry["failed"]
             return
         row = entry["row"]
@@ -207,27 +234,29 @@ class Verdicts:
             yield self._where[TRIALS], {"id": row["id"]} | trial
         kept, dropped, failed = self._sorted(entry)
         malformed = [{"question": n, "why": why} for n, why in entry["bad"]]
-        counts["questions"] += len(kept) + len(dropped) + len(failed) + len(malformed)
+        counts[self._of] += len(kept) + len(dropped) + len(failed) + len(malformed)
         counts["kept"] += len(kept)
-        counts["failed_questions"] += len(failed)
+        counts[f"failed_{self._of}"] += len(failed)
         counts["with_kept" if kept else "without_kept"] += 1
         for why in [v["why"] for _, v in dropped] + [MALFORMED] * len(malformed):
             counts["dropped"] += 1
             counts["dropped_by_reason"].setdefault(why, 0)
             counts["dropped_by_reason"][why] += 1
-        if kept:
-            yield self._where[KEPT], row | _with_verdicts(kept)
+        # A row that keeps no rubric may have questions to train on.
+        if kept or (self._of == "rubrics" and "questions" in row):
+            yield self._where[KEPT], row | self._with_verdicts(kept)
         if dropped or malformed:
             more = {"malformed": malformed} if malformed else {}
-            yield self._where[DROPPED], row | _with_verdicts(dropped) | more
+            yield self._where[DROPPED], row | self._with_verdicts(dropped) | more
         if failed:
-            again = {"questions": [q for q, _ in failed], "reason": failed[0][1]}
+            again = {self._of: [q for q, _ in failed], "reason": failed[0][1]}
             yield self._where[FAILED], row | again
 
     def _sorted(self, entry: dict[str, Any]) -> tuple[list, list, list]:
         """(kept, dropped, failed) questions of a row, each with its verdict or its reason."""
         kept, dropped, failed = [], [], []
-        for number, question in zip(entry["numbers"], entry["row"]["questions"], strict=True):
+        asked = entry["row"].get(self._of, ())
+        for number, question in zip(entry["numbers"], asked, strict=True):
             trials = [t for t in entry["trials"] if t["question"] == number]
             if faults := [t["failed"] for t in trials if "failed" in t]:
                 failed.append((question, faults[0]))
@@ -236,7 +265,7 @@ class Verdicts:
                 [t["right"] for t in trials if t["image"] == image] for image in (True, False)
             ]
             self.counts["table"][sum(rights[0])][sum(rights[1])] += 1
-            size = str(len(question["choices"]))
+            size = str(len(question["choices"]) if self._of == "questions" else 2)
             self.counts["options"].setdefault(size, 0)
             self.counts["options"][size] += 1
             visual, text_only = map(trials_lib.accuracy, rights)
@@ -255,6 +284,5 @@ class Verdicts:
         counts["right"] += trial["right"]
         counts["no_letter"] += trial["letter"] is None
 
-
-def _with_verdicts(questions: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    return {"questions": [q for q, _ in questions], "verdicts": [v for _, v in questions]}
+    def _with_verdicts(self, asked: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+        return {self._of: [q for q, _ in asked], "verdicts": [v for _, v in asked]}

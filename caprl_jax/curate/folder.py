@@ -17,6 +17,7 @@ from caprl_jax.caption.parts import Place
 from caprl_jax.caption.pictures import Picture
 from caprl_jax.data.images import UnreadableImage
 from caprl_jax.data.records import MalformedRecord, Question, unparse_question
+from caprl_jax.data.rubrics import Rubric, unparse_rubric
 from caprl_jax.endpoint import Chat, Drawn, Endpoint, Failure, Reply
 from caprl_jax.errors import ConfigError, UserError
 
@@ -56,20 +57,31 @@ def open_folder(path: str, main: str, process: int, processes: int) -> Folder:
     return place
 
 
-def row(picture: Picture, image: bytes, questions: Sequence[Question] = ()) -> dict[str, Any]:
+def row(
+    picture: Picture,
+    image: bytes,
+    questions: Sequence[Question] = (),
+    rubrics: Sequence[Rubric] = (),
+) -> dict[str, Any]:
     """Returns a row as import_data takes it: an image file by its path, other images whole."""
     file, extras = picture.file(), picture.extras()
     shown = str(file) if file else f"data:;base64,{base64.b64encode(image).decode()}"
     fields: dict[str, Any] = {"id": picture.id, "image": shown}
     if questions:
         fields["questions"] = [unparse_question(q) for q in questions]
+    if rubrics:
+        fields["rubrics"] = [unparse_rubric(r) for r in rubrics]
     if picture.source:
         fields["data_source"] = picture.source
     return fields | ({"extras": extras} if extras else {})
 
 
 def failed_row(
-    picture: Picture, image: bytes | None, why: str, questions: Sequence[Question] = ()
+    picture: Picture,
+    image: bytes | None,
+    why: str,
+    questions: Sequence[Question] = (),
+    rubrics: Sequence[Rubric] = (),
 ) -> dict[str, Any]:
     """Returns a line of failed.jsonl, with the image if it can be read: it can be tried again.
 
@@ -78,12 +90,15 @@ def failed_row(
       image: its encoded bytes; None if they have not been read.
       why: the reason.
       questions: the usable questions of its row.
+      rubrics: its usable rubrics.
     """
     failed: dict[str, Any] = {"id": picture.id}
     if questions:
         failed["questions"] = [unparse_question(q) for q in questions]
+    if rubrics:
+        failed["rubrics"] = [unparse_rubric(r) for r in rubrics]
     with contextlib.suppress(MalformedRecord, UnreadableImage, ValueError):
-        failed = row(picture, picture.read() if image is None else image, questions)
+        failed = row(picture, picture.read() if image is None else image, questions, rubrics)
     return failed | {"reason": why}
 
 

@@ -91,13 +91,13 @@ def parse(text: str, truncated: bool = False) -> tuple[tuple[Question, ...], tup
         return (), (Reject(EMPTY, text),)
     questions: list[Question] = []
     rejects: list[Reject] = []
-    before, blocks = _blocks(text)
-    if any(not _RULE.fullmatch(line) for line in before):
-        reason = CUT if truncated and not blocks else OUTSIDE
+    before, pieces = blocks(text, _QUESTION)
+    if says_something(before):
+        reason = CUT if truncated and not pieces else OUTSIDE
         rejects.append(Reject(reason, "\n".join(before).strip()))
     seen: set[str] = set()
-    for number, lines in enumerate(blocks, 1):
-        block, rest = _until_answer(lines)
+    for number, lines in enumerate(pieces, 1):
+        block, rest = until(lines, _ANSWER)
         parsed = _question(block)
         if isinstance(parsed, Question) and plain(parsed.text) in seen:
             parsed = DUPLICATE
@@ -105,9 +105,9 @@ def parse(text: str, truncated: bool = False) -> tuple[tuple[Question, ...], tup
             questions.append(parsed)
             seen.add(plain(parsed.text))
         else:
-            last = truncated and number == len(blocks) and parsed != DUPLICATE
+            last = truncated and number == len(pieces) and parsed != DUPLICATE
             rejects.append(Reject(CUT if last else parsed, "\n".join(block).strip()))
-        if any(not _RULE.fullmatch(line) for line in rest):
+        if says_something(rest):
             rejects.append(Reject(OUTSIDE, "\n".join(rest).strip()))
     return tuple(questions), tuple(rejects)
 
@@ -127,36 +127,41 @@ def _folded(option: str) -> str:
     return " ".join(option.casefold().split()).rstrip(" .,;:!") or option
 
 
-def _blocks(text: str) -> tuple[list[str], list[list[str]]]:
-    """(lines before the first question, lines of each question)."""
+def blocks(text: str, first: re.Pattern) -> tuple[list[str], list[list[str]]]:
+    """Returns (lines before the first piece, lines of each piece), which `first` begins."""
     before: list[str] = []
-    blocks: list[list[str]] = []
+    pieces: list[list[str]] = []
     for line in text.splitlines():
-        if _QUESTION.fullmatch(_bare(line)):
-            blocks.append([])
-        (blocks[-1] if blocks else before).append(line)
-    return before, blocks
+        if first.fullmatch(bare(line)):
+            pieces.append([])
+        (pieces[-1] if pieces else before).append(line)
+    return before, pieces
 
 
-def _until_answer(lines: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(lines up to the answer, lines after it)."""
+def until(lines: Sequence[str], last: re.Pattern) -> tuple[list[str], list[str]]:
+    """Returns (lines up to the first that matches `last`, lines after it)."""
     for i, line in enumerate(lines):
-        if _ANSWER.fullmatch(_bare(line)):
+        if last.fullmatch(bare(line)):
             return list(lines[: i + 1]), list(lines[i + 1 :])
     return list(lines), []
 
 
-def _bare(line: str) -> str:
-    """A line without Markdown's stars and heading marks around its words."""
+def says_something(lines: Sequence[str]) -> bool:
+    """Tells whether any line does more than separate."""
+    return any(not _RULE.fullmatch(line) for line in lines)
+
+
+def bare(line: str) -> str:
+    """Returns a line without Markdown's stars and heading marks around its words."""
     line = line.replace("**", "").strip()
     return line.lstrip("#").strip()
 
 
 def _question(lines: Sequence[str]) -> Question | str:
     """Parses the lines of one question; a str is the reason why it can't be used."""
-    bare = [line for line in map(_bare, lines) if line]
-    answer = _ANSWER.fullmatch(bare[-1]) if bare else None
-    body = bare[:-1] if answer else bare
+    own = [line for line in map(bare, lines) if line]
+    answer = _ANSWER.fullmatch(own[-1]) if own else None
+    body = own[:-1] if answer else own
     first = next((i for i, line in enumerate(body) if i and _OPTION.fullmatch(line)), len(body))
     text = " ".join([_QUESTION.fullmatch(body[0])[1], *body[1:first]]).strip()
     options = [_OPTION.fullmatch(line) for line in body[first:]]

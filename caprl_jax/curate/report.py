@@ -15,6 +15,7 @@ from caprl_jax.curate import generate as generate_lib
 from caprl_jax.curate.trials import Settings, why_dropped
 from caprl_jax.data.images import UnreadableImage
 from caprl_jax.data.records import MalformedRecord
+from caprl_jax.data.rubrics import parse_rubric
 from caprl_jax.data.sources import rows
 from caprl_jax.errors import ConfigError
 from caprl_jax.files import write_whole
@@ -53,67 +54,70 @@ def write(folder: Path) -> Path:
     try:
         about = json.loads((folder / "about.json").read_text("utf-8"))
         kind = about["settings"]["job"]
-        content = {"generate": _generated, "filter": _filtered}[kind](folder, about)
+        make, of = KINDS[kind]
+        content = make(folder, about, of)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(
             f"--dir={folder} holds no finished job of curate: {type(e).__name__}: {e}; give the "
-            "--out of generate or filter"
+            "--out of generate, rubrics or filter"
         ) from e
     failed, failures = _examples(folder / generate_lib.FAILED, _LISTED)
-    common = {"job": kind, "about": about, "settings": about["settings"]}
+    common = {"job": kind, "of": of, "about": about, "settings": about["settings"]}
     common |= {"failed": failed, "failures": failures}
     page = parts.template("curate.html.j2").render(common | content)
     write_whole(folder / PAGE, page, errors="replace")
     return folder / PAGE
 
 
-def _generated(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+def _generated(folder: Path, about: Mapping[str, Any], of: str) -> dict[str, Any]:
     examples: dict[str, list[str]] = {}
     for line in _lines(folder / generate_lib.REJECTS):
         texts = examples.setdefault(line["reason"], [])
         if len(texts) < _EXAMPLES:
             texts.append(_cut(line["text"]))
     by_reason = sorted(about["rejects_by_reason"].items(), key=lambda item: (-item[1], item[0]))
-    written = about["questions"] + about["rejects"]
-    images = _share(about["with_questions"], about["images"])
+    written = about[of] + about["rejects"]
+    images = _share(about[f"with_{of}"], about["images"])
     tiles = [
-        ("Images with questions", images, "of all images"),
-        ("Questions", f"{about['questions']:,}", "accepted, without duplicates in an image"),
-        ("Accepted", _share(about["questions"], written), "of what the model wrote"),
+        (f"Images with {of}", images, "of all images"),
+        (of.capitalize(), f"{about[of]:,}", "accepted, without duplicates in an image"),
+        ("Accepted", _share(about[of], written), "of what the model wrote"),
         ("Failed images", f"{about['failed']:,}", "unreadable, or without an answer in all tries"),
     ]
     return {
-        "title": "Questions that a model wrote",
+        "writes": True,
+        "title": f"{of.capitalize()} that a model wrote",
         "tiles": tiles,
         "reasons": [(why, n, examples.get(why, [])) for why, n in by_reason],
         "table": None,
-        "sections": [_section("Images with their questions", folder / generate_lib.ROWS)],
+        "sections": [_section(f"Images with their {of}", folder / generate_lib.ROWS, of)],
     }
 
 
-def _filtered(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+def _filtered(folder: Path, about: Mapping[str, Any], of: str) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in about["settings"].items() if k in names})
     by_reason = sorted(about["dropped_by_reason"].items(), key=lambda item: (-item[1], item[0]))
     answered = sum(about["options"].values())
     chance = sum(n / int(size) for size, n in about["options"].items()) / max(answered, 1)
-    kept, failed = about["kept"], about["failed_questions"]
-    of, unusable = about["questions"], about["failed"]
+    kept, failed = about["kept"], about[f"failed_{of}"]
+    asked, unusable = about[of], about["failed"]
     seen, blind = (_share(about[k]["right"], about[k]["answers"]) for k in ("image", "text_only"))
     tiles = [
-        ("Kept", _share(kept, of), f"{kept:,} of {of:,} questions"),
+        ("Kept", _share(kept, asked), f"{kept:,} of {asked:,} {of}"),
         ("Accuracy with the image", seen, f"chance is {parts.percent(chance)}"),
-        ("Blind accuracy", blind, "the same questions without the image"),
-        ("Failed", f"{failed:,}", f"questions; {unusable:,} rows can’t be used"),
+        ("Blind accuracy", blind, f"the same {of} without the image"),
+        ("Failed", f"{failed:,}", f"{of}; {unusable:,} rows can’t be used"),
     ]
     return {
-        "title": "Questions that need the image",
+        "writes": False,
+        "title": f"{of.capitalize()} that need the image",
         "tiles": tiles,
         "reasons": [(why, n, []) for why, n in by_reason],
         "table": _table(about["table"], settings),
         "sections": [
-            _section("Kept", folder / filter_lib.KEPT),
-            _section("Dropped", folder / filter_lib.DROPPED),
+            _section("Kept", folder / filter_lib.KEPT, of),
+            _section("Dropped", folder / filter_lib.DROPPED, of),
         ],
     }
 
@@ -129,24 +133,30 @@ def _table(counts: list[list[int]], settings: Settings) -> dict[str, Any]:
     return {"trials": n, "rows": [[cell(i, j) for j in range(n + 1)] for i in range(n, -1, -1)]}
 
 
-def _section(title: str, path: Path) -> Section:
+KINDS = {  # job -> (maker of the page's content, field of a row that it is about)
+    generate_lib.QUESTIONS.job: (_generated, "questions"),
+    generate_lib.RUBRICS.job: (_generated, "rubrics"),
+    filter_lib.JOBS["questions"]: (_filtered, "questions"),
+    filter_lib.JOBS["rubrics"]: (_filtered, "rubrics"),
+}
+
+
+def _section(title: str, path: Path, of: str) -> Section:
     total = sum(1 for _ in path.open("rb"))
     shown = {i * total // min(total, _SAMPLES) for i in range(min(total, _SAMPLES))}
     samples = []
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if number in shown:
-                samples.append(_sample(path, json.loads(line)))
+                samples.append(_sample(path, json.loads(line), of))
     return Section(title, total, samples)
 
 
-def _sample(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    questions = raw.get("questions") or []
-    verdicts = raw.get("verdicts") or [None] * len(questions)
-    shown = [
-        {"text": q["question"], "options": q["choices"], "truth": q["answer"], "verdict": v}
-        for q, v in zip(questions, verdicts, strict=True)
-    ]
+def _sample(path: Path, raw: Mapping[str, Any], of: str) -> dict[str, Any]:
+    asked = raw.get(of) or []
+    verdicts = raw.get("verdicts") or [None] * len(asked)
+    show = _question if of == "questions" else _rubric
+    shown = [show(q) | {"verdict": v} for q, v in zip(asked, verdicts, strict=True)]
     try:
         # This project wrote the row, and shows what decodes as an image: any folder will do.
         encoded = rows.image_bytes(rows.Row("", raw, path.parent), Path("/"))
@@ -160,6 +170,17 @@ def _sample(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         "more": len(shown[_QUESTIONS:]),
         "malformed": raw.get("malformed") or [],
     }
+
+
+def _question(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": raw["question"], "options": raw["choices"], "truth": raw["answer"]}
+
+
+def _rubric(raw: Mapping[str, Any]) -> dict[str, Any]:
+    rubric = parse_rubric(raw)
+    options = [f"{x}) {o}" for x, o in zip("AB", rubric.options, strict=True)]
+    text = f"{rubric.text} (weight {rubric.weight:g})"
+    return {"text": text, "options": options, "truth": "A"}
 
 
 def _examples(path: Path, most: int) -> tuple[int, list[dict[str, Any]]]:

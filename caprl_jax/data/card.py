@@ -81,7 +81,7 @@ class Card:
         """
         rows_lost, questions_lost = collections.Counter(), collections.Counter()
         for line in listing:
-            of_question = re.search(r", question \d+$", line["id"])
+            of_question = re.search(r", (question|rubric) \d+$", line["id"])
             (questions_lost if of_question else rows_lost)[kind(line["reason"])] += 1
         groups = self.alike()
         truths = {letter: self.answers[letter] for letter in sorted(self.answers)}

@@ -29,14 +29,14 @@ def guarded(
 ) -> Callable[[Mapping, Any], Any]:
     """Wraps make to take stored elements; sets unusable records aside and returns `instead`.
 
-    Unusable questions of a usable record are set aside too, each with a line of its own.
+    Unusable questions and rubrics of a usable record are set aside too, each with its own line.
     """
 
     def convert(raw: Mapping[str, Any], rng: np.random.Generator) -> Any:
         try:
             example, record = questions.fitting(make, records.parse(raw), rng)
-            for number, reason in record.dropped:
-                set_aside.add(f"{record.id}, question {number}", reason)
+            for name, reason in record.faults():
+                set_aside.add(name, reason)
             return example
         except (MalformedRecord, UnreadableImage, ValueError) as e:
             identity = raw.get("id", "?")
@@ -82,17 +82,22 @@ class QuestionDraw:
       replacement: whether to draw with replacement.
       shuffle: whether to shuffle options at each presentation.
       sets: 0 if an image's captions share one set of questions, else the number of captions.
+      rubrics: most rubrics per caption; 0 for none.
     """
 
     count: int
     replacement: bool
     shuffle: bool
     sets: int = 0
+    rubrics: int = 0
 
     def __call__(self, record: Record, rng: np.random.Generator) -> list[Presented]:
-        """Draws one set of questions."""
+        """Draws one set of questions, with rubrics after them."""
+        order = rng if self.shuffle else None
         drawn = questions.draw(record.questions, self.count, rng, self.replacement)
-        return [questions.present(q, rng if self.shuffle else None) for q in drawn]
+        shown = [questions.present(q, order) for q in drawn]
+        criteria = questions.draw_rubrics(record.rubrics, self.rubrics, rng) if self.rubrics else ()
+        return [*shown, *(questions.present_rubric(r, order) for r in criteria)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,7 @@ class CaprlExamples:
       max_question: length bucket of a question.
       extras: names of the records' extras to put in the batch.
       arrays: further arrays of a record for batch.extras: record -> arrays by name.
+      numbered: whether to put the records' numbers in the batch.
     """
 
     inputs: ImagePrompt
@@ -114,18 +120,22 @@ class CaprlExamples:
     max_question: int
     extras: tuple[str, ...] = ()
     arrays: Callable[[Record], Mapping[str, np.ndarray]] | None = None
+    numbered: bool = False
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
-        """Makes the Batch; rng draws and shuffles the questions."""
+        """Makes the Batch; rng draws and shuffles the questions and rubrics."""
+        most, weighted = self.draw.count + self.draw.rubrics, self.draw.rubrics > 0
         sets = [
-            self.judge.arrays(self.draw(record, rng), self.draw.count, self.max_question)
+            self.judge.arrays(self.draw(record, rng), most, self.max_question, weighted)
             for _ in range(max(self.draw.sets, 1))
         ]
         asked = jax.tree.map(lambda *a: np.stack(a), *sets) if self.draw.sets else sets[0]
         extras = {name: records.extra_array(record, name) for name in self.extras}
         if self.arrays is not None:
             extras |= self.arrays(record)
-        return Batch(questions=asked, valid=np.True_, extras=extras, **self.inputs(record))
+        number = np.int32(record.number) if self.numbered else None
+        inputs = self.inputs(record)
+        return Batch(questions=asked, valid=np.True_, extras=extras, number=number, **inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,11 +335,13 @@ class HeldOutSize:
       images: number of images.
       batch: images per batch.
       max_question: length bucket of a question.
+      rubrics: whether rubrics are read, which must fit this bucket, too.
     """
 
     images: int
     batch: int
     max_question: int
+    rubrics: bool = False
 
 
 def held_out(
@@ -344,7 +356,10 @@ def held_out(
 
     def make(record, rng):
         shown = [questions.present(q, rng) for q in record.questions]
+        if size.rubrics:
+            shown += [questions.present_rubric(r, None) for r in record.rubrics]
         judge.arrays(shown, len(shown), size.max_question)  # refuses questions that are too long
+        shown = [p for p in shown if not p.weight]
         return record, shown, inputs(record)
 
     convert = guarded(make, set_aside)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from caprl_jax.data.records import ABSTAIN, LETTERS, MalformedRecord, Question, Record
+from caprl_jax.data.rubrics import Rubric
 from caprl_jax.data.tokens import Tokenizer, pad
 from caprl_jax.errors import ModelDirectoryError, UserError
 from caprl_jax.rl.types import Instruction, Questions
@@ -47,11 +48,13 @@ class Presented:
       text: the question.
       options: texts of the options in the order shown, with the abstain option last.
       truth: index of the truth in options.
+      weight: the weight of a rubric; 0 for a question.
     """
 
     text: str
     options: tuple[str, ...]
     truth: int
+    weight: float = 0.0
 
     def lettered(self) -> list[str]:
         """Options with their letters, ["A) ..", "B) ..", ..]."""
@@ -65,6 +68,23 @@ def present(question: Question, rng: np.random.Generator | None) -> Presented:
     options = tuple(question.choices[i] for i in order)
     truth = int(np.flatnonzero(order == question.answer)[0])
     return Presented(question.text, (*options, ABSTAIN), truth)
+
+
+def present_rubric(rubric: Rubric, rng: np.random.Generator | None) -> Presented:
+    """Presents a rubric as a question whose truth is the option that meets it.
+
+    It gets the abstain option like any question: the judge's instruction, which all share, names
+    the last option for what the caption doesn't say. Abstaining earns what "no" earns.
+    """
+    shown = present(Question(rubric.text, rubric.options, 0), rng)
+    return dataclasses.replace(shown, weight=rubric.weight)
+
+
+def draw_rubrics(rubrics: Sequence[Rubric], n: int, rng: np.random.Generator) -> list[Rubric]:
+    """Returns all rubrics if they are n at most, else n of them, drawn without replacement."""
+    if len(rubrics) <= n:
+        return list(rubrics)
+    return [rubrics[i] for i in rng.choice(len(rubrics), n, replace=False)]
 
 
 def draw(
@@ -103,6 +123,8 @@ def fitting(
 
 def _without(record: Record, error: TooLong) -> Record:
     shown = error.shown
+    if shown.weight:
+        return _without_rubric(record, error)
     long = [
         q.text == shown.text and set(q.choices) == set(shown.options[:-1]) for q in record.questions
     ]
@@ -113,6 +135,17 @@ def _without(record: Record, error: TooLong) -> Record:
     dropped = [(n, str(error)) for n, out in zip(numbers, long) if out]
     kept = tuple(q for q, out in zip(record.questions, long) if not out)
     return dataclasses.replace(record, questions=kept, dropped=(*record.dropped, *dropped))
+
+
+def _without_rubric(record: Record, error: TooLong) -> Record:
+    shown = error.shown.text, set(error.shown.options[:-1])
+    long = [(r.text, set(r.options)) == shown for r in record.rubrics]
+    gone = {number for number, _ in record.dropped_rubrics}
+    numbers = (n for n in itertools.count(1) if n not in gone)
+    dropped = [(n, str(error)) for n, out in zip(numbers, long) if out]
+    kept = tuple(r for r, out in zip(record.rubrics, long, strict=True) if not out)
+    gone = (*record.dropped_rubrics, *dropped)
+    return dataclasses.replace(record, rubrics=kept, dropped_rubrics=gone)
 
 
 def _body(presented: Presented) -> str:
@@ -231,8 +264,16 @@ class JudgePrompt:
     def _asked(self, presented: Presented) -> str:
         return self.between + _body(presented) + self.after
 
-    def arrays(self, presented: Sequence[Presented], n: int, q: int) -> Questions:
+    def arrays(
+        self, presented: Sequence[Presented], n: int, q: int, weighted: bool = False
+    ) -> Questions:
         """Arrays of one image's questions, padded to n questions of q tokens; no batch axis.
+
+        Args:
+          presented: the questions, and rubrics if they are weighted.
+          n: number of questions to pad to.
+          q: tokens to pad a question to.
+          weighted: whether the arrays have the rubrics' weights.
 
         Raises:
           TooLong: a question is longer than q tokens.
@@ -241,8 +282,9 @@ class JudgePrompt:
         for i, p in enumerate(presented):
             tail = self.tail(p)
             if len(tail) > q:
+                kind = "rubric" if p.weight else "question"
                 raise TooLong(
-                    f"the question {p.text[:50]!r} takes {len(tail)} tokens, more than its length "
+                    f"the {kind} {p.text[:50]!r} takes {len(tail)} tokens, more than its length "
                     f"bucket: raise data.max_question from {q}",
                     p,
                 )
@@ -253,4 +295,5 @@ class JudgePrompt:
             truth=pad([p.truth for p in presented], n),
             letters=np.maximum(pad([len(p.options) for p in presented], n), 1),
             valid=np.arange(n) < len(presented),
+            weight=pad([p.weight for p in presented], n, np.float32) if weighted else None,
         )

@@ -1,4 +1,4 @@
-"""A record: an image and its multiple-choice questions; parses, writes and reads records."""
+"""A record: an image, its questions and rubrics; parses, writes and reads records."""
 
 import contextlib
 import dataclasses
@@ -6,15 +6,17 @@ import io
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from caprl_jax.errors import UserError
+from caprl_jax.data.rubrics import Rubric, parse_rubrics, unparse_rubric
+from caprl_jax.data.texts import ABSTAIN, MalformedRecord, check_text, read_json_text
+from caprl_jax.data.texts import plain as _plain
 
 LETTERS = "ABCDEFGHI"
-ABSTAIN = "cannot tell"  # the last option of every question, which data/questions.py appends
+NUMBER = "record_number"  # key of a stored element's place in its source; never written
 # "A) x", "A. x", "A: x", "(A) x", "[A] x", "A.) x", "A - x", in small letters, and full-width signs
 _LETTERED = re.compile(
     r"\s*(?P<open>[(\[（【]?)\s*(?P<letter>[A-Za-z])"
@@ -23,10 +25,6 @@ _LETTERED = re.compile(
 )
 _MOST = 3.4e38  # nearly float32's largest; comparisons with NaN are false
 _PAIRS = {"(": ")", "[": "]", "（": "）", "【": "】"}
-
-
-class MalformedRecord(UserError):
-    """A record that can't be used; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +56,9 @@ class Record:
       facts: true facts of the image, in the source's own format; empty if unknown.
       extras: numbers, or lists of numbers, by name; reward terms may read them.
       dropped: (number from 1, reason) of each question that parse left out; never stored.
+      rubrics: criteria of a good caption; may be empty.
+      dropped_rubrics: like dropped, of rubrics.
+      number: place in its source, where the source's elements hold it (NUMBER); else -1.
     """
 
     id: str
@@ -66,6 +67,15 @@ class Record:
     facts: Any = ()
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dropped: tuple[tuple[int, str], ...] = ()
+    rubrics: tuple[Rubric, ...] = ()
+    dropped_rubrics: tuple[tuple[int, str], ...] = ()
+    number: int = -1
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Yields (its name in listings, reason) of each question and rubric that is left out."""
+        for kind, dropped in (("question", self.dropped), ("rubric", self.dropped_rubrics)):
+            for number, reason in dropped:
+                yield f"{self.id}, {kind} {number}", reason
 
 
 def parse_question(raw: Mapping[str, Any]) -> Question:
@@ -183,34 +193,6 @@ def _letter(answer: Any) -> str | None:
     return bare.upper() if len(bare) == 1 else None
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(" .,;:!?。！？…")
-
-
-def check_text(text: str, name: str) -> None:
-    """Raises MalformedRecord if a text holds half a surrogate pair, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise MalformedRecord(
-            f"{name} holds half a surrogate pair, {text[e.start]!r}: {text[:80]!r}"
-        ) from e
-
-
-def read_json_text(text: str | bytes, name: str) -> Any:
-    """Parses JSON text of a record's field.
-
-    Raises:
-      MalformedRecord: the text is no JSON, or is nested too deeply to read.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError as e:
-        raise MalformedRecord(f"{name}: the JSON is nested too deeply") from e
-    except ValueError as e:
-        raise MalformedRecord(f"{name} can't be read: no valid JSON: {e}") from e
-
-
 def parse(raw: Mapping[str, Any]) -> Record:
     """Parses a stored element; Record.dropped says which questions are left out.
 
@@ -224,13 +206,24 @@ def parse(raw: Mapping[str, Any]) -> Record:
     try:
         identity, image = text(raw["id"]), bytes(memoryview(raw["image"]))
         asked, facts = text(raw["questions"]), text(raw["facts"])
-        extras = text(raw.get("extras", "{}"))
+        extras, criteria = text(raw.get("extras", "{}")), text(raw.get("rubrics", "[]"))
     except (KeyError, TypeError, ValueError) as e:
         raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
     check_text(identity, "the id")
     facts, extras = read_json_text(facts, "the facts"), parse_extras(extras)
     questions, reasons = parse_questions(asked)
-    return Record(identity, image, questions, facts, extras, reasons)
+    rubrics, rubric_reasons = parse_rubrics(criteria)
+    return Record(
+        identity,
+        image,
+        questions,
+        facts,
+        extras,
+        reasons,
+        rubrics,
+        rubric_reasons,
+        number=int(raw.get(NUMBER, -1)),
+    )
 
 
 def parse_extras(raw: Any) -> dict[str, Any]:
@@ -290,6 +283,7 @@ def unparse(record: Record) -> dict[str, Any]:
         "questions": json.dumps([unparse_question(q) for q in record.questions]),
         "facts": json.dumps(record.facts),
         "extras": json.dumps(record.extras),
+        "rubrics": json.dumps([unparse_rubric(r) for r in record.rubrics]),
     }
 
 
@@ -309,6 +303,7 @@ def builder(
     version: str,
     splits: Mapping[str, Callable[[], Iterable[Record]]],
     data_dir: str | None,
+    rubrics: bool = False,
 ) -> Any:
     """A tensorflow-datasets builder that writes records to ArrayRecord; needs no tensorflow.
 
@@ -317,6 +312,7 @@ def builder(
       version: "1.2.3"; a change of content needs a new one, or old files are read.
       splits: split name -> function that yields its records.
       data_dir: where datasets lie; None is tensorflow-datasets' own default.
+      rubrics: whether the dataset has a field for rubrics, which older ones don't have.
 
     Returns:
       tfds.core.GeneratorBasedBuilder.
@@ -326,6 +322,8 @@ def builder(
     text = tfds.features.Text
     features = {name: text() for name in ("id", "questions", "facts", "extras")}
     features["image"] = tfds.features.Image()
+    if rubrics:
+        features["rubrics"] = text()
 
     # Registering would allow one such class in a process, and it is never looked up by name.
     class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -341,7 +339,9 @@ def builder(
 
         def _generate_examples(self, make):
             for record in make():
-                yield record.id, unparse(record)
+                if record.rubrics and not rubrics:
+                    raise ValueError(f"record {record.id} has rubrics: give builder(rubrics=True)")
+                yield record.id, {key: v for key, v in unparse(record).items() if key in features}
 
     Records.name = name
     return Records(data_dir=data_dir, file_format="array_record")

@@ -18,7 +18,9 @@ from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Policy, Prompt, root_kv
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
+from caprl_jax.registry import Choice
 from caprl_jax.rl.judge import Judge
+from caprl_jax.rl.rewards import Term
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.run import compile as compile_lib
@@ -101,6 +103,7 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
         reference = params(policy.init, rules, dtype)
     judge = _judge(config.judge.path, dtype, rules)
     run = compile_lib.make_run(config, policy, judge, stop, reference)
+    run = run.replace(rewards=tuple(map(_on_device, run.rewards)))
     optimizer = run.learner.optimizer
 
     def init(key):
@@ -111,6 +114,17 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh.replicated(rules))
     return AbstractStep(rules, program, run, state, batch(config, policy, rules), key)
+
+
+def _on_device(term: Term) -> Term:
+    """Returns a reward term; zeros for one on text, which costs the device nothing."""
+    if not term.reads_text:
+        return term
+
+    def nothing(scored):
+        return jnp.zeros(scored.captions.mask.shape[:2])
+
+    return term.replace(choice=Choice(term.choice.name, nothing))
 
 
 def _judge(path: str, dtype: Any, rules: ShardRules) -> Judge:
@@ -134,9 +148,9 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
     """Returns shapes of a batch in the config's buckets."""
     data, vision = config.data, policy.vision.config
     b, p, m = data.batch, data.max_prompt, data.max_windows * vision.window**2
-    asked = (b, config.caprl.questions)
+    asked = (b, config.caprl.questions + config.caprl.rubrics)
     if data.per_caption:
-        asked = (b, config.caprl.group, config.caprl.questions)
+        asked = (b, config.caprl.group, asked[1])
     axes = () if policy.decoder.config.mrope_section is None else (3,)
     sharding = rules.sharding("images")
 
@@ -144,6 +158,7 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     integers, truths = functools.partial(of, jnp.int32), functools.partial(of, bool)
+    weight = of(jnp.float32, *asked) if config.caprl.rubrics else None
     tokens = *asked, data.max_question
     return Batch(
         images=Images(of(jnp.float32, b, m, vision.patch_dim), integers(b, m, 2), truths(b, m)),
@@ -151,7 +166,12 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
             integers(b, p), truths(b, p), integers(b, p, *axes), integers(b, p), integers(b)
         ),
         questions=Questions(
-            integers(*tokens), truths(*tokens), integers(*asked), integers(*asked), truths(*asked)
+            integers(*tokens),
+            truths(*tokens),
+            integers(*asked),
+            integers(*asked),
+            truths(*asked),
+            weight,
         ),
         valid=truths(b),
     )

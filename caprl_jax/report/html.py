@@ -17,12 +17,22 @@ from caprl_jax.report import parts, trust
 from caprl_jax.report.charts import Chart, Series
 
 _PERCENT = (
-    *("accuracy", "precision", "recall", "ceiling", "disagreement", "differ", "injections"),
+    *(
+        "accuracy",
+        "precision",
+        "recall",
+        "ceiling",
+        "disagreement",
+        "differ",
+        "injections",
+        "rubric",
+    ),
     *trust.LABELS,
 )
 _LABELS = {
     "heldout_accuracy": "held-out accuracy",
     "ceiling": "ceiling: accuracy with complete true captions",
+    "heldout_rubric": "held-out rubrics that are met, by weight",
     **trust.LABELS,
     "caption_length": "caption length, tokens",
     "fact_precision": "stated facts that are true",
@@ -39,6 +49,7 @@ _LABELS = {
     "wall_seconds": "wall time",
 }
 _TILES = (
+    ("heldout_rubric", "Rubrics met", "share of their weight that a greedy held-out caption meets"),
     ("caption_length", "Caption length", "tokens in a greedy held-out caption"),
     ("fact_precision", "True facts", "share of stated facts that are true"),
     ("fact_recall", "Stated facts", "share of true facts that the captions state"),

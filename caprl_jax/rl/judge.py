@@ -259,7 +259,7 @@ def verdicts(
     The letters of a question's options compete in a softmax. Mode "expected" scores the probability
     of the truth, which "sampled" equals on average; "greedy" takes the most likely letter.
     Abstaining scores 0, since it is never the truth. A logit that is NaN makes the score NaN in
-    every mode.
+    every mode. Rubrics are answered alike, and told apart in Verdicts.rubric.
 
     Args:
       logits: float32 [b, g, n, letters].
@@ -289,4 +289,8 @@ def verdicts(
     right = jnp.where(jnp.isfinite(p_truth), right, jnp.nan)
     score = p_truth if judging.mode == "expected" else right
     score, abstained = jnp.where(valid, score, 0), letter == letters - 1
-    return Verdicts(score, p_truth, letter, abstained, valid, entropy)
+    if questions.weight is None:
+        return Verdicts(score, p_truth, letter, abstained, valid, entropy)
+    weight = questions.weight if per_caption else questions.weight[:, None]
+    rubric = jnp.where(valid, weight, 0)
+    return Verdicts(score, p_truth, letter, abstained, valid & (rubric == 0), entropy, rubric)

@@ -24,6 +24,11 @@ class Caprl:
         least=0,
     )
     questions: int = setting(4, "questions per caption, N", least=1)
+    rubrics: int = setting(
+        0,
+        "rubrics per caption: all of an image's if it has no more, else so many are drawn; 0: none",
+        least=0,
+    )
     rewards: dict = setting(
         {"accuracy": {"term": "accuracy", "weight": 1.0}},
         "reward terms by name: {term, weight, mask, options}; term defaults to the name",

@@ -56,6 +56,8 @@ class Questions:
       truth: int32 [b, n] or [b, g, n], index of the true letter.
       letters: int32, shape of truth: number of options; the last one abstains.
       valid: bool, shape of truth; False for padding.
+      weight: float32, shape of truth: the weight of a rubric, which is a question whose truth says
+        that the caption meets it; 0 for a question. None where there are no rubrics.
     """
 
     tokens: jax.Array
@@ -63,6 +65,7 @@ class Questions:
     truth: jax.Array
     letters: jax.Array
     valid: jax.Array
+    weight: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -75,6 +78,8 @@ class Batch:
       questions: Questions [b, n, ..] or [b, g, n, ..].
       valid: bool [b], False for images that only fill up an uneven batch.
       extras: float32 arrays [b, ..] by name: the records' extras that the config asks for.
+      number: int32 [b], place of the images' records in their source; None where no reward term
+        reads text.
     """
 
     images: Images
@@ -82,6 +87,7 @@ class Batch:
     questions: Questions
     valid: jax.Array
     extras: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    number: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -128,9 +134,11 @@ class Verdicts:
       p_truth: float32 [b, g, n], probability of the true letter among the options.
       letter: int32 [b, g, n], index of the chosen letter (the most likely one in mode "expected").
       abstained: bool [b, g, n], True where the chosen letter is the last option.
-      valid: bool [b, g, n], False for padding.
+      valid: bool [b, g, n], True for questions; False for padding and for rubrics.
       entropy: float32 [b, g, n], nats, of the options' probabilities; None where a judge doesn't
         tell them.
+      rubric: float32 [b, g, n], the weight of a rubric; 0 for a question and for padding. None
+        where there are no rubrics.
     """
 
     score: jax.Array
@@ -139,6 +147,7 @@ class Verdicts:
     abstained: jax.Array
     valid: jax.Array
     entropy: jax.Array | None = None
+    rubric: jax.Array | None = None
 
     @property
     def reward(self) -> jax.Array:
@@ -159,12 +168,14 @@ class Scored:
       captions: Rollout [b, g, t].
       verdicts: Verdicts [b, g, n].
       models: the frozen models that the run's reward terms declare (rl.rewards), by name.
+      on_text: float32 [b, g] by name: the values of reward terms that read text, from the host.
     """
 
     batch: Batch
     captions: Rollout
     verdicts: Verdicts
     models: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    on_text: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

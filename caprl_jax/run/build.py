@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
@@ -21,6 +22,7 @@ from caprl_jax.decode.loop import Decoding
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout, injections
 from caprl_jax.evaluate.hygiene import Hygiene
+from caprl_jax.evaluate.rubrics import Rubrics
 from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.models.flash import calls
@@ -31,14 +33,14 @@ from caprl_jax.parallel.jit import counted
 from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import State
-from caprl_jax.run import clip as clip_lib
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import frozen as frozen_lib
 from caprl_jax.run import judges, load
 from caprl_jax.run.endpoint_judge import EndpointReader
 from caprl_jax.run.frozen import Frozen, Trained
 from caprl_jax.run.judges import Reader
-from caprl_jax.run.through_text import Retokeniser
+from caprl_jax.run.text_terms import Numbered, TextTerms
+from caprl_jax.run.through_text import Between, Retokeniser
 
 Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # stored elements by split
 
@@ -58,7 +60,7 @@ class Task:
       ceiling: computes held-out accuracy on complete true captions; None without the truth.
       heldout: the held-out images; None for a model that is not evaluated on them.
       run: the record that stays the same in all steps; None for SFT, and where
-        captions pass to the judge as text.
+        captions become text on the host.
       rules: mesh and shard rules.
     """
 
@@ -123,7 +125,9 @@ def caprl(
     compile_lib.check_rules(model.policy, model.rules)
 
     run, state = _start(config, model, reader, frozen)
-    program, traces = _programs(config, run, state, (model, reader, frozen), step)
+    texts = _text_terms(config, model, stored)
+    between = _between(config, model, reader, frozen, texts)
+    program, traces = _programs(config, run, state, (model, reader, between), step)
     evaluation = _Evaluation(config, model, reader, held, run)
     return Task(
         policy=model.policy,
@@ -135,7 +139,7 @@ def caprl(
         evaluate=evaluation,
         ceiling=evaluation.ceiling,
         heldout=held,
-        run=None if reader.through_text or reader.asked or frozen.through_text else run,
+        run=None if reader.asked or between else run,
         rules=model.rules,
     ), state
 
@@ -156,27 +160,42 @@ def _start(config, model: _Model, reader: Reader, frozen: Frozen) -> tuple[Run, 
 
 
 def _programs(config, run, state, models: tuple, step) -> compile_lib.Program:
-    """Compiles one program, or two if captions pass to the judge or to CLIP as text.
+    """Compiles one program, or two if captions become text on the host.
 
     Args:
       config: the run's config.
       run: only its policy is used here.
       state: the initial state.
-      models: model in training, judge and frozen models, as they were read.
+      models: model in training, judge, and the Between of captions.
       step: rl.step.caprl_step.
     """
-    model, reader, frozen = models
+    model, reader, between = models
     if reader.asked:
-        return compile_lib.endpoint_programs(config, state, model.rules, reader.asked)
+        asked, texts = reader.asked, between.texts
+        return compile_lib.endpoint_programs(config, state, model.rules, asked, texts)
+    if between:
+        return compile_lib.two_programs(config, state, model.rules, between)
+    return compile_lib.one_program(step, config, run, state, model.rules)
+
+
+def _between(config, model: _Model, reader: Reader, frozen: Frozen, texts) -> Between:
+    """Returns the readers of captions on the host."""
     retokenise = None
     if reader.through_text:
         longest = config.judge.max_caption or 2 * config.sampling.max_tokens
         retokenise = Retokeniser(model.tokenizer, reader.tokenizer, longest)
-    if frozen.through_text:
-        return clip_lib.two_programs(config, state, model.rules, frozen.clip, retokenise)
-    if retokenise:
-        return compile_lib.two_programs(config, state, model.rules, retokenise)
-    return compile_lib.one_program(step, config, run, state, model.rules)
+    clip = frozen.clip.read if frozen.through_text else None
+    return Between(retokenise, clip, texts)
+
+
+def _text_terms(config, model: _Model, stored: Stored) -> TextTerms | None:
+    """Returns the reward terms on text; None without any."""
+    terms = config_lib.text_terms(config)
+    if not terms:
+        return None
+    named = ", ".join(term.name for term in terms)
+    logging.info("rewards on text: %s: they run on the host, and a step is two programs", named)
+    return TextTerms(terms, model.tokenizer, stored["train"])
 
 
 def _heldout_reader(
@@ -204,6 +223,8 @@ class _Evaluation:
             self._splicing = Splicing(held, reader.prompt, rules, cuts, reader.through_text)
         self._sight = Sight(model.policy, held, rules, cuts)
         self._hygiene = Hygiene(held, self._reader, reader.prompt)
+        rubrics = config.caprl.rubrics > 0
+        self._rubrics = Rubrics(held, self._reader, reader.prompt) if rubrics else None
 
     def __call__(self, params: Any) -> heldout.Evaluation:
         metrics, sets = heldout.evaluate(
@@ -223,6 +244,8 @@ class _Evaluation:
             self._held, self._reader, self._tokenizer, self._judge, greedy
         )
         metrics |= self._hygiene.measure(self._judge, greedy)
+        if self._rubrics:
+            metrics |= self._rubrics.measure(self._judge, sets)
         return metrics, sets
 
     def ceiling(self) -> float | None:
@@ -230,14 +253,17 @@ class _Evaluation:
 
 
 def _size(config: ml_collections.ConfigDict) -> HeldOutSize:
-    return HeldOutSize(config.eval.images, config.eval.batch, config.data.max_question)
+    rubrics = config.caprl.rubrics > 0
+    return HeldOutSize(config.eval.images, config.eval.batch, config.data.max_question, rubrics)
 
 
 def _feed(config, stored: Stored, example, set_aside: SetAside, rules: ShardRules) -> Callable:
     """Returns a function: number of steps done -> iterator of this process's later batches."""
     rows, epochs = mesh.batch_rows(rules, config.data.batch), config.data.epochs or None
     feed = Feed(config.data.batch, config.seed, config.data.threads, epochs, rows)
-    return lambda start: pipeline.train_iterator(stored["train"], example, feed, set_aside, start)
+    text = config.objective == "caprl" and config_lib.text_terms(config)
+    source = Numbered(stored["train"]) if text else stored["train"]
+    return lambda start: pipeline.train_iterator(source, example, feed, set_aside, start)
 
 
 def sft(

@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -19,11 +18,8 @@ from caprl_jax.models.hf import clip as hf
 from caprl_jax.models.hf import download
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
-from caprl_jax.rl.similarity import MASK, PIXELS, TOKENS, Clip
-from caprl_jax.rl.step import learn
-from caprl_jax.rl.types import Captions, State
+from caprl_jax.rl.similarity import PIXELS, Clip
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run.through_text import Retokeniser, in_two_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,42 +92,3 @@ def read(config: ml_collections.ConfigDict, policy: Tokenizer) -> ClipReader:
     special = np.asarray(policy.special, np.int32)
     clip = Clip(module, {}, special, texts.start, texts.end)
     return ClipReader(clip, directory, images, texts, None if difference is None else policy)
-
-
-def two_programs(
-    config: ml_collections.ConfigDict,
-    state: State,
-    rules: ShardRules,
-    reader: ClipReader,
-    retokenise: Retokeniser | None,
-) -> compile_lib.Program:
-    """Returns the step with captions passing to CLIP as text, and to the judge if it needs that.
-
-    Args:
-      config: the run's config.
-      state: arrays, or shapes with shardings.
-      rules: mesh and shard rules.
-      reader: CLIP's.
-      retokenise: converts captions for a judge with a tokenizer of its own; None for another.
-    """
-
-    def finish(run, state, batch, captions, passed, key):
-        tokens, mask = passed["clip"]
-        batch = batch.replace(extras={**batch.extras, TOKENS: tokens, MASK: mask})
-        if retokenise is None:
-            return learn(run, state, batch, captions, captions, key)
-        tokens, mask, cut = passed["judge"]
-        state, measured = learn(run, state, batch, captions, Captions(tokens, mask), key)
-        real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
-        return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
-
-    (first, second), traces = compile_lib.rollout_and(finish, config, state, rules)
-    return in_two_programs(first, second, _both(reader, retokenise), rules), traces
-
-
-def _both(reader: ClipReader, retokenise: Retokeniser | None) -> Callable:
-    def read(tokens, mask):
-        found = {"clip": reader.read(tokens, mask)}
-        return found if retokenise is None else found | {"judge": retokenise(tokens, mask)}
-
-    return read

@@ -28,6 +28,7 @@ from caprl_jax.parallel.slices import Slices
 from caprl_jax.rl.advantages import needs_baseline
 from caprl_jax.rl.judge import Judge, Judging, verdicts
 from caprl_jax.rl.rewards import needed_models
+from caprl_jax.rl.similarity import MASK, TOKENS
 from caprl_jax.rl.step import Run, learn
 from caprl_jax.rl.types import Captions, Instruction, State
 from caprl_jax.rl.update import Learner, Objective
@@ -242,59 +243,75 @@ def one_program(
 
 
 def two_programs(
-    config: ml_collections.ConfigDict, state: State, rules: ShardRules, retokenise: Callable
+    config: ml_collections.ConfigDict,
+    state: State,
+    rules: ShardRules,
+    between: Any,
 ) -> Program:
-    """Returns one_program's step with captions passing through text (a Retokeniser) on the host."""
-    from caprl_jax.run.through_text import in_two_programs  # it imports tokenizers
+    """Returns one_program's step with captions passing through text on the host.
+
+    Args:
+      config: the run's config.
+      state: as for one_program.
+      rules: mesh and shard rules.
+      between: a through_text.Between.
+    """
+    from caprl_jax.run import text_terms  # they import tokenizers
+    from caprl_jax.run.through_text import in_two_programs
 
     def finish(run, state, batch, captions, passed, key):
-        tokens, mask, cut = passed
-        state, measured = learn(run, state, batch, captions, Captions(tokens, mask), key)
+        readable = Captions(*passed.judge[:2]) if passed.judge else captions
+        run = text_terms.telling(run, passed.told)
+        told_of = batch
+        if passed.clip:
+            tokens, mask = passed.clip
+            told_of = batch.replace(extras={**batch.extras, TOKENS: tokens, MASK: mask})
+        state, measured = learn(run, state, told_of, captions, readable, key)
+        measured |= text_terms.failures(passed.told, batch.valid)
+        if not passed.judge:
+            return state, measured
+        cut = passed.judge[2]
         real = jnp.broadcast_to(batch.valid[:, None], cut.shape)
         return state, measured | {"captions_cut": (jnp.sum(cut & real), jnp.sum(real))}
 
-    (first, second), traces = rollout_and(finish, config, state, rules)
-    return in_two_programs(first, second, retokenise, rules), traces
+    (first, second), traces = _rollout_and(finish, config, state, rules)
+    return in_two_programs(first, second, rules, between), traces
 
 
 def endpoint_programs(
-    config: ml_collections.ConfigDict, state: State, rules: ShardRules, judge: Any
+    config: ml_collections.ConfigDict,
+    state: State,
+    rules: ShardRules,
+    judge: Any,
+    texts: Any = None,
 ) -> Program:
-    """Returns one_program's step with an EndpointJudge, asked on the host."""
-    from caprl_jax.run.endpoint_judge import step_with_endpoint  # it imports tokenizers
+    """Returns two_programs' step with an EndpointJudge, asked on the host."""
+    from caprl_jax.run import text_terms  # they import tokenizers
+    from caprl_jax.run.endpoint_judge import step_with_endpoint
 
     def finish(run, state, batch, captions, passed, key):
-        logits, silent = passed
+        (logits, silent), told = passed
 
         def answered(model, captions, questions, *, judging, key):
             return verdicts(logits, questions, judging=judging, key=key)
 
         run = run.replace(verbs=dataclasses.replace(run.verbs, judge=answered))
+        run = text_terms.telling(run, told)
         state, measured = learn(run, state, batch, captions, captions, key)
+        measured |= text_terms.failures(told, batch.valid)
         valid = batch.questions.valid
         asked = valid if valid.ndim == 3 else jnp.broadcast_to(valid[:, None], silent.shape)
         asked = asked & batch.valid[:, None, None]
         return state, measured | {"no_letter": (jnp.sum(silent & asked), jnp.sum(asked))}
 
-    (first, second), traces = rollout_and(finish, config, state, rules)
-    return step_with_endpoint(first, second, judge, rules), traces
+    (first, second), traces = _rollout_and(finish, config, state, rules)
+    return step_with_endpoint(first, second, rules, judge, texts), traces
 
 
-def rollout_and(
+def _rollout_and(
     finish: Callable, config: ml_collections.ConfigDict, state: State, rules: ShardRules
 ) -> tuple[tuple[Callable, Callable], Callable[[], int]]:
-    """Jits the rollout as a program of its own, and `finish`, which donates the state.
-
-    Args:
-      finish: (run, state, batch, captions, passed, key) -> (state, metrics); `passed` is what the
-        host makes of the captions in between.
-      config: the run's config.
-      state: arrays, or shapes with shardings.
-      rules: mesh and shard rules.
-
-    Returns:
-      ((rollout, finish), how often they were traced).
-    """
+    """Jits the rollout as a program of its own, and `finish`, which donates the state."""
 
     def rollout(run, state, batch, key):
         policy, decoding = run.learner.policy, run.decoding

@@ -26,7 +26,8 @@ from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import Batch, Captions, Metrics, State
-from caprl_jax.run.through_text import keys
+from caprl_jax.run.text_terms import TextTerms
+from caprl_jax.run.through_text import keys, told
 
 ABSENT = -1e4  # logit of a letter that the answer leaves out; finite, so that nothing becomes NaN
 _TOKENS = 8  # of an answer: a letter, or a few words that hold one
@@ -251,15 +252,21 @@ class EndpointReader:
 
 
 def step_with_endpoint(
-    rollout: Callable, finish: Callable, judge: EndpointJudge, rules: ShardRules
+    rollout: Callable,
+    finish: Callable,
+    rules: ShardRules,
+    judge: EndpointJudge,
+    texts: TextTerms | None = None,
 ) -> Callable[[Run, State, Batch, jax.Array], tuple[State, Metrics]]:
     """Returns (run, state, batch, key) -> (state, metrics), like the one program.
 
     Args:
       rollout: jitted (run, state, batch, key) -> Rollout.
-      finish: jitted (run, state, batch, rollout, (logits, silent), key) -> (state, metrics).
-      judge: asked between the two, by each process about its own images.
+      finish: jitted (run, state, batch, rollout, ((logits, silent), told), key) ->
+        (state, metrics); told is what texts gives.
       rules: mesh of the batch.
+      judge: asked between the two, by each process about its own images.
+      texts: the run's reward terms on text.
     """
     logging.info("the judge is asked at %s: a step is two programs", judge.endpoint.url)
 
@@ -274,6 +281,7 @@ def step_with_endpoint(
         seed = int(jax.device_get(jax.random.key_data(judge_key)).ravel()[-1])
         with together():
             found = judge.of_batch(asked, Captions(tokens, mask), seed)
-        return finish(run, state, batch, captions, mesh.put_batch(found, rules), judge_key)
+        passed = mesh.put_batch(found, rules), told(texts, batch, (tokens, mask), rules)
+        return finish(run, state, batch, captions, passed, judge_key)
 
     return step

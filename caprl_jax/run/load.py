@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from caprl_jax import config as config_lib
 from caprl_jax.config import about
 from caprl_jax.data import pipeline, questions, records
 from caprl_jax.data.images import ImageProcessor
@@ -129,8 +130,10 @@ def examples(
         replacement=config.data.replacement,
         shuffle=config.data.shuffle_options,
         sets=config.caprl.group if config.data.per_caption else 0,
+        rubrics=config.caprl.rubrics,
     )
-    return CaprlExamples(inputs, judge, draw, config.data.max_question, tuple(config.data.extras))
+    extras, numbered = tuple(config.data.extras), bool(config_lib.text_terms(config))
+    return CaprlExamples(inputs, judge, draw, config.data.max_question, extras, numbered)
 
 
 def dataset(
@@ -196,14 +199,16 @@ def check_data(
     """Makes examples of the first records, so that no run starts on data that can't feed it.
 
     Raises:
-      ConfigError: none of them can be used, or one has too few questions.
+      ConfigError: none of them can be used, one has too few questions, or none has the rubrics that
+        the config asks for.
     """
-    reasons, checked = [], min(64, len(source))
+    reasons, checked, rubrics = [], min(64, len(source)), 0
     for i in range(checked):
         try:
             record = records.parse(source[i])
             _check_questions(config, record)
-            questions.fitting(example, record, np.random.default_rng(0))
+            _, record = questions.fitting(example, record, np.random.default_rng(0))
+            rubrics += len(record.rubrics)
         except ConfigError:
             raise
         except ValueError as e:  # malformed, unreadable, or longer than its bucket
@@ -211,6 +216,12 @@ def check_data(
     if len(reasons) == checked:
         why = f"the first: {reasons[0]}" if reasons else "there are none"
         raise ConfigError(f"none of the first {checked} records of config.data can be used; {why}")
+    if config.caprl.rubrics and not rubrics:
+        raise ConfigError(
+            f"config.caprl.rubrics={config.caprl.rubrics}, and none of the first {checked} records "
+            "of config.data has a usable rubric: set it to 0, or write rubrics (curate/README.md); "
+            "those of the embedded world come with config.data.rubrics=true"
+        )
 
 
 def _check_questions(config: ml_collections.ConfigDict, record: records.Record) -> None:

@@ -202,7 +202,7 @@ class Reckoner:
     def _batch(self) -> int:
         data, vision, caprl = self.config.data, self.models.policy.vision.config, self.config.caprl
         patches = data.max_windows * vision.window**2
-        asked = caprl.questions * (caprl.group if data.per_caption else 1)
+        asked = (caprl.questions + caprl.rubrics) * (caprl.group if data.per_caption else 1)
         image = patches * (4 * vision.patch_dim + 2 * 4 + 1)
         prompt = data.max_prompt * (4 + 1 + 3 * 4 + 4)
         return self.images(1) * (image + prompt + asked * (5 * data.max_question + 9))
@@ -242,7 +242,7 @@ class Reckoner:
             return {}
         c, config = self.models.judge.config, self.config
         i, g, t = self.images(count), config.caprl.group, config.sampling.max_tokens
-        each = config.caprl.questions * config.data.max_question
+        each = (config.caprl.questions + config.caprl.rubrics) * config.data.max_question
         usual, asked = config.caprl.usual_tokens, g * each
         most = packing.most_tokens((g, t + each), usual + each if usual else 0)
         hidden = c.feed_forward // self.rules.size("mlp")

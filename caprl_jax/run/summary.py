@@ -19,7 +19,11 @@ from caprl_jax.parallel import processes
 from caprl_jax.report import html
 from caprl_jax.run import captions, metrics, same_run
 
-_OF_ANSWERS = ("accuracy", *hygiene.NAMES)  # names that the summary begins with "heldout_"
+_OF_ANSWERS = (
+    "accuracy",
+    "rubric",
+    *hygiene.NAMES,
+)  # names that the summary begins with "heldout_"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from caprl_jax.data import records
 from caprl_jax.data.pipeline import guarded
 from caprl_jax.data.questions import draw, present
 from caprl_jax.data.records import ABSTAIN, LETTERS, MalformedRecord, Question, Record
+from caprl_jax.data.rubrics import parse_rubrics, unparse_rubric
 from caprl_jax.data.set_aside import MAX_REASON, SetAside
 
 from .strategies import any_texts, deep, json_texts, numbers, texts, values
@@ -132,8 +133,32 @@ def test_drawn_questions_are_of_the_pool_and_repeat_only_if_they_may(size, n, re
     assert replacement or len(set(drawn)) == n
 
 
+raw_rubrics = st.fixed_dictionaries(
+    {"rubric": st.one_of(any_texts, values)},
+    optional={
+        "weight": st.one_of(st.sampled_from([1, 2, 3]), numbers, values),
+        "options": st.one_of(st.lists(option_texts, max_size=3), values),
+    },
+)
+
+
+@given(st.one_of(st.lists(st.one_of(raw_rubrics, values), max_size=4), values, json_texts()))
+@example([{"rubric": "R", "weight": 10**400}, {"rubric": "R", "options": ["a", "A "]}])
+def test_any_value_gives_rubrics_or_reasons_that_cover_all_of_it(raw):
+    try:
+        usable, reasons = parse_rubrics(raw)
+    except MalformedRecord as e:
+        assert a_reason(e)
+        return
+    given = json.loads(raw) if isinstance(raw, str) and raw else raw or []
+    assert len(usable) + len(reasons) == len(given) and all(a_reason(r) for _, r in reasons)
+    for rubric in usable:
+        assert rubric.text and rubric.weight > 0 and distinct(rubric.options)
+        assert parse_rubrics(json.dumps([unparse_rubric(rubric)])) == ((rubric,), ())
+
+
 record_fields = st.dictionaries(
-    st.sampled_from(["id", "image", "questions", "facts", "extras"]),
+    st.sampled_from(["id", "image", "questions", "facts", "extras", "rubrics"]),
     st.one_of(values, json_texts(), json_texts().map(lambda t: t.encode(errors="replace")), deep),
 )
 GOOD = {"id": "x", "image": b"x", "facts": "[]"} | {
@@ -155,7 +180,8 @@ def test_a_bad_record_is_set_aside_by_name_and_never_ends_a_run(fields, whole):
         assert isinstance(line["id"], str) and 0 < len(line["reason"]) <= MAX_REASON
         assert len(line["reason"].splitlines()) == 1
     for record in made:
-        assert records.parse(records.unparse(record)).questions == record.questions
+        again = records.parse(records.unparse(record))
+        assert (again.questions, again.rubrics) == (record.questions, record.rubrics)
 
 
 @given(st.one_of(numbers, st.lists(numbers, max_size=4), values))

@@ -76,8 +76,8 @@ def test_a_term_declares_the_frozen_models_that_it_reads():
 
     choice = REWARDS.choose("accuracy").__class__("far", far)
     assert rewards.needed_models((Term("far", choice),)) == {"reference"}
-    with pytest.raises(ValueError, match=r"can't need .*'clip'"):
-        rewards.needs("clip")
+    with pytest.raises(ValueError, match=r"can't need .*'clap'"):
+        rewards.needs("clap")
 
 
 def test_options_are_checked():

@@ -79,6 +79,10 @@ def refused(config, message, error=ConfigError, **changes):
             {"data.max_question": 5},
             "none of the first 16 records .* raise data.max_question",
         ),
+        (
+            {"caprl.rubrics": 4},
+            "config.caprl.rubrics=4, and none of the first 16 records .* config.data.rubrics=true",
+        ),
         ({"policy.path": "asset:tiny/judge"}, "holds a model without vision"),
     ],
 )

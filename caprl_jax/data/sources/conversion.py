@@ -23,7 +23,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.sources.rows import count, find, names, parse_row, rows
 from caprl_jax.files import state
 
-VERSION = "1.2.0"
+VERSION = "1.3.0"
 
 
 def begin(path: str, heldout: int, root: str, name: str = "") -> "Conversion":
@@ -89,7 +89,7 @@ class Conversion:
             for split in ("train", "heldout")
         }
         name = self.name or f"caprl_files_{digest[:16]}"
-        made = records.builder(name, VERSION, splits, data_dir)
+        made = records.builder(name, VERSION, splits, data_dir, rubrics=True)
         if not self._whole(made, digest):
             if self.name and Path(made.data_dir).with_name("inputs.jsonl").is_file():
                 raise ValueError(
@@ -121,8 +121,8 @@ class Conversion:
             finally:
                 self.watch()
             seen.add(record.id)
-            for number, reason in record.dropped:
-                self.aside.add(f"{record.id}, question {number}", reason)
+            for name, reason in record.faults():
+                self.aside.add(name, reason)
             yield record
 
     def _whole(self, made: Any, digest: str) -> bool:

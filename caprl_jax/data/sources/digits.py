@@ -28,6 +28,7 @@ class Digits:
         least=0,
         most=1,
     )
+    rubrics: bool = setting(False, "whether scenes have rubrics, made from their facts")
 
 
 def digits(
@@ -35,6 +36,7 @@ def digits(
 ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     """Scenes as stored elements, {"train", "heldout"}; the first use writes them to disk."""
     from caprl_jax.data.digits import world  # Pillow is imported where it is used
+    from caprl_jax.data.digits.rubrics import with_rubrics
 
     del set_aside  # all scenes are usable
     grid, least_most = (options.rows, options.columns), tuple(options.digits)
@@ -50,7 +52,10 @@ def digits(
     if options.leaky:
         name += f"_leaky{options.leaky:g}".replace(".", "p")
         splits["train"] = functools.partial(splits["train"], leaky=options.leaky)
-    made = records.builder(name, VERSION, splits, settings.data_dir or None)
+    if options.rubrics:
+        name += "_rubrics"
+        splits = {split: functools.partial(with_rubrics, make) for split, make in splits.items()}
+    made = records.builder(name, VERSION, splits, settings.data_dir or None, options.rubrics)
     if not Path(made.data_dir).is_dir():
         logging.info("preparing %d + %d scenes", options.train, settings.heldout)
     records.prepare(made)

@@ -1,7 +1,8 @@
 """Rows of users' files, of any kind in formats.py; their images and questions in all usual forms.
 
-A row is {"image", "questions"} with an optional "id", "data_source" (a text) and "extras" (numbers,
-or lists of numbers, by name, for reward terms to read). An image is bytes, {"bytes", "path"}, a
+A row is {"image", "questions"} with an optional "id", "data_source" (a text), "rubrics" (a list of
+{"rubric": text, "weight": 3}, or its JSON text) and "extras" (numbers, or lists of numbers, by
+name, for reward terms to read). An image is bytes, {"bytes", "path"}, a
 path, a file: or data: URL, base64 text, or a list of one of these; its column may be called images.
 Questions are a list of {"question", "choices": ["A) ..", ..], "answer": "B"}, or its JSON text, and
 may lie in {"reward_model": {"ground_truth"}}, as in CapRL-QA-75K.
@@ -18,6 +19,7 @@ from typing import Any
 
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord, Question, Record
+from caprl_jax.data.rubrics import Rubric, parse_rubrics
 from caprl_jax.data.sources.formats import COLUMNS, FORMATS, KEY, tell_unknown
 
 _LONGEST_PATH = 1024  # characters; a longer text in the place of a path is base64
@@ -121,7 +123,7 @@ def parse_row(
       used: called with the path of an image file before it is read.
 
     Returns:
-      Record; its `dropped` are the questions that can't be used.
+      Record; its `dropped` are the questions that can't be used, `dropped_rubrics` the rubrics.
 
     Raises:
       MalformedRecord, UnreadableImage: the row is unusable; the message says why.
@@ -132,12 +134,20 @@ def parse_row(
     decode_image(image)
     asked, dropped = questions(row)
     extras = records.parse_extras(row.raw.get("extras"))
-    return Record(identity(row), image, asked, extras=extras, dropped=dropped)
+    own, bad = rubrics(row)
+    return Record(
+        identity(row), image, asked, (), extras, dropped=dropped, rubrics=own, dropped_rubrics=bad
+    )
 
 
 def questions(row: Row) -> tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]:
     """Parses a row's questions, as records.parse_questions does."""
     return records.parse_questions(_questions(row.raw))
+
+
+def rubrics(row: Row) -> tuple[tuple[Rubric, ...], tuple[tuple[int, str], ...]]:
+    """Parses a row's rubrics, as rubrics.parse_rubrics does."""
+    return parse_rubrics(row.raw.get("rubrics"))
 
 
 def identity(row: Row) -> str:

@@ -4,8 +4,13 @@ To add one, write `term(scored: Scored) -> float32 [b, g]`, or `term(scored, opt
 dataclass of options, and register it here or name it in a config by its import path.
 `@needs("judge")` declares the frozen models that a term reads from `scored.models`. A term may also
 return (its values, {name: more values for the log, [b, g]}).
+
+A term that reads text is a function of one image's captions, `term(captions: list[str], record) ->
+list[float]`, where `record` is the image's data.records.Record. It runs on the host, between the
+two programs of a step.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,22 +19,27 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from caprl_jax.errors import ConfigError
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.rewards.accuracy import accuracy
 from caprl_jax.rl.rewards.clip_score import clip_score
 from caprl_jax.rl.rewards.confidence import confidence
 from caprl_jax.rl.rewards.contrastive import contrastive
 from caprl_jax.rl.rewards.correctness import correctness
+from caprl_jax.rl.rewards.format import format
 from caprl_jax.rl.rewards.grounding import grounding
 from caprl_jax.rl.rewards.kl import kl
 from caprl_jax.rl.rewards.length import length
 from caprl_jax.rl.rewards.length_band import length_band
 from caprl_jax.rl.rewards.needs import needs as needs
+from caprl_jax.rl.rewards.phrases import phrases
 from caprl_jax.rl.rewards.repetition import repetition
+from caprl_jax.rl.rewards.rubric import rubric
+from caprl_jax.rl.rewards.timestamps import timestamps
 from caprl_jax.rl.rewards.truncation import truncation
 from caprl_jax.rl.types import Rewards, Scored
 
-REWARDS = Registry("reward", ("scored",))
+REWARDS = Registry("reward", ("scored",), ("captions", "record"))
 for _term in (
     accuracy,
     clip_score,
@@ -41,8 +51,11 @@ for _term in (
     length,
     length_band,
     repetition,
+    rubric,
     truncation,
 ):
+    REWARDS.register(_term.__name__)(_term)
+for _term in (format, phrases, timestamps):  # they read text
     REWARDS.register(_term.__name__)(_term)
 
 
@@ -63,6 +76,11 @@ class Term:
     weight: float = flax.struct.field(pytree_node=False, default=1.0)
     mask: str = flax.struct.field(pytree_node=False, default="")
 
+    @property
+    def reads_text(self) -> bool:
+        """Tells whether it is a function of captions as text, which runs on the host."""
+        return "captions" in inspect.signature(self.choice.function).parameters
+
 
 def needed_models(terms: Iterable[Term]) -> set[str]:
     """Returns the names of the frozen models that any of the terms reads."""
@@ -82,12 +100,13 @@ def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
 
     Raises:
       AssertionError: a term's value is not [b, g] floats; the message names the term.
+      ConfigError: a term reads text, and scored.on_text has no values of it.
     """
     shape = scored.captions.mask.shape[:2]
     values: dict[str, Any] = {}
     told: dict[str, Any] = {}
     for term in terms:
-        value = term.choice(scored)
+        value = _value(term, scored)
         if isinstance(value, tuple):
             value, more = value
             told |= {f"{term.name}_{name}": a for name, a in more.items()}
@@ -98,3 +117,14 @@ def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
     masked = {t.name: values[t.name] * values[t.mask] if t.mask else values[t.name] for t in terms}
     total = sum(term.weight * masked[term.name] for term in terms)
     return Rewards(total, masked, {term.name: jnp.float32(term.weight) for term in terms}, told)
+
+
+def _value(term: Term, scored: Scored) -> Any:
+    if not term.reads_text:
+        return term.choice(scored)
+    if term.name not in scored.on_text:
+        raise ConfigError(
+            f"reward {term.name!r} reads text, and Scored.on_text has no values of it: a step with "
+            "such a term is two programs (run.compile.two_programs)"
+        )
+    return scored.on_text[term.name]

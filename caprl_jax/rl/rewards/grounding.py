@@ -1,4 +1,4 @@
-"""The gain in likelihood that the image gives to the sentences of a caption.
+"""The gain in likelihood that the image gives to the sentences of a caption."""
 
 import jax
 import jax.numpy as jnp
