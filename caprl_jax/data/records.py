@@ -1,4 +1,4 @@
-"""A record: an image and its multiple-choice questions; parses, writes and reads records."""
+"""A record: an image with questions, captions or both; parses, writes and reads records."""
 
 import contextlib
 import dataclasses
@@ -49,15 +49,16 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An image, its questions and, if the source knows it, the truth.
+    """An image, its questions or captions and, if the source knows it, the truth.
 
     Attributes:
       id: unique in its split.
       image: encoded bytes (PNG, JPEG, ...).
-      questions: at least one question.
+      questions: multiple-choice questions; at least one if there are no captions.
       facts: true facts of the image, in the source's own format; empty if unknown.
       extras: numbers, or lists of numbers, by name; reward terms may read them.
       dropped: (number from 1, reason) of each question that parse left out; never stored.
+      captions: the captions that it came with, to learn from.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Record:
     facts: Any = ()
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dropped: tuple[tuple[int, str], ...] = ()
+    captions: tuple[str, ...] = ()
 
 
 def parse_question(raw: Mapping[str, Any]) -> Question:
@@ -150,6 +152,25 @@ def parse_questions(raw: Any) -> tuple[tuple[Question, ...], tuple[tuple[int, st
     return tuple(questions), tuple(reasons)
 
 
+def parse_captions(raw: Any) -> tuple[str, ...]:
+    """Parses a record's captions: a text, a list of texts or its JSON text; None gives none.
+
+    White space around a caption is no part of it, and an empty caption is none.
+
+    Raises:
+      MalformedRecord: the captions have another form.
+    """
+    if isinstance(raw, str) and raw.lstrip().startswith("["):  # nested columns as JSON text
+        with contextlib.suppress(MalformedRecord):  # a caption may begin like that
+            raw = read_json_text(raw, "the captions")
+    listed = [] if raw is None else raw if isinstance(raw, list) else [raw]
+    for text in listed:
+        if not isinstance(text, str):
+            raise MalformedRecord(f"a caption is no text: {reprlib.repr(text):.80}")
+        check_text(text, "a caption")
+    return tuple(text.strip() for text in listed if text.strip())
+
+
 def _without_letters(choices: Sequence[str]) -> list[str]:
     """Texts of the choices, without letters if all carry them in one spelling and in order."""
     # Stripped first: the pattern's time grows with the square of the white space at the beginning.
@@ -215,7 +236,7 @@ def parse(raw: Mapping[str, Any]) -> Record:
     """Parses a stored element; Record.dropped says which questions are left out.
 
     Raises:
-      MalformedRecord: a field doesn't parse, or there is no usable question.
+      MalformedRecord: a field doesn't parse, or there is neither a usable question nor a caption.
     """
 
     def text(value):
@@ -224,13 +245,14 @@ def parse(raw: Mapping[str, Any]) -> Record:
     try:
         identity, image = text(raw["id"]), bytes(memoryview(raw["image"]))
         asked, facts = text(raw["questions"]), text(raw["facts"])
-        extras = text(raw.get("extras", "{}"))
+        extras, captions = text(raw.get("extras", "{}")), text(raw.get("captions", "[]"))
     except (KeyError, TypeError, ValueError) as e:
         raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
     check_text(identity, "the id")
     facts, extras = read_json_text(facts, "the facts"), parse_extras(extras)
-    questions, reasons = parse_questions(asked)
-    return Record(identity, image, questions, facts, extras, reasons)
+    captions = parse_captions(read_json_text(captions, "the captions"))
+    questions, reasons = ((), ()) if captions and asked == "[]" else parse_questions(asked)
+    return Record(identity, image, questions, facts, extras, reasons, captions)
 
 
 def parse_extras(raw: Any) -> dict[str, Any]:
@@ -290,6 +312,7 @@ def unparse(record: Record) -> dict[str, Any]:
         "questions": json.dumps([unparse_question(q) for q in record.questions]),
         "facts": json.dumps(record.facts),
         "extras": json.dumps(record.extras),
+        "captions": json.dumps(record.captions),
     }
 
 
@@ -324,7 +347,8 @@ def builder(
     import tensorflow_datasets as tfds  # imported where used: embedding the core doesn't need it
 
     text = tfds.features.Text
-    features = {name: text() for name in ("id", "questions", "facts", "extras")}
+    names = ("id", "questions", "facts", "extras", "captions")
+    features = {name: text() for name in names}
     features["image"] = tfds.features.Image()
 
     # Registering would allow one such class in a process, and it is never looked up by name.

@@ -201,7 +201,8 @@ def check_data(
     for i in range(checked):
         try:
             record = records.parse(source[i])
-            _check_questions(config, record)
+            if config.objective == "caprl":
+                _check_questions(config, record)
             questions.fitting(example, record, np.random.default_rng(0))
         except ConfigError:
             raise
@@ -213,7 +214,8 @@ def check_data(
 
 
 def _check_questions(config: ml_collections.ConfigDict, record: records.Record) -> None:
-    if not config.data.replacement and len(record.questions) < config.caprl.questions:
+    few = 0 < len(record.questions) < config.caprl.questions  # one without any is set aside
+    if not config.data.replacement and few:
         raise ConfigError(
             f"config.caprl.questions={config.caprl.questions} are to be drawn without "
             f"replacement, but record {record.id} has {len(record.questions)}: lower it, or "

@@ -23,7 +23,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.sources.rows import count, find, names, parse_row, rows
 from caprl_jax.files import state
 
-VERSION = "1.2.0"
+VERSION = "1.3.0"
 
 
 def begin(path: str, heldout: int, root: str, name: str = "") -> "Conversion":
