@@ -162,7 +162,8 @@ def parse_captions(raw: Any) -> tuple[str, ...]:
     """
     if isinstance(raw, str) and raw.lstrip().startswith("["):  # nested columns as JSON text
         with contextlib.suppress(MalformedRecord):  # a caption may begin like that
-            raw = read_json_text(raw, "the captions")
+            found = read_json_text(raw, "the captions")
+            raw = found if all(isinstance(text, str) for text in found) else raw
     listed = [] if raw is None else raw if isinstance(raw, list) else [raw]
     for text in listed:
         if not isinstance(text, str):

@@ -7,7 +7,6 @@ and frozen parts are those of rl/update.py.
 
 import chex
 import flax.struct
-import jax
 import jax.numpy as jnp
 import optax
 

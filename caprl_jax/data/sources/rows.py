@@ -1,11 +1,12 @@
 """Rows of users' files, of any kind in formats.py; their images and questions in all usual forms.
 
-A row is {"image", "questions"}, {"image", "caption"} or all three, with an optional "id", "data_source" (a text) and "extras" (numbers,
-or lists of numbers, by name, for reward terms to read). An image is bytes, {"bytes", "path"}, a
-path, a file: or data: URL, base64 text, or a list of one of these; its column may be called images.
-Questions are a list of {"question", "choices": ["A) ..", ..], "answer": "B"}, or its JSON text, and
-may lie in {"reward_model": {"ground_truth"}}, as in CapRL-QA-75K. A caption is a text; a row may
-have several, a list in the column caption or captions, as caprl_jax.caption writes it.
+A row is {"image", "questions"}, {"image", "caption"} or both, with an optional "id", "data_source"
+(a text) and "extras" (numbers, or lists of numbers, by name, for reward terms to read). An image is
+bytes, {"bytes", "path"}, a path, a file: or data: URL, base64 text, or a list of one of these; its
+column may be called images. Questions are a list of {"question", "choices": ["A) ..", ..],
+"answer": "B"}, or its JSON text, and may lie in {"reward_model": {"ground_truth"}}, as in
+CapRL-QA-75K. A caption is a text; a row may have several, a list in the column caption or captions,
+as caprl_jax.caption writes it.
 """
 
 import base64
