@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class _Waiting:
-    """An image that waits for a batch of its size."""
+    """An image that waits for a batch of its size; `file` is its path in the line, or None."""
 
     index: int
     id: str
     image: Any
     questions: tuple[Question, ...]
+    file: str | None
 
 
 def caption(
@@ -84,6 +86,7 @@ def caption(
 
     def work(left: Iterator[tuple[int, Picture]], add: Add) -> None:
         job = _Job(policy, judge, settings, add)
+        job.folder = place.out.absolute().parent.resolve()
         for index, picture in left:
             job.take(index, picture)
         job.flush()
@@ -155,11 +158,13 @@ class _Job:
         try:
             image = decode_image(picture.read())
             size = self._policy.padded_size(image, self._settings.prompt)
+            file = picture.file()
         except (MalformedRecord, UnreadableImage, ValueError) as e:
             self._add([{"index": index, "id": picture.id, "error": reason(e)}])
             return
         questions = picture.questions() if self._judge else ()
-        self._sizes.take(size, _Waiting(index, picture.id, image, questions))
+        path = None if file is None else os.path.relpath(file, self.folder)
+        self._sizes.take(size, _Waiting(index, picture.id, image, questions, path))
 
     def _caption(self, waiting: list[_Waiting]) -> None:
         ids, images = [w.id for w in waiting], [w.image for w in waiting]
@@ -181,6 +186,7 @@ class _Job:
                     "model": Path(self._policy.directory).name,
                     "settings": settings,
                 }
+                | ({} if one.file is None else {"image": one.file})
                 | self._judged(captions, one.questions)
             )
         self._add(lines)

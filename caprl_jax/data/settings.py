@@ -20,6 +20,11 @@ class Data:
     per_caption: bool = setting(
         False, "whether each caption gets its own questions, instead of one set per image"
     )
+    captions: str = setting(
+        "",
+        'JSON lines {"id", "captions"}, as caprl_jax.caption writes them: they replace the '
+        "records' own captions, and records that they don't name are left out. Empty: no such file",
+    )
     extras: tuple = setting(
         (), "names of the records' extras, numbers or lists of them, that reward terms read"
     )

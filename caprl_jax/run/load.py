@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from caprl_jax.config import about
-from caprl_jax.data import pipeline, questions, records
+from caprl_jax.data import given, pipeline, questions, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt, QuestionDraw
 from caprl_jax.data.questions import JudgePrompt, own_prompt
@@ -146,6 +146,8 @@ def dataset(
         choice = SOURCES.choose(config.data.source, own)
         settings = make(Data, {k: v for k, v in config.data.items() if k not in own})
         found = processes.run_in_order(lambda: choice(settings, set_aside))
+        if settings.captions:
+            found = given.overlay(found, settings.captions)
     missing = [split for split in ("train", "heldout") if split not in found]
     if missing:
         raise ConfigError(f"data source {config.data.source!r} returns no split {missing[0]!r}")
