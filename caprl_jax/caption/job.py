@@ -248,10 +248,10 @@ class _Job:
             logp=[a.logp for a in answers],
             lengths=[a.tokens for a in answers],
         )
-        scores = self._selector(candidates)
+        scores = [round(float(score), 4) for score in self._selector(candidates)]
         chosen = best(scores)
-        fields = {"candidates": list(candidates.texts), "selected": chosen}
-        return [answers[chosen]], fields | {"scores": [round(float(s), 4) for s in scores]}
+        fields = {"candidates": list(candidates.texts), "selected": chosen, "scores": scores}
+        return [answers[chosen]], fields | {"score": scores[chosen]}
 
     def _enrich(self, one: _Waiting, first: Answer, selected: dict[str, Any]) -> None:
         def done(enriched: Enriched) -> None:

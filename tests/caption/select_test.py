@@ -96,7 +96,7 @@ def test_a_line_has_the_one_that_is_selected(policy, folder, everything, tmp_pat
     for line, whole in zip(found, everything, strict=True):
         assert line["candidates"] == whole["captions"] and len(line["scores"]) == 4
         place = line["selected"]
-        assert place == np.argmax(line["scores"])
+        assert place == np.argmax(line["scores"]) and line["score"] == max(line["scores"])
         for name in ("captions", "tokens", "truncated", "logp"):
             assert line[name] == [whole[name][place]], name
         assert line["settings"]["select"] == select and "select" not in whole["settings"]
