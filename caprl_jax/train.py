@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.evaluate.heldout import Evaluation
 from caprl_jax.files import write_whole
 from caprl_jax.parallel import processes
+from caprl_jax.rl.own_captions import own_captions_step
 from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import (
@@ -45,7 +46,11 @@ from caprl_jax.run.skipped import Skipped
 from caprl_jax.settings import make
 
 # The builder of each objective, and the step that it compiles.
-OBJECTIVES = {"caprl": (build.caprl, caprl_step), "sft": (build.sft, sft_step)}
+OBJECTIVES = {
+    "caprl": (build.caprl, caprl_step),
+    "sft": (build.sft, sft_step),
+    "sft on own captions": (build.own_captions, own_captions_step),
+}
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> di
     compile.keep_compiled(workdir.parent / "compiled")
     with workdir_lib.writing(workdir):
         set_aside = SetAside(workdir / processes.own_name("set_aside.jsonl"))
-    builder, step = OBJECTIVES[config.objective]
+    builder, step = _objective(config)
     task, state = builder(config, set_aside, step)
     if processes.is_first():  # now that nothing has refused the config
         with workdir_lib.writing(workdir / "config.json"):
@@ -101,6 +106,12 @@ def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> di
     figures = summary.Figures(before, after, ceiling, time.time() - started)
     with workdir_lib.writing(workdir):
         return summary.finish(config, workdir, task.heldout, figures, set_aside)
+
+
+def _objective(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
+    """Returns the entry of OBJECTIVES for a config."""
+    own = config.objective == "sft" and config.sft.task == "own_captions"
+    return OBJECTIVES["sft on own captions" if own else config.objective]
 
 
 def _settle(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -129,7 +140,7 @@ def replay(config: ml_collections.ConfigDict, workdir: Path, file: Path) -> None
     config_lib.validate(config)
     config_lib.complete(config)
     _settle(config, workdir)
-    builder, step = OBJECTIVES[config.objective]
+    builder, step = _objective(config)
     task, state = builder(config, SetAside(), step)
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         replay_lib.replay(config, task, state, checkpoints, file)

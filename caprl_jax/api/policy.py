@@ -64,12 +64,14 @@ class LoadedPolicy(Loaded):
 
     processor: ImageProcessor
 
-    def inputs(self, images: Sequence[Picture], prompt: str = PROMPT) -> tuple[Images, Prompt]:
+    def inputs(
+        self, images: Sequence[Picture], prompt: str | Sequence[str] = PROMPT
+    ) -> tuple[Images, Prompt]:
         """Returns images and prompts as arrays, padded to a bucket that holds the largest.
 
         Args:
           images: Pillow images, uint8 arrays [height, width, 3], encoded bytes or paths.
-          prompt: the user's text after the image.
+          prompt: the user's text after the image, for all or one for each.
 
         Returns:
           (Images [b, m, ..], Prompt [b, p]), numpy.
@@ -79,13 +81,16 @@ class LoadedPolicy(Loaded):
         """
         if not len(images):
             raise UserError("images is empty: give at least one image")
-        vision, filler = self.modules.vision.config, self._filler(prompt)
+        texts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        if len(texts) != len(images):
+            raise UserError(f"{len(texts)} prompts for {len(images)} images: one each is needed")
+        vision, fillers = self.modules.vision.config, [self._filler(text) for text in texts]
         found = [self.processor(_picture(image)) for image in images]
         windows = bucket(max(window_count(grid, vision) for _, grid in found))
-        features = max(rows * columns for _, (rows, columns) in found) // vision.merge**2
-        length = bucket(filler.length(features))
         laid = batch_images([pad_to_windows(p, grid, vision, windows) for p, grid in found])
-        prompts = [filler.fill(grid, length) for _, grid in found]
+        both = [(filler, grid) for filler, (_, grid) in zip(fillers, found, strict=True)]
+        length = bucket(max(f.length(r * c // vision.merge**2) for f, (r, c) in both))
+        prompts = [filler.fill(grid, length) for filler, grid in both]
         return laid, jax.tree.map(lambda *a: np.stack(a), *prompts)
 
     def padded_size(self, image: Picture, prompt: str = PROMPT) -> tuple[int, int]:
@@ -106,7 +111,7 @@ class LoadedPolicy(Loaded):
         vision, config = self.modules.vision.config, self.modules.decoder.config
         mrope = config.mrope_section is not None
 
-        @functools.lru_cache(8)
+        @functools.lru_cache(64)
         def filler(prompt: str) -> PolicyPrompt:
             return PolicyPrompt.create(self.tokenizer, prompt, vision, mrope)
 

@@ -8,6 +8,10 @@ with the same command. Several processes, each with its own devices and with --p
 --process=I, share the work on a shared disk; the last to end writes the file. An image's captions
 depend on the model, the settings and the image's id, not on the other images. With --judge=DIR, a
 row's questions are answered from each of its captions, and the line says which is best.
+
+--select=consensus or --select=logp takes one of the --group captions of an image, the one most like
+the others or the one most probable a token. --enrich=5 asks the model about up to five objects of
+the caption, and has it write a final one.
 """
 
 import os
@@ -38,7 +42,15 @@ def main(_: list[str]) -> None:
         sampling = make(
             Sampling, {"max_tokens": given.max_tokens, "temperature": given.temperature}
         )
-        settings = Settings(sampling, given.prompt, given.group, given.seed, given.batch)
+        settings = Settings(
+            sampling,
+            given.prompt,
+            given.group,
+            given.seed,
+            given.batch,
+            select=given.select,
+            enrich=given.enrich,
+        )
         images = pictures.find(given.images)
         policy = load_policy(given.model, revision=given.revision)
         judge = load_judge(given.judge) if given.judge else None
@@ -55,6 +67,12 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "File of captions to make.", required=True)
     flags.DEFINE_string("prompt", PROMPT, "The user's text after the image.")
     flags.DEFINE_integer("group", 1, "Captions of each image.", lower_bound=1)
+    flags.DEFINE_string(
+        "select", "", "Takes one of them: consensus, logp, or an import path; empty: all."
+    )
+    flags.DEFINE_integer(
+        "enrich", 0, "Most objects to ask about for a final caption; 0: none.", lower_bound=0
+    )
     flags.DEFINE_float("temperature", 1.0, "Temperature; 0 is greedy.", lower_bound=0)
     flags.DEFINE_integer("max_tokens", 512, "Most tokens of a caption.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)

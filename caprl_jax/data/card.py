@@ -25,7 +25,9 @@ class Card:
       options: number of questions by their number of options.
       answers: number of questions by the letter of the truth.
       questions: number of records by their number of questions.
-      languages: number of records by the language of their questions together, ISO 639-1.
+      captions: number of captions.
+      languages: number of records by the language of their questions together, or of their captions
+        where there are none, ISO 639-1.
       longer: number of images by the longer side's power of two, in pixels.
       pixels: least and largest number of pixels of an image.
       formats: number of images by their format.
@@ -35,6 +37,7 @@ class Card:
     options: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     answers: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     questions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    captions: int = 0
     languages: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     longer: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     pixels: list[int] = dataclasses.field(default_factory=lambda: [1 << 62, 0])
@@ -49,7 +52,9 @@ class Card:
         for question in record.questions:
             self.options[len(question.choices)] += 1
             self.answers[LETTERS[question.answer]] += 1
-        self.languages[language(" ".join(q.text for q in record.questions))] += 1
+        self.captions += len(record.captions)
+        texts = [q.text for q in record.questions] or record.captions
+        self.languages[language(" ".join(texts))] += 1
         self._add_image(record)
 
     def _add_image(self, record: Record) -> None:
@@ -92,6 +97,7 @@ class Card:
             "rows_by_reason": _most(rows_lost),
             "questions_by_reason": _most(questions_lost),
             "questions": sum(self.answers.values()),
+            "captions": self.captions,
             "questions_a_record": _by_size(self.questions),
             "options_a_question": _by_size(self.options),
             "truth_letters": truths,

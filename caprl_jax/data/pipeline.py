@@ -48,6 +48,12 @@ def guarded(
     return convert
 
 
+def require_questions(record: Record) -> None:
+    """Raises MalformedRecord if a record has captions alone."""
+    if not record.questions:
+        raise MalformedRecord("the record has captions, and no questions that a judge could answer")
+
+
 @dataclasses.dataclass(frozen=True)
 class ImagePrompt:
     """Makes a record's image and prompt arrays, padded to fixed sizes.
@@ -124,6 +130,7 @@ class CaprlExamples:
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Batch:
         """Makes the Batch; rng draws and shuffles the questions and rubrics."""
+        require_questions(record)
         most, weighted = self.draw.count + self.draw.rubrics, self.draw.rubrics > 0
         sets = [
             self.judge.arrays(self.draw(record, rng), most, self.max_question, weighted)
@@ -350,11 +357,16 @@ def held_out(
     judge: JudgePrompt,
     size: HeldOutSize,
     set_aside: SetAside,
+    check: Callable[[Record], Any] = lambda record: None,
 ) -> HeldOut:
-    """Reads the first usable held-out records; each index seeds the shuffling of its options."""
-    kept, presented, arrays = [], [], []
+    """Reads the first usable held-out records; each index seeds the shuffling of its options.
+
+    `check` raises MalformedRecord for records that are to be set aside.
+    """
 
     def make(record, rng):
+        require_questions(record)
+        check(record)
         shown = [questions.present(q, rng) for q in record.questions]
         if size.rubrics:
             shown += [questions.present_rubric(r, None) for r in record.rubrics]
@@ -362,24 +374,34 @@ def held_out(
         shown = [p for p in shown if not p.weight]
         return record, shown, inputs(record)
 
-    convert = guarded(make, set_aside)
+    kept, presented, arrays = zip(*first_usable(source, make, size.images, set_aside), strict=True)
+    return HeldOut(list(kept), list(presented), _batches(judge, presented, arrays, size))
+
+
+def first_usable(
+    source: Sequence[Mapping[str, Any]], make: MakeExample, count: int, set_aside: SetAside
+) -> list[Any]:
+    """Returns the examples of the first `count` usable held-out records; an index seeds each rng.
+
+    Raises:
+      MalformedRecord: none is usable.
+    """
+    convert, examples = guarded(make, set_aside), []
     for i in range(len(source)):
-        if len(kept) == size.images:
+        if len(examples) == count:
             break
         example = convert(source[i], np.random.default_rng(i))
         if example is not None:
-            kept.append(example[0])
-            presented.append(example[1])
-            arrays.append(example[2])
-    if not kept:
+            examples.append(example)
+    if not examples:
         raise MalformedRecord(f"no held-out record can be used: {set_aside.listing()[:3]}")
-    return HeldOut(kept, presented, _batches(judge, presented, arrays, size))
+    return examples
 
 
 def _batches(
     judge: JudgePrompt,
-    presented: list[list[Presented]],
-    inputs: list[dict[str, Any]],
+    presented: Sequence[list[Presented]],
+    inputs: Sequence[dict[str, Any]],
     size: HeldOutSize,
 ) -> list[Batch]:
     most, batch = max(len(p) for p in presented), size.batch
@@ -387,8 +409,13 @@ def _batches(
         Batch(questions=judge.arrays(shown, most, size.max_question), valid=np.True_, **arrays)
         for shown, arrays in zip(presented, inputs, strict=True)
     ]
-    examples += [blank(examples[0])] * (-len(examples) % batch)
-    return [stack(examples[i : i + batch]) for i in range(0, len(examples), batch)]
+    return in_equal_batches(examples, batch)
+
+
+def in_equal_batches(examples: Sequence[Any], batch: int) -> list[Any]:
+    """Stacks examples into batches of equal size; blank ones fill the last batch."""
+    whole = [*examples, *[blank(examples[0])] * (-len(examples) % batch)]
+    return [stack(whole[i : i + batch]) for i in range(0, len(whole), batch)]
 
 
 def text_quiz(task: digits_sft.JudgeTask, size: HeldOutSize) -> tuple[HeldOut, list[str]]:

@@ -1,4 +1,4 @@
-"""A record: an image, its questions and rubrics; parses, writes and reads records."""
+"""A record: an image with questions, rubrics and captions; parses, writes and reads records."""
 
 import contextlib
 import dataclasses
@@ -47,18 +47,19 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An image, its questions and, if the source knows it, the truth.
+    """An image, its questions or captions and, if the source knows it, the truth.
 
     Attributes:
       id: unique in its split.
       image: encoded bytes (PNG, JPEG, ...).
-      questions: at least one question.
+      questions: multiple-choice questions; at least one if there are no captions.
       facts: true facts of the image, in the source's own format; empty if unknown.
       extras: numbers, or lists of numbers, by name; reward terms may read them.
       dropped: (number from 1, reason) of each question that parse left out; never stored.
       rubrics: criteria of a good caption; may be empty.
       dropped_rubrics: like dropped, of rubrics.
       number: place in its source, where the source's elements hold it (NUMBER); else -1.
+      captions: the captions that it came with, to learn from.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Record:
     dropped: tuple[tuple[int, str], ...] = ()
     rubrics: tuple[Rubric, ...] = ()
     dropped_rubrics: tuple[tuple[int, str], ...] = ()
+    captions: tuple[str, ...] = ()
     number: int = -1
 
     def faults(self) -> Iterator[tuple[str, str]]:
@@ -160,6 +162,26 @@ def parse_questions(raw: Any) -> tuple[tuple[Question, ...], tuple[tuple[int, st
     return tuple(questions), tuple(reasons)
 
 
+def parse_captions(raw: Any) -> tuple[str, ...]:
+    """Parses a record's captions: a text, a list of texts or its JSON text; None gives none.
+
+    White space around a caption is no part of it, and an empty caption is none.
+
+    Raises:
+      MalformedRecord: the captions have another form.
+    """
+    if isinstance(raw, str) and raw.lstrip().startswith("["):  # nested columns as JSON text
+        with contextlib.suppress(MalformedRecord):  # a caption may begin like that
+            found = read_json_text(raw, "the captions")
+            raw = found if all(isinstance(text, str) for text in found) else raw
+    listed = [] if raw is None else raw if isinstance(raw, list) else [raw]
+    for text in listed:
+        if not isinstance(text, str):
+            raise MalformedRecord(f"a caption is no text: {reprlib.repr(text):.80}")
+        check_text(text, "a caption")
+    return tuple(text.strip() for text in listed if text.strip())
+
+
 def _without_letters(choices: Sequence[str]) -> list[str]:
     """Texts of the choices, without letters if all carry them in one spelling and in order."""
     # Stripped first: the pattern's time grows with the square of the white space at the beginning.
@@ -197,7 +219,7 @@ def parse(raw: Mapping[str, Any]) -> Record:
     """Parses a stored element; Record.dropped says which questions are left out.
 
     Raises:
-      MalformedRecord: a field doesn't parse, or there is no usable question.
+      MalformedRecord: a field doesn't parse, or there is neither a usable question nor a caption.
     """
 
     def text(value):
@@ -207,11 +229,13 @@ def parse(raw: Mapping[str, Any]) -> Record:
         identity, image = text(raw["id"]), bytes(memoryview(raw["image"]))
         asked, facts = text(raw["questions"]), text(raw["facts"])
         extras, criteria = text(raw.get("extras", "{}")), text(raw.get("rubrics", "[]"))
+        extras, captions = text(raw.get("extras", "{}")), text(raw.get("captions", "[]"))
     except (KeyError, TypeError, ValueError) as e:
         raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
     check_text(identity, "the id")
     facts, extras = read_json_text(facts, "the facts"), parse_extras(extras)
-    questions, reasons = parse_questions(asked)
+    captions = parse_captions(read_json_text(captions, "the captions"))
+    questions, reasons = ((), ()) if captions and asked == "[]" else parse_questions(asked)
     rubrics, rubric_reasons = parse_rubrics(criteria)
     return Record(
         identity,
@@ -222,6 +246,7 @@ def parse(raw: Mapping[str, Any]) -> Record:
         reasons,
         rubrics,
         rubric_reasons,
+        captions,
         number=int(raw.get(NUMBER, -1)),
     )
 
@@ -284,6 +309,7 @@ def unparse(record: Record) -> dict[str, Any]:
         "facts": json.dumps(record.facts),
         "extras": json.dumps(record.extras),
         "rubrics": json.dumps([unparse_rubric(r) for r in record.rubrics]),
+        "captions": json.dumps(record.captions),
     }
 
 
@@ -320,7 +346,8 @@ def builder(
     import tensorflow_datasets as tfds  # imported where used: embedding the core doesn't need it
 
     text = tfds.features.Text
-    features = {name: text() for name in ("id", "questions", "facts", "extras")}
+    names = ("id", "questions", "facts", "extras", "captions")
+    features = {name: text() for name in names}
     features["image"] = tfds.features.Image()
     if rubrics:
         features["rubrics"] = text()

@@ -20,6 +20,11 @@ class Data:
     per_caption: bool = setting(
         False, "whether each caption gets its own questions, instead of one set per image"
     )
+    captions: str = setting(
+        "",
+        'JSON lines {"id", "captions"}, as caprl_jax.caption writes them: they replace the '
+        "records' own captions, and records that they don't name are left out. Empty: no such file",
+    )
     extras: tuple = setting(
         (), "names of the records' extras, numbers or lists of them, that reward terms read"
     )
@@ -41,15 +46,24 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Sft:
-    """Settings of supervised training on the embedded world, a config's section `sft`."""
+    """Settings of supervised training, a config's section `sft`."""
 
-    task: str = setting("caption", "training task", choices=("caption", "judge"))
-    max_tokens: int = setting(48, "length bucket of a branch, in tokens", least=1)
+    task: str = setting(
+        "caption",
+        "own_captions: the captions that records carry, of any source; caption and judge: the "
+        "embedded world's curriculum, for its policy and its judge",
+        choices=("own_captions", "caption", "judge"),
+    )
+    max_tokens: int = setting(
+        48, "length bucket of a branch, or of a caption with its end, in tokens", least=1
+    )
     questions: int = setting(4, "questions per caption that the judge answers by letter", least=0)
     open_questions: int = setting(4, "questions per caption answered in words", least=0)
     options: tuple = setting((2, 6), "least and most options of a question")
     probes: int = setting(5, "cells asked per image, for the policy", least=0)
-    captions: int = setting(3, "captions per image, for the policy", least=1)
+    captions: int = setting(
+        3, "captions per image and step; of records that carry more, some are drawn", least=1
+    )
     stated: tuple = setting((0.55, 0.35, 0.1), "probability of stating 1, 2, .. facts")
     count: float = setting(0.2, "probability of stating the count", least=0, most=1)
     statements: int = setting(

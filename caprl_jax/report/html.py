@@ -31,6 +31,8 @@ _PERCENT = (
 )
 _LABELS = {
     "heldout_accuracy": "held-out accuracy",
+    "heldout_loss": "loss of held-out images' own captions, nats a token",
+    "heldout_perplexity": "perplexity of these captions, a token",
     "ceiling": "ceiling: accuracy with complete true captions",
     "heldout_rubric": "held-out rubrics that are met, by weight",
     **trust.LABELS,
@@ -50,6 +52,7 @@ _LABELS = {
 }
 _TILES = (
     ("heldout_rubric", "Rubrics met", "share of their weight that a greedy held-out caption meets"),
+    ("heldout_perplexity", "Perplexity", "of a token of the held-out images’ own captions"),
     ("caption_length", "Caption length", "tokens in a greedy held-out caption"),
     ("fact_precision", "True facts", "share of stated facts that are true"),
     ("fact_recall", "Stated facts", "share of true facts that the captions state"),
@@ -106,23 +109,31 @@ class Caption:
     Attributes:
       text: the caption without special tokens.
       length: number of tokens.
-      accuracy: share of the questions with the right answer.
+      accuracy: share of the questions with the right answer; None if no judge read it.
       answers: an answer for each question.
     """
 
     text: str
     length: int
-    accuracy: float
+    accuracy: float | None
     answers: list[Answer]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One held-out image with the policy's captions before and after training."""
+    """One held-out image with the policy's captions before and after training.
+
+    Attributes:
+      image_png: encoded bytes, as the source has them.
+      before: the caption before training.
+      after: the caption after it.
+      given: the captions that the image came with, if the policy learns from such captions.
+    """
 
     image_png: bytes
     before: Caption
     after: Caption
+    given: Sequence[str] = ()
 
 
 def _duration(seconds: float) -> str:
@@ -195,7 +206,20 @@ def _large_charts(summary: Mapping[str, Any], history: list[dict]) -> list[Chart
         curves.series(history, "caption_length", "training captions"),
         heldout("caption_length", "held-out captions, greedy", "caption_length_before"),
     ]
+    loss = [
+        curves.series(history, "loss", "training captions"),
+        curves.series(
+            history,
+            "eval/loss",
+            "held-out captions",
+            summary.get("heldout_loss_before"),
+            kind="dots",
+            color=curves.ORANGE,
+        ),
+    ]
+    supervised = any("eval/loss" in line for line in history)
     charts = [
+        curves.chart("Loss", "nats, mean over tokens", loss, _WIDE) if supervised else None,
         curves.chart("Reward and held-out accuracy", "mean over captions", reward, _WIDE),
         curves.chart("Caption length", "tokens, mean over captions", length, _WIDE),
     ]
@@ -258,10 +282,12 @@ def write_report(path: Path, content: Content) -> None:
     rows, headline = _rows(summary), _headline(summary)
     cells = {name: (before, after) for name, before, after in rows}
     last = history[-1].get("time") if history else None
-    evaluated = bool(content.samples or headline["tracks"])
+    answered = any(s.before.answers for s in content.samples)
+    evaluated = bool(answered or headline["tracks"])
     html = parts.template("report.html.j2").render(
         title=content.title,
         ended=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last)) if last else "",
+        answered=answered,
         reinforced=evaluated or any("reward" in line for line in history),
         figures={name: after for name, _, after in rows},
         headline=headline,

@@ -1,6 +1,7 @@
 """Builders of a run from its config: models, data, the compiled step and the evaluation.
 
-There is one builder per objective, `caprl` and `sft`; both return the same records to train.py.
+There is a builder for the objective `caprl` and two for `sft`: the embedded world's curriculum, and
+the captions that records carry. All return the same records to train.py.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 import ml_collections
 
 from caprl_jax import config as config_lib
+from caprl_jax.data import own_captions as own_captions_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
@@ -22,6 +24,7 @@ from caprl_jax.decode.loop import Decoding
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout, injections
 from caprl_jax.evaluate.hygiene import Hygiene
+from caprl_jax.evaluate.own_captions import OwnCaptionLoss
 from caprl_jax.evaluate.rubrics import Rubrics
 from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.evaluate.splicing import Splicing
@@ -358,6 +361,86 @@ def _judged(config, model: _Model, reader: Reader, held: HeldOut, tools: tuple):
         "ceiling": lambda: heldout.ceiling(held, reads, judge),
         "heldout": held,
     }
+
+
+def own_captions(
+    config: ml_collections.ConfigDict, set_aside: SetAside, step: Callable
+) -> tuple[Task, State]:
+    """Builds the supervised training of a captioner on the captions that records carry.
+
+    Args:
+      config: the run's config.
+      set_aside: receives records, and captions, that can't be used.
+      step: rl.own_captions.own_captions_step.
+
+    Returns:
+      (the task, the initial state on the mesh).
+
+    Raises:
+      ConfigError, ModelDirectoryError: before anything is compiled.
+    """
+    model = _read_policy(config)
+    if model.policy.vision is None:
+        raise ConfigError(f"config.policy.path={config.policy.path} holds a model without vision")
+    reader = judges.read(config, model.tokenizer) if config.sft.judged else None
+    inputs = load.image_prompt(config, model.policy, model.directory, model.tokenizer)
+    encode = own_captions_lib.Encoder(model.tokenizer, config.sft.max_tokens, set_aside.add)
+    example = own_captions_lib.OwnCaptionExamples(inputs, encode, config.sft.captions)
+    stored = load.dataset(config, set_aside)
+    load.check_data(config, stored["train"], example)
+    prompt = reader.prompt if reader else None
+    size = _size(config)
+    held = own_captions_lib.held_out(stored["heldout"], example, prompt, size, set_aside)
+    compile_lib.check_rules(model.policy, model.rules)
+
+    optimizer = compile_lib.optimizer(config)
+    logging.info("loading the policy, %s", config.policy.path)
+    state = load.initial_state(config, model.policy, model.directory, optimizer, model.rules)
+    one, traces = counted(lambda state, batch: step(model.policy, optimizer, state, batch))
+    program = compile_lib.jit_step(one, state, model.rules, compile_lib.slices(config))
+    return Task(
+        policy=model.policy,
+        source=model.directory,
+        step=lambda state, batch, key: program(state, batch),
+        traces=traces,
+        data=_feed(config, stored, example, set_aside, model.rules),
+        place=lambda batch: mesh.put_batch(batch, model.rules),
+        rules=model.rules,
+        **_own_captions_parts(config, model, held, reader),
+    ), state
+
+
+def _own_captions_parts(
+    config, model: _Model, held: own_captions_lib.HeldOutCaptions, reader: Reader | None
+):
+    """Returns the parts of a Task that evaluate captioners, with a judge if there is a reader."""
+    rules, cuts, data = model.rules, compile_lib.eval_slices(config, model.rules), held.data
+    decoding = Decoding(config.eval.group, model.tokenizer.stop, compile_lib.sampling(config))
+    loss = OwnCaptionLoss(model.policy, held, rules, cuts)
+    writer = heldout.Writer(model.policy, data, model.tokenizer, decoding, rules, cuts)
+    sight = Sight(model.policy, data, rules, cuts)
+    if reader:
+        parts = _judged(config, model, reader, data, (writer, sight))
+        judged = parts["evaluate"]
+
+        def with_loss(params):
+            metrics, sets = judged(params)
+            return loss.measure(params) | metrics, sets
+
+        return parts | {"evaluate": with_loss}
+
+    def evaluate(params):
+        metrics, sets = loss.measure(params), {}
+        for name in ("greedy", "sampled"):
+            written = writer.write(params, name == "greedy", config.seed)
+            logging.info("a %s caption: %s", name, written[0].text)
+            metrics |= heldout.written_metrics(data, written, f"_{name}")
+            sets[name] = [heldout.Judged(caption, [], []) for caption in written]
+        metrics |= sight.measure(params, written)
+        warn_if_blind(metrics)
+        return metrics, sets
+
+    return {"evaluate": evaluate, "heldout": data}
 
 
 def _sft_judge(config, model: _Model, stored: Stored, set_aside: SetAside):

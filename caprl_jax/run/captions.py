@@ -27,7 +27,8 @@ class Row:
     Attributes:
       name: the image's id in its data source.
       image: encoded bytes, as the source has them.
-      caption: the caption with its answers; its accuracy is the reward of CapRL.
+      caption: the caption with its answers; its accuracy is the reward of CapRL, None without a
+        judge.
     """
 
     name: str
@@ -83,7 +84,8 @@ def described(data: HeldOut, judged: Judged) -> html.Caption:
         for p, letter, p_truth in zip(shown, judged.letters, judged.p_truth, strict=True)
     ]
     text, length = judged.caption.text, len(judged.caption.ids)
-    return html.Caption(text, length, judged.accuracy(shown), answers)
+    accuracy = judged.accuracy(shown) if shown else None
+    return html.Caption(text, length, accuracy, answers)
 
 
 def rows(data: HeldOut | None, sets: dict[str, list[Judged]], count: int) -> list[Row]:

@@ -72,7 +72,7 @@ def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
                 f"{multiple} devices that the mesh's rules cut them over: choose a multiple of "
                 f"{multiple}"
             )
-    if config.objective != "caprl":
+    if config.objective == "sft" and config.sft.task != "own_captions":
         return
     sizes = [("data.batch", name) for name in (*SLICES, "minibatches")]
     if config.caprl.kept_images:

@@ -75,7 +75,7 @@ def model_card(
     finite = {name: value for name, value in heldout.items() if value is not None}
     rows = [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in finite.items()]
     caprl = config.objective == "caprl"
-    sees = caprl or config.sft.task == "caption"
+    sees = caprl or config.sft.task != "judge"
     return _CARD.format(
         task="image-text-to-text" if sees else "text-generation",
         base=base,

@@ -12,7 +12,7 @@ import numpy as np
 
 from caprl_jax import config as config_lib
 from caprl_jax.config import about
-from caprl_jax.data import pipeline, questions, records
+from caprl_jax.data import given, pipeline, questions, records
 from caprl_jax.data.images import ImageProcessor
 from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt, QuestionDraw
 from caprl_jax.data.questions import JudgePrompt, own_prompt
@@ -133,7 +133,8 @@ def examples(
         rubrics=config.caprl.rubrics,
     )
     extras, numbered = tuple(config.data.extras), bool(config_lib.text_terms(config))
-    return CaprlExamples(inputs, judge, draw, config.data.max_question, extras, numbered)
+    longest = config.data.max_question
+    return CaprlExamples(inputs, judge, draw, longest, extras, numbered=numbered)
 
 
 def dataset(
@@ -150,6 +151,8 @@ def dataset(
         choice = SOURCES.choose(config.data.source, own)
         settings = make(Data, {k: v for k, v in config.data.items() if k not in own})
         found = processes.run_in_order(lambda: choice(settings, set_aside))
+        if settings.captions:
+            found = given.overlay(found, settings.captions)
     missing = [split for split in ("train", "heldout") if split not in found]
     if missing:
         raise ConfigError(f"data source {config.data.source!r} returns no split {missing[0]!r}")
@@ -206,7 +209,8 @@ def check_data(
     for i in range(checked):
         try:
             record = records.parse(source[i])
-            _check_questions(config, record)
+            if config.objective == "caprl":
+                _check_questions(config, record)
             _, record = questions.fitting(example, record, np.random.default_rng(0))
             rubrics += len(record.rubrics)
         except ConfigError:
@@ -225,7 +229,8 @@ def check_data(
 
 
 def _check_questions(config: ml_collections.ConfigDict, record: records.Record) -> None:
-    if not config.data.replacement and len(record.questions) < config.caprl.questions:
+    few = 0 < len(record.questions) < config.caprl.questions  # one without any is set aside
+    if not config.data.replacement and few:
         raise ConfigError(
             f"config.caprl.questions={config.caprl.questions} are to be drawn without "
             f"replacement, but record {record.id} has {len(record.questions)}: lower it, or "

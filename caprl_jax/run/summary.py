@@ -19,11 +19,8 @@ from caprl_jax.parallel import processes
 from caprl_jax.report import html
 from caprl_jax.run import captions, metrics, same_run
 
-_OF_ANSWERS = (
-    "accuracy",
-    "rubric",
-    *hygiene.NAMES,
-)  # names that the summary begins with "heldout_"
+# Names that the summary begins with "heldout_".
+_OF_HELDOUT = ("accuracy", "rubric", "loss", "perplexity", *hygiene.NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +99,7 @@ def summarise(figures: Figures, steps: int, set_aside: int) -> dict[str, Any]:
     for when, (values, _) in (("before", figures.before), ("after", figures.after)):
         for name, value in values.items():
             plain = name.removesuffix("_greedy")
-            plain = f"heldout_{plain}" if plain.startswith(_OF_ANSWERS) else plain
+            plain = f"heldout_{plain}" if plain.startswith(_OF_HELDOUT) else plain
             out[plain if name in hygiene.ALONE else f"{plain}_{when}"] = value
     if figures.ceiling is not None:
         out["ceiling"] = figures.ceiling
@@ -126,6 +123,9 @@ def finish(
     summary = summarise(figures, steps, len(listing))
     write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     samples = _samples(held, figures, config.eval.shown)
+    if config.objective == "sft":
+        given = (r.captions for r in held.records) if held else ()
+        samples = [dataclasses.replace(s, given=g) for s, g in zip(samples, given, strict=False)]
     write_whole(workdir / "samples.json", json.dumps([_plain(s) for s in samples]) + "\n")
     content = html.Content(
         title=f"caprl_jax: {config.objective} run in {workdir.name}",

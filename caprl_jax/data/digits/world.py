@@ -233,6 +233,8 @@ def scenes(
 ) -> Iterator[Record]:
     """Yields the records of a split, which are the same on every machine.
 
+    A record's caption states all of its facts.
+
     Args:
       split: "train" or "heldout", which show different instances of handwriting.
       count: number of records.
@@ -248,4 +250,5 @@ def scenes(
         drawn = rng.random(len(asked)) < leaky
         both = zip(asked, leaking(asked, facts), drawn, strict=True)
         asked = tuple(leak if chosen else q for q, leak, chosen in both)
-        yield Record(f"{split}-{i:05d}", image, asked, facts)
+        captions = (caption(facts, len(facts)),)
+        yield Record(f"{split}-{i:05d}", image, asked, facts, captions=captions)

@@ -11,7 +11,7 @@ from caprl_jax.data import records
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.settings import setting
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,10 @@ from typing import Any
 from caprl_jax.data import records
 from caprl_jax.data.records import MalformedRecord
 
-COLUMNS = ("image", "images", "questions", "reward_model", "rubrics", "extras", "id", "data_source")
+COLUMNS = (
+    *("image", "images", "questions", "reward_model", "rubrics", "caption", "captions"),
+    *("extras", "id", "data_source"),
+)
 KEY = "__key__"  # the name of a row within its file, where it has one
 _MOST_PADDING = 20 * tarfile.BLOCKSIZE  # after the end of an archive, as tar writes it
 _PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")

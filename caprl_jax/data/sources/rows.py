@@ -1,11 +1,13 @@
 """Rows of users' files, of any kind in formats.py; their images and questions in all usual forms.
 
-A row is {"image", "questions"} with an optional "id", "data_source" (a text), "rubrics" (a list of
-{"rubric": text, "weight": 3}, or its JSON text) and "extras" (numbers, or lists of numbers, by
-name, for reward terms to read). An image is bytes, {"bytes", "path"}, a
-path, a file: or data: URL, base64 text, or a list of one of these; its column may be called images.
-Questions are a list of {"question", "choices": ["A) ..", ..], "answer": "B"}, or its JSON text, and
-may lie in {"reward_model": {"ground_truth"}}, as in CapRL-QA-75K.
+A row is {"image", "questions"}, {"image", "caption"} or both, with an optional "id", "data_source"
+(a text), "rubrics" (a list of {"rubric": text, "weight": 3}, or its JSON text) and "extras"
+(numbers, or lists of numbers, by name, for reward terms to read). An image is bytes, {"bytes",
+"path"}, a path, a file: or data: URL, base64 text, or a list of one of these; its column may be
+called images. Questions are a list of {"question", "choices": ["A) ..", ..], "answer": "B"}, or its
+JSON text, and may lie in {"reward_model": {"ground_truth"}}, as in CapRL-QA-75K. A caption is a
+text; a row may have several, a list in the column caption or captions, as caprl_jax.caption writes
+it.
 """
 
 import base64
@@ -132,11 +134,21 @@ def parse_row(
 
     image = image_bytes(row, root, used)
     decode_image(image)
-    asked, dropped = questions(row)
+    own, unasked = captions(row), _questions(row.raw) is None
+    if unasked and not own:
+        raise MalformedRecord("the row has no questions and no caption to learn from")
+    asked, dropped = ((), ()) if unasked else questions(row)
     extras = records.parse_extras(row.raw.get("extras"))
-    own, bad = rubrics(row)
+    criteria, bad = rubrics(row)
     return Record(
-        identity(row), image, asked, (), extras, dropped=dropped, rubrics=own, dropped_rubrics=bad
+        identity(row),
+        image,
+        asked,
+        extras=extras,
+        dropped=dropped,
+        rubrics=criteria,
+        dropped_rubrics=bad,
+        captions=own,
     )
 
 
@@ -148,6 +160,23 @@ def questions(row: Row) -> tuple[tuple[Question, ...], tuple[tuple[int, str], ..
 def rubrics(row: Row) -> tuple[tuple[Rubric, ...], tuple[tuple[int, str], ...]]:
     """Parses a row's rubrics, as rubrics.parse_rubrics does."""
     return parse_rubrics(row.raw.get("rubrics"))
+
+
+def captions(row: Row) -> tuple[str, ...]:
+    """Parses a row's captions, as records.parse_captions does.
+
+    A row with questions may have a column of that name that holds something else: it has none then.
+
+    Raises:
+      MalformedRecord: the captions have another form, and there are no questions.
+    """
+    raw = row.raw.get("captions")
+    try:
+        return records.parse_captions(row.raw.get("caption") if raw is None else raw)
+    except MalformedRecord:
+        if _questions(row.raw) is None:
+            raise
+        return ()
 
 
 def identity(row: Row) -> str:

@@ -62,7 +62,8 @@ class _TensorBoard:
             if image is not None:
                 pixels = self._summary.image(f"{name}/image", np.asarray(image), dataformats="HWC")
                 self._add(step=step, summary=pixels)
-            reward = f"reward {row.caption.accuracy:.3f}, {row.caption.length} tokens"
+            accuracy, tokens = row.caption.accuracy, f"{row.caption.length} tokens"
+            reward = tokens if accuracy is None else f"reward {accuracy:.3f}, {tokens}"
             parts = (row.name, row.caption.text, reward, row.verdicts())
             text = "\n".join(parts).replace("\n", "\n\n")  # Markdown's line breaks
             self._add(step=step, summary=self._summary.text(name, text))
