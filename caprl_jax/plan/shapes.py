@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from caprl_jax import config as config_lib
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
@@ -20,11 +21,14 @@ from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.registry import Choice
 from caprl_jax.rl.judge import Judge
-from caprl_jax.rl.rewards import Term
+from caprl_jax.rl.rewards import Term, needed_models
+from caprl_jax.rl.sentences import Endings
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
+from caprl_jax.rl.verify import Verifier
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run.models import init_decoder, model_config
+from caprl_jax.run.reckon import VERIFIER_QUESTION
 
 # Sizes of the judge's prompt: upper bounds for the default, as only the tokenizer knows them.
 INSTRUCTION, LETTERS, SPECIAL = 256, 26, 32
@@ -103,7 +107,10 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
         reference = params(policy.init, rules, dtype)
     judge = _judge(config.judge.path, dtype, rules)
     run = compile_lib.make_run(config, policy, judge, stop, reference)
-    run = run.replace(rewards=tuple(map(_on_device, run.rewards)))
+    run = run.replace(
+        rewards=tuple(map(_on_device, run.rewards)),
+        frozen=_frozen(config, policy, reference, rules),
+    )
     optimizer = run.learner.optimizer
 
     def init(key):
@@ -125,6 +132,36 @@ def _on_device(term: Term) -> Term:
         return jnp.zeros(scored.captions.mask.shape[:2])
 
     return term.replace(choice=Choice(term.choice.name, nothing))
+
+
+def _frozen(
+    config: ml_collections.ConfigDict, policy: Policy, reference: Any, rules: ShardRules
+) -> dict[str, Any]:
+    """Returns the shapes of rl.step.Run.frozen."""
+    needed = needed_models(config_lib.terms(config))
+    if "clip" in needed:
+        raise ConfigError("a reward term needs CLIP: such a step can't be planned yet")
+    if "verifier" not in needed:
+        return {}
+    own, weights = config.verifier, reference
+    if own.path:
+        dtype = policy.decoder.dtype
+        policy = families.build(model_config(own.path), dtype, where=own.path)
+        weights = params(policy.init, rules, dtype)
+    of = functools.partial(jax.ShapeDtypeStruct, sharding=mesh.replicated(rules))
+    table = of((policy.decoder.config.vocab,), bool)
+    question, answers = of((VERIFIER_QUESTION,), jnp.int32), of((2,), jnp.int32)
+    return {
+        "verifier": Verifier(
+            policy,
+            weights,
+            Endings(*[table] * 5),
+            question,
+            answers,
+            own.sentences,
+            own.max_sentence,
+        )
+    }
 
 
 def _judge(path: str, dtype: Any, rules: ShardRules) -> Judge:

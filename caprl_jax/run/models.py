@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from caprl_jax import config as config_lib
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
+from caprl_jax.models.clip import Clip
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.hf import sizes
 from caprl_jax.models.vlm import Policy
+from caprl_jax.rl.rewards import needed_models
 from caprl_jax.run import compile as compile_lib
 
 
@@ -30,6 +34,8 @@ class Models:
       judge_params: its parameters.
       reference: bytes of each parameter of the reference policy; 0 if there is none.
       platform: the devices' platform: cpu, gpu or tpu.
+      verifier: modules of the verifier; None if no term needs one.
+      frozen: parameters of further frozen models by name.
     """
 
     policy: Policy
@@ -39,6 +45,8 @@ class Models:
     judge_params: Any
     reference: int
     platform: str
+    verifier: Policy | None = None
+    frozen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def model_config(path: str, revision: str | None = None) -> dict[str, Any]:
@@ -88,6 +96,13 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
     optimizer, key = compile_lib.optimizer(config), jax.random.key(0)
+    needed = needed_models(config_lib.terms(config))
+    verifier, frozen = (policy if "verifier" in needed else None), {}
+    if verifier and config.verifier.path:
+        verifier = build(config.verifier)
+        frozen["verifier"] = jax.eval_shape(verifier.init, key)
+    if "clip" in needed:
+        frozen["clip"] = jax.eval_shape(_clip(config, dtype, fetch).init_params, key)
     return Models(
         policy=policy,
         params=jax.eval_shape(policy.init, key),
@@ -96,6 +111,8 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
         judge_params=jax.eval_shape(functools.partial(init_decoder, judge), key) if judge else {},
         reference=_reference_bytes(config, dtype),
         platform=platform,
+        verifier=verifier,
+        frozen=frozen,
     )
 
 
@@ -103,6 +120,19 @@ def _reference_bytes(config: ml_collections.ConfigDict, dtype: Any) -> int:
     if not compile_lib.needs_reference(config):
         return 0
     return 4 if compile_lib.moves_reference(config) else jnp.dtype(dtype).itemsize
+
+
+def _clip(config: ml_collections.ConfigDict, dtype: Any, fetch: bool) -> Clip:
+    path = config.clip.path
+    if not path or not (fetch or Path(path).is_dir()):
+        raise ConfigError(
+            f"config.clip.path={path!r}: a reward term needs CLIP, and its size is read from a "
+            "directory: name one"
+        )
+    from caprl_jax.models.hf import clip as hf  # these need more packages than a plan
+    from caprl_jax.models.hf import download as sources
+
+    return hf.read(sources.fetch(path, config.clip.revision), dtype)
 
 
 def init_decoder(decoder: Decoder, key: jax.Array) -> Any:

@@ -36,6 +36,7 @@ GIB = 2**30
 # Reckoned, and fitted to the compiled steps above: copies of an array that exist at one time.
 SCORES = 4  # attention's scores in the backward pass: scores, weights and the gradients of both
 READ_SCORES = 2  # the same in a forward pass
+VERIFIER_QUESTION = 32  # tokens of the verifier's question, which only its tokenizer knows
 LOGITS = 3  # float32 logits of a chunk of the vocabulary, their exponentials and gradients
 WIDE = 6  # copies of the perceptron's hidden values, in the compute dtype
 NARROW = 4  # copies of the residual stream, in float32
@@ -196,6 +197,7 @@ class Reckoner:
             "optimizer": _on_one(m.opt_state, self.rules),
             "judge": _on_one(m.judge_params, self.rules, own),
             "reference": _on_one(m.params, self.rules, m.reference) if m.reference else 0,
+            **{name: _on_one(a, self.rules, own) for name, a in m.frozen.items()},
             "batch": self._batch(),
         }
 
@@ -237,6 +239,27 @@ class Reckoner:
         }
 
     def score(self, count: int) -> dict[str, int]:
+        """Returns the bytes while judge or verifier, whichever takes more, reads a slice."""
+        return max(self.judge(count), self.verify(count), key=lambda parts: sum(parts.values()))
+
+    def verify(self, count: int) -> dict[str, int]:
+        """Returns the bytes while the verifier reads one of `count` slices; none without one."""
+        if self.models.verifier is None:
+            return {}
+        c, own, p = self.models.verifier.decoder.config, self.config.verifier, self.config.data
+        i, texts = self.images(count), self.config.caprl.group * own.sentences
+        each = own.max_sentence + VERIFIER_QUESTION
+        tokens, hidden = texts * each + p.max_prompt, c.feed_forward // self.rules.size("mlp")
+        keys = each + p.max_prompt
+        return self._between(
+            {
+                "keys and values": i * tokens * self._kv_bytes(c),
+                "layer": i * tokens * self.itemsize * (3 * hidden + 4 * c.width),
+                "scores": i * READ_SCORES * self._scores(c.heads, texts * each, keys),
+            }
+        )
+
+    def judge(self, count: int) -> dict[str, int]:
         """Returns the bytes while the judge reads one of `count` slices; none at an endpoint."""
         if self.models.judge is None:
             return {}

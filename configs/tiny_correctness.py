@@ -1,0 +1,40 @@
+"""What a verifier with the image adds to the judge's questions: fewer false facts.
+
+Argument:  an arm (mcq by default), which trains that arm alone
+Command:   python -m caprl_jax.sweep --config=configs/tiny_correctness.py --out=DIR
+Measured:  not yet.
+"""
+
+from caprl_jax.recipes import choose, embedded_arm
+from caprl_jax.sweep.arms import Sweep
+
+CORRECTNESS = {"caprl.rewards.correctness": {"term": "correctness", "weight": 1.0}}
+ARMS = {
+    "mcq": {},
+    "correctness": CORRECTNESS,
+}
+
+
+def get_sweep():
+    return Sweep(
+        panels={"reward": {"MCQ": "mcq", "MCQ + correctness": "correctness"}},
+        base="mcq",
+        seeds=(0, 1, 2),
+        figure="heldout_fact_precision",
+    )
+
+
+def get_config(arm="mcq"):
+    [arm] = choose(arm, tuple(ARMS))
+    c = embedded_arm()
+    c.verifier.path = "asset:tiny/verifier"
+    c.verifier.question, c.verifier.yes, c.verifier.no = "?", " A", " B"
+    c.verifier.ends = ","
+    c.verifier.sentences, c.verifier.max_sentence = 12, 8
+    for key, value in ARMS[arm].items():
+        parent, _, name = key.rpartition(".")
+        section = c
+        for part in parent.split("."):
+            section = section[part]
+        section[name] = value
+    return c
