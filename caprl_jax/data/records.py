@@ -160,6 +160,20 @@ def parse_questions(raw: Any) -> tuple[tuple[Question, ...], tuple[tuple[int, st
     return tuple(questions), tuple(reasons)
 
 
+def questions_or_rubrics(
+    raw: Any, rubrics: Sequence[Rubric]
+) -> tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]:
+    """Parses a record's questions as parse_questions does; without any, its rubrics are asked.
+
+    Args:
+      raw: as for parse_questions; None, or an empty list, for no questions.
+      rubrics: of the record.
+    """
+    if rubrics and raw in (None, "", "[]", []):
+        return tuple(Question(r.text, r.options, 0) for r in rubrics), ()
+    return parse_questions(raw)
+
+
 def _without_letters(choices: Sequence[str]) -> list[str]:
     """Texts of the choices, without letters if all carry them in one spelling and in order."""
     # Stripped first: the pattern's time grows with the square of the white space at the beginning.
@@ -211,8 +225,8 @@ def parse(raw: Mapping[str, Any]) -> Record:
         raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
     check_text(identity, "the id")
     facts, extras = read_json_text(facts, "the facts"), parse_extras(extras)
-    questions, reasons = parse_questions(asked)
     rubrics, rubric_reasons = parse_rubrics(criteria)
+    questions, reasons = questions_or_rubrics(asked, rubrics)
     return Record(
         identity,
         image,

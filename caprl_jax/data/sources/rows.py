@@ -132,9 +132,9 @@ def parse_row(
 
     image = image_bytes(row, root, used)
     decode_image(image)
-    asked, dropped = questions(row)
-    extras = records.parse_extras(row.raw.get("extras"))
     own, bad = rubrics(row)
+    asked, dropped = records.questions_or_rubrics(_questions(row.raw), own)
+    extras = records.parse_extras(row.raw.get("extras"))
     return Record(
         identity(row), image, asked, (), extras, dropped=dropped, rubrics=own, dropped_rubrics=bad
     )
