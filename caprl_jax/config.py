@@ -230,13 +230,23 @@ def text_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
     return tuple(term for term in terms(config) if term.reads_text)
 
 
-def _check_rubrics(config: ml_collections.ConfigDict) -> None:
-    """Refuses the term rubric where no rubrics are read."""
+def _check_asked(config: ml_collections.ConfigDict) -> None:
+    """Refuses reward terms that read questions or rubrics where none are asked."""
+    caprl = config.caprl
+    if not caprl.questions and not caprl.rubrics:
+        raise ConfigError(
+            "config.caprl.questions=0 must be positive, or config.caprl.rubrics: nothing is asked"
+        )
     for term in terms(config):
-        if term.choice.name == "rubric" and not config.caprl.rubrics:
+        if term.choice.name == "rubric" and not caprl.rubrics:
             raise ConfigError(
                 f"config.caprl.rewards.{term.name} is the judge's score of rubrics, and "
                 "config.caprl.rubrics=0 reads none: set it to the most rubrics per caption, 8 say"
+            )
+        if term.choice.name in ("accuracy", "confidence") and not caprl.questions:
+            raise ConfigError(
+                f"config.caprl.rewards.{term.name} is the judge's {term.choice.name} on questions, "
+                "and config.caprl.questions=0 asks none: leave the term out, or ask some"
             )
 
 
@@ -328,7 +338,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         choice(config, name)
     if not config.caprl.rewards:
         raise ConfigError("config.caprl.rewards is empty: name a reward term, accuracy for one")
-    _check_rubrics(config)
+    _check_asked(config)
     terms(config), sinks(config)
     _check_learned(config)
     left = open_keys(config)

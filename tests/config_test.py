@@ -53,6 +53,10 @@ def changed(**changes):
         ),
         ({"caprl.rewards.accuracy.mask": "accuracy"}, "mask='accuracy' is no other term"),
         (
+            {"caprl.questions": 0, "caprl.rubrics": 8},
+            "config.caprl.rewards.accuracy is .* and config.caprl.questions=0 asks none",
+        ),
+        (
             {"caprl.rewards.more": {"term": "rubric"}},
             "config.caprl.rewards.more is the judge's score of rubrics, and config.caprl.rubrics=0",
         ),

@@ -182,6 +182,22 @@ def parse_captions(raw: Any) -> tuple[str, ...]:
     return tuple(text.strip() for text in listed if text.strip())
 
 
+def parse_asked(
+    raw: Any, rubrics: Sequence[Rubric], captions: Sequence[str]
+) -> tuple[tuple[Question, ...], tuple[tuple[int, str], ...]]:
+    """Parses a record's questions as parse_questions does; without any, its rubrics are asked.
+
+    Args:
+      raw: as for parse_questions; None, or an empty list, for no questions.
+      rubrics: of the record.
+      captions: of the record; with captions it may have neither.
+    """
+    none = raw in (None, "", "[]", [])
+    if none and (rubrics or captions):
+        return tuple(Question(r.text, r.options, 0) for r in rubrics), ()
+    return parse_questions(raw)
+
+
 def _without_letters(choices: Sequence[str]) -> list[str]:
     """Texts of the choices, without letters if all carry them in one spelling and in order."""
     # Stripped first: the pattern's time grows with the square of the white space at the beginning.
@@ -235,8 +251,8 @@ def parse(raw: Mapping[str, Any]) -> Record:
     check_text(identity, "the id")
     facts, extras = read_json_text(facts, "the facts"), parse_extras(extras)
     captions = parse_captions(read_json_text(captions, "the captions"))
-    questions, reasons = ((), ()) if captions and asked == "[]" else parse_questions(asked)
     rubrics, rubric_reasons = parse_rubrics(criteria)
+    questions, reasons = parse_asked(asked, rubrics, captions)
     return Record(
         identity,
         image,

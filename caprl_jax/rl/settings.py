@@ -23,7 +23,9 @@ class Caprl:
         "sampling.max_tokens everywhere. The draws depend on whether it is 0",
         least=0,
     )
-    questions: int = setting(4, "questions per caption, N", least=1)
+    questions: int = setting(
+        4, "questions per caption, N; 0: none, where rubrics are the reward", least=0
+    )
     rubrics: int = setting(
         0,
         "rubrics per caption: all of an image's if it has no more, else so many are drawn; 0: none",

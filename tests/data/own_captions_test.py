@@ -113,7 +113,8 @@ def test_files_of_captions_are_read_and_rows_without_are_set_aside(tmp_path, asi
     assert sorted(r.captions for r in read) == [("a dog 0",), ("a dog 2",)]
     assert not any(r.questions for r in read)
     assert set(aside.reasons) == {"rows-000001", "rows-000003"}
-    assert set(aside.reasons.values()) == {"the row has no questions and no caption to learn from"}
+    why = "the row has no questions, no rubrics and no caption to learn from"
+    assert set(aside.reasons.values()) == {why}
 
 
 def test_lines_of_the_command_caption_are_rows(tmp_path, aside):

@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from caprl_jax.data import pipeline, questions, records
@@ -14,6 +16,7 @@ from caprl_jax.data.questions import JudgePrompt, draw_rubrics, own_prompt, pres
 from caprl_jax.data.records import MalformedRecord, parse, unparse
 from caprl_jax.data.rubrics import Rubric, parse_rubric, parse_rubrics, unparse_rubric
 from caprl_jax.data.set_aside import SetAside
+from caprl_jax.data.sources.rows import parse_row, rows
 from caprl_jax.models.hf import download as sources
 
 GRID, COUNTS = (3, 3), (2, 5)
@@ -94,6 +97,41 @@ def test_records_keep_rubrics_and_older_ones_have_none(scenes, tmp_path):
     made = records.builder("b_test", "1.0.0", {"train": lambda: scenes}, str(tmp_path))
     with pytest.raises(Exception, match=r"has rubrics: give builder\(rubrics=True\)"):
         made.download_and_prepare()
+
+
+def test_a_record_without_questions_is_asked_its_rubrics(scenes):
+    raw = unparse(dataclasses.replace(scenes[0], rubrics=(BALL,))) | {"questions": "[]"}
+    record = parse(raw)
+    assert record.questions == (records.Question(BALL.text, ("yes", "no"), 0),)
+    assert parse(unparse(record)) == record
+    with pytest.raises(MalformedRecord, match="no questions"):
+        parse(raw | {"rubrics": "[]", "captions": "[]"})
+    with pytest.raises(MalformedRecord, match="no usable question"):
+        parse(raw | {"questions": '[{"question": "?"}]'})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_files_have_rubrics(scenes, tmp_path, kind):
+    """Some with weight and options, some without; parquet fills what a rubric lacks with None."""
+    (tmp_path / "a.png").write_bytes(scenes[0].image)
+    own = [{"rubric": "A"}, {"rubric": "Q?", "weight": 2, "options": ["a", "b"]}, {"weight": 1}]
+    question = {"question": "Q", "choices": ["a", "b"], "answer": "A"}
+    table = [
+        {"image": "a.png", "questions": [question], "rubrics": own},
+        {"image": "a.png", "questions": None, "rubrics": own[:2]},
+        {"image": "a.png", "questions": [question], "rubrics": None},
+    ]
+    file = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in table))
+    else:
+        pq.write_table(pa.Table.from_pylist(table), file)
+    read = [parse_row(row) for row in rows(file)]
+    expected = (Rubric("A"), Rubric("Q?", 2.0, ("a", "b")))
+    assert [r.rubrics for r in read] == [expected, expected, ()]
+    assert [len(r.questions) for r in read] == [1, 2, 1]
+    [(name, reason)] = read[0].faults()
+    assert name == "rows-000000, rubric 3" and "no text in `rubric`" in reason
 
 
 def test_the_embedded_worlds_rubrics_are_its_facts_and_nothing_else_changes(scenes):

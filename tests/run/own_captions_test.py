@@ -64,7 +64,7 @@ QUESTION = {"question": "Which color?", "choices": ["A) red", "B) blue"], "answe
     [
         ({"questions": [QUESTION]}, {}, "none of the first 3 .* has no caption to learn from"),
         ({"caption": "digits: " + "west red two, " * 9}, {}, "raise sft.max_tokens from 32"),
-        ({}, {}, "has no questions and no caption to learn from"),
+        ({}, {}, "has no questions, no rubrics and no caption to learn from"),
         ({"caption": "x"}, {"data.captions": "none.jsonl"}, "data.captions=none.jsonl can't be"),
         ({"caption": "x"}, {"sft.judged": True}, "no questions that a judge could answer"),
         ({"caption": "x"}, {"policy.path": "asset:tiny/judge"}, "holds a model without vision"),

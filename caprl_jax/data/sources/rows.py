@@ -134,12 +134,12 @@ def parse_row(
 
     image = image_bytes(row, root, used)
     decode_image(image)
-    own, unasked = captions(row), _questions(row.raw) is None
-    if unasked and not own:
-        raise MalformedRecord("the row has no questions and no caption to learn from")
-    asked, dropped = ((), ()) if unasked else questions(row)
+    own, (criteria, bad) = captions(row), rubrics(row)
+    raw = _questions(row.raw)
+    if raw is None and not own and not criteria:
+        raise MalformedRecord("the row has no questions, no rubrics and no caption to learn from")
+    asked, dropped = records.parse_asked(raw, criteria, own)
     extras = records.parse_extras(row.raw.get("extras"))
-    criteria, bad = rubrics(row)
     return Record(
         identity(row),
         image,
