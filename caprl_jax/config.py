@@ -16,6 +16,7 @@ from caprl_jax.data.settings import Data, Sft
 from caprl_jax.data.sources import SOURCES
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import ConfigError, did_you_mean
+from caprl_jax.models.lora import Lora
 from caprl_jax.parallel.settings import MeshSettings
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.advantages import ADVANTAGES
@@ -69,6 +70,7 @@ def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
     found: dict[str, tuple[type, ...]] = {
         "": (General,),
         "policy": (PolicySettings,),
+        "lora": (Lora,),
         "judge": (JudgeSettings,),
         "sampling": (Sampling,),
         "caprl": (Caprl,),

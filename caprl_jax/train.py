@@ -282,6 +282,7 @@ class Loop:
         """Writes the current model to WORKDIR/export/STEP."""
         step, task = int(state.step), self.task
         card = export.model_card(self.config, step, export.figures(self.workdir, step))
-        model = export.Trained(task.policy, state.params, task.source)
+        base = self.config.policy.path
+        model = export.Trained(task.policy, state.params, task.source, base)
         directory = self.workdir / "export" / str(step)
         export.export(directory, model, self.config.export.dtype, card)

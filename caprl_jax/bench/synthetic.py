@@ -20,6 +20,7 @@ from caprl_jax.plan.shapes import INSTRUCTION, LETTERS, SPECIAL, AbstractStep
 from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
+from caprl_jax.rl.update import initial
 from caprl_jax.run import compile as compile_lib
 
 WORDS = 16  # tokens of a prompt around its image
@@ -49,8 +50,7 @@ def state(built: AbstractStep, seed: int = 0) -> State:
     policy, optimizer = built.policy, built.run.learner.optimizer
 
     def init(key):
-        params = nn.meta.unbox(policy.init(key))
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return initial(policy, optimizer, nn.meta.unbox(policy.init(key)))
 
     return jax.jit(init, out_shardings=_shardings(built.state))(jax.random.key(seed))
 

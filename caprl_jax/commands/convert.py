@@ -25,6 +25,7 @@ from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf.save import copy_companions
 from caprl_jax.parallel import mesh
 from caprl_jax.run import checkpoint, export, load
+from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import params as params_lib
 from caprl_jax.run import workdir as workdir_lib
 
@@ -53,14 +54,15 @@ def to_hugging_face(path: Path, out: Path, dtype: str, source: str | None = None
     workdir, step = find_step(path)
     with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
         config = ml_collections.ConfigDict(checkpoints.config(step))
-        policy, directory = load.read_model(
-            source or config.policy.path, "" if source else config.policy.revision, np.float32
-        )
+        path = source or config.policy.path
+        options = compile_lib.policy_options(config)
+        revision = "" if source else config.policy.revision
+        policy, directory = load.read_model(path, revision, np.float32, **options)
         rules = mesh.shard_rules(mesh.make_mesh({"fsdp": -1}))
         shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)
         params = checkpoints.restore_params(step, hf.abstract_params(policy), shardings)
     card = export.model_card(config, step, export.figures(workdir, step))
-    export.export(out, export.Trained(policy, params, directory), dtype, card)
+    export.export(out, export.Trained(policy, params, directory, path), dtype, card)
 
 
 def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:

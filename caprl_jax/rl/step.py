@@ -14,7 +14,7 @@ from caprl_jax.rl.measure import measure
 from caprl_jax.rl.rewards import Term, needed_models, reward
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Batch, Captions, Decoding, Metrics, Rollout, Scored, State
-from caprl_jax.rl.update import Learner, update
+from caprl_jax.rl.update import Learner, update, with_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def learn(
     Returns:
       (state after the step, metrics as (sum, count)).
     """
-    verbs = run.verbs
+    run, verbs = run.replace(learner=with_reference(run.learner, state.params)), run.verbs
     verdicts = verbs.judge(run.judge, readable, batch.questions, judging=run.judging, key=key)
     rewards = verbs.reward(run.rewards, Scored(batch, captions, verdicts, run.models))
     advantages = verbs.advantage(run.advantage, rewards, batch.valid)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import axes, mesh, slices
 from caprl_jax.registry import Choice
@@ -106,6 +107,7 @@ def update(
       the rollout's log-probabilities and the first update's: numerics only), the loss's own, kl
       with a reference, importance with a cap: the mean weight.
     """
+    learner = with_reference(learner, state.params)
     objective, count = learner.objective, _slices(learner)
     with jax.named_scope("update"):
         if slices.current().usual:  # slices of captions that are alike have little padding
@@ -129,6 +131,22 @@ def update(
         return _updates(learner, state, example)
 
 
+def initial(policy: Policy, optimizer: optax.GradientTransformation, params: Params) -> State:
+    """Returns the state before the first step, boxed if the parameters are.
+
+    The optimizer has a state for trained parameters only.
+    """
+    opt_state = optimizer.init(trained_lib.split(policy, params)[0])
+    return State(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def with_reference(learner: Learner, params: Params) -> Learner:
+    """Returns the learner of a step with its reference: LoRA's base, if it has none."""
+    if learner.reference is not None:
+        return learner
+    return learner.replace(reference=trained_lib.reference(learner.policy, params))
+
+
 def _slices(learner: Learner) -> int:
     """Returns the number of slices of a batch; each minibatch has as many as the others."""
     return math.lcm(slices.current().update, learner.objective.minibatches)
@@ -146,19 +164,22 @@ def _learned(objective: Objective, captions: Rollout, advantages: jax.Array) -> 
 
 def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, Metrics]:
     objective, parts = learner.objective, slices.split(example, _slices(learner))
+    # Of frozen parameters no gradient is computed.
+    trained, frozen = trained_lib.split(learner.policy, state.params)
 
     def one(carry, parts):
-        params, opt_state = carry
+        trained, opt_state = carry
         size = jax.vmap(lambda mask: objective.aggregation(jnp.zeros(mask.shape), mask)[1])
         count = jnp.maximum(jnp.sum(size(_in_loss(parts))), 1)
 
-        def loss(params, part, row):
+        def loss(trained, part, row):
+            params = trained_lib.join(trained, frozen)
             total, metrics = _slice_loss(learner, params, part, row)
             return total / count, metrics
 
-        grads, metrics = _sum_gradients(loss, params, parts, _like_params(learner.policy))
+        grads, metrics = _sum_gradients(loss, trained, parts, _like_params(learner.policy))
         state, told = apply_gradients(
-            learner.optimizer, (params, opt_state), grads, metrics["loss"][0]
+            learner.optimizer, (trained, opt_state), grads, metrics["loss"][0]
         )
         return state, metrics | told
 
@@ -167,13 +188,13 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
             return one(carry, parts)
         return jax.lax.scan(one, carry, _minibatches(parts, objective.minibatches))
 
-    carry = state.params, state.opt_state
-    (params, opt_state), metrics = jax.lax.scan(whole, carry, length=objective.updates)
+    carry = trained, state.opt_state
+    (trained, opt_state), metrics = jax.lax.scan(whole, carry, length=objective.updates)
     metrics = jax.tree.map(lambda a: a.reshape(-1), metrics)
     total = jax.tree.map(jnp.sum, metrics)
     # Before the first update, rollout and update have the same parameters: the gap is numerics.
     total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
-    return State(state.step + 1, params, opt_state), total
+    return State(state.step + 1, trained_lib.join(trained, frozen), opt_state), total
 
 
 def _minibatches(parts: _Example, count: int) -> _Example:
@@ -284,7 +305,7 @@ def _like_params(policy: Policy) -> Callable[[Params], Params]:
     if rules is None:
         return lambda grads: grads
     boxed = jax.eval_shape(policy.init, jax.random.key(0))
-    shardings = mesh.param_shardings(boxed, rules)
+    shardings = mesh.param_shardings(trained_lib.split(policy, boxed)[0], rules)
     return lambda grads: jax.lax.with_sharding_constraint(grads, shardings)
 
 
@@ -301,8 +322,8 @@ def apply_gradients(
 
     Args:
       optimizer: optax's.
-      before: (parameters, optimizer state).
-      grads: like the parameters.
+      before: (trained parameters, optimizer state).
+      grads: like these parameters.
       loss: float32 [], of these gradients.
 
     Returns:

@@ -20,6 +20,7 @@ from caprl_jax.decode.loop import Decoding
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.lora import Lora
 from caprl_jax.models.vlm import Policy, root_kv
 from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
@@ -121,8 +122,18 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     """Returns the config's optimizer; its schedule knows how often it is called in a step."""
     settings, caprl = make(Optimizer, dict(config.optimizer)), config.caprl
     each = caprl.updates * caprl.minibatches if config.objective == "caprl" else 1
-    frozen = config.policy.freeze_vision
-    return optimizer_lib.make(settings, config.steps * each, each, frozen)
+    return optimizer_lib.make(settings, config.steps * each, each)
+
+
+def policy_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns families.build's options that say what of the policy is trained.
+
+    Configs of older checkpoints may lack these keys.
+    """
+    parts = [part.strip().strip("/") for part in config.policy.get("freeze", "").split(",")]
+    parts += ["vision"] if config.policy.freeze_vision else []
+    lora = make(Lora, dict(config.get("lora", {})))
+    return {"frozen": tuple(sorted({*parts} - {""})), "lora": lora if lora.rank else None}
 
 
 def sampling(config: ml_collections.ConfigDict) -> Sampling:
@@ -171,6 +182,8 @@ def make_run(
 
 def needs_reference(config: ml_collections.ConfigDict) -> bool:
     """Tells whether the initial policy's parameters are held: for the KL, or for a reward term."""
+    if config.lora.rank:  # its base is there already
+        return False
     return bool(config.caprl.kl) or "reference" in needed_models(config_lib.terms(config))
 
 

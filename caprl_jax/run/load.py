@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util as traverse_util
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -21,7 +21,7 @@ from caprl_jax.data.settings import Data
 from caprl_jax.data.sources import SOURCES
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.errors import ConfigError, ModelDirectoryError
-from caprl_jax.models import families
+from caprl_jax.models import families, lora
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vision import VisionConfig
@@ -29,6 +29,7 @@ from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.types import State
+from caprl_jax.rl.update import initial
 from caprl_jax.run import params as params_lib
 from caprl_jax.settings import make
 
@@ -52,21 +53,29 @@ def read_with_tokenizer(
 def load_frozen(policy: Policy, directory: Path, rules: ShardRules, dtype: Any) -> Any:
     """Loads parameters of a model that isn't trained, in the compute dtype, on the mesh."""
     shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)
-    return _read_params(policy, directory, dtype, shardings)
+    shapes = hf.abstract_params(policy)
+    return _read_params(
+        policy, directory, jax.tree.map(lambda a: np.dtype(dtype), shapes), shardings
+    )
 
 
-def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
-    """Reads weights from safetensors, or from an Orbax checkpoint (convert.py).
+def _read_params(policy: Policy, directory: Path, dtypes: Any, shardings: Any) -> Any:
+    """Reads weights from safetensors, or from an Orbax checkpoint (convert.py); without LoRA's.
+
+    Args:
+      policy: modules.
+      directory: the model's.
+      dtypes: dtype of each parameter.
+      shardings: sharding of each parameter.
 
     Raises:
       ModelDirectoryError: they can't be read, or hold numbers that aren't finite.
     """
     if not (directory / params_lib.FOLDER).is_dir():
-        return hf.load_params(directory, policy, dtype, shardings, progress=processes.is_first())
+        return hf.load_params(directory, policy, dtypes, shardings, progress=processes.is_first())
     target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
-        hf.abstract_params(policy),
-        shardings,
+        lambda a, dtype, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
+        *(lora.base(tree) for tree in (hf.abstract_params(policy), dtypes, shardings)),
     )
     try:
         params = params_lib.load(directory / params_lib.FOLDER, target)
@@ -81,7 +90,7 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
     if bad := sum(hf.not_finite(np.asarray(data)) for data in shards):
         raise ModelDirectoryError(
             f"{directory}: the weights hold {bad} values that are NaN or infinite in "
-            f"{np.dtype(dtype).name}"
+            f"{jax.tree.leaves(dtypes)[0].name}"
         )
     return params
 
@@ -89,18 +98,35 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
 def initial_state(
     config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, rules: ShardRules
 ) -> State:
-    """Returns parameters (pretrained or random) and optimizer state, float32, on the mesh."""
+    """Returns parameters (pretrained or random) and optimizer state on the mesh.
+
+    Trained parameters are float32, frozen ones have the compute dtype. LoRA's begin at random, with
+    an update of zero.
+    """
 
     def init(key):
-        params = policy.init(key)
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return initial(policy, optimizer, policy.init(key))
+
+    def adapter(key):
+        flat = traverse_util.flatten_dict(nn.meta.unbox(policy.init(key)))
+        return {path: a for path, a in flat.items() if lora.is_adapter(path)}
 
     key = jax.random.key(config.seed)
-    shardings = mesh.param_shardings(jax.eval_shape(init, key), rules)
+    boxed = jax.eval_shape(init, key)
+    shardings = mesh.param_shardings(boxed, rules)
     if config.policy.init == "random":
         return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
-    params = _read_params(policy, directory, np.float32, shardings.params)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    dtypes = jax.tree.map(lambda a: a.dtype, nn.meta.unbox(boxed.params))
+    params = _read_params(policy, directory, dtypes, shardings.params)
+    if policy.lora:
+        flat, placed = (traverse_util.flatten_dict(t) for t in (params, shardings.params))
+        own = {path: placed[path] for path in jax.eval_shape(adapter, key)}
+        flat |= jax.jit(adapter, out_shardings=own)(key)
+        params = traverse_util.unflatten_dict(flat)
+    opt_state = jax.jit(
+        lambda params: initial(policy, optimizer, params).opt_state,
+        out_shardings=shardings.opt_state,
+    )(params)
     zero = jax.device_put(np.zeros((), np.int32), mesh.replicated(rules))
     return State(zero, params, opt_state)
 

@@ -43,16 +43,13 @@ def schedule(settings: Optimizer, updates: int, per_step: int = 1) -> optax.Sche
     )
 
 
-def make(
-    settings: Optimizer, updates: int, per_step: int, freeze_vision: bool
-) -> optax.GradientTransformation:
+def make(settings: Optimizer, updates: int, per_step: int) -> optax.GradientTransformation:
     """Returns clipping by global norm, then Adam (decoupled weight decay on matrices only).
 
     Args:
       settings: a config's section `optimizer`.
       updates: number of updates of the whole run.
       per_step: updates per step.
-      freeze_vision: whether to leave the vision tower unchanged, and hold no state for it.
     """
 
     def matrices(params):
@@ -61,7 +58,7 @@ def make(
             params,
         )
 
-    train = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(
             schedule(settings, updates, per_step),
@@ -70,10 +67,4 @@ def make(
             weight_decay=settings.weight_decay,
             mask=matrices,
         ),
-    )
-    if not freeze_vision:
-        return train
-    return optax.partition(
-        {"train": train, "frozen": optax.set_to_zero()},
-        lambda params: {part: "frozen" if part == "vision" else "train" for part in params},
     )

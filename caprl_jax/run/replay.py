@@ -10,6 +10,7 @@ from caprl_jax.errors import UserError
 from caprl_jax.parallel.jit import jit
 from caprl_jax.rl.step import Run, step_keys
 from caprl_jax.rl.types import Batch, Scored, State
+from caprl_jax.rl.update import with_reference
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import skipped
 from caprl_jax.run.build import Task
@@ -54,6 +55,7 @@ def replay(config: Any, task: Task, state: State, checkpoints: Checkpoints, file
 
 def _verbs(run: Run, state: State, batch: Batch, key: jax.Array) -> dict[str, Any]:
     """Returns what each verb of a step gives, in their order; of the update, its metrics."""
+    run = run.replace(learner=with_reference(run.learner, state.params))
     verbs, (rollout_key, judge_key) = run.verbs, step_keys(key)
     captions = verbs.rollout(
         run.learner.policy, state.params, batch, decoding=run.decoding, key=rollout_key
