@@ -64,9 +64,9 @@ def update(config: ml_collections.ConfigDict, built: AbstractStep) -> float:
     needed, policy = forward(config, built), built.policy
     whole = needed.images + needed.prompts + needed.captions
     gradients = 2 * whole
-    if not trained_lib.trains_any(policy, "vision"):
+    if not trained_lib.trains_any(policy, built.state.params, "vision"):
         gradients -= 2 * needed.images
-    if not trained_lib.trains_any(policy, "decoder") or policy.lora:
+    if policy.lora or not trained_lib.trains_any(policy, built.state.params, "decoder"):
         gradients -= needed.prompts + needed.captions
     caprl = config.caprl
     several = caprl.updates * caprl.minibatches > 1

@@ -41,14 +41,10 @@ def reference(policy: Policy, params: Params) -> Params | None:
     return base(params) if policy.lora else None
 
 
-def trains_any(policy: Policy, part: str) -> bool:
-    """Tells whether any parameter of a part, "vision" or "vision/blocks", is trained."""
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    return any("/".join(path).startswith(f"{part}/") for path in _flat(split(policy, shapes)[0]))
-
-
-def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    return flax.traverse_util.flatten_dict(tree)
+def trains_any(policy: Policy, params: Params, *parts: str) -> bool:
+    """Tells whether any parameter of these parts, "vision" or "vision/blocks", is trained."""
+    paths = [path for path in flax.traverse_util.flatten_dict(params) if policy.trains(path)]
+    return any("/".join((*path, "")).startswith(f"{part}/") for path in paths for part in parts)
 
 
 def count(params: Any) -> int:
