@@ -1,6 +1,7 @@
 """Readers of models, data and prompts, which refuse unusable ones before the first step."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from caprl_jax.data.settings import Data
 from caprl_jax.data.sources import SOURCES
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.errors import ConfigError, ModelDirectoryError
-from caprl_jax.models import families, lora
+from caprl_jax.models import families, lora, trained
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vision import VisionConfig
@@ -123,6 +124,8 @@ def initial_state(
         own = {path: placed[path] for path in jax.eval_shape(adapter, key)}
         flat |= jax.jit(adapter, out_shardings=own)(key)
         params = traverse_util.unflatten_dict(flat)
+    count = trained.count(trained.split(policy, params)[0])
+    logging.info("training %d of %d parameters", count, trained.count(params))
     opt_state = jax.jit(
         lambda params: initial(policy, optimizer, params).opt_state,
         out_shardings=shardings.opt_state,

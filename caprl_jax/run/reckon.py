@@ -345,7 +345,9 @@ class Reckoner:
     def _vision_kept(self, remat: str) -> float:
         """Returns the bytes of the residuals that the tower keeps for one image."""
         c, parts = self.models.policy.vision.config, ("blocks", "patch", "positions")
-        before = [f"vision/{part}" for part in parts]  # a merger's gradient needs its own layer only
+        before = [
+            f"vision/{part}" for part in parts
+        ]  # a merger's gradient needs its own layer only
         if not trained_lib.trains_any(self.models.policy, self.models.params, *before):
             return 0
         patches = self.config.data.max_windows * c.window**2
