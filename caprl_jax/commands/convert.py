@@ -73,7 +73,7 @@ def _exported(
     config: ml_collections.ConfigDict,
     policy: Policy,
 ) -> Params:
-    """Restores the parameters that the run would export: averages where the optimizer keeps them."""
+    """Restores the parameters that the run would export: averages where these are kept."""
     rules, key = mesh.shard_rules(mesh.make_mesh({"fsdp": -1})), jax.random.key(0)
     if not config.optimizer.get("ema", 0.0):
         shardings = mesh.param_shardings(jax.eval_shape(policy.init, key), rules)

@@ -138,7 +138,10 @@ class Linear(nn.Module):
             nn.initializers.zeros, (None, *self.names[self.inputs :])
         )
         b = self.param(B, zeros, (rank, *self.outputs)).astype(x.dtype)
-        low = jnp.tensordot(x.reshape(-1, *contracted), a, axes=self.inputs)
+        # Behind a barrier the compiler doesn't join this product with others of x: in decoding it
+        # would put their weights together anew for every token.
+        rows = jax.lax.optimization_barrier(x.reshape(-1, *contracted))
+        low = jnp.tensordot(rows, a, axes=self.inputs)
         y = jnp.tensordot(self.lora.scale * low, b, axes=1)
         return y.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
 

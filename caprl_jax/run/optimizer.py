@@ -1,4 +1,4 @@
-"""The optimizer: clipped gradients, Adam or Adafactor with a schedule, and an average of weights."""
+"""The optimizer: clipped gradients, Adam or Adafactor, a schedule, an average of parameters."""
 
 import dataclasses
 from typing import Any, NamedTuple
