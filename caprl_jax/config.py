@@ -16,6 +16,7 @@ from caprl_jax.data.settings import Data, Sft
 from caprl_jax.data.sources import SOURCES
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import ConfigError, did_you_mean
+from caprl_jax.models.lora import Lora
 from caprl_jax.parallel.settings import MeshSettings
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.advantages import ADVANTAGES
@@ -71,6 +72,7 @@ def sections(objective: str, source: str) -> dict[str, tuple[type, ...]]:
     found: dict[str, tuple[type, ...]] = {
         "": (General,),
         "policy": (PolicySettings,),
+        "lora": (Lora,),
         "judge": (JudgeSettings,),
         "verifier": (VerifierSettings,),
         "clip": (ClipSettings,),
@@ -359,6 +361,11 @@ def _check_learned(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.caprl.kl_target={caprl.kl_target} adapts the weight config.caprl.kl=0: give "
             "the weight to begin with, 0.01 for one"
+        )
+    if caprl.reference_mix and config.lora.rank:
+        raise ConfigError(
+            f"config.caprl.reference_mix={caprl.reference_mix} changes the reference, and that of "
+            f"LoRA (config.lora.rank={config.lora.rank}) is its frozen base: give one of them up"
         )
     held = caprl.kl or "reference" in needed_models(terms(config))
     if caprl.reference_mix and not held:

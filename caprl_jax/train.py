@@ -39,6 +39,7 @@ from caprl_jax.run.alarms import Watch
 from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints, saved_config
 from caprl_jax.run.endpoint_judge import Unanswered
+from caprl_jax.run.optimizer import averaged
 from caprl_jax.run.profile import Profile
 from caprl_jax.run.same_run import require_same
 from caprl_jax.run.settings import Alarms
@@ -179,7 +180,7 @@ class Loop:
         return state, after
 
     def _evaluate(self, step: int, state: Any, writer: metrics.MetricWriter) -> Evaluation:
-        evaluation = self.task.evaluate(state.params)
+        evaluation = self.task.evaluate(averaged(self.task.policy, state))
         writer.write(step, evaluation[0], prefix="eval/")
         self._show(step, evaluation, writer)
         return evaluation
@@ -293,6 +294,8 @@ class Loop:
         """Writes the current model to WORKDIR/export/STEP."""
         step, task = int(state.step), self.task
         card = export.model_card(self.config, step, export.figures(self.workdir, step))
-        model = export.Trained(task.policy, state.params, task.source)
+        base = self.config.policy.path
+        params = averaged(task.policy, state)
+        model = export.Trained(task.policy, params, task.source, base)
         directory = self.workdir / "export" / str(step)
         export.export(directory, model, self.config.export.dtype, card)

@@ -39,14 +39,16 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
 Expected:   Prism average over 11 benchmarks 39.9 -> 48.3 (arXiv 2509.22647, Table 3).
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, fix_slices, released
+from caprl_jax.recipes import choose, decode_over_tensor, fix_slices, lora, released
 
 # Slices of 128 images: one image a chip at a time on 16 GB, more where there is room.
 SLICES = {"v5e_16": 8, "v6e_16": 4, "v5p_8": 8, "v5p_64": 1, "h200": 64, "h200_8": 8}
 
 
 def get_config(argument=""):
-    recipe, hardware = choose(argument, ("released", "paper"), ("found", *SLICES))
+    recipe, trained, hardware = choose(
+        argument, ("released", "paper"), ("whole", "lora"), ("found", *SLICES)
+    )
     c = released("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct", side=28, windows=80)
     if hardware in SLICES:
         fix_slices(c, SLICES[hardware])
@@ -55,6 +57,8 @@ def get_config(argument=""):
         c.caprl.prefill_batches, c.caprl.score_batches = 32, 32
     if hardware in SLICES and not hardware.startswith("h200"):
         decode_over_tensor(c, 4, heads=False)  # 2 key-value heads
+    if trained == "lora":
+        lora(c)
     if recipe == "paper":
         c.caprl.advantage = "grpo"
         c.caprl.kl = 0.01  # the paper uses one; its coefficient is not given

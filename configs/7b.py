@@ -13,15 +13,17 @@ Expected:   no figures are published for this size; the untrained 7B stands at 4
             average, in which the trained 3B reaches 48.3 (arXiv 2509.22647, Table 3).
 """
 
-from caprl_jax.recipes import choose, decode_over_tensor, fix_slices, released
+from caprl_jax.recipes import choose, decode_over_tensor, fix_slices, lora, released
 
 SLICES = {"v5p_16": 4, "v5e_64": 2}  # slices of 128 images
 
 
 def get_config(argument=""):
-    (hardware,) = choose(argument, ("found", *SLICES))
+    trained, hardware = choose(argument, ("whole", "lora"), ("found", *SLICES))
     c = released("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", side=28, windows=80)
     if hardware in SLICES:
         fix_slices(c, SLICES[hardware])
         decode_over_tensor(c, 4, heads=True)  # 4 key-value heads
+    if trained == "lora":
+        lora(c)
     return c

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from caprl_jax.models import logprobs
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.plan import flops, roofline
 from caprl_jax.plan.shapes import AbstractStep
 
@@ -56,11 +57,18 @@ def forward(config: ml_collections.ConfigDict, built: AbstractStep) -> Forward:
 
 
 def update(config: ml_collections.ConfigDict, built: AbstractStep) -> float:
-    """Counts FLOPs of a config's updates, on all devices; a frozen tower has no gradient."""
-    needed = forward(config, built)
+    """Counts FLOPs of a config's updates, on all devices.
+
+    A frozen tower has no gradient. A frozen decoder has no gradients of weights, which are half.
+    """
+    needed, policy = forward(config, built), built.policy
     whole = needed.images + needed.prompts + needed.captions
-    trained = whole - (needed.images if built.policy.freeze_vision else 0)
+    gradients = 2 * whole
+    if not trained_lib.trains_any(policy, built.state.params, "vision"):
+        gradients -= 2 * needed.images
+    if policy.lora or not trained_lib.trains_any(policy, built.state.params, "decoder"):
+        gradients -= needed.prompts + needed.captions
     caprl = config.caprl
     several = caprl.updates * caprl.minibatches > 1
     fixed = bool(caprl.kl) + bool(caprl.importance_cap and several)  # passes without gradient
-    return fixed * whole + caprl.updates * (whole + 2 * trained)
+    return fixed * whole + caprl.updates * (whole + gradients)

@@ -20,6 +20,7 @@ from caprl_jax.plan.shapes import INSTRUCTION, LETTERS, SPECIAL, AbstractStep
 from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
+from caprl_jax.rl.update import initial
 from caprl_jax.run import compile as compile_lib
 
 WORDS = 16  # tokens of a prompt around its image
@@ -50,7 +51,7 @@ def state(built: AbstractStep, seed: int = 0) -> State:
 
     def init(key):
         params = nn.meta.unbox(policy.init(key))
-        state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        state = initial(policy, optimizer, params)
         if built.state.reference is not None:
             state = state.replace(reference=jax.tree.map(jnp.copy, params))
         if built.state.kl_weight is not None:

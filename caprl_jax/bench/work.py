@@ -92,7 +92,7 @@ def make(config: ml_collections.ConfigDict, folder: Path, seed: int = 0) -> Work
       ModelDirectoryError, ConfigError: the models or buckets are invalid.
     """
     dtype = compile_lib.compute_dtype(config)
-    options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
+    options = {"remat": config.policy.remat} | compile_lib.policy_options(config)
     path = directory(config.policy.path, folder)
     policy, policy_path = load.read_model(path, config.policy.revision, dtype, **options)
     path = directory(config.judge.path, folder)

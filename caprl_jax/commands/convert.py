@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -23,10 +24,13 @@ from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.hf.save import copy_companions
+from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.run import checkpoint, export, load
+from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import params as params_lib
 from caprl_jax.run import workdir as workdir_lib
+from caprl_jax.run.optimizer import averaged
 
 
 def find_step(path: Path) -> tuple[Path, int]:
@@ -53,14 +57,35 @@ def to_hugging_face(path: Path, out: Path, dtype: str, source: str | None = None
     workdir, step = find_step(path)
     with checkpoint.Checkpoints(workdir, keep=None) as checkpoints:
         config = ml_collections.ConfigDict(checkpoints.config(step))
-        policy, directory = load.read_model(
-            source or config.policy.path, "" if source else config.policy.revision, np.float32
-        )
-        rules = mesh.shard_rules(mesh.make_mesh({"fsdp": -1}))
-        shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)
-        params = checkpoints.restore_params(step, hf.abstract_params(policy), shardings)
+        path = source or config.policy.path
+        options = compile_lib.policy_options(config)
+        revision = "" if source else config.policy.revision
+        policy, directory = load.read_model(path, revision, np.float32, **options)
+        params = _exported(checkpoints, step, config, policy)
     card = export.model_card(config, step, export.figures(workdir, step))
-    export.export(out, export.Trained(policy, params, directory), dtype, card)
+    export.export(out, export.Trained(policy, params, directory, path), dtype, card)
+
+
+def _exported(
+    checkpoints: checkpoint.Checkpoints,
+    step: int,
+    config: ml_collections.ConfigDict,
+    policy: Policy,
+) -> Params:
+    """Restores the parameters that the run would export: averages where these are kept."""
+    rules, key = mesh.shard_rules(mesh.make_mesh({"fsdp": -1})), jax.random.key(0)
+    if not config.optimizer.get("ema", 0.0):
+        shardings = mesh.param_shardings(jax.eval_shape(policy.init, key), rules)
+        return checkpoints.restore_params(step, hf.abstract_params(policy), shardings)
+    optimizer = compile_lib.optimizer(config)
+    boxed = jax.eval_shape(
+        lambda key: compile_lib.first_state(config, policy, optimizer, policy.init(key)), key
+    )
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        *(nn.meta.unbox(boxed), mesh.param_shardings(boxed, rules)),
+    )
+    return averaged(policy, checkpoints.restore(step, target))
 
 
 def to_orbax(path: str, revision: str, out: Path, dtype: str) -> None:

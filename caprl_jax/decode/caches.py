@@ -29,7 +29,9 @@ from caprl_jax.parallel.axes import constrain
 def weights(policy: Policy, params: Params, per_layer: bool | None = None) -> Params:
     """Casts and reshards the decoder's weights once, before the decode loop.
 
-    Traced under the shard rules of decoding (axes.decoding), which say where the weights go.
+    Traced under the shard rules of decoding (axes.decoding), which say where the weights go. LoRA's
+    updates stay apart: in bfloat16 a sum with the weights would round away most of an update that
+    is small beside them, and captions would be drawn from another policy than the one that learns.
 
     Args:
       policy: modules.
@@ -267,7 +269,7 @@ class PerLayer:
         layers, rest = _layers(weights)
         # The last array of each layer holds the stage's own tokens; others hold earlier ones.
         at = write.at - sum(mask.shape[-1] for mask in cache.masks[:-1])
-        block = Block(self.decoder.config, transposed=_are_transposed(layers))
+        block = Block(self.decoder.config, _are_transposed(layers), self.decoder.lora)
         ones = jnp.ones(x.shape[:-1], bool)
         rotation = self.decoder.apply(rest, positions, ones, method=Decoder.rotation)
         # The barrier keeps the compiler from computing cosines and sines again in every layer.

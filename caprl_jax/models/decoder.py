@@ -17,6 +17,7 @@ import numpy as np
 from caprl_jax.models import attention, decode_attention
 from caprl_jax.models.attention import KV, Rotation, Row, Segment
 from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialise, transposed_product
+from caprl_jax.models.lora import Lora
 from caprl_jax.parallel.axes import BATCH, CACHED, constrain, constrain_last, varied_as
 
 
@@ -104,25 +105,35 @@ class Block(nn.Module):
     Attributes:
       config: sizes.
       transposed: see Linear.
+      lora: updates of the projections that it names; or None.
     """
 
     config: DecoderConfig
     transposed: bool = False
+    lora: Lora | None = None
 
     def setup(self):
         c = self.config
-        linear = functools.partial(Linear, transposed=self.transposed)
+
+        def linear(name, *args, **options):
+            lora = self.lora if self.lora and name in self.lora.names else None
+            return Linear(*args, transposed=self.transposed, lora=lora, **options)
+
         self.attention_norm, self.mlp_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
         self.q, self.k, self.v = (
-            linear((count, c.head_dim), ("embed", kind, None), bias=c.qkv_bias)
-            for count, kind in ((c.heads, "heads"), *[(c.kv_heads, "kv_heads")] * 2)
+            linear(name, (count, c.head_dim), ("embed", kind, None), bias=c.qkv_bias)
+            for name, count, kind in (
+                ("q", c.heads, "heads"),
+                ("k", c.kv_heads, "kv_heads"),
+                ("v", c.kv_heads, "kv_heads"),
+            )
         )
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
-        self.o = linear((c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2)
-        self.gate = linear((c.feed_forward,), ("embed", "mlp"))
-        self.up = linear((c.feed_forward,), ("embed", "mlp"))
-        self.down = linear((c.width,), ("mlp", "embed"))
+        self.o = linear("o", (c.width,), ("heads", None, "embed"), bias=c.o_bias, inputs=2)
+        self.gate = linear("gate", (c.feed_forward,), ("embed", "mlp"))
+        self.up = linear("up", (c.feed_forward,), ("embed", "mlp"))
+        self.down = linear("down", (c.width,), ("mlp", "embed"))
 
     def __call__(
         self, x: jax.Array, context: Context, past: tuple[LayerKV, ...], layer: jax.Array
@@ -289,11 +300,13 @@ class Decoder(nn.Module):
       config: sizes.
       dtype: dtype of the computation; parameters keep their own.
       remat: key of layers.REMAT: the residuals that each layer keeps for its backward pass.
+      lora: see Block.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora: Lora | None = None
 
     def setup(self):
         c = self.config
@@ -308,7 +321,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0, 0),
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+        )(c, lora=self.lora)
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
             init = init_normal(1 / np.sqrt(c.width), ("vocab", "embed"))
@@ -376,7 +389,8 @@ class Decoder(nn.Module):
           (hidden [*batch, n, e] after the final norm, KV of all tokens).
         """
         own = _row(own)
-        block, stacked = Block(self.config, parent=None), self.variables["params"]["layers"]
+        block = Block(self.config, lora=self.lora, parent=None)
+        stacked = self.variables["params"]["layers"]
         context, pasts = self._context(positions, own, past), tuple((kv.k, kv.v) for kv in past)
 
         def layer(x, i, last, method):

@@ -7,8 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from caprl_jax.models import attention
+from caprl_jax.models.lora import A, B, Lora
 
 # Residuals that a layer keeps for its backward pass, from most to least memory; None keeps all of
 # them. In each case attention's gradient computes the scores once more (attention.attend); with
@@ -37,6 +39,15 @@ def rematerialise(layer: type[nn.Module], remat: str) -> type[nn.Module]:
 def init_normal(stddev: float, names: tuple[str | None, ...]):
     """Normal initialiser that carries the axes' logical names for the shard rules."""
     return nn.with_logical_partitioning(nn.initializers.normal(stddev), names)
+
+
+def init_uniform(bound: float):
+    """Initialiser that is uniform between -bound and bound."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 class RMSNorm(nn.Module):
@@ -83,6 +94,8 @@ class Linear(nn.Module):
       transposed: whether the kernel is [outputs, inputs], both flattened. The layer then computes
         kernel @ x^T, which is faster on a CPU for the few rows of a decode step.
         decode.caches.weights makes such kernels; init never does.
+      lora: the layer's update is added where the parameters hold one; init makes it. None: it has
+        none.
     """
 
     outputs: tuple[int, ...]
@@ -90,6 +103,7 @@ class Linear(nn.Module):
     bias: bool = False
     inputs: int = 1
     transposed: bool = False
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,7 +123,27 @@ class Linear(nn.Module):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
             bias = self.param("bias", zeros, self.outputs).astype(x.dtype)
             y = y + attention.align_right(bias, y.ndim)
+        if self.lora and (self.is_initializing() or self.has_variable("params", A)):
+            # Kept by name: "products" would keep both summands.
+            y = checkpoint_name(y + self._update(x, contracted), attention.KEPT)
         return y
+
+    def _update(self, x: jax.Array, contracted: tuple[int, ...]) -> jax.Array:
+        """Returns LoRA's summand [*batch, *outputs]; its start is 0, as PEFT's is."""
+        rank, outer = self.lora.rank, self.names[: self.inputs]
+        bound = 1 / np.sqrt(np.prod(contracted))  # torch's kaiming_uniform_ with a = sqrt(5)
+        init = nn.with_logical_partitioning(init_uniform(bound), (*outer, None))
+        a = self.param(A, init, (*contracted, rank)).astype(x.dtype)
+        zeros = nn.with_logical_partitioning(
+            nn.initializers.zeros, (None, *self.names[self.inputs :])
+        )
+        b = self.param(B, zeros, (rank, *self.outputs)).astype(x.dtype)
+        # Behind a barrier the compiler doesn't join this product with others of x: in decoding it
+        # would put their weights together anew for every token.
+        rows = jax.lax.optimization_barrier(x.reshape(-1, *contracted))
+        low = jnp.tensordot(rows, a, axes=self.inputs)
+        y = jnp.tensordot(self.lora.scale * low, b, axes=1)
+        return y.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
 
 
 def transposed_product(kernel: jax.Array, rows: jax.Array, dtype: Any = None) -> jax.Array:

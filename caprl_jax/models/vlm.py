@@ -7,12 +7,14 @@ A text-only model (the judge in training) has no vision tower and no images.
 import dataclasses
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from caprl_jax.models.attention import KV, Row
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.lora import Lora, is_adapter
 from caprl_jax.models.vision import Images, VisionTower
 
 Params = dict  # {"decoder": ..., "vision": ... unless text only}
@@ -56,11 +58,30 @@ class Trunk:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The modules of a vision-language model, or of a text model if vision is None; no arrays."""
+    """The modules of a vision-language model, or of a text model if vision is None; no arrays.
+
+    Attributes:
+      decoder: the text decoder.
+      vision: the vision tower, or None.
+      frozen: the parts that no step changes, as prefixes of their parameters' paths: "vision",
+        "vision/merger". With LoRA everything but its updates is frozen.
+    """
 
     decoder: Decoder
     vision: VisionTower | None = None
-    freeze_vision: bool = False
+    frozen: tuple[str, ...] = ()
+
+    @property
+    def lora(self) -> Lora | None:
+        """Returns the settings of the decoder's LoRA, or None."""
+        return self.decoder.lora
+
+    def trains(self, path: tuple[str, ...]) -> bool:
+        """Tells whether a parameter, by its path, is trained."""
+        if self.lora:
+            return is_adapter(path)
+        name = "/".join(path)
+        return not any(name == part or name.startswith(f"{part}/") for part in self.frozen)
 
     def with_tokens(self, count: int) -> "Policy":
         """Returns the same modules for a tokenizer with ids below `count`."""
@@ -68,7 +89,10 @@ class Policy:
         return dataclasses.replace(self, decoder=self.decoder.clone(config=config))
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, boxed with their axes' logical names."""
+        """Random parameters, boxed with their axes' logical names.
+
+        Trained ones are float32, frozen ones have the compute dtype.
+        """
         text_key, vision_key = jax.random.split(key)
         everything = Decoder.everything
         tokens = jnp.zeros(1, jnp.int32)
@@ -82,7 +106,17 @@ class Policy:
                 jnp.ones((1, m), bool),
             )
             params["vision"] = self.vision.init(vision_key, empty)["params"]
-        return params
+        return self.cast(params)
+
+    def cast(self, params: Params) -> Params:
+        """Returns parameters, boxed or not, with the frozen ones in the compute dtype."""
+        if not self.lora and not self.frozen:
+            return params
+        flat = flax.traverse_util.flatten_dict(params)
+        for path in flat:
+            if not self.trains(path):
+                flat[path] = jax.tree.map(lambda a: a.astype(self.decoder.dtype), flat[path])
+        return flax.traverse_util.unflatten_dict(flat)
 
     def positions(self, start: jax.Array, length: int) -> jax.Array:
         """Text positions start, start + 1, ...: int [*batch] -> [*batch, length(, 3)]."""
@@ -101,8 +135,6 @@ class Policy:
         deep = None
         if images is not None:
             features, deep = self.vision.apply({"params": params["vision"]}, images)
-            if self.freeze_vision:
-                features, deep = jax.lax.stop_gradient((features, deep))
             index = jnp.maximum(prompt.feature, 0)[..., None]
             is_image = prompt.feature[..., None] >= 0
             at_token = jnp.take_along_axis(features.astype(x.dtype), index, axis=1)

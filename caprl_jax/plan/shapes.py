@@ -14,6 +14,7 @@ from caprl_jax import config as config_lib
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Policy, Prompt, root_kv
@@ -96,11 +97,12 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
         )
     dtype = compile_lib.compute_dtype(config, devices[0].platform)
     rules = compile_lib.shard_rules(config, devices)
-    options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
+    options = {"remat": config.policy.remat} | compile_lib.policy_options(config)
     shape = model_config(config.policy.path)
     policy = families.build(shape, dtype, where=config.policy.path, **options)
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
+    trained_lib.check(policy)
     stop = (int(shape.get("eos_token_id", 0)), int(shape.get("bos_token_id", 0)))
     reference = None
     if compile_lib.needs_reference(config) and not compile_lib.moves_reference(config):
@@ -114,7 +116,7 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Abstract
     optimizer = run.learner.optimizer
 
     def init(key):
-        return compile_lib.first_state(config, policy.init(key), optimizer)
+        return compile_lib.first_state(config, policy, optimizer, policy.init(key))
 
     state = params(init, rules)
     program, _ = compile_lib.one_program(caprl_step, config, run, state, rules)

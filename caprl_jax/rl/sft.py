@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from caprl_jax.models import logprobs
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.attention import KV
 from caprl_jax.models.vision import Images
 from caprl_jax.models.vlm import Params, Policy, Prompt, root_kv
@@ -88,12 +89,15 @@ def sft_step(
 ) -> tuple[State, Metrics]:
     """Takes one supervised update of the weighted mean negative log-likelihood over the tree."""
 
-    def loss(params):
-        return losses(policy, params, examples)
+    trained, frozen = trained_lib.split(policy, state.params)
 
-    (nll, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    def loss(trained):
+        return losses(policy, trained_lib.join(trained, frozen), examples)
+
+    (nll, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     total = jnp.maximum(total_weight(examples), 1e-6)
     grads = jax.tree.map(lambda g: g / total, grads)
-    before = state.params, state.opt_state
-    (params, opt_state), told = apply_gradients(optimizer, before, grads, nll)
+    before = trained, state.opt_state
+    (trained, opt_state), told = apply_gradients(optimizer, before, grads, nll)
+    params = trained_lib.join(trained, frozen)
     return State(state.step + 1, params, opt_state), metrics | told

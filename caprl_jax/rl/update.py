@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import axes, mesh, slices
 from caprl_jax.registry import Choice
@@ -75,8 +76,13 @@ class Learner:
     kl_weight: jax.Array | None = None
 
     def at(self, state: State) -> "Learner":
-        """Returns the learner with the reference and the KL weight of a state that has them."""
+        """Returns the learner with a state's reference and KL weight, where it has them.
+
+        LoRA's reference is its base.
+        """
         reference = self.reference if state.reference is None else state.reference
+        if reference is None:
+            reference = trained_lib.reference(self.policy, state.params)
         return self.replace(reference=reference, kl_weight=state.kl_weight)
 
 
@@ -143,6 +149,15 @@ def update(
         return _updates(learner, state, example)
 
 
+def initial(policy: Policy, optimizer: optax.GradientTransformation, params: Params) -> State:
+    """Returns the state before the first step, boxed if the parameters are.
+
+    The optimizer has a state for trained parameters only.
+    """
+    opt_state = optimizer.init(trained_lib.split(policy, params)[0])
+    return State(jnp.zeros((), jnp.int32), params, opt_state)
+
+
 def _slices(learner: Learner) -> int:
     """Returns the number of slices of a batch; each minibatch has as many as the others."""
     return math.lcm(slices.current().update, learner.objective.minibatches)
@@ -162,19 +177,22 @@ def _learned(objective: Objective, captions: Rollout, advantages: jax.Array) -> 
 
 def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, Metrics]:
     objective, parts = learner.objective, slices.split(example, _slices(learner))
+    # Of frozen parameters no gradient is computed.
+    trained, frozen = trained_lib.split(learner.policy, state.params)
 
     def one(carry, parts):
-        params, opt_state = carry
+        trained, opt_state = carry
         size = jax.vmap(lambda mask: objective.aggregation(jnp.zeros(mask.shape), mask)[1])
         count = jnp.maximum(jnp.sum(size(_in_loss(parts))), 1)
 
-        def loss(params, part, row):
+        def loss(trained, part, row):
+            params = trained_lib.join(trained, frozen)
             total, metrics = _slice_loss(learner, params, part, row)
             return total / count, metrics
 
-        grads, metrics = _sum_gradients(loss, params, parts, _like_params(learner.policy))
+        grads, metrics = _sum_gradients(loss, trained, parts, _like_params(learner.policy))
         state, told = apply_gradients(
-            learner.optimizer, (params, opt_state), grads, metrics["loss"][0]
+            learner.optimizer, (trained, opt_state), grads, metrics["loss"][0]
         )
         return state, metrics | told
 
@@ -183,15 +201,16 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
             return one(carry, parts)
         return jax.lax.scan(one, carry, _minibatches(parts, objective.minibatches))
 
-    carry = state.params, state.opt_state
-    (params, opt_state), metrics = jax.lax.scan(whole, carry, length=objective.updates)
+    carry = trained, state.opt_state
+    (trained, opt_state), metrics = jax.lax.scan(whole, carry, length=objective.updates)
     metrics = jax.tree.map(lambda a: a.reshape(-1), metrics)
     total = jax.tree.map(jnp.sum, metrics)
     # Before the first update, rollout and update have the same parameters: the gap is numerics.
     total["logp_gap"] = jax.tree.map(lambda a: a[0], metrics["logp_gap"])
     if state.kl_weight is not None:
         total["kl_weight"] = state.kl_weight, jnp.ones((), jnp.float32)
-    return _next_state(objective, state, (params, opt_state), total), total
+    after = trained_lib.join(trained, frozen), opt_state
+    return _next_state(objective, state, after, total), total
 
 
 def _next_state(objective: Objective, state: State, after: tuple, metrics: Metrics) -> State:
@@ -204,8 +223,13 @@ def _next_state(objective: Objective, state: State, after: tuple, metrics: Metri
     params, opt_state = after
     step, reference, weight = state.step + 1, state.reference, state.kl_weight
     if reference is not None:
-        mix = jnp.where(step % objective.reference_every == 0, objective.reference_mix, 0.0)
-        reference = jax.tree.map(lambda old, new: (1 - mix) * old + mix * new, reference, params)
+        due = step % objective.reference_every == 0
+        mix = jnp.where(due, jnp.float32(objective.reference_mix), 0)
+
+        def mixed(old, new):
+            return jnp.where(mix == 1, new, old + mix * (new - old)).astype(old.dtype)
+
+        reference = jax.tree.map(mixed, reference, params)
     if weight is not None:
         total, count = metrics["kl"]
         error = jnp.clip(total / jnp.maximum(count, 1) / objective.kl_target - 1, -0.2, 0.2)
@@ -322,7 +346,7 @@ def _like_params(policy: Policy) -> Callable[[Params], Params]:
     if rules is None:
         return lambda grads: grads
     boxed = jax.eval_shape(policy.init, jax.random.key(0))
-    shardings = mesh.param_shardings(boxed, rules)
+    shardings = mesh.param_shardings(trained_lib.split(policy, boxed)[0], rules)
     return lambda grads: jax.lax.with_sharding_constraint(grads, shardings)
 
 
@@ -339,8 +363,8 @@ def apply_gradients(
 
     Args:
       optimizer: optax's.
-      before: (parameters, optimizer state).
-      grads: like the parameters.
+      before: (trained parameters, optimizer state).
+      grads: like these parameters.
       loss: float32 [], of these gradients.
 
     Returns:

@@ -28,6 +28,7 @@ from caprl_jax.evaluate.own_captions import OwnCaptionLoss
 from caprl_jax.evaluate.rubrics import Rubrics
 from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.evaluate.splicing import Splicing
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.flash import calls
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
@@ -93,9 +94,10 @@ class _Model:
 def _read_policy(config: ml_collections.ConfigDict) -> _Model:
     rules, dtype = compile_lib.shard_rules(config), compile_lib.compute_dtype(config)
     logging.info("attention: %s", calls.described(rules))
-    options = {"remat": config.policy.remat, "freeze_vision": config.policy.freeze_vision}
+    options = {"remat": config.policy.remat} | compile_lib.policy_options(config)
     path, revision = config.policy.path, config.policy.revision
     policy, directory, tokenizer = load.read_with_tokenizer(path, revision, dtype, **options)
+    trained_lib.check(policy)
     return _Model(policy, directory, tokenizer, rules)
 
 

@@ -20,6 +20,7 @@ from caprl_jax.decode.loop import Decoding
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.lora import Lora
 from caprl_jax.models.vlm import Policy, root_kv
 from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
@@ -31,7 +32,7 @@ from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.similarity import MASK, TOKENS
 from caprl_jax.rl.step import Run, learn
 from caprl_jax.rl.types import Captions, Instruction, State
-from caprl_jax.rl.update import Learner, Objective
+from caprl_jax.rl.update import Learner, Objective, initial
 from caprl_jax.run import optimizer as optimizer_lib
 from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.settings import make
@@ -126,8 +127,18 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     """Returns the config's optimizer; its schedule knows how often it is called in a step."""
     settings, caprl = make(Optimizer, dict(config.optimizer)), config.caprl
     each = caprl.updates * caprl.minibatches if config.objective == "caprl" else 1
-    frozen = config.policy.freeze_vision
-    return optimizer_lib.make(settings, config.steps * each, each, frozen)
+    return optimizer_lib.make(settings, config.steps * each, each)
+
+
+def policy_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns families.build's options that say what of the policy is trained.
+
+    Configs of older checkpoints may lack these keys.
+    """
+    parts = [part.strip().strip("/") for part in config.policy.get("freeze", "").split(",")]
+    parts += ["vision"] if config.policy.freeze_vision else []
+    lora = make(Lora, dict(config.get("lora", {})))
+    return {"frozen": tuple(sorted({*parts} - {""})), "lora": lora if lora.rank else None}
 
 
 def sampling(config: ml_collections.ConfigDict) -> Sampling:
@@ -182,6 +193,8 @@ def make_run(
 
 def needs_reference(config: ml_collections.ConfigDict) -> bool:
     """Tells whether a reference policy is held: for the KL, or for a reward term."""
+    if config.lora.rank:  # its base is there already
+        return False
     needed = needed_models(config_lib.terms(config))
     verifies = "verifier" in needed and not config.verifier.path
     return bool(config.caprl.kl) or "reference" in needed or verifies
@@ -193,16 +206,20 @@ def moves_reference(config: ml_collections.ConfigDict) -> bool:
 
 
 def first_state(
-    config: ml_collections.ConfigDict, params: Any, optimizer: optax.GradientTransformation
+    config: ml_collections.ConfigDict,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    params: Any,
 ) -> State:
     """Returns the state before the first step; jit it.
 
     Args:
       config: the run's config.
-      params: the policy's parameters, boxed or not.
+      policy: modules.
       optimizer: the config's.
+      params: the policy's parameters, boxed or not.
     """
-    state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    state = initial(policy, optimizer, params)
     if config.objective != "caprl":
         return state
     if moves_reference(config):  # a copy: a step donates both

@@ -98,11 +98,13 @@ class Trained:
       policy: modules.
       params: unboxed parameters.
       source: the directory the run started from; its tokenizer and processor are copied.
+      base: hub id or path that it was found by, for LoRA's adapter_config.json.
     """
 
     policy: Policy
     params: Any
     source: Path
+    base: str = ""
 
 
 def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
@@ -124,7 +126,7 @@ def export(directory: Path, model: Trained, dtype: str, card: str) -> None:
         raise UserError(
             f"{directory} exists already and is no export of this run at this step: move it away"
         )
-    files = Target(directory, np.dtype(dtype), card=card, replace=True)
+    files = Target(directory, np.dtype(dtype), card=card, replace=True, base=model.base)
     try:
         save(files, model.policy, model.params, model.source)
     except (OSError, safetensors.SafetensorError) as e:

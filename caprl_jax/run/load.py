@@ -1,11 +1,13 @@
 """Readers of models, data and prompts, which refuse unusable ones before the first step."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util as traverse_util
 import jax
 import ml_collections
 import numpy as np
@@ -21,7 +23,7 @@ from caprl_jax.data.settings import Data
 from caprl_jax.data.sources import SOURCES
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.errors import ConfigError, ModelDirectoryError
-from caprl_jax.models import families
+from caprl_jax.models import families, lora, trained
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vision import VisionConfig
@@ -53,21 +55,29 @@ def read_with_tokenizer(
 def load_frozen(policy: Policy, directory: Path, rules: ShardRules, dtype: Any) -> Any:
     """Loads parameters of a model that isn't trained, in the compute dtype, on the mesh."""
     shardings = mesh.param_shardings(jax.eval_shape(policy.init, jax.random.key(0)), rules)
-    return _read_params(policy, directory, dtype, shardings)
+    shapes = hf.abstract_params(policy)
+    return _read_params(
+        policy, directory, jax.tree.map(lambda a: np.dtype(dtype), shapes), shardings
+    )
 
 
-def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) -> Any:
-    """Reads weights from safetensors, or from an Orbax checkpoint (convert.py).
+def _read_params(policy: Policy, directory: Path, dtypes: Any, shardings: Any) -> Any:
+    """Reads weights from safetensors, or from an Orbax checkpoint (convert.py); without LoRA's.
+
+    Args:
+      policy: modules.
+      directory: the model's.
+      dtypes: dtype of each parameter.
+      shardings: sharding of each parameter.
 
     Raises:
       ModelDirectoryError: they can't be read, or hold numbers that aren't finite.
     """
     if not (directory / params_lib.FOLDER).is_dir():
-        return hf.load_params(directory, policy, dtype, shardings, progress=processes.is_first())
+        return hf.load_params(directory, policy, dtypes, shardings, progress=processes.is_first())
     target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
-        hf.abstract_params(policy),
-        shardings,
+        lambda a, dtype, s: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
+        *(lora.base(tree) for tree in (hf.abstract_params(policy), dtypes, shardings)),
     )
     try:
         params = params_lib.load(directory / params_lib.FOLDER, target)
@@ -82,7 +92,7 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
     if bad := sum(hf.not_finite(np.asarray(data)) for data in shards):
         raise ModelDirectoryError(
             f"{directory}: the weights hold {bad} values that are NaN or infinite in "
-            f"{np.dtype(dtype).name}"
+            f"{jax.tree.leaves(dtypes)[0].name}"
         )
     return params
 
@@ -90,21 +100,40 @@ def _read_params(policy: Policy, directory: Path, dtype: Any, shardings: Any) ->
 def initial_state(
     config: ml_collections.ConfigDict, policy: Policy, directory: Path, optimizer, rules: ShardRules
 ) -> State:
-    """Returns parameters (pretrained or random) and optimizer state, float32, on the mesh."""
+    """Returns parameters (pretrained or random) and optimizer state on the mesh.
+
+    Trained parameters are float32, frozen ones have the compute dtype. LoRA's begin at random, with
+    an update of zero.
+    """
 
     def init(key):
-        return compile_lib.first_state(config, policy.init(key), optimizer)
+        return compile_lib.first_state(config, policy, optimizer, policy.init(key))
+
+    def adapter(key):
+        flat = traverse_util.flatten_dict(nn.meta.unbox(policy.init(key)))
+        return {path: a for path, a in flat.items() if lora.is_adapter(path)}
 
     key = jax.random.key(config.seed)
-    shardings = mesh.param_shardings(jax.eval_shape(init, key), rules)
+    boxed = jax.eval_shape(init, key)
+    shardings = mesh.param_shardings(boxed, rules)
     if config.policy.init == "random":
         return jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=shardings)(key)
-    params = _read_params(policy, directory, np.float32, shardings.params)
-    rest = jax.jit(
-        lambda params: compile_lib.first_state(config, params, optimizer).replace(params=None),
-        out_shardings=shardings.replace(params=None),
-    )
-    return rest(params).replace(params=params)
+    dtypes = jax.tree.map(lambda a: a.dtype, nn.meta.unbox(boxed.params))
+    params = _read_params(policy, directory, dtypes, shardings.params)
+    if policy.lora:
+        flat, placed = (traverse_util.flatten_dict(t) for t in (params, shardings.params))
+        own = {path: placed[path] for path in jax.eval_shape(adapter, key)}
+        flat |= jax.jit(adapter, out_shardings=own)(key)
+        params = traverse_util.unflatten_dict(flat)
+    count = trained.count(trained.split(policy, params)[0])
+    logging.info("training %d of %d parameters", count, trained.count(params))
+
+    def rest(params):
+        state = compile_lib.first_state(config, policy, optimizer, params)
+        return state.replace(params=None)
+
+    others = jax.jit(rest, out_shardings=shardings.replace(params=None))(params)
+    return others.replace(params=params)
 
 
 def judge_prompt(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> JudgePrompt:

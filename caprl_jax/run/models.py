@@ -14,11 +14,13 @@ from caprl_jax import config as config_lib
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.clip import Clip
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.hf import sizes
 from caprl_jax.models.vlm import Policy
 from caprl_jax.rl.rewards import needed_models
+from caprl_jax.rl.update import initial
 from caprl_jax.run import compile as compile_lib
 
 
@@ -28,7 +30,7 @@ class Models:
 
     Attributes:
       policy: modules.
-      params: the policy's parameters, float32.
+      params: the policy's parameters.
       opt_state: the optimizer's state.
       judge: the judge's decoder; None behind an endpoint.
       judge_params: its parameters.
@@ -87,14 +89,15 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
     """
     dtype = compile_lib.compute_dtype(config, platform)
 
-    def build(section: Any) -> Policy:
+    def build(section: Any, **options) -> Policy:
         shape = model_config(section.path, section.revision if fetch else None)
-        return families.build(shape, dtype, where=section.path)
+        return families.build(shape, dtype, where=section.path, **options)
 
-    policy = build(config.policy)
+    policy = build(config.policy, **compile_lib.policy_options(config))
     judge = None if is_url(config.judge.path) else build(config.judge).decoder
     if policy.vision is None:
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
+    trained_lib.check(policy)
     optimizer, key = compile_lib.optimizer(config), jax.random.key(0)
     needed = needed_models(config_lib.terms(config))
     verifier, frozen = (policy if "verifier" in needed else None), {}
@@ -103,10 +106,11 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
         frozen["verifier"] = jax.eval_shape(verifier.init, key)
     if "clip" in needed:
         frozen["clip"] = jax.eval_shape(_clip(config, dtype, fetch).init_params, key)
+    state = jax.eval_shape(lambda key: initial(policy, optimizer, policy.init(key)), key)
     return Models(
         policy=policy,
-        params=jax.eval_shape(policy.init, key),
-        opt_state=jax.eval_shape(lambda key: optimizer.init(policy.init(key)), key),
+        params=state.params,
+        opt_state=state.opt_state,
         judge=judge,
         judge_params=jax.eval_shape(functools.partial(init_decoder, judge), key) if judge else {},
         reference=_reference_bytes(config, dtype),

@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from caprl_jax.config import about, learned_images, slices_of
 from caprl_jax.decode import scheduling
 from caprl_jax.models import logprobs
+from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.attention import SCORE_BYTES
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.parallel import mesh
@@ -295,7 +296,8 @@ class Reckoner:
         i = -(-i * learned_images(config) // config.data.batch)
         captions = i * packing.most_tokens((g, t), config.caprl.usual_tokens)
         p = config.data.max_prompt
-        gradients = _on_one(self.models.params, on, 4)
+        trained, _ = trained_lib.split(self.models.policy, self.models.params)
+        gradients = _on_one(trained, on, 4)
         chunk = -(-c.vocab // -(-c.vocab // 8192))
         logits = LOGITS * chunk
         if logprobs.keeps_logits(captions * on.size("images"), c.vocab):
@@ -366,8 +368,11 @@ class Reckoner:
 
     def _vision_kept(self, remat: str) -> float:
         """Returns the bytes of the residuals that the tower keeps for one image."""
-        c = self.models.policy.vision.config
-        if self.models.policy.freeze_vision or self.config.policy.freeze_vision:
+        c, parts = self.models.policy.vision.config, ("blocks", "patch", "positions")
+        before = [
+            f"vision/{part}" for part in parts
+        ]  # a merger's gradient needs its own layer only
+        if not trained_lib.trains_any(self.models.policy, self.models.params, *before):
             return 0
         patches = self.config.data.max_windows * c.window**2
         heads = c.width // self.rules.size("heads")

@@ -58,6 +58,11 @@ class PolicySettings:
         choices=("pretrained", "random"),
     )
     prompt: str = setting("Describe the image in detail.", "the user's text beside the image")
+    freeze: str = setting(
+        "",
+        "parts that stay as they are, joined by commas: vision, vision/merger, decoder/embedding, "
+        "or other beginnings of parameters' paths; empty: all is trained",
+    )
     freeze_vision: bool = setting(False, "whether the vision tower stays as it is")
     remat: str = setting(
         "none",

@@ -20,6 +20,7 @@ from caprl_jax.models.families.fields import (
     rope_section,
     text_section,
 )
+from caprl_jax.models.lora import Lora
 from caprl_jax.models.vision import VisionConfig, VisionTower
 from caprl_jax.models.vlm import Policy
 
@@ -112,7 +113,8 @@ def build(
     dtype: Any = np.float32,
     *,
     remat: str = "none",
-    freeze_vision: bool = False,
+    frozen: tuple[str, ...] = (),
+    lora: Lora | None = None,
     where: Any = "config.json",
 ) -> Policy:
     """Builds the modules that a config.json describes, without parameters.
@@ -121,7 +123,8 @@ def build(
       config: content of the file.
       dtype: dtype of the computation.
       remat: key of layers.REMAT: the residuals that each layer keeps for its backward pass.
-      freeze_vision: whether to stop gradients to the vision tower.
+      frozen: see Policy.
+      lora: LoRA of the decoder, or None.
       where: the file to name in errors.
 
     Raises:
@@ -139,4 +142,4 @@ def build(
             f"{vision.heads}"
         )
     tower = None if vision is None else VisionTower(vision, dtype, remat)
-    return Policy(Decoder(text, dtype, remat), tower, freeze_vision)
+    return Policy(Decoder(text, dtype, remat, lora), tower, frozen)

@@ -169,12 +169,13 @@ def load_params(
     Args:
       directory: directory in Hugging Face format.
       policy: the modules that `families.build` makes from that directory's config.
-      dtype: dtype of the parameters.
+      dtype: dtype of the parameters, or a tree of them with the parameters' structure.
       shardings: tree of NamedSharding with the parameters' structure; None gives numpy arrays.
       progress: whether to show a progress bar.
 
     Returns:
-      Nested dict of arrays with the structure of `Policy.init`'s, unboxed.
+      Nested dict of arrays with the structure of `Policy.init`'s, unboxed; without LoRA's, which a
+      model's files don't hold.
 
     Raises:
       ModelDirectoryError: tensors are missing, left over, of the wrong shape or hold numbers that
@@ -209,9 +210,11 @@ def read_tensors(
     """
     placed = None if shardings is None else flax.traverse_util.flatten_dict(shardings)
     index, params, bad = _index(directory), {}, {}
+    dtypes = flax.traverse_util.flatten_dict(dtype) if isinstance(dtype, dict) else {}
     with _bar(progress, directory, sum(map(math.prod, shapes.values()))) as advance:
         for t in tensors:
-            shape, read = shapes[t.path], _Reader(t, shapes[t.path], index, dtype, advance)
+            shape, own = shapes[t.path], dtypes.get(t.path, dtype)
+            read = _Reader(t, shape, index, own, advance)
             read.bad = bad
             if placed is None:
                 params[t.path] = read((slice(None),) * len(shape))
@@ -221,7 +224,7 @@ def read_tensors(
         listed = [f"{name} ({count} values)" for name, count in bad.items()]
         raise ModelDirectoryError(
             f"{directory}: the weights hold {sum(bad.values())} values that are NaN or infinite in "
-            f"{np.dtype(dtype).name}, in {len(bad)} tensors: {', '.join(listed[:5])}"
+            f"{np.dtype(own).name}, in {len(bad)} tensors: {', '.join(listed[:5])}"
         )
     return flax.traverse_util.unflatten_dict(params)
 

@@ -1,6 +1,7 @@
 """Writes Hugging Face directories: parameters to safetensors files, tensor by tensor."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -15,12 +16,15 @@ import numpy as np
 import safetensors.numpy
 
 from caprl_jax.models.families import family
+from caprl_jax.models.hf import adapter
 from caprl_jax.models.hf import tensors as tensors_lib
 from caprl_jax.models.hf.files import COMPANIONS, read_config
 from caprl_jax.models.hf.tensors import Tensor
+from caprl_jax.models.lora import A, B, Lora, merge
 from caprl_jax.models.vlm import Policy
 
 SHARD_BYTES = 5_000_000_000
+Named = Iterator[tuple[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Target:
       shard_bytes: maximum size of a file; a larger tensor gets a file of its own.
       card: content of README.md, the model card; None writes no card.
       replace: whether a complete new directory replaces an existing one.
+      base: name of the base model in LoRA's adapter_config.json; empty: the source directory.
     """
 
     directory: Path
@@ -40,12 +45,14 @@ class Target:
     shard_bytes: int = SHARD_BYTES
     card: str | None = None
     replace: bool = False
+    base: str = ""
 
 
 def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str | Path) -> None:
     """Writes a Hugging Face directory, under a temporary name until it is complete.
 
-    The host holds the tensors of one file at a time.
+    The host holds the tensors of one file at a time. LoRA's updates are added to the weights, and
+    written by themselves to `adapter/` in PEFT's format, float32.
 
     Args:
       target: the directory to write.
@@ -62,26 +69,29 @@ def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str 
     config = read_config(source)
     model_family = family(config, source)
     named = (
-        (tensors_lib.saved_name(name, model_family), flat[t.path], layer, t)
+        (tensors_lib.saved_name(name, model_family), value, t)
         for t in tensors_lib.tensors(policy, config)
-        for layer, name in enumerate(t.names(range(flat[t.path].shape[0])))
+        for name, value in zip(
+            t.names(range(flat[t.path].shape[0])), _layers(flat, t, policy.lora), strict=True
+        )
     )
-    tensors = _on_host(named, dtype)
+    tensors, updates = _on_host(named, dtype), iter(())
+    if policy.lora:
+        own = adapter.named(policy, flax.traverse_util.unflatten_dict(flat), config)
+        updates = ((name, np.ascontiguousarray(_gather(a))) for name, a in own)
     try:
         if jax.process_index() == 0:
-            _write(target, tensors, config, source)
+            _write(target, (tensors, updates), policy, source)
     finally:
         # All processes take part in gathering, even if the first can't write.
         if jax.process_count() > 1:
-            for _ in tensors:
+            for _ in itertools.chain(tensors, updates):
                 pass
 
 
-def _write(
-    target: Target, tensors: Iterator[tuple[str, np.ndarray]], config: dict, source: Path
-) -> None:
-    """Writes what `save` promises."""
-    directory, dtype = Path(target.directory), np.dtype(target.dtype)
+def _write(target: Target, parts: tuple[Named, Named], policy: Policy, source: Path) -> None:
+    """Writes what `save` promises; parts: the model's tensors and LoRA's."""
+    directory, dtype, config = Path(target.directory), np.dtype(target.dtype), read_config(source)
     if directory.exists() and not target.replace:
         raise FileExistsError(f"{directory} exists already: remove it, or give another name")
     partial = directory.with_name(directory.name + ".partial")
@@ -96,7 +106,11 @@ def _write(
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if target.card is not None:
         (partial / "README.md").write_text(target.card)
+    tensors, updates = parts
     _write_shards(partial, tensors, target.shard_bytes)
+    if policy.lora:
+        about = adapter.description(policy, target.base or str(source), config)
+        adapter.write(partial / adapter.FOLDER, updates, about)
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -120,31 +134,33 @@ def copy_companions(source: Path, target: Path) -> None:
             logging.warning("%s links to %s, outside the model: not copied", file, real)
 
 
-def _on_host(
-    named: Iterator[tuple[str, Any, int, Tensor]], dtype: np.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
+def _layers(flat: Mapping, t: Tensor, lora: Lora | None) -> Iterator[Any]:
+    """Yields a parameter, or its layers one after the other; with LoRA's update, in float32."""
+    # JAX keeps an array's host copy as long as the array lives: make a fresh array to gather.
+    value, a, b = (flat.get((*t.path[:-1], name)) for name in (t.path[-1], A, B))
+    if not t.stacked:
+        yield value.copy()
+        return
+    for i in range(value.shape[0]):
+        has_update = lora is not None and t.path[-1] == "kernel" and a is not None
+        yield merge(value[i], a[i], b[i], lora.scale) if has_update else value[i]
+
+
+def _on_host(named: Iterator[tuple[str, Any, Tensor]], dtype: np.dtype) -> Named:
     """Yields (name, tensor with the file's shape), one at a time."""
-    host = (None, None)
-    for name, value, layer, t in named:
-        if isinstance(value, jax.Array):
-            # JAX keeps an array's host copy as long as the array lives: gather a fresh array.
-            tensor = _gather(value[layer] if t.stacked else value.copy())
-        else:
-            if host[0] is not value:
-                host = (value, np.asarray(value))
-            tensor = host[1][layer] if t.stacked else host[1]
-        yield name, t.to_file(tensor.astype(dtype))
+    for name, value, t in named:
+        yield name, t.to_file(_gather(value).astype(dtype))
 
 
-def _gather(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
+def _gather(value: Any) -> np.ndarray:
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(value, tiled=True)
 
 
-def _write_shards(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> None:
+def _write_shards(directory: Path, tensors: Named, limit: int) -> None:
     """Writes one file after another, so that the host holds the tensors of one at a time."""
     files: list[tuple[Path, list[str]]] = []
     shard: dict[str, np.ndarray] = {}
