@@ -94,7 +94,7 @@ class _Example:
       batch: Batch [b, ..].
       captions: Rollout [b, g, t].
       advantages: float32 [b, g].
-      learned: bool [b, g], captions that the loss is made of.
+      learned: bool [b, g], captions that the loss is made of; None for all.
       reference_logp: float32 [b, g, t], or None without a KL divergence.
       old_logp: float32 [b, g, t], by the update's own pass before it; None if that isn't needed.
     """
@@ -102,7 +102,7 @@ class _Example:
     batch: Batch
     captions: Rollout
     advantages: jax.Array
-    learned: jax.Array
+    learned: jax.Array | None
     reference_logp: jax.Array | None = None
     old_logp: jax.Array | None = None
 
@@ -163,27 +163,28 @@ def _slices(learner: Learner) -> int:
     return math.lcm(slices.current().update, learner.objective.minibatches)
 
 
-def _learned(objective: Objective, captions: Rollout, advantages: jax.Array) -> jax.Array:
-    """Returns the captions that the loss is made of, bool [b, g]."""
-    learned = jnp.ones(advantages.shape, bool)
+def _learned(objective: Objective, captions: Rollout, advantages: jax.Array) -> jax.Array | None:
+    """Returns the captions that the loss is made of, bool [b, g]; None for all."""
+    masks = []
     if captions.baseline is not None:
-        learned &= ~captions.baseline
+        masks.append(~captions.baseline)
     if objective.mask_truncated:
-        learned &= ~captions.truncated
+        masks.append(~captions.truncated)
     if objective.mask_equal:
-        learned &= jnp.any(advantages != 0, axis=1, keepdims=True)
-    return learned
+        masks.append(jnp.any(advantages != 0, axis=1, keepdims=True))
+    if not masks:
+        return None
+    return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), advantages.shape)
 
 
 def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, Metrics]:
     objective, parts = learner.objective, slices.split(example, _slices(learner))
     # Of frozen parameters no gradient is computed.
     trained, frozen = trained_lib.split(learner.policy, state.params)
+    counts = _counts(objective, example)
 
-    def one(carry, parts):
-        trained, opt_state = carry
-        size = jax.vmap(lambda mask: objective.aggregation(jnp.zeros(mask.shape), mask)[1])
-        count = jnp.maximum(jnp.sum(size(_in_loss(parts))), 1)
+    def one(carry, given):
+        (trained, opt_state), (parts, count) = carry, given
 
         def loss(trained, part, row):
             params = trained_lib.join(trained, frozen)
@@ -198,8 +199,8 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
 
     def whole(carry, _):
         if objective.minibatches == 1:
-            return one(carry, parts)
-        return jax.lax.scan(one, carry, _minibatches(parts, objective.minibatches))
+            return one(carry, (parts, counts))
+        return jax.lax.scan(one, carry, (_minibatches(parts, objective.minibatches), counts))
 
     carry = trained, state.opt_state
     (trained, opt_state), metrics = jax.lax.scan(whole, carry, length=objective.updates)
@@ -211,6 +212,18 @@ def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, 
         total["kl_weight"] = state.kl_weight, jnp.ones((), jnp.float32)
     after = trained_lib.join(trained, frozen), opt_state
     return _next_state(objective, state, after, total), total
+
+
+def _counts(objective: Objective, example: _Example) -> jax.Array:
+    """Returns the aggregation's count, at least 1: [], or [minibatches] if there are several."""
+
+    def count(mask):
+        return jnp.maximum(objective.aggregation(jnp.zeros(mask.shape), mask)[1], 1)
+
+    mask = _in_loss(example)
+    if objective.minibatches == 1:
+        return count(mask)
+    return jax.vmap(count)(slices.split(mask, objective.minibatches))
 
 
 def _next_state(objective: Objective, state: State, after: tuple, metrics: Metrics) -> State:
@@ -249,7 +262,8 @@ def _real_tokens(example: _Example) -> jax.Array:
 
 def _in_loss(example: _Example) -> jax.Array:
     """Returns bool [*slices, b, g, t], True for the real tokens that the loss is made of."""
-    return _real_tokens(example) & example.learned[..., None]
+    tokens = _real_tokens(example)
+    return tokens if example.learned is None else tokens & example.learned[..., None]
 
 
 def _slice_loss(
