@@ -20,13 +20,14 @@ def get_sweep():
         panels={"reward": {"MCQ": "mcq", "MCQ + correctness": "correctness"}},
         base="mcq",
         seeds=(0, 1, 2),
-        figure="heldout_fact_precision",
+        figure="fact_precision",
     )
 
 
 def get_config(arm="mcq"):
     [arm] = choose(arm, tuple(ARMS))
     c = embedded_arm()
+    c.eval.images = 128  # false facts are rare
     c.verifier.path = "asset:tiny/verifier"
     c.verifier.question, c.verifier.yes, c.verifier.no = "?", " A", " B"
     c.verifier.ends = ","
