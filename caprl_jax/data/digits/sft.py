@@ -121,6 +121,8 @@ def false_statement(facts: Sequence[Fact], grid: tuple[int, int], rng: np.random
         near = [n for n in wrong if abs(n - len(facts)) <= 2]
         return f"total {digits.NUMBERS[rng.choice(near if rng.random() < 0.7 else wrong)]}"
     else:
+        if rng.random() < 0.3:  # a policy says so, but it is no statement of a caption
+            return f"{rng.choice(digits.places(*grid))} nothing"
         words = digits.statement((place, color, digit)).split()
         return " ".join(np.delete(words, rng.integers(len(words))))
     return digits.statement((place, color, digit))
