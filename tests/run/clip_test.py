@@ -31,6 +31,8 @@ SIZES = {
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "max_position_embeddings": 20,
+        "bos_token_id": 491,
+        "eos_token_id": 491,
     },
     "vision_config": {
         "hidden_size": 16,
@@ -57,6 +59,7 @@ def directory(path, exchanged=False):
         for name in t.names(range(1)):
             tensors[name] = rng.normal(size=t.shape, scale=0.3).astype(np.float32)
     tensors["logit_scale"] = np.asarray(1.0, np.float32)
+    tensors["text_projection.weight"] *= -1  # or all cosines are negative
     if exchanged:
         content = json.loads((path / "tokenizer.json").read_text())
         vocab = content["model"]["vocab"]
