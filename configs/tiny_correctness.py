@@ -5,36 +5,41 @@ Command:   python -m caprl_jax.sweep --config=configs/tiny_correctness.py --out=
 Measured:  not yet.
 """
 
+from caprl_jax import config as config_lib
 from caprl_jax.recipes import choose, embedded_arm
 from caprl_jax.sweep.arms import Sweep
 
 CORRECTNESS = {"caprl.rewards.correctness": {"term": "correctness", "weight": 1.0}}
+LONGER = {"steps": 64}
 ARMS = {
     "mcq": {},
     "correctness": CORRECTNESS,
+    "mcq_64": LONGER,
+    "correctness_64": CORRECTNESS | LONGER,
 }
 
 
 def get_sweep():
     return Sweep(
-        panels={"reward": {"MCQ": "mcq", "MCQ + correctness": "correctness"}},
+        panels={
+            "32 steps": {"MCQ": "mcq", "MCQ + correctness": "correctness"},
+            "64 steps": {"MCQ": "mcq_64", "MCQ + correctness": "correctness_64"},
+        },
         base="mcq",
         seeds=(0, 1, 2),
-        figure="heldout_fact_precision",
+        figure="fact_precision",
     )
 
 
 def get_config(arm="mcq"):
     [arm] = choose(arm, tuple(ARMS))
     c = embedded_arm()
+    c.eval.images = 128  # false facts are rare
     c.verifier.path = "asset:tiny/verifier"
     c.verifier.question, c.verifier.yes, c.verifier.no = "?", " A", " B"
     c.verifier.ends = ","
     c.verifier.sentences, c.verifier.max_sentence = 12, 8
     for key, value in ARMS[arm].items():
-        parent, _, name = key.rpartition(".")
-        section = c
-        for part in parent.split("."):
-            section = section[part]
-        section[name] = value
+        section, _, name = key.rpartition(".")
+        (config_lib.get(c, section) if section else c)[name] = value
     return c

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the tiny policy and judge that ship in caprl_jax/assets/tiny, from random weights.
-# Usage: bash launch/make_tiny.sh DIR          about 100 minutes on 2 cores
+# Makes the tiny policy, judge and verifier that ship in caprl_jax/assets/tiny, from random weights.
+# Usage: bash launch/make_tiny.sh DIR          about 120 minutes on 2 cores
 set -euo pipefail
 out="$(realpath -m "${1:?usage: bash launch/make_tiny.sh DIR}")"
 cd "$(dirname "$0")/.."
@@ -10,7 +10,9 @@ train() { "$VENV/bin/python" -m caprl_jax.main "--config=configs/$1" "--workdir=
 train tiny_policy.py "$out/policy" "$out/untrained/policy"
 train tiny_judge.py:recall "$out/recall" "$out/untrained/judge"
 train tiny_judge.py:letters "$out/letters" "$out/recall/export/2000"
+train tiny_verifier.py "$out/verifier" "$out/policy/export/2000"
 mkdir -p "$out/tiny"
 cp -r "$out"/policy/export/* "$out/tiny/policy"
 cp -r "$out"/letters/export/* "$out/tiny/judge"
+cp -r "$out"/verifier/export/* "$out/tiny/verifier"
 echo "made $out/tiny: copy it to caprl_jax/assets/tiny to ship it"

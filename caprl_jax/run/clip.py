@@ -87,7 +87,7 @@ def read(config: ml_collections.ConfigDict, policy: Tokenizer) -> ClipReader:
         logging.warning(
             "policy and CLIP tokenizers differ (%s): captions pass to CLIP as text, and a step is "
             "two programs",
-            difference,
+            difference.replace("the judge", "CLIP"),
         )
     special = np.asarray(policy.special, np.int32)
     clip = Clip(module, {}, special, texts.start, texts.end)

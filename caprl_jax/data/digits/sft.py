@@ -104,19 +104,19 @@ def false_statement(facts: Sequence[Fact], grid: tuple[int, int], rng: np.random
     place, color, digit = facts[rng.integers(len(facts))]
     others = [f for f in facts if f[0] != place]
     drawn, kind = others[rng.integers(len(others))] if others else None, rng.random()
-    if kind < 0.5:  # another digit, a third of them of the same scene; these are hardest to tell
+    if kind < 0.35:  # another digit, a third of them of the same scene
         near = drawn is not None and drawn[2] != digit and rng.random() < 0.33
         digit = drawn[2] if near else int((digit + rng.integers(1, 10)) % 10)
-    elif kind < 0.7:
+    elif kind < 0.5:
         color = str(rng.choice([c for c in digits.COLORS if c != color]))
-    elif kind < 0.8:  # an empty cell
+    elif kind < 0.75:  # an empty cell
         held = {f[0] for f in facts}
         place = str(rng.choice([p for p in digits.places(*grid) if p not in held]))
         if rng.random() < 0.5:
             color, digit = str(rng.choice(list(digits.COLORS))), int(rng.integers(10))
-    elif kind < 0.85 and drawn is not None:  # another place's digit
+    elif kind < 0.8 and drawn is not None:  # another place's digit
         color, digit = drawn[1:]
-    elif kind < 0.92:
+    elif kind < 0.93:
         wrong = [n for n in range(1, 10) if n != len(facts)]
         near = [n for n in wrong if abs(n - len(facts)) <= 2]
         return f"total {digits.NUMBERS[rng.choice(near if rng.random() < 0.7 else wrong)]}"

@@ -66,6 +66,23 @@ def test_a_policy_is_asked_what_cells_hold(record):
     assert seen == set(digits.places(*GRID))
 
 
+def test_a_verifier_learns_yes_of_true_statements_and_no_of_false_ones(record):
+    """They stand as a caption's sentences, half are true, and only the answer is learned."""
+    task = policy_task(probes=0, captions=1, statements=400, asked=("ASKED", "YES", "NO"))
+    asked = task.branches(record, np.random.default_rng(0))[1:]
+    answers, kinds = [], set()
+    for said, question, (answer, weight) in asked:
+        assert question == ("ASKED", 0.0) and said[1] == 0.0 and weight == 1.0
+        sentence = said[0].strip().removesuffix(",")
+        right, parts, _, _ = digits.precision_recall(sentence, record.facts)
+        assert parts == 1 and right == (answer == "YES"), sentence
+        assert said[0].startswith((" ", "digits: "))
+        answers.append(right)
+        kinds.add(len(sentence.removeprefix("digits: ").split()))
+    assert len(asked) == 400 and 160 < sum(answers) < 240
+    assert kinds == {2, 3}  # counts, facts, and false ones that lack a word
+
+
 def test_a_policys_captions_are_sparse_and_true(record):
     """They state as many facts as was drawn, all true, and end with the stop token."""
     facts, counts, totals = {tuple(f) for f in record.facts}, set(), set()
