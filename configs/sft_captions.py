@@ -7,6 +7,19 @@ Command:   python -m caprl_jax.main --config=configs/sft_captions.py --workdir=D
                --config.data.path=captions.jsonl
            Files hold rows {"image", "caption"} or {"image", "captions": [..]}: JSON lines, parquet
            and others (caprl_jax/data/README.md). What caprl_jax.caption writes goes straight in.
+Hardware:  tiny: CPU. 3b: 8 GPUs of 80 GB, by analogy with configs/3b.py, neither compiled nor
+           reckoned; a larger caprl.micro_batches holds less at a time. Where most captions are much
+           shorter than sft.max_tokens, caprl.usual_tokens=300, say, packs them into shorter rows.
+Measured:  tiny, on 2 CPU cores shared with other work, 100 steps of 16 images in 2 minutes with
+           compilation, seed 0, 64 held-out images, of which the shipped policy states 42% of the
+           facts: loss of their true captions 0.598 -> 0.024 nats a token; of the facts that greedy
+           captions state 97.7% -> 98.0% are true, and they state 41.7% -> 98.0% of all.
+           On 1,024 scenes as files (python -m caprl_jax.scenes --to=DIR --count=1024, then
+           --config.data.source=files --config.data.path=DIR/captions.jsonl): loss 0.548 -> 0.010.
+           On the half of a self-made corpus of the same scenes that agrees most
+           (caprl_jax/caption/README.md, consensus of 8): loss of held-out pseudo-captions
+           0.248 -> 0.239; sampled captions come nearer to greedy ones, 8.4 -> 9.3 tokens of 10.
+           3b: not run.
 """
 
 from caprl_jax.config import default

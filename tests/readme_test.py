@@ -33,6 +33,8 @@ NOT_RUN = {
     "python -m caprl_jax.main --config=configs/3b.py": NETWORK,
     "python -m caprl_jax.plan": f"{LONG}; plan/plan_test.py compiles smaller steps",
     "python -m caprl_jax.bench": f"{LONG}; tests/bench runs each kind at a smaller size",
+    "python -m caprl_jax.main --config=configs/sft_captions.py": NETWORK,
+    "python -m caprl_jax.keep": "needs captions; commands/keep_test.py makes some",
     "python -m caprl_jax.random_model": "writes 7.5 GB; commands/convert_test.py makes a small one",
     "python -m caprl_jax.import_data": "needs rows; commands/import_data_test.py makes some",
     "python -m caprl_jax.caption": "needs pictures; caption/caption_test.py makes some",

@@ -67,6 +67,8 @@ def advised(config: ml_collections.ConfigDict) -> Iterator[None]:
             raise
         told = next((line for line in str(e).splitlines() if "RESOURCE_EXHAUSTED" in line), "")
         tries = "a smaller config.data.batch"
+        if config.objective == "sft" and config.sft.task == "own_captions":
+            tries = f"more slices, a larger config.caprl.micro_batches; then {tries}"
         if config.objective == "caprl":
             spread = mesh.batch_multiple(compile_lib.shard_rules(config))
             tries = "; then ".join(as_flags(change) for change in changes(config, spread))

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from caprl_jax.caption.parts import Place
 from caprl_jax.caption.select import SELECTORS, Candidates, best
 from caprl_jax.data.digits import world as digits
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.parallel import mesh
 
 
@@ -61,13 +62,7 @@ def test_settings_that_contradict_are_refused(given, reason):
 
 @pytest.fixture(scope="module")
 def policy():
-    return caprl_jax.load_policy("asset:tiny/policy", mesh=mesh.make_mesh({}, jax_devices()))
-
-
-def jax_devices():
-    import jax
-
-    return jax.devices()[:1]
+    return caprl_jax.load_policy("asset:tiny/policy", mesh=mesh.make_mesh({}, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +113,22 @@ def test_an_enriched_line_has_what_was_asked(policy, folder, everything, tmp_pat
     assert any(line["notes"] for line in found)
     again = lines(policy, folder, tmp_path / "again.jsonl", select="consensus", enrich=2)
     assert again == found
+
+
+def test_images_may_have_prompts_of_their_own(policy, folder):
+    """Each row is that of the image alone, but for padding."""
+    images, texts = (
+        [folder / "0.png", folder / "1.png"],
+        ["Describe.", "What is in the north west?"],
+    )
+    _, both = policy.inputs(images, texts)
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        _, alone = policy.inputs([image], text)
+        count = alone.mask.sum()
+        assert both.mask[i].sum() == count
+        for name in ("tokens", "positions", "feature"):
+            found, expected = getattr(both, name)[i][:count], getattr(alone, name)[0][:count]
+            np.testing.assert_array_equal(found, expected, name)
+        assert both.next_position[i] == alone.next_position[0]
+    with pytest.raises(UserError, match="1 prompts for 2 images: one each is needed"):
+        policy.inputs(images, texts[:1])

@@ -199,6 +199,21 @@ def test_an_extra_is_finite_in_a_batch_or_its_record_malformed(value):
     np.testing.assert_allclose(found, np.asarray(value, np.float64), rtol=1e-6, atol=1e-40)
 
 
+@given(st.one_of(any_texts, st.lists(any_texts, max_size=4), values, json_texts()))
+@example("[" * 100_000)
+@example('["a", 3]')
+@example([" "])
+def test_any_captions_are_texts_that_storage_keeps_or_a_reason(raw):
+    try:
+        found = records.parse_captions(raw)
+    except MalformedRecord as e:
+        assert a_reason(e)
+        return
+    assert all(text.strip() == text and text for text in found)
+    record = Record("x", b"", (Question("?", ("a", "b"), 0),), captions=found)
+    assert records.parse(records.unparse(record)).captions == found
+
+
 LONG = 200_000  # characters; time that grows with the square of it would be minutes
 
 

@@ -340,3 +340,21 @@ def test_memory_and_open_files_are_drawn(tmp_path):
     text = _page(tmp_path, history=history).text
     assert "Host memory" in text and "Open files" in text
     assert "Host memory" not in _page(tmp_path, history=[{"step": 1, "reward": 0.5}]).text
+
+
+def test_captions_that_no_judge_read_come_with_those_that_the_image_had(tmp_path):
+    """A supervised run: no share of right answers, and no word of a judge or of its signs."""
+    caption = _caption("a blue seven", accuracy=None)
+    sample = Sample(_png(), caption, caption, given=("a <b> two", "total one"))
+    history = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4, "eval/loss": 0.3}]
+    summary = {
+        "heldout_loss_before": 0.7,
+        "heldout_loss_after": 0.3,
+        "heldout_perplexity_after": 1.35,
+    }
+    page = _page(tmp_path, samples=[sample], history=history, summary=summary)
+    assert "The image came with: “a <b> two” “total one”" in page.text
+    assert "right choice" not in page.text and "% right" not in page.text
+    assert "trained under supervision" in page.text and "Its reward comes" not in page.text
+    assert "Loss nats, mean over tokens" in page.text
+    assert "loss of held-out images' own captions, nats a token heldout_loss 0.7 0.3" in page.text

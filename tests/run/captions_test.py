@@ -96,3 +96,22 @@ def test_a_half_written_line_is_dropped(tmp_path, caplog):
     lines = [json.loads(x) for x in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3]
     assert "is damaged, and goes on from step 1: " in caplog.text
+
+
+def test_captions_that_no_judge_read_have_no_reward(tmp_path):
+    data, sets = evaluated()
+    data.presented = [[]] * 3
+    sets = {name: [Judged(j.caption, [], []) for j in judged] for name, judged in sets.items()}
+    found = captions.rows(data, sets, 3)
+    assert [row.plain()["reward"] for row in found] == [None] * 3
+    json.dumps([row.plain() for row in found], allow_nan=False)
+    board = {"tensorboard": SINKS.choose("tensorboard", {})}
+    with metrics.MetricWriter(tmp_path, None, board) as writer:
+        writer.table(4, found)
+    texts = [
+        v.tensor.string_val[0].decode()
+        for e in events(tmp_path)
+        for v in e.summary.value
+        if v.tag.endswith("text_summary")
+    ]
+    assert len(texts) == 3 and "1 tokens" in texts[1] and not any("reward" in t for t in texts)

@@ -88,75 +88,81 @@ def test_captions_alone_are_nothing_to_reinforce(tmp_path):
         train.run(c, tmp_path / "run")
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("programs_kept")
-class TestRuns:
-    """Whole runs; each compiles several programs."""
+def whole_run(function):
+    """Marks a test that trains."""
+    return pytest.mark.slow(pytest.mark.usefixtures("programs_kept")(function))
 
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory):
-        """(workdir, summary) of an uninterrupted run on the embedded world."""
-        tmp_path = tmp_path_factory.mktemp("whole")
-        first = jax.devices()[:1]
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(jax, "devices", lambda: first)
-            return tmp_path / "run", train.run(tiny(tmp_path), tmp_path / "run")
 
-    def test_a_run_learns_to_say_what_is_there(self, whole):
-        _, summary = whole
-        assert summary["heldout_loss_after"] < 0.5 * summary["heldout_loss_before"]
-        expected = np.exp(summary["heldout_loss_after"])
-        assert summary["heldout_perplexity_after"] == pytest.approx(expected)
-        assert summary["fact_recall_after"] > summary["fact_recall_before"] + 0.1
-        assert summary["records_set_aside"] == 0
+@pytest.fixture(scope="module")
+def whole(programs_kept, tmp_path_factory):
+    """(workdir, summary) of an uninterrupted run on the embedded world."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(jax, "devices", lambda: first)
+        return tmp_path / "run", train.run(tiny(tmp_path), tmp_path / "run")
 
-    def test_the_report_shows_loss_and_captions(self, whole):
-        workdir, _ = whole
-        page = html.unescape((workdir / "report.html").read_text())
-        rows = [json.loads(x) for x in (workdir / "captions.jsonl").read_text().splitlines()]
-        assert {row["step"] for row in rows} == {0, 10}
-        assert all(row["reward"] is None and row["verdicts"] == [] for row in rows)
-        assert rows[-1]["caption"] in page and "under supervision" in page.replace(
-            "<b>", ""
-        ).replace("</b>", "")
-        [record] = digits.scenes("heldout", 1, (3, 3), (2, 5))
-        assert f"The image came with: “{record.captions[0]}”" in page
-        assert "right choice" not in page and "loss of held-out images' own captions" in page
 
-    def test_a_resumed_run_equals_an_uninterrupted_one(self, whole, tmp_path):
-        train.run(tiny(tmp_path, steps=5), tmp_path / "run")
-        train.run(tiny(tmp_path), tmp_path / "run")
+@whole_run
+def test_a_run_learns_to_say_what_is_there(whole):
+    _, summary = whole
+    assert summary["heldout_loss_after"] < 0.5 * summary["heldout_loss_before"]
+    expected = np.exp(summary["heldout_loss_after"])
+    assert summary["heldout_perplexity_after"] == pytest.approx(expected)
+    assert summary["fact_recall_after"] > summary["fact_recall_before"] + 0.1
+    assert summary["records_set_aside"] == 0
 
-        def exported(workdir):
-            directory = workdir / "export" / "10"
-            return hf.load_params(directory, families.build(hf.read_config(directory)))
 
-        jax.tree.map(np.testing.assert_array_equal, exported(tmp_path / "run"), exported(whole[0]))
-        lines = [
-            [json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()]
-            for w in (tmp_path / "run", whole[0])
-        ]
-        for found, expected in zip(*lines, strict=True):
-            same = {k for k in expected if k not in CLOCK and not k.startswith("eval/")}
-            assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+@whole_run
+def test_the_report_shows_loss_and_captions(whole):
+    workdir, _ = whole
+    page = html.unescape((workdir / "report.html").read_text())
+    rows = [json.loads(x) for x in (workdir / "captions.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {0, 10}
+    assert all(row["reward"] is None and row["verdicts"] == [] for row in rows)
+    assert rows[-1]["caption"] in page
+    [record] = digits.scenes("heldout", 1, (3, 3), (2, 5))
+    assert f"The image came with: “{record.captions[0]}”" in page
+    assert "right choice" not in page and "loss of held-out images' own captions" in page
 
-    def test_a_file_of_captions_by_id_and_a_judge(self, tmp_path):
-        """Of three captions of each image one is too long; the judge reads what is written."""
-        scenes = [
-            *digits.scenes("train", 24, (3, 3), (2, 5)),
-            *digits.scenes("heldout", 8, (3, 3), (2, 5)),
-        ]
-        long = "digits: " + "west red two, " * 9
-        with (tmp_path / "own.jsonl").open("w") as file:
-            for scene in scenes:
-                texts = [*scene.captions, "digits: west red two", long]
-                file.write(json.dumps({"id": scene.id, "captions": texts}) + "\n")
-        changes = {"data.captions": str(tmp_path / "own.jsonl"), "sft.judged": True}
-        changes |= {"sft.captions": 2, "steps": 2, "data.max_question": 46}
-        summary = train.run(tiny(tmp_path, **changes), tmp_path / "run")
-        assert {"heldout_loss_after", "heldout_accuracy_after", "ceiling"} <= summary.keys()
-        aside = [json.loads(x) for x in (tmp_path / "run/set_aside.jsonl").read_text().splitlines()]
-        assert {line["id"] for line in aside} >= {f"{s.id}, caption 3" for s in scenes[-8:]}
-        assert all("raise sft.max_tokens" in line["reason"] for line in aside)
-        last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-        assert last["caption_tokens"] < 32
+
+@whole_run
+def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
+    train.run(tiny(tmp_path, steps=5), tmp_path / "run")
+    train.run(tiny(tmp_path), tmp_path / "run")
+
+    def exported(workdir):
+        directory = workdir / "export" / "10"
+        return hf.load_params(directory, families.build(hf.read_config(directory)))
+
+    jax.tree.map(np.testing.assert_array_equal, exported(tmp_path / "run"), exported(whole[0]))
+    lines = [
+        [json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()]
+        for w in (tmp_path / "run", whole[0])
+    ]
+    for found, expected in zip(*lines, strict=True):
+        same = {k for k in expected if k not in CLOCK and not k.startswith("eval/")}
+        assert {k: found[k] for k in same} == {k: expected[k] for k in same}
+
+
+@whole_run
+def test_a_file_of_captions_by_id_and_a_judge(tmp_path):
+    """Of three captions of each image one is too long; the judge reads what is written."""
+    scenes = [
+        *digits.scenes("train", 24, (3, 3), (2, 5)),
+        *digits.scenes("heldout", 8, (3, 3), (2, 5)),
+    ]
+    long = "digits: " + "west red two, " * 9
+    with (tmp_path / "own.jsonl").open("w") as file:
+        for scene in scenes:
+            texts = [*scene.captions, "digits: west red two", long]
+            file.write(json.dumps({"id": scene.id, "captions": texts}) + "\n")
+    changes = {"data.captions": str(tmp_path / "own.jsonl"), "sft.judged": True}
+    changes |= {"sft.captions": 2, "steps": 2, "data.max_question": 46}
+    summary = train.run(tiny(tmp_path, **changes), tmp_path / "run")
+    assert {"heldout_loss_after", "heldout_accuracy_after", "ceiling"} <= summary.keys()
+    aside = [json.loads(x) for x in (tmp_path / "run/set_aside.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in aside} >= {f"{s.id}, caption 3" for s in scenes[-8:]}
+    assert all("raise sft.max_tokens" in line["reason"] for line in aside)
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["caption_tokens"] < 32
