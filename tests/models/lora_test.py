@@ -97,9 +97,7 @@ def test_gradients_of_both_factors_equal_those_through_merged_weights(world, tun
     expected = jax.grad(merged)(own)
     scale = max(np.max(np.abs(a)) for a in jax.tree.leaves(expected))
     assert scale > 1e-3
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), found, expected)
     assert all(np.any(a) for a in jax.tree.leaves(found))
 
 
@@ -114,5 +112,5 @@ def test_only_the_named_projections_have_updates(world):
 
 @pytest.mark.parametrize("projections", ["", "q,query", "all"])
 def test_unknown_projections_are_refused(projections):
-    with pytest.raises(ConfigError, match="projections=.*must name some of q, k, v, o, gate"):
+    with pytest.raises(ConfigError, match=r"projections=.*must name some of q, k, v, o, gate"):
         make(Lora, {"projections": projections})
