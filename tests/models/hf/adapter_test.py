@@ -11,6 +11,7 @@ import torch
 from flax import linen as nn
 from flax import traverse_util
 
+from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models import families, lora, trained
 from caprl_jax.models.hf import adapter
 from caprl_jax.models.hf import files as hf
@@ -101,3 +102,33 @@ def test_peft_computes_the_same_logits_of_text(pairs, name, tmp_path, within):
 def _logits(decoder, tokens, positions):
     hidden, _ = decoder(decoder.embed(tokens), positions, np.ones(len(tokens), bool))
     return decoder.logits(hidden)
+
+
+def test_an_adapter_is_read_as_it_was_written(pairs, tmp_path):
+    pair = pairs("qwen2_5_vl-tied")
+    policy, params = exported(pair, tmp_path / "out")
+    config = hf.read_config(pair.directory)
+    found = adapter.read(tmp_path / "out" / adapter.FOLDER, policy, config)
+    own = traverse_util.flatten_dict(trained.split(policy, params)[0])
+    assert found.keys() == own.keys()
+    for path, value in own.items():
+        np.testing.assert_array_equal(found[path], value)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (Lora(rank=4, alpha=7.0), "has r=3, and this run 4: set config.lora.rank"),
+        (Lora(rank=3, alpha=8.0), "has lora_alpha=7.0, and this run 8.0"),
+        (Lora(rank=3, alpha=7.0, projections="q,v"), "0 tensors are missing and 30 left over"),
+    ],
+)
+def test_an_adapter_for_other_settings_is_refused(pairs, lora, message, tmp_path):
+    pair = pairs("qwen2_5_vl-tied")
+    exported(pair, tmp_path / "out")
+    config = hf.read_config(pair.directory)
+    other = families.build(config, lora=lora)
+    with pytest.raises(ModelDirectoryError, match=message):
+        adapter.read(tmp_path / "out" / adapter.FOLDER, other, config)
+    with pytest.raises(ModelDirectoryError, match=r"adapter_config\.json"):
+        adapter.read(tmp_path, other, config)
