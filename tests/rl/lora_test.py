@@ -47,11 +47,11 @@ def captions(tuned):
     return drawn(tuned)
 
 
-def program(world, optimizer=SGD, rules=None, reference=None, **changes):
+def program(world, optimizer=SGD, rules=None, reference=None, slices=2, **changes):
     """(one update under shard rules, jitted; its learner)."""
     given = {"kl": 0.0, "updates": 1} | changes
     run = make_run(world, optimizer=optimizer, reference=reference, **given)
-    return jax.jit(bind(update, rules, Slices(update=2))), run.learner
+    return jax.jit(bind(update, rules, Slices(update=slices))), run.learner
 
 
 def after(world, captions, optimizer=SGD, **changes):
@@ -100,22 +100,27 @@ def test_frozen_parts_stay_and_the_others_gradients_are_as_before(world, caption
 
 
 def products(world, captions):
-    """Shapes, without ones, of the compiled update's products that have a parameter's size."""
-    one, learner = program(world)
+    """Shapes, without ones, of the compiled update's products that have a weight's shape.
+
+    Those of images, prompts and captions have 128, 80 and 96 rows, as no side of a weight has.
+    """
+    one, learner = program(world, slices=1)
     args = learner, start(world, SGD), world.batch
     text = one.lower(*args, captions=captions, advantages=WEIGHED).compile().as_text()
     found = re.findall(r"= \w+\[([\d,]*)\]\S* dot\(", text)
-    sizes = {a.size for a in jax.tree.leaves(world.params["decoder"]["layers"]) if a.ndim > 2}
-    sizes = {size // world.policy.decoder.config.layers for size in sizes}
-    shapes = [tuple(int(n) for n in shape.split(",") if n) for shape in found]
-    return [shape for shape in shapes if np.prod(shape) in sizes | {60 * 32}]
+    c = world.policy.decoder.config
+    # Without q and o: the tower merges its patches to as many features as these have columns.
+    sides = c.vocab, c.feed_forward, c.kv_heads * c.head_dim
+    weights = {tuple(sorted((c.width, side))) for side in sides}
+    shapes = [sorted(int(n) for n in shape.split(",") if n not in ("", "1")) for shape in found]
+    return [shape for shape in map(tuple, shapes) if shape in weights]
 
 
 @pytest.mark.slow
 def test_no_gradient_of_a_whole_weight_is_computed(world, tuned, captions):
     """Of layers and of the head; the same search finds them where all is trained."""
-    names = "q", "k", "v", "o", "gate", "up", "down"
-    assert len(products(world, captions)) >= len(names) + 1
+    names = "k", "v", "gate", "up", "down", "head"
+    assert len(products(world, captions)) >= len(names)
     assert len(products(tuned, captions)) == 0
 
 

@@ -119,12 +119,11 @@ def test_adafactors_state_lies_where_the_rules_put_it(world):
     assert jax.tree.structure(nn.meta.unbox(state)) == jax.tree.structure(
         jax.eval_shape(optimizer.init, nn.meta.unbox(boxed))
     )
-    placed = mesh.param_shardings(state, rules)
-    gate = optax.tree.get(placed, "v")["decoder"]["layers"]["gate"]["kernel"]
+    (_, (factored, *_)) = mesh.param_shardings(state, rules)
+    gate = factored.v["decoder"]["layers"]["gate"]["kernel"]
     own = mesh.param_shardings(boxed, rules)["decoder"]["layers"]["gate"]["kernel"]
     assert gate == own and not own.is_fully_replicated
-    row = optax.tree.get(placed, "v_row")["decoder"]["layers"]["gate"]["kernel"]
-    assert row.is_fully_replicated
+    assert factored.v_row["decoder"]["layers"]["gate"]["kernel"].is_fully_replicated
 
 
 @pytest.mark.parametrize("kept", ["mu_dtype", "nu_dtype"])
