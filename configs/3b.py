@@ -2,6 +2,8 @@
 
 Arguments:  a recipe, released (default): RLOO, no KL, 8 questions drawn with replacement
                       paper: GRPO, KL to the start, 4 questions with shuffled options
+            what is trained, whole (default): all weights; or lora: updates of rank 32 of the
+                      decoder's projections, which fits one H100
             and the hardware, found (default): mesh, slices and rematerialisation are chosen for
             the present devices; or one with fixed values below: v5e_16, v6e_16, v5p_8, v5p_64,
             h200 (one GPU), h200_8 (a node of them; its mesh takes any number). An example is
@@ -20,6 +22,7 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
             | 1 H100, 80 GB  | refused  |        | 93.1 of 59.7  |
             | 2 H100         | full     | 32     | 55.6 of 59.7  |
             | 8 H100         | products | 16     | 43.3 of 59.7  |
+            | 1 H100, lora   | products | 128    | 44.1 of 59.7  | captions in 4 slices
             | 1 H200, 141 GB | full     | 64     | 98.0 of 105.3 | captions in 2 slices
             | 8 H200         | products | 8      | 73.1 of 105.3 |
             | v5e:4x4        | full     | 8      | 12.6 of 15.8  |
@@ -30,9 +33,10 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
             share.)
             Compiled ahead of time (caprl_jax.plan; seconds by roofline, real steps take longer),
             GiB a device: as chosen on 8 H100 38.0 of 59.7, 14.6 s a step; h200 94.6 of 105.3,
-            60.8 s; h200_8 23.7 of 105.3, 11.8 s; v5e_16 (v5e:4x4) 12.4 of 15.8, 23.1 s. With
-            captions of at most 1,024 tokens and earlier code: v6e_16 (v6e:4x4) 14.8 of 32, 10.2
-            s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64 (v5p:4x4x4) 11.9 of 95, 2.9 s.
+            60.8 s; lora on 1 H100 40.1 of 59.7; h200_8 23.7 of 105.3, 11.8 s; v5e_16 (v5e:4x4)
+            12.4 of 15.8, 23.1 s. With captions of at most 1,024 tokens and earlier code: v6e_16
+            (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
+            (v5p:4x4x4) 11.9 of 95, 2.9 s.
             h200 captions its batch in slices, whose draws differ: a run begun on other devices
             can't continue with that argument. With `found` it can, in the slices that it began
             with; but TPUs draw otherwise than GPUs and CPUs (decode/sampling.py).

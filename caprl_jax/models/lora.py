@@ -29,6 +29,9 @@ class Lora:
     projections: str = setting(
         ",".join(PROJECTIONS), "projections of the decoder with an update, joined by commas"
     )
+    path: str = setting(
+        "", "a directory with an adapter in PEFT's format to start from; empty: an update of zero"
+    )
 
     def __post_init__(self):
         """Checks the names of projections."""

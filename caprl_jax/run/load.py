@@ -24,6 +24,7 @@ from caprl_jax.data.sources import SOURCES
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models import families, lora, trained
+from caprl_jax.models.hf import adapter as adapters
 from caprl_jax.models.hf import download as sources
 from caprl_jax.models.hf import files as hf
 from caprl_jax.models.vision import VisionConfig
@@ -123,7 +124,14 @@ def initial_state(
     if policy.lora:
         flat, placed = (traverse_util.flatten_dict(t) for t in (params, shardings.params))
         own = {path: placed[path] for path in jax.eval_shape(adapter, key)}
-        flat |= jax.jit(adapter, out_shardings=own)(key)
+        if policy.lora.path:
+            read = adapters.read(policy.lora.path, policy, hf.read_config(directory))
+            flat |= {
+                path: jax.make_array_from_callback(a.shape, own[path], a.__getitem__)
+                for path, a in read.items()
+            }
+        else:
+            flat |= jax.jit(adapter, out_shardings=own)(key)
         params = traverse_util.unflatten_dict(flat)
     count = trained.count(trained.split(policy, params)[0])
     logging.info("training %d of %d parameters", count, trained.count(params))

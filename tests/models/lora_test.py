@@ -112,5 +112,5 @@ def test_only_the_named_projections_have_updates(world):
 
 @pytest.mark.parametrize("projections", ["", "q,query", "all"])
 def test_unknown_projections_are_refused(projections):
-    with pytest.raises(ConfigError, match="projections=.*must name some of q, k, v, o, gate"):
+    with pytest.raises(ConfigError, match=r"projections=.*must name some of q, k, v, o, gate"):
         make(Lora, {"projections": projections})

@@ -1,7 +1,6 @@
 """Runs of the random world of conftest.py, for the tests of steps and their parts."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -14,8 +13,8 @@ from caprl_jax.rl.kl import KL_ESTIMATORS
 from caprl_jax.rl.losses import AGGREGATIONS, LOSSES
 from caprl_jax.rl.rewards import REWARDS, Term
 from caprl_jax.rl.step import Run, caprl_step
-from caprl_jax.rl.types import Decoding, State
-from caprl_jax.rl.update import Learner, Objective
+from caprl_jax.rl.types import Decoding
+from caprl_jax.rl.update import Learner, Objective, initial
 
 SAMPLING = Sampling(max_tokens=6)
 STOP = (5, 7)
@@ -74,7 +73,7 @@ def make_run(world, *, optimizer=OPTIMIZER, reference=0.9, usual=0, **changes):
 
 def start(world, optimizer=OPTIMIZER):
     """The state before the first step."""
-    return State(jnp.zeros((), jnp.int32), world.params, optimizer.init(world.params))
+    return initial(world.policy, optimizer, world.params)
 
 
 def step(rules=None, **cuts):

@@ -5,6 +5,7 @@ are `model.language_model` there, a text model's is `model`.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from caprl_jax.errors import ModelDirectoryError
+from caprl_jax.models.hf.files import abstract_params, not_finite, read_json
 from caprl_jax.models.hf.tensors import Tensor, tensors
 from caprl_jax.models.lora import A, B
 from caprl_jax.models.vlm import Policy
@@ -35,6 +38,17 @@ def _module(t: Tensor, policy: Policy) -> str:
     return prefix + t.name.removeprefix("model.").removesuffix(".weight")
 
 
+def _names(
+    policy: Policy, flat: Mapping, config: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yields (path of a stacked parameter of LoRA, its layers' names in PEFT's file)."""
+    for t in _updated(policy, flat, config):
+        module = f"base_model.model.{_module(t, policy)}"
+        for part, name in _PARTS.items():
+            path = (*t.path[:-1], part)
+            yield path, [f"{module.format(i=i)}.{name}.weight" for i in range(flat[path].shape[0])]
+
+
 def named(
     policy: Policy, params: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
@@ -49,13 +63,67 @@ def named(
       lora_A.weight [r, inputs] and lora_B.weight [outputs, r], float32.
     """
     flat = flax.traverse_util.flatten_dict(params)
-    for t in _updated(policy, flat, config):
-        for part, name in _PARTS.items():
-            value = flat[(*t.path[:-1], part)]
-            for i in range(value.shape[0]):
-                one = value[i]
-                rows = one.reshape(-1, one.shape[-1]) if part == A else one.reshape(len(one), -1)
-                yield f"base_model.model.{_module(t, policy).format(i=i)}.{name}.weight", rows.T
+    for path, names in _names(policy, flat, config):
+        for name, one in zip(names, (flat[path][i] for i in range(len(names))), strict=True):
+            rows = one.reshape(-1, one.shape[-1]) if path[-1] == A else one.reshape(len(one), -1)
+            yield name, rows.T
+
+
+def read(
+    directory: str | Path, policy: Policy, config: Mapping[str, Any]
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Reads an adapter in PEFT's format.
+
+    Args:
+      directory: holds the two files.
+      policy: modules with LoRA of the same rank, alpha and projections.
+      config: content of the base model's config.json.
+
+    Returns:
+      LoRA's parameters by path, float32 with stacked layers.
+
+    Raises:
+      ModelDirectoryError: a file is missing or broken, or the adapter is for other projections or
+        another rank, alpha or kind of LoRA.
+    """
+    import safetensors.numpy  # imported where used
+
+    directory = Path(directory)
+    _check(directory, read_json(directory / CONFIG), policy)
+    shapes = flax.traverse_util.flatten_dict(abstract_params(policy))
+    try:
+        held = safetensors.numpy.load_file(directory / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise ModelDirectoryError(f"{directory / WEIGHTS} can't be read: {e}") from e
+    out, wanted = {}, set()
+    for path, names in _names(policy, shapes, config):
+        wanted |= set(names)
+        if set(names) <= set(held):
+            out[path] = np.stack([np.float32(held[name]).T for name in names])
+    if wanted != set(held):
+        raise ModelDirectoryError(
+            f"{directory / WEIGHTS} doesn't fit config.lora.projections={policy.lora.projections}: "
+            f"{len(wanted - set(held))} tensors are missing and {len(set(held) - wanted)} left "
+            f"over, {min(wanted ^ set(held))} for one"
+        )
+    for path, value in out.items():
+        if value.size != math.prod(shapes[path].shape) or not_finite(value):
+            raise ModelDirectoryError(
+                f"{directory / WEIGHTS}: {'/'.join(path)} is of another size or not finite"
+            )
+    return {path: value.reshape(shapes[path].shape) for path, value in out.items()}
+
+
+def _check(directory: Path, about: Mapping[str, Any], policy: Policy) -> None:
+    """Refuses an adapter_config.json of another kind of LoRA than the settings'."""
+    wanted = {"peft_type": "LORA", "r": policy.lora.rank, "lora_alpha": policy.lora.alpha}
+    wanted |= dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), False)
+    for key, value in wanted.items():
+        if about.get(key, value) != value:
+            raise ModelDirectoryError(
+                f"{directory / CONFIG} has {key}={about[key]!r}, and this run {value!r}: set "
+                "config.lora.rank and alpha as the adapter has them; other kinds aren't supported"
+            )
 
 
 def description(policy: Policy, base: str, config: Mapping[str, Any]) -> dict[str, Any]:
