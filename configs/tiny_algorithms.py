@@ -2,11 +2,28 @@
 
 Argument:  an arm (grpo by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_algorithms.py --out=DIR
-Measured:  not yet; reckoned from tiny_ablations.py, 23 arms with 3 seeds take 50 CPU minutes.
+Measured:  2 CPU cores beside other work, 3 seeds, 69 runs, 64 CPU minutes: tiny_algorithms.json and
+           tiny_algorithms.svg; precision, recall, length, KL and seconds a step beside accuracy.
+           Held-out accuracy of greedy captions is 0.457 before and 0.844 after 32 steps of grpo.
 
 Every arm has 32 steps of 8 images and, but for reinforce, one_pass and minibatches, two passes over
 each rollout, so that the policy leaves the rollout's and clips have something to do. A method comes
-with its mean and masks, as its paper has them. gdpo is not there: it needs several rewards.
+with its mean and masks, as its paper has them. gdpo needs several rewards: papers.py
+has it.
+
+What the table says, as differences to grpo with 95% intervals over 3 seeds, which are not corrected
+for their number:
+
+Passes over a rollout: one instead of two costs 0.094 [0.021, 0.167] of accuracy. reinforce and gspo
+  end where one pass does, -0.094 and -0.095: at gspo's narrow clip the second pass changes next to
+  nothing. Two minibatches in one pass lie between, -0.066 [-0.123, -0.008].
+Advantages, losses and divergences: no other difference is seen; cispo (+0.035) and reinforce_pp
+  (+0.047) have the highest means, and intervals that hold 0.
+What higher accuracy costs: arms that move further from the reference say more that is false.
+  Stated facts are true 97.9% of the time after one pass (KL 0.21), 88.4% with grpo (0.57), 77.5%
+  with cispo (1.02). Accuracy doesn't punish that; tiny_correctness.py does.
+Dynamic sampling, 8 of 16 images by advantage: +0.025 [-0.009, +0.059], for 1.5 times the seconds of
+  a step (0.70 instead of 0.47).
 """
 
 from caprl_jax.recipes import choose, embedded_arm
