@@ -11,11 +11,18 @@ from caprl_jax.sweep.arms import Sweep
 
 CORRECTNESS = {"caprl.rewards.correctness": {"term": "correctness", "weight": 1.0}}
 LONGER = {"steps": 64}
+# Captions that repeat themselves up to the limit end in half a statement, which is false.
+WHOLE = {
+    "caprl.rewards.repetition": {"term": "repetition", "weight": 0.5},
+    "caprl.rewards.truncation": {"term": "truncation", "weight": 0.5},
+}
 ARMS = {
     "mcq": {},
     "correctness": CORRECTNESS,
     "mcq_64": LONGER,
     "correctness_64": CORRECTNESS | LONGER,
+    "whole_64": WHOLE | LONGER,
+    "correctness_whole_64": CORRECTNESS | WHOLE | LONGER,
 }
 
 
@@ -23,7 +30,12 @@ def get_sweep():
     return Sweep(
         panels={
             "32 steps": {"MCQ": "mcq", "MCQ + correctness": "correctness"},
-            "64 steps": {"MCQ": "mcq_64", "MCQ + correctness": "correctness_64"},
+            "64 steps": {
+                "MCQ": "mcq_64",
+                "MCQ + correctness": "correctness_64",
+                "MCQ, no repetition or truncation": "whole_64",
+                "MCQ + correctness, no repetition or truncation": "correctness_whole_64",
+            },
         },
         base="mcq",
         seeds=(0, 1, 2),

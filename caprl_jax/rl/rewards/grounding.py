@@ -1,4 +1,4 @@
-"""How much more likely the image makes a caption's sentences."""
+"""The gain of a caption's sentences in likelihood by the image."""
 
 import jax
 import jax.numpy as jnp
