@@ -76,8 +76,21 @@ def test_a_term_declares_the_frozen_models_that_it_reads():
 
     choice = REWARDS.choose("accuracy").__class__("far", far)
     assert rewards.needed_models((Term("far", choice),)) == {"reference"}
-    with pytest.raises(ValueError, match=r"can't need .*'clap'"):
-        rewards.needs("clap")
+    with pytest.raises(ValueError, match=r"can't need .*'siglip'"):
+        rewards.needs("siglip")
+
+
+def test_a_term_may_tell_more_for_the_log():
+    """The reward is its first value; the rest is told by the term's name and its own."""
+
+    def both(scored):
+        value = scored.verdicts.score[..., 0]
+        return value, {"twice": 2 * value}
+
+    choice = REWARDS.choose("accuracy").__class__("both", both)
+    found = reward((Term("first", choice),), scored([[[0.5], [0.25]]]))
+    np.testing.assert_allclose(found.total, [[0.5, 0.25]])
+    np.testing.assert_allclose(found.told["first_twice"], [[1.0, 0.5]])
 
 
 def test_options_are_checked():
