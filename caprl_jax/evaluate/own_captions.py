@@ -47,7 +47,7 @@ class OwnCaptionLoss:
         for captioned in self._held.batches():
             placed = mesh.put_whole((captioned.batch, captioned.captions), self._rules)
             logps = jax.device_get(self._logps(params, *placed))
-            total -= float(logps[captioned.batch.valid].sum(dtype=float))
+            total -= float(logps.sum(dtype=float))  # blank rows have no tokens
             tokens += int(captioned.captions.mask.sum())
         loss = total / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, _MOST))}
