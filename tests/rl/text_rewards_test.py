@@ -68,7 +68,7 @@ def test_phrases_are_counted_whatever_their_case_and_white_space():
         "This caption is good. This caption is long.",
         "This captions isn't one.",
         "The answer is B. Option C, then choose (A); choice D.",
-        "The options are many. Answers A's mother. An option, A house.",
+        "The options are many. Option A's colour. An option, A house. Choose Blue.",
     ]
     assert values("phrases", captions) == [0, -1, -2, 0, -3, 0]
     assert values("phrases", captions, letters=False) == [0, -1, -2, 0, 0, 0]
