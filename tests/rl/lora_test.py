@@ -124,7 +124,9 @@ def test_no_gradient_of_a_whole_weight_is_computed(world, tuned, captions):
     assert len(products(tuned, captions)) == 0
 
 
-@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow), "gpu"])
+@pytest.mark.parametrize(
+    "platform", ["cpu", *(pytest.param(p, marks=pytest.mark.slow) for p in ("gpu", "tpu"))]
+)
 def test_captions_are_drawn_from_the_policy_that_learns(tuned, captions, platform):
     """With each variant of the decoding weights."""
     found = captions if platform == "cpu" else drawn(tuned, platform)

@@ -65,7 +65,9 @@ def peft_model(pair, directory):
     return model
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl-tied"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", pytest.param("qwen3_vl-tied", marks=pytest.mark.slow)]
+)
 def test_peft_computes_the_same_logits_of_images(pairs, name, tmp_path, within):
     pair = pairs(name)
     policy, params = exported(pair, tmp_path / "out")
@@ -86,6 +88,7 @@ def test_peft_computes_the_same_logits_of_images(pairs, name, tmp_path, within):
     assert np.max(np.abs(plain - theirs)[real]) > 0.1  # the adapter is felt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied"])
 def test_peft_computes_the_same_logits_of_text(pairs, name, tmp_path, within):
     pair = pairs(name)
