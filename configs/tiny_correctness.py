@@ -12,11 +12,12 @@ Measured:  two cores that other work shared, 3 seeds of 32 steps, 1 seed of 64, 
            | correctness    | 0.973 (0.978, 0.971, 0.970)| 0.788 (0.787, 0.783, 0.793)|
            | mcq_64         | 0.859                      | 0.888                      |
            | correctness_64 | 0.914                      | 0.883                      |
+           | correctness_whole_64 | 0.973                | 0.783                      |
 
            Precision at 32 steps: +0.092, 95% interval [+0.034, +0.150], with 0.041 less recall.
            At 64 steps it is +0.055, with 0.005 less. In the 8 captions of the report, 3 of the 4
            statements that are still false are half ones: captions repeat themselves up to the
-           limit, which cuts the last.
+           limit, which cuts the last. Penalties for both cost recall at these weights.
 """
 
 from caprl_jax import config as config_lib
