@@ -71,10 +71,11 @@ def parse_rubrics(raw: Any) -> tuple[tuple[Rubric, ...], tuple[tuple[int, str], 
     """
     if isinstance(raw, str) and raw:  # some tools store nested columns as JSON text
         raw = read_json_text(raw, "the rubrics")
-    if not isinstance(raw or [], list):
+    raw = [] if raw is None or raw == "" else raw
+    if not isinstance(raw, list):
         raise MalformedRecord(f"the rubrics are {reprlib.repr(raw)}, not a list")
     rubrics, reasons = [], []
-    for number, rubric in enumerate(raw or [], 1):
+    for number, rubric in enumerate(raw, 1):
         try:
             rubrics.append(parse_rubric(rubric))
         except MalformedRecord as e:

@@ -143,6 +143,7 @@ raw_rubrics = st.fixed_dictionaries(
 
 
 @given(st.one_of(st.lists(st.one_of(raw_rubrics, values), max_size=4), values, json_texts()))
+@example("null")
 @example([{"rubric": "R", "weight": 10**400}, {"rubric": "R", "options": ["a", "A "]}])
 def test_any_value_gives_rubrics_or_reasons_that_cover_all_of_it(raw):
     try:
@@ -150,7 +151,8 @@ def test_any_value_gives_rubrics_or_reasons_that_cover_all_of_it(raw):
     except MalformedRecord as e:
         assert a_reason(e)
         return
-    given = json.loads(raw) if isinstance(raw, str) and raw else raw or []
+    given = json.loads(raw) if isinstance(raw, str) and raw else raw
+    given = [] if given is None or given == "" else given
     assert len(usable) + len(reasons) == len(given) and all(a_reason(r) for _, r in reasons)
     for rubric in usable:
         assert rubric.text and rubric.weight > 0 and distinct(rubric.options)
