@@ -58,6 +58,8 @@ ARMS = {
     "refreshed": {"caprl.reference_mix": 1.0, "caprl.reference_every": 8},
     "average": {"caprl.reference_mix": 0.05},
     "entropy": {"caprl.entropy": 0.001},
+    "frozen_tower": {"policy.freeze_vision": True},
+    "lora": {"lora.rank": 8, "optimizer.learning_rate": 2e-3},
 }
 
 
@@ -94,6 +96,11 @@ def get_sweep():
                 "initial, weight adapts": "adaptive",
             },
             "entropy bonus": {"none": "grpo", "0.001": "entropy"},
+            "trained": {
+                "all": "grpo",
+                "all but the tower": "frozen_tower",
+                "LoRA of rank 8, 10 times the rate": "lora",
+            },
         },
         base="grpo",
         seeds=(0, 1, 2),
