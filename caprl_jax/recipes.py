@@ -136,3 +136,15 @@ def embedded_arm(objective: str = "caprl") -> ml_collections.ConfigDict:
     c.checkpoint.every = 16
     c.export.when = "never"
     return c
+
+
+def embedded_verifier(c: ml_collections.ConfigDict) -> None:
+    """Sets the shipped verifier, asked as configs/tiny_verifier.py has trained it.
+
+    Args:
+      c: the config to be changed.
+    """
+    c.verifier.path = "asset:tiny/verifier"
+    c.verifier.question, c.verifier.yes, c.verifier.no = "?", " A", " B"
+    c.verifier.ends = ","  # statements of the embedded world's captions
+    c.verifier.sentences, c.verifier.max_sentence = 12, 8

@@ -27,7 +27,7 @@ scalecap   ScaleCap's sentence score, log p(y | image) - log p(y | no image). Kn
            inference. Ours: as a reward of weight 0.1 beside accuracy.
 """
 
-from caprl_jax.recipes import choose, embedded_arm, released
+from caprl_jax.recipes import choose, embedded_arm, embedded_verifier, released
 from caprl_jax.sweep.arms import Sweep
 
 _GRPO = {"caprl.advantage": "grpo", "caprl.kl": 0.01, "caprl.questions": 4}
@@ -100,10 +100,7 @@ _OPTIONS = {"length": {"full": 26, "none": 32}, "band": {"tokens": 25.0}}
 def _tiny(recipe):
     c = embedded_arm()
     c.data.rubrics = recipe == "rubicap"
-    c.verifier.path = "asset:tiny/verifier"
-    c.verifier.question, c.verifier.yes, c.verifier.no = "?", " A", " B"
-    c.verifier.ends = ","
-    c.verifier.sentences, c.verifier.max_sentence = 12, 8
+    embedded_verifier(c)
     return c
 
 

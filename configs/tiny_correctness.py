@@ -21,7 +21,7 @@ Measured:  two cores that other work shared, 3 seeds of 32 steps, 1 seed of 64, 
 """
 
 from caprl_jax import config as config_lib
-from caprl_jax.recipes import choose, embedded_arm
+from caprl_jax.recipes import choose, embedded_arm, embedded_verifier
 from caprl_jax.sweep.arms import Sweep
 
 CORRECTNESS = {"caprl.rewards.correctness": {"term": "correctness", "weight": 1.0}}
@@ -62,10 +62,7 @@ def get_config(arm="mcq"):
     [arm] = choose(arm, tuple(ARMS))
     c = embedded_arm()
     c.eval.images = 128  # false facts are rare
-    c.verifier.path = "asset:tiny/verifier"
-    c.verifier.question, c.verifier.yes, c.verifier.no = "?", " A", " B"
-    c.verifier.ends = ","
-    c.verifier.sentences, c.verifier.max_sentence = 12, 8
+    embedded_verifier(c)
     for key, value in ARMS[arm].items():
         section, _, name = key.rpartition(".")
         (config_lib.get(c, section) if section else c)[name] = value
