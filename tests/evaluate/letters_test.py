@@ -100,6 +100,7 @@ def test_a_judge_on_the_mesh_and_at_an_endpoint_expect_the_same(tmp_path):
                 truth=np.full(shape, first.truth),
                 letters=np.full(shape, 4),
                 valid=np.ones(shape, bool),
+                weight=None,
             )
             own = logits[order][None, None, None]
             judging = Judging(mode, temperature)

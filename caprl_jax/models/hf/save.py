@@ -139,7 +139,7 @@ def _layers(flat: Mapping, t: Tensor, lora: Lora | None) -> Iterator[Any]:
     # JAX keeps an array's host copy as long as the array lives: make a fresh array to gather.
     value, a, b = (flat.get((*t.path[:-1], name)) for name in (t.path[-1], A, B))
     if not t.stacked:
-        yield value.copy()
+        yield value.copy() if isinstance(value, jax.Array) else value
         return
     for i in range(value.shape[0]):
         has_update = lora is not None and t.path[-1] == "kernel" and a is not None
