@@ -138,8 +138,10 @@ def _layers(flat: Mapping, t: Tensor, lora: Lora | None) -> Iterator[Any]:
     """Yields a parameter, or its layers one after the other; with LoRA's update, in float32."""
     # JAX keeps an array's host copy as long as the array lives: make a fresh array to gather.
     value, a, b = (flat.get((*t.path[:-1], name)) for name in (t.path[-1], A, B))
+    on_device = isinstance(value, jax.Array)
+    value = value if on_device else np.asarray(value)  # it may be made here (random_model)
     if not t.stacked:
-        yield value.copy() if isinstance(value, jax.Array) else value
+        yield value.copy() if on_device else value
         return
     for i in range(value.shape[0]):
         has_update = lora is not None and t.path[-1] == "kernel" and a is not None
