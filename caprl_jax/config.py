@@ -355,7 +355,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_learned(config: ml_collections.ConfigDict) -> None:
-    """Checks the images that an update learns from, and what its KL divergence needs."""
+    """Checks what an update learns from, what it trains, and what its KL divergence needs."""
     caprl, key = config.caprl, "data.batch"
     if caprl.kl_target and not caprl.kl:
         raise ConfigError(
@@ -367,8 +367,9 @@ def _check_learned(config: ml_collections.ConfigDict) -> None:
             f"config.caprl.reference_mix={caprl.reference_mix} changes the reference, and that of "
             f"LoRA (config.lora.rank={config.lora.rank}) is its frozen base: give one of them up"
         )
-    held = caprl.kl or "reference" in needed_models(terms(config))
-    if caprl.reference_mix and not held:
+    needed = needed_models(terms(config))
+    verifies = "verifier" in needed and not config.verifier.path
+    if caprl.reference_mix and not (caprl.kl or "reference" in needed or verifies):
         raise ConfigError(
             f"config.caprl.reference_mix={caprl.reference_mix} changes a reference that nothing "
             "reads: give config.caprl.kl, or a reward term that needs the reference"
@@ -380,6 +381,16 @@ def _check_learned(config: ml_collections.ConfigDict) -> None:
                 f"config.caprl.kept_images={caprl.kept_images} are all of config.data.batch="
                 f"{config.data.batch} images: keep fewer, or 0 for all"
             )
+    if config.lora.rank and config.policy.freeze:
+        raise ConfigError(
+            f"config.policy.freeze={config.policy.freeze!r} does nothing beside config.lora.rank="
+            f"{config.lora.rank}: LoRA trains its updates alone. Leave one of them out"
+        )
+    if config.lora.path and config.policy.init == "random":
+        raise ConfigError(
+            f"config.lora.path={config.lora.path} is an adapter of trained weights, and "
+            "config.policy.init='random' makes others: leave one of them out"
+        )
     for name in ("minibatches", "micro_batches"):
         if (count := caprl[name]) and learned_images(config) % count:
             raise ConfigError(

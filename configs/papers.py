@@ -19,7 +19,8 @@ rubicap    2603.09160. Known: GRPO on binary rubrics of weights 3, 2 and 1, read
            Ours: the judge's probability instead of a yes or no.
 balcaprl   2605.07394. Known: precision, recall and language rewards, each normalised in its group
            before the weighted sum, and 0 outside 0.5 to 2 reference lengths. Ours: recall is the
-           judge's accuracy, precision a verifier's, language the repetition penalty; weights 1.
+           judge's accuracy, precision a verifier's, language the repetition penalty, all of weight
+           1; the reference length is 200 tokens for all images, 25 if tiny.
 cccaption  2602.21655. Known: a x completeness + (1 - a) x correctness, the latter by a judge with
            the image on the caption's claims. Ours: a = 0.5, completeness by questions, sentences as
            claims.
@@ -32,7 +33,7 @@ from caprl_jax.sweep.arms import Sweep
 
 _GRPO = {"caprl.advantage": "grpo", "caprl.kl": 0.01, "caprl.questions": 4}
 _RLOO = {"caprl.advantage": "rloo", "caprl.kl": 0.0, "caprl.questions": 8}
-# Of each recipe: its models, its keys, and its reward terms.
+# Each recipe's models, keys and reward terms.
 _QWEN25 = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct", 28, 80)
 _QWEN25_7B = ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", 28, 80)
 _QWEN3_2B = ("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-4B", 32, 1024)

@@ -30,7 +30,9 @@ class Lora:
         ",".join(PROJECTIONS), "projections of the decoder with an update, joined by commas"
     )
     path: str = setting(
-        "", "a directory with an adapter in PEFT's format to start from; empty: an update of zero"
+        "",
+        "a directory with an adapter in PEFT's format to start from; empty: an update of zero. The "
+        "KL's reference and a verifier without a path are the base, without this adapter",
     )
 
     def __post_init__(self):

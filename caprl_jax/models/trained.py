@@ -15,7 +15,7 @@ from caprl_jax.models.vlm import Params, Policy
 
 
 def split(policy: Policy, params: Params) -> tuple[Params, Params]:
-    """Returns (trained parameters, frozen ones); nested dicts, boxed or not, of which parts are.
+    """Returns (trained parameters, frozen ones): nested dicts, boxed if `params` are.
 
     Where everything is trained, the first is `params` itself and the second is empty.
     """
@@ -61,6 +61,8 @@ def check(policy: Policy) -> None:
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     names = ["/".join(path) for path in flax.traverse_util.flatten_dict(shapes)]
     for part in policy.frozen:
+        if part == "vision" and policy.vision is None:
+            continue  # policy.freeze_vision of a text model: there is nothing to freeze
         if not any(name == part or name.startswith(f"{part}/") for name in names):
             parts = sorted({"/".join(n.split("/")[:depth]) for n in names for depth in (1, 2)})
             raise ConfigError(

@@ -44,7 +44,9 @@ class Caprl:
     )
     aggregation_options: dict = setting({}, OPTIONS)
     kl: float = setting(
-        0.0, "weight of the KL divergence from the initial policy; 0 holds no reference", least=0
+        0.0,
+        "weight of the KL divergence from the reference, the initial policy or LoRA's base",
+        least=0,
     )
     kl_estimator: str = setting("k3", "estimator of that divergence", choices=KL_ESTIMATORS)
     kl_estimator_options: dict = setting({}, OPTIONS)

@@ -179,7 +179,7 @@ def _learned(objective: Objective, captions: Rollout, advantages: jax.Array) -> 
 
 def _updates(learner: Learner, state: State, example: _Example) -> tuple[State, Metrics]:
     objective, parts = learner.objective, slices.split(example, _slices(learner))
-    # Of frozen parameters no gradient is computed.
+    # Frozen parameters get no gradient.
     trained, frozen = trained_lib.split(learner.policy, state.params)
     counts = _counts(objective, example)
 

@@ -218,7 +218,9 @@ class _Evaluation:
 
     def __init__(self, config, model: _Model, reader: Reader, held: HeldOut, run: Run):
         rules, cuts = model.rules, compile_lib.eval_slices(config, model.rules)
-        decoding = dataclasses.replace(run.decoding, group=config.eval.group, usual=0)
+        decoding = dataclasses.replace(
+            run.decoding, group=config.eval.group, usual=0, baseline=False
+        )
         self._held, self._judge, self._seed = held, run.judge, config.seed
         self._tokenizer = model.tokenizer
         self._writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, rules, cuts)

@@ -1,6 +1,7 @@
 """Orbax checkpoints of a run: its state and config together."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -67,6 +68,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise _damaged(directory, "its config is no JSON object")
     return saved
+
+
+def _held(state: Any) -> Any:
+    """Returns a state's fields by name, without those that are None; a tree of another kind as is.
+
+    So a field that is newer than a checkpoint, and None, is no difference from it.
+    """
+    if not dataclasses.is_dataclass(state):
+        return state
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _damaged(directory: Path, fault: str) -> CheckpointError:
@@ -153,7 +165,8 @@ class Checkpoints:
             return
         args = self._ocp.args
         items = args.Composite(
-            state=args.StandardSave(state), config=args.JsonSave(json.loads(config.to_json()))
+            state=args.StandardSave(_held(state)),
+            config=args.JsonSave(json.loads(config.to_json())),
         )
         error = _attempt(lambda: self._manager.save(step, args=items))
         if not self._failed_anywhere(step, error):
@@ -297,7 +310,8 @@ class Checkpoints:
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
         )
-        return self._read(step, args.StandardRestore(target))
+        found = self._read(step, args.StandardRestore(_held(target)))
+        return target.replace(**found) if dataclasses.is_dataclass(target) else found
 
     def config(self, step: int) -> dict[str, Any]:
         """Returns the config that a checkpoint was written with.

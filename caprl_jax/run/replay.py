@@ -35,8 +35,13 @@ def replay(config: Any, task: Task, state: State, checkpoints: Checkpoints, file
       UserError: the file is no kept batch of this run.
     """
     number = re.match(r"\d+", file.name)
-    if number is None or task.run is None:
+    if number is None or config.objective != "caprl":
         raise UserError(f"--replay={file} is no kept batch of a run with objective caprl")
+    if task.run is None:
+        raise UserError(
+            f"--replay={file}: this run's captions pass through text or an endpoint between two "
+            "programs, which can't be replayed"
+        )
     step = int(number[0])
     data = task.data(step - 1)
     batch = task.place(skipped.load(file, next(data)))

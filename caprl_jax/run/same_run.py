@@ -38,6 +38,12 @@ def require_same(saved: dict[str, Any] | None, config: ml_collections.ConfigDict
     Raises:
       ConfigError: a key that results depend on has another value; the message names all of them.
     """
+    policy = (saved or {}).get("policy", {})
+    if policy.get("freeze_vision") and "freeze" not in policy:
+        raise ConfigError(
+            "the workdir holds a run with config.policy.freeze_vision of an earlier version, whose "
+            "optimizer's state had another form: give a fresh --workdir, and start from its export"
+        )
     if saved is not None and (changed := differences(saved, config)):
         raise ConfigError(
             "the workdir holds a run with another config: "

@@ -98,10 +98,32 @@ def test_the_weight_adapts_to_the_target(world, captions, frozen, share, factor)
     [
         ({"caprl.kl_target": 0.1}, "kl_target=0.1 adapts the weight config.caprl.kl=0"),
         ({"caprl.reference_mix": 0.1}, "reference_mix=0.1 changes a reference that nothing reads"),
+        (
+            {"caprl.reference_mix": 0.1, "caprl.kl": 0.1, "lora.rank": 4},
+            "reference_mix=0.1 changes the reference, and that of LoRA",
+        ),
+        (
+            {"lora.rank": 4, "policy.freeze": "vision"},
+            "policy.freeze='vision' does nothing beside config.lora.rank=4",
+        ),
+        (
+            {"lora.rank": 4, "lora.path": "DIR", "policy.init": "random"},
+            "lora.path=DIR is an adapter of trained weights",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(changes, told):
     config = default()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=told):
+        validate(config)
+
+
+def test_a_verifier_without_a_path_may_follow_the_policy():
+    config = default()
+    config.caprl.reference_mix = 0.01
+    config.caprl.rewards.true = {"term": "correctness"}
+    validate(config)
+    config.verifier.path = "asset:tiny/verifier"
+    with pytest.raises(ConfigError, match="a reference that nothing reads"):
         validate(config)

@@ -6,12 +6,14 @@ import resource
 import shutil
 import threading
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from caprl_jax import config as config_lib
+from caprl_jax.rl.types import State
 from caprl_jax.run import checkpoint, manifest
 
 
@@ -124,6 +126,26 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(saved):
         flip(saved / "checkpoints" / str(step) / "config" / "metadata")
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in"):
         checkpoint.saved_config(saved)
+
+
+def test_a_checkpoint_from_before_states_had_further_fields_is_restored(tmp_path, monkeypatch):
+    """A reference that moves and a weight that adapts came later, and are None in most runs."""
+
+    @flax.struct.dataclass
+    class Older:
+        step: jax.Array
+        params: dict
+        opt_state: tuple
+
+    state = State(jnp.int32(4), {"w": jnp.arange(3.0)}, ({"mu": jnp.ones(3)},))
+    config = config_lib.complete(config_lib.default())
+    with checkpoint.Checkpoints(tmp_path, None) as checkpoints, monkeypatch.context() as then:
+        then.setattr(checkpoint, "_held", lambda state: state)
+        checkpoints.save(4, Older(state.step, state.params, state.opt_state), config)
+    with checkpoint.Checkpoints(tmp_path, None) as checkpoints:
+        found = checkpoints.restore_last(jax.tree.map(jnp.zeros_like, state))
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert found.reference is None and found.kl_weight is None
 
 
 def test_parameters_alone_are_checked_too(saved):

@@ -111,6 +111,17 @@ def test_a_run_of_an_earlier_version_goes_on_under_its_new_keys():
     ]
 
 
+def test_a_frozen_tower_of_an_earlier_version_is_refused():
+    """Its optimizer's state had an entry for the tower."""
+    config = config_lib.complete(config_lib.default())
+    config.policy.freeze_vision = True
+    saved = values(config)
+    same_run.require_same(saved, config)
+    del saved["policy"]["freeze"]
+    with pytest.raises(ConfigError, match="optimizer's state had another form"):
+        same_run.require_same(saved, config)
+
+
 def test_another_reward_makes_another_run():
     c = config_lib.complete(config_lib.default())
     before = values(c)

@@ -118,6 +118,11 @@ def _check(directory: Path, about: Mapping[str, Any], policy: Policy) -> None:
     """Refuses an adapter_config.json of another kind of LoRA than the settings'."""
     wanted = {"peft_type": "LORA", "r": policy.lora.rank, "lora_alpha": policy.lora.alpha}
     wanted |= dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), False)
+    if patterns := [key for key in ("rank_pattern", "alpha_pattern") if about.get(key)]:
+        raise ModelDirectoryError(
+            f"{directory / CONFIG} has {patterns[0]}={about[patterns[0]]!r}, other values for some "
+            "projections: all must have one rank and one alpha here"
+        )
     for key, value in wanted.items():
         if about.get(key, value) != value:
             raise ModelDirectoryError(
