@@ -133,8 +133,9 @@ def initial_state(
         else:
             flat |= jax.jit(adapter, out_shardings=own)(key)
         params = traverse_util.unflatten_dict(flat)
-    count = trained.count(trained.split(policy, params)[0])
-    logging.info("training %d of %d parameters", count, trained.count(params))
+    count, total = trained.count(trained.split(policy, params)[0]), trained.count(params)
+    if count < total:
+        logging.info("training %d of %d parameters", count, total)
 
     def rest(params):
         state = compile_lib.first_state(config, policy, optimizer, params)
