@@ -35,8 +35,8 @@ Hardware:   chosen for the present devices, as reckoned from shapes (run/reckon.
             GiB a device: as chosen on 8 H100 38.0 of 59.7, 14.6 s a step; h200 94.6 of 105.3,
             60.8 s; lora on 1 H100 40.1 of 59.7, 86.8 s; h200_8 23.7 of 105.3, 11.8 s; v5e_16
             (v5e:4x4) 12.4 of 15.8, 23.1 s. With captions of at most 1,024 tokens and
-            earlier code: v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s; v5p_64
-            (v5p:4x4x4) 11.9 of 95, 2.9 s.
+            earlier code: v6e_16 (v6e:4x4) 14.8 of 32, 10.2 s; v5p_8 (v5p:2x2x2) 19.1 of 95, 20.5 s;
+            v5p_64 (v5p:4x4x4) 11.9 of 95, 2.9 s.
             h200 captions its batch in slices, whose draws differ: a run begun on other devices
             can't continue with that argument. With `found` it can, in the slices that it began
             with; but TPUs draw otherwise than GPUs and CPUs (decode/sampling.py).
