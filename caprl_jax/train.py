@@ -21,6 +21,7 @@ from caprl_jax.rl.sft import sft_step
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import (
     build,
+    build_sft,
     captions,
     compile,
     environment,
@@ -36,7 +37,6 @@ from caprl_jax.run import (
 from caprl_jax.run import replay as replay_lib
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.alarms import Watch
-from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints, saved_config
 from caprl_jax.run.endpoint_judge import Unanswered
 from caprl_jax.run.optimizer import averaged
@@ -44,13 +44,14 @@ from caprl_jax.run.profile import Profile
 from caprl_jax.run.same_run import require_same
 from caprl_jax.run.settings import Alarms
 from caprl_jax.run.skipped import Skipped
+from caprl_jax.run.task import Task
 from caprl_jax.settings import make
 
 # The builder of each objective, and the step that it compiles.
 OBJECTIVES = {
     "caprl": (build.caprl, caprl_step),
-    "sft": (build.sft, sft_step),
-    "sft on own captions": (build.own_captions, own_captions_step),
+    "sft": (build_sft.sft, sft_step),
+    "sft on own captions": (build_sft.own_captions, own_captions_step),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a verifier with the image adds to the judge's questions: fewer false facts.
+"""A verifier with the image beside the judge's questions: fewer false facts.
 
 Argument:  an arm (mcq by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_correctness.py --out=DIR

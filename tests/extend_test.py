@@ -13,7 +13,7 @@ import pytest
 
 from caprl_jax import config as config_lib
 from caprl_jax import train
-from caprl_jax.commands import cli
+from caprl_jax.commands import cli, config_keys
 from caprl_jax.errors import ConfigError
 
 from .examples import my_project
@@ -171,7 +171,7 @@ def test_a_completed_config_has_every_key_of_its_entries(tmp_path):
         "options": {},
     }
     assert c.sinks.csv.to_dict() == {"sink": f"{MINE}:CsvSink", "options": {}}
-    keys = {key for key, _, _ in config_lib.rows(c)}
+    keys = {key for key, _, _ in config_keys.rows(c)}
     assert {"caprl.rewards.brief.options.rate", "data.side", "sinks.csv.sink"} <= keys
     assert "data.rows" not in keys and not any(key.startswith("sft.") for key in keys)
 

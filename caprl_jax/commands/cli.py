@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from caprl_jax import config as config_lib
-from caprl_jax.commands import listing
+from caprl_jax.commands import config_keys, listing
 from caprl_jax.errors import ConfigError, UserError, did_you_mean
 from caprl_jax.parallel import libtpu, processes
 
@@ -250,7 +250,7 @@ def parse_config_flags(argv: list[str]) -> list[str]:
         _CONFIG_NAME.append(name)
         rest = _only_flags(_override(config, rest, flags.FLAGS))
     if flags.FLAGS.help_config:
-        _show(listing.describe_keys(config_lib.rows(flags.FLAGS.config)))
+        _show(listing.describe_keys(config_keys.rows(flags.FLAGS.config)))
     return rest
 
 
@@ -316,7 +316,7 @@ def _unknown_override(error: BaseException, config: ml_collections.ConfigDict) -
         )
     if isinstance(error, flags.Error) and "Unknown command line flag" not in said:
         return said
-    keys = [key for key, _, _ in config_lib.rows(config)]
+    keys = [key for key, _, _ in config_keys.rows(config)]
     found = re.search(r"'?(?:config\.)?([\w.]+)'?", said.split("flag")[-1])
     near_key = did_you_mean(found[1], keys) if found else ""
     meant = near_key.partition("; did you mean ")[2]

@@ -95,7 +95,7 @@ def describe_keys(rows: Iterable[tuple[str, Any, str]], width: int = 0) -> str:
     """Returns a table of a config's keys.
 
     Args:
-      rows: (key, value, meaning), as caprl_jax.config.rows yields them.
+      rows: (key, value, meaning), as caprl_jax.commands.config_keys.rows yields them.
       width: columns of the table; 0 takes the terminal's.
     """
     width = width or shutil.get_terminal_size((100, 24)).columns

@@ -1,7 +1,6 @@
 """Images and texts as CLIP takes them, from a CLIP directory's processor and tokenizer."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from caprl_jax.data.images import decode_image
+from caprl_jax.data.tokens import read_tokenizer
 from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.hf.files import read_json
 
@@ -132,17 +132,7 @@ class ClipTexts:
         Raises:
           ModelDirectoryError: they are missing or unreadable, or of another model.
         """
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer  # imported where used
-
-        if not any((directory / n).is_file() for n in ("tokenizer.json", "vocab.json")):
-            raise ModelDirectoryError(
-                f"{directory} has no tokenizer: it holds neither tokenizer.json nor vocab.json"
-            )
-        try:
-            inner = AutoTokenizer.from_pretrained(str(directory))
-        except Exception as e:  # the tokenizers library raises plain Exceptions
-            raise ModelDirectoryError(f"{directory}: the tokenizer can't be read: {e}") from e
+        inner = read_tokenizer(directory, ("tokenizer.json", "vocab.json"))
         largest = max(inner.get_vocab().values())
         if largest >= vocab:
             raise ModelDirectoryError(

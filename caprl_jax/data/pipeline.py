@@ -19,7 +19,7 @@ from caprl_jax.data.tokens import PolicyPrompt, Tokenizer, pad
 from caprl_jax.models.vision import VisionConfig, pad_to_windows
 from caprl_jax.models.vlm import Prompt
 from caprl_jax.rl.sft import Examples
-from caprl_jax.rl.types import Batch
+from caprl_jax.rl.types import Batch, Questions
 
 MakeExample = Callable[[Record, np.random.Generator], Any]
 
@@ -332,6 +332,21 @@ class HeldOut:
     records: list[Record]
     presented: list[list[Presented]]
     batches: list[Batch]
+
+    def asked(self, presented: list[list[Presented]], rows: Sequence[Questions]) -> "HeldOut":
+        """Returns the same images with other questions.
+
+        Args:
+          presented: each record's questions as the judge sees them.
+          rows: their arrays, of equal shapes.
+        """
+        size = len(self.batches[0].valid)
+        rows = [*rows, *[blank(rows[0])] * (size * len(self.batches) - len(rows))]
+        batches = [
+            batch.replace(questions=stack(rows[i * size : (i + 1) * size]))
+            for i, batch in enumerate(self.batches)
+        ]
+        return HeldOut(self.records, presented, batches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from caprl_jax.models.hf.files import read_json
 from caprl_jax.models.vision import VisionConfig, feature_order
 from caprl_jax.models.vlm import Prompt, mrope_positions
 
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +49,8 @@ class Tokenizer:
           ModelDirectoryError: the files are missing or unreadable, have more tokens than the model,
             or have no chat template.
         """
-        # transformers would advise to install PyTorch, which only its models need.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer  # imported where used
-
         directory = Path(directory)
-        # Without these files transformers returns an empty tokenizer and no error.
-        if not any((directory / name).is_file() for name in _VOCABULARIES):
-            raise ModelDirectoryError(
-                f"{directory} has no tokenizer: it holds none of {', '.join(_VOCABULARIES)}"
-            )
-        try:
-            inner = AutoTokenizer.from_pretrained(str(directory))
-        except Exception as e:  # the tokenizers library raises plain Exceptions
-            raise ModelDirectoryError(f"{directory}: the tokenizer can't be read: {e}") from e
+        inner = read_tokenizer(directory, VOCABULARIES)
         largest = max(inner.get_vocab().values())
         if largest >= vocab:
             raise ModelDirectoryError(
@@ -269,3 +257,24 @@ def pad(values: Sequence, length: int, dtype: Any = np.int32) -> np.ndarray:
     out = np.zeros((length, *values.shape[1:]), dtype)
     out[: len(values)] = values
     return out
+
+
+def read_tokenizer(directory: Path, files: Sequence[str]) -> Any:
+    """Returns transformers' tokenizer of a directory, which must hold one of the files.
+
+    Raises:
+      ModelDirectoryError: it has no tokenizer, or an unreadable one.
+    """
+    # transformers would advise to install PyTorch, which only its models need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer  # imported where used
+
+    # Without these files transformers returns an empty tokenizer and no error.
+    if not any((directory / name).is_file() for name in files):
+        raise ModelDirectoryError(
+            f"{directory} has no tokenizer: it holds none of {', '.join(files)}"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except Exception as e:  # the tokenizers library raises plain Exceptions
+        raise ModelDirectoryError(f"{directory}: the tokenizer can't be read: {e}") from e

@@ -9,10 +9,9 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from caprl_jax.data.pipeline import HeldOut, blank
+from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import JudgePrompt, Presented
 from caprl_jax.evaluate import mcq
 from caprl_jax.evaluate.heldout import Judged, Reader, Written, accuracy, facts_known
@@ -36,14 +35,7 @@ def turned(data: HeldOut, prompt: JudgePrompt) -> HeldOut:
     presented = [[_turned(p) for p in shown] for shown in data.presented]
     n, q = data.batches[0].questions.tokens.shape[1:]
     q = max(q, *(len(prompt.tail(p)) for shown in presented for p in shown))
-    rows = [prompt.arrays(shown, n, q) for shown in presented]
-    b = len(data.batches[0].valid)
-    rows += [blank(rows[0])] * (b * len(data.batches) - len(rows))
-    batches = [
-        batch.replace(questions=jax.tree.map(lambda *a: np.stack(a), *rows[i * b : (i + 1) * b]))
-        for i, batch in enumerate(data.batches)
-    ]
-    return HeldOut(data.records, presented, batches)
+    return data.asked(presented, [prompt.arrays(shown, n, q) for shown in presented])
 
 
 def _turned(shown: Presented) -> Presented:

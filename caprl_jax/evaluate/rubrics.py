@@ -3,11 +3,10 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 
 from caprl_jax.data import questions
-from caprl_jax.data.pipeline import HeldOut, blank
+from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.evaluate.heldout import Judged, Reader
 from caprl_jax.rl.judge import Judge
@@ -28,14 +27,7 @@ def asking(data: HeldOut, prompt: JudgePrompt) -> HeldOut | None:
         return None
     most = max(map(len, presented))
     longest = max(len(prompt.tail(p)) for shown in presented for p in shown)
-    rows = [prompt.arrays(shown, most, longest) for shown in presented]
-    b = len(data.batches[0].valid)
-    rows += [blank(rows[0])] * (b * len(data.batches) - len(rows))
-    batches = [
-        batch.replace(questions=jax.tree.map(lambda *a: np.stack(a), *rows[i * b : (i + 1) * b]))
-        for i, batch in enumerate(data.batches)
-    ]
-    return HeldOut(data.records, presented, batches)
+    return data.asked(presented, [prompt.arrays(shown, most, longest) for shown in presented])
 
 
 class Rubrics:

@@ -13,8 +13,8 @@ from caprl_jax.rl.step import Run, step_keys
 from caprl_jax.rl.types import Batch, Scored, State
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import skipped
-from caprl_jax.run.build import Task
 from caprl_jax.run.checkpoint import Checkpoints
+from caprl_jax.run.task import Task
 
 
 def replay(config: Any, task: Task, state: State, checkpoints: Checkpoints, file: Path) -> None:

@@ -64,7 +64,7 @@ def theirs(scenes):
 
 
 def test_the_loss_is_that_of_transformers(scenes):
-    """Of all captions together, two of an image at a time, in a batch with a blank row."""
+    """The mean is over all captions together, two of an image at a time, beside a blank row."""
     c = config_lib.default()
     c.data.max_windows, c.data.max_prompt = 4, 40
     policy, directory, tokenizer = load.read_with_tokenizer(c.policy.path, "", np.float32)

@@ -13,7 +13,7 @@ from caprl_jax.evaluate.sight import Sight, warn_if_blind
 from caprl_jax.rl.logps import caption_logps
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import build
-from caprl_jax.run.build import Task
+from caprl_jax.run.task import Task
 
 IMAGES, BATCH = 9, 8  # the last batch holds one image, which has no other
 

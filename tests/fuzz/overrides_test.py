@@ -9,14 +9,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from caprl_jax import config as config_lib
-from caprl_jax.commands import cli
+from caprl_jax.commands import cli, config_keys
 from caprl_jax.errors import ConfigError
 
 from ..shipped import CONFIGS
 from .strategies import texts, values
 
 TINY = f"--config={CONFIGS / 'tiny.py'}"
-KEYS = sorted(key for key, _, _ in config_lib.rows(cli.load_config(str(CONFIGS / "tiny.py"))))
+KEYS = sorted(key for key, _, _ in config_keys.rows(cli.load_config(str(CONFIGS / "tiny.py"))))
 literals = st.one_of(
     values.map(repr),
     texts,
@@ -105,7 +105,7 @@ def test_any_override_is_a_value_of_its_key_or_an_error_that_names_it(given_argu
         assert len(result) < 600 + 3 * max(map(len, given_arguments))
         return
     usual = config_lib.complete(config_lib.default(result.objective, result.data.source))
-    for key, value, _ in config_lib.rows(result):
+    for key, value, _ in config_keys.rows(result):
         try:
             before = config_lib.get(usual, key)
         except (KeyError, AttributeError):

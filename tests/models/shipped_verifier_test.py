@@ -18,7 +18,7 @@ GRID, SCENES, EACH = (3, 3), 128, 16
 
 
 def kind(statement, facts):
-    """What a false statement is wrong about."""
+    """Returns the kind of mistake in a false statement."""
     words, held = statement.split(), {place: (color, digit) for place, color, digit in facts}
     if words[0] == "total" and len(words) == 2:
         return "count"

@@ -25,7 +25,7 @@ from caprl_jax.report import html
 from caprl_jax.rl.types import State
 from caprl_jax.run import checkpoint, export, load, metrics, skipped, summary
 from caprl_jax.run import workdir as workdir_lib
-from caprl_jax.run.build import Task
+from caprl_jax.run.task import Task
 from caprl_jax.run.workdir import WorkdirError
 
 from .. import disk as disks

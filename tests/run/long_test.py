@@ -12,7 +12,7 @@ from caprl_jax import config as config_lib
 from caprl_jax import train
 from caprl_jax.rl.types import State
 from caprl_jax.run import checkpoint, host, metrics
-from caprl_jax.run.build import Task
+from caprl_jax.run.task import Task
 
 EVERY = {"checkpoint.every": 20, "eval.every": 30, "log_every": 3}
 # The loop is at the same place of its periods, none of which ends there.
