@@ -3,7 +3,6 @@
 build_sft.py has the builders of supervised training; all return a task.Task to train.py.
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,16 @@ from caprl_jax.run import frozen as frozen_lib
 from caprl_jax.run import judges, load
 from caprl_jax.run.frozen import Frozen
 from caprl_jax.run.judges import Reader
-from caprl_jax.run.task import Model, Stored, Task, feed, heldout_reader, heldout_size, read_policy
+from caprl_jax.run.task import (
+    Model,
+    Stored,
+    Task,
+    feed,
+    heldout_reader,
+    heldout_size,
+    heldout_writer,
+    read_policy,
+)
 from caprl_jax.run.text_terms import TextTerms
 from caprl_jax.run.through_text import Between, Retokeniser
 
@@ -142,12 +150,9 @@ class _Evaluation:
 
     def __init__(self, config, model: Model, reader: Reader, held: HeldOut, run: Run):
         rules, cuts = model.rules, compile_lib.eval_slices(config, model.rules)
-        decoding = dataclasses.replace(
-            run.decoding, group=config.eval.group, usual=0, baseline=False
-        )
         self._held, self._judge, self._seed = held, run.judge, config.seed
         self._tokenizer = model.tokenizer
-        self._writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, rules, cuts)
+        self._writer = heldout_writer(config, model, held)
         self._reader = heldout_reader(config, reader, held, rules)
         self._splicing = None  # at an endpoint, the server puts the texts together
         if not reader.asked:

@@ -13,7 +13,6 @@ from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.set_aside import SetAside
-from caprl_jax.decode.loop import Decoding
 from caprl_jax.errors import ConfigError
 from caprl_jax.evaluate import heldout
 from caprl_jax.evaluate.own_captions import OwnCaptionLoss
@@ -27,7 +26,16 @@ from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import frozen as frozen_lib
 from caprl_jax.run import judges, load
 from caprl_jax.run.judges import Reader
-from caprl_jax.run.task import Model, Stored, Task, feed, heldout_reader, heldout_size, read_policy
+from caprl_jax.run.task import (
+    Model,
+    Stored,
+    Task,
+    feed,
+    heldout_reader,
+    heldout_size,
+    heldout_writer,
+    read_policy,
+)
 
 
 def sft(
@@ -83,11 +91,8 @@ def _sft_policy(config, model: Model, stored: Stored, set_aside: SetAside):
     reader = judges.read(config, model.tokenizer) if own.judged else None
     prompt = reader.prompt if reader else load.judge_prompt(config, model.tokenizer)
     held = pipeline.held_out(stored["heldout"], inputs, prompt, heldout_size(config), set_aside)
-    sampling = compile_lib.sampling(config)
-    decoding = Decoding(config.eval.group, model.tokenizer.stop, sampling)
-    cuts = compile_lib.eval_slices(config, model.rules)
-    writer = heldout.Writer(model.policy, held, model.tokenizer, decoding, model.rules, cuts)
-    sight = Sight(model.policy, held, model.rules, cuts)
+    writer = heldout_writer(config, model, held)
+    sight = Sight(model.policy, held, model.rules, compile_lib.eval_slices(config, model.rules))
     if reader:
         return example, _judged(config, model, reader, held, (writer, sight))
 
@@ -185,9 +190,8 @@ def _own_captions_parts(
 ):
     """Returns the parts of a Task that evaluate captioners, with a judge if there is a reader."""
     rules, cuts, data = model.rules, compile_lib.eval_slices(config, model.rules), held.data
-    decoding = Decoding(config.eval.group, model.tokenizer.stop, compile_lib.sampling(config))
     loss = OwnCaptionLoss(model.policy, held, rules, cuts)
-    writer = heldout.Writer(model.policy, data, model.tokenizer, decoding, rules, cuts)
+    writer = heldout_writer(config, model, data)
     sight = Sight(model.policy, data, rules, cuts)
     parts = {"heldout": data}
     if reader:

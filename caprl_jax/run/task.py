@@ -12,6 +12,7 @@ from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
 from caprl_jax.data.set_aside import SetAside
+from caprl_jax.decode.loop import Decoding
 from caprl_jax.evaluate import heldout
 from caprl_jax.models import trained as trained_lib
 from caprl_jax.models.flash import calls
@@ -106,3 +107,12 @@ def heldout_reader(
         return EndpointReader(reader.asked, held, heldout.GREEDY.temperature)
     cuts = compile_lib.eval_slices(config, rules)
     return heldout.Reader(held, reader.tokenizer, rules, cuts, reader.through_text)
+
+
+def heldout_writer(
+    config: ml_collections.ConfigDict, model: Model, held: HeldOut
+) -> heldout.Writer:
+    """Returns the writer of held-out captions: all of them draws, or all of them greedy."""
+    cuts = compile_lib.eval_slices(config, model.rules)
+    decoding = Decoding(config.eval.group, model.tokenizer.stop, compile_lib.sampling(config))
+    return heldout.Writer(model.policy, held, model.tokenizer, decoding, model.rules, cuts)
