@@ -156,11 +156,8 @@ def test_in_bfloat16_a_small_update_would_be_lost_in_merged_weights(world):
     assert np.std(update) / np.std(kernel) < 0.002 and lost > 0.5
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [{"fsdp": 4, "tensor": 2}, pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}], ids=str)
 def test_an_update_on_eight_devices_is_that_on_one(shape):
     from ..conftest import make_world
 
