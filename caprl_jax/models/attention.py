@@ -16,7 +16,6 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from caprl_jax.models import packed_attention, places
@@ -25,7 +24,6 @@ from caprl_jax.models.flash.merge import KEPT
 from caprl_jax.models.places import Places
 
 SCORE_BYTES = 2**28  # upper bound on one image's scores at a time; more queries go in slices
-Rotation = tuple[jax.Array, jax.Array]  # cosine and sine of RoPE's angles
 
 
 @flax.struct.dataclass
@@ -124,11 +122,6 @@ def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
         seen=row.seen,
         texts=row.texts,
     )
-
-
-def align_right(a: jax.Array, ndim: int) -> jax.Array:
-    """Adds leading axes of size 1 up to rank ndim, which makes broadcasting explicit."""
-    return jnp.expand_dims(a, tuple(range(ndim - a.ndim)))
 
 
 def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
@@ -357,46 +350,3 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     if squeezed and "r" in out:
         return jnp.expand_dims(product, out.index("r") - len(out))
     return product
-
-
-def rope_angles(positions: jax.Array, theta: float, dim: int) -> jax.Array:
-    """Rotation angles of RoPE (arXiv 2104.09864).
-
-    Args:
-      positions: int [*batch, t].
-      theta: the base of the geometric progression of wavelengths.
-      dim: even number of channels rotated.
-
-    Returns:
-      float32 [*batch, t, dim / 2], radians.
-    """
-    frequencies = align_right(rope_frequencies(theta, dim), positions.ndim + 1)
-    return positions[..., None].astype(jnp.float32) * frequencies
-
-
-def rope_frequencies(theta: float, dim: int) -> np.ndarray:
-    """Inverse wavelengths theta^(-2i/dim), float32 [dim / 2]."""
-    return (1.0 / (theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))).astype(
-        np.float32
-    )
-
-
-def rotation(angles: jax.Array) -> Rotation:
-    """Cosine and sine of float32 angles of any shape; all layers share one computation."""
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """Rotates channel i with channel i + d/2, computed in float32.
-
-    Args:
-      x: [*batch, t, heads, d].
-      by: cosine and sine of the angles, float32 [*batch, t, d / 2] each.
-
-    Returns:
-      [*batch, t, heads, d] in x's dtype.
-    """
-    cos, sin = (a[..., None, :] for a in by)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Row, Segment
-from caprl_jax.models.layers import LayerNorm, Linear, init_normal
+from caprl_jax.models.layers import LayerNorm, Linear, align_right, init_normal
 from caprl_jax.parallel.axes import BATCH, constrain
 
 
@@ -125,7 +125,7 @@ class TextTower(nn.Module):
         positions = self.param("positions", init, (c.positions, c.text.width))
         x = jnp.take(table.astype(self.dtype), tokens, axis=0)
         own = positions[: tokens.shape[-1]].astype(self.dtype)
-        x = x + attention.align_right(own, x.ndim)
+        x = x + align_right(own, x.ndim)
         x = constrain(x, *BATCH[: x.ndim - 2], None, None)
         x, _ = _blocks(c.text)(x, attention.text(mask))
         x = LayerNorm(c.text.norm_eps, name="norm")(x)

@@ -14,10 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax.models import attention, decode_attention
-from caprl_jax.models.attention import KV, Rotation, Row, Segment
-from caprl_jax.models.layers import Linear, RMSNorm, init_normal, rematerialise, transposed_product
+from caprl_jax.models import attention, decode_attention, rope
+from caprl_jax.models.attention import KV, Row, Segment
+from caprl_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    align_right,
+    init_normal,
+    rematerialise,
+    transposed_product,
+)
 from caprl_jax.models.lora import Lora
+from caprl_jax.models.rope import Rotation
 from caprl_jax.parallel.axes import BATCH, CACHED, constrain, constrain_last, varied_as
 
 
@@ -233,12 +241,12 @@ class Block(nn.Module):
 
     def _keys_and_values(self, y: jax.Array, rotation: Rotation) -> LayerKV:
         k = self.k(y)
-        k = attention.rotate(self.k_norm(k) if self.config.qk_norm else k, rotation)
+        k = rope.rotate(self.k_norm(k) if self.config.qk_norm else k, rotation)
         return _to_caches(k, "kv_heads"), _to_caches(self.v(y), "kv_heads")
 
     def _queries(self, y: jax.Array, rotation: Rotation) -> jax.Array:
         q = self.q(y)
-        q = attention.rotate(self.q_norm(q) if self.config.qk_norm else q, rotation)
+        q = rope.rotate(self.q_norm(q) if self.config.qk_norm else q, rotation)
         return _to_caches(q, "heads")
 
     def _ancestors(self, context: Context, past: tuple[LayerKV, ...]) -> list[Segment]:
@@ -448,8 +456,8 @@ class Decoder(nn.Module):
         c = self.config
         if c.mrope_section is None:
             chex.assert_equal_shape([positions, mask])
-            return attention.rotation(attention.rope_angles(positions, c.rope_theta, c.head_dim))
+            return rope.rotation(rope.angles(positions, c.rope_theta, c.head_dim))
         chex.assert_shape(positions, (*mask.shape, 3))
-        frequencies = attention.rope_frequencies(c.rope_theta, c.head_dim)
+        frequencies = rope.frequencies(c.rope_theta, c.head_dim)
         followed = jnp.take(positions, c.mrope_axes(), axis=-1).astype(jnp.float32)
-        return attention.rotation(followed * attention.align_right(frequencies, followed.ndim))
+        return rope.rotation(followed * align_right(frequencies, followed.ndim))

@@ -36,6 +36,11 @@ def rematerialise(layer: type[nn.Module], remat: str) -> type[nn.Module]:
     return nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
 
 
+def align_right(a: jax.Array, ndim: int) -> jax.Array:
+    """Adds leading axes of size 1 up to rank ndim, which makes broadcasting explicit."""
+    return jnp.expand_dims(a, tuple(range(ndim - a.ndim)))
+
+
 def init_normal(stddev: float, names: tuple[str | None, ...]):
     """Normal initialiser that carries the axes' logical names for the shard rules."""
     return nn.with_logical_partitioning(nn.initializers.normal(stddev), names)
@@ -61,7 +66,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (attention.align_right(scale, x.ndim) * y.astype(x.dtype)).astype(x.dtype)
+        return (align_right(scale, x.ndim) * y.astype(x.dtype)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -79,7 +84,7 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        scale, bias = (attention.align_right(a.astype(jnp.float32), x.ndim) for a in (scale, bias))
+        scale, bias = (align_right(a.astype(jnp.float32), x.ndim) for a in (scale, bias))
         return (y * scale + bias).astype(x.dtype)
 
 
@@ -122,7 +127,7 @@ class Linear(nn.Module):
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[self.inputs :])
             bias = self.param("bias", zeros, self.outputs).astype(x.dtype)
-            y = y + attention.align_right(bias, y.ndim)
+            y = y + align_right(bias, y.ndim)
         if self.lora and (self.is_initializing() or self.has_variable("params", A)):
             # Kept by name: "products" would keep both summands.
             y = checkpoint_name(y + self._update(x, contracted), attention.KEPT)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from caprl_jax.models import attention
+from caprl_jax.models import attention, rope
 from caprl_jax.models.attention import Segment
 from caprl_jax.models.layers import LayerNorm, Linear, RMSNorm, init_normal, rematerialise
 from caprl_jax.parallel.axes import constrain
@@ -179,7 +179,7 @@ class VisionBlock(nn.Module):
         y = c.norm("attention_norm")(x)
         qkv = Linear((3, c.heads, head_dim), ("embed", None, "heads", None), bias=True, name="qkv")
         q, k, v = jnp.moveaxis(qkv(y), -3, 0)
-        q, k = attention.rotate(q, rotation), attention.rotate(k, rotation)
+        q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
         q, k, v = (constrain(a, "images", None, "heads", None) for a in (q, k, v))
 
         def attend_within(size):
@@ -288,8 +288,8 @@ class VisionTower(nn.Module):
             table = self.param("positions", init, (c.position_side**2, c.width))
             x = x + sample_table(table, images.positions, images.mask).astype(self.dtype)
         # Half of the rotated channels follow the row, the other half the column.
-        angles = attention.rope_angles(images.positions, 10_000.0, c.width // c.heads // 2)
-        rotation = attention.rotation(angles.reshape(*angles.shape[:-2], -1))
+        angles = rope.angles(images.positions, 10_000.0, c.width // c.heads // 2)
+        rotation = rope.rotation(angles.reshape(*angles.shape[:-2], -1))
         x, kept = self._run_blocks(x, rotation, images.mask)
         features = Merger(c, name="merger")(x)
         if not c.deep_layers:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.models import attention
+from caprl_jax.models import attention, rope
 from caprl_jax.models.decoder import Block, Context, Decoder
 from caprl_jax.models.vision import VisionBlock, feature_order
 from caprl_jax.rl.rollout import rollout
@@ -74,8 +74,8 @@ def test_vision_blocks_equal_transformers(vision_pair, inputs, within):
     pixels, grid = (inputs.torch[k] for k in ("pixel_values", "image_grid_thw"))
     seen = layers_seen(visual.blocks, lambda: visual(pixels, grid_thw=grid))
     mask = inputs.images.mask
-    angles = attention.rope_angles(inputs.images.positions, 1e4, c.width // c.heads // 2)
-    rotation = attention.rotation(angles.reshape(*mask.shape, -1))
+    angles = rope.angles(inputs.images.positions, 1e4, c.width // c.heads // 2)
+    rotation = rope.rotation(angles.reshape(*mask.shape, -1))
     run = jax.jit(lambda p, x, full: VisionBlock(c).apply(p, x, rotation, mask, full))
     for i, (x, y) in enumerate(seen):
         padded = np.zeros((*mask.shape, c.width), np.float32)
