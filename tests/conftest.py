@@ -26,7 +26,8 @@ from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 
 from caprl_jax.data.tokens import PolicyPrompt
-from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.vision import VisionConfig, VisionTower, pad_to_windows
 from caprl_jax.models.vlm import Policy
 from caprl_jax.rl.judge import Judge

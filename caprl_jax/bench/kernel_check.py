@@ -16,7 +16,7 @@ import numpy as np
 from caprl_jax.bench.phases import seconds_of
 from caprl_jax.models import attention
 from caprl_jax.models.attention import Segment
-from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.flash import calls
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.jit import bind

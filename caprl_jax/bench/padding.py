@@ -14,7 +14,7 @@ import numpy as np
 from caprl_jax.bench import decoding, synthetic
 from caprl_jax.bench.decoding import Turns
 from caprl_jax.models import packed_attention
-from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.slices import Slices
 from caprl_jax.plan.shapes import INSTRUCTION, AbstractStep

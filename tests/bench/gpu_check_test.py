@@ -14,7 +14,7 @@ import pytest
 from caprl_jax import config as config_lib
 from caprl_jax.bench import gpu_check, kernel_check
 from caprl_jax.bench.kernel_check import Case
-from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.flash import merge
 from caprl_jax.parallel import mesh
 

@@ -10,7 +10,7 @@ import pytest
 from caprl_jax.bench import decoding, padding, phases, synthetic
 from caprl_jax.bench.padding import Part
 from caprl_jax.models import packed_attention
-from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.places import visible
 from caprl_jax.models.vision import VisionConfig
 from caprl_jax.parallel.slices import Slices

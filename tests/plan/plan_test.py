@@ -14,7 +14,8 @@ from caprl_jax.commands import plan_table
 from caprl_jax.decode import scheduling
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.errors import ConfigError, UserError
-from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.vision import Images, VisionConfig, VisionTower
 from caprl_jax.models.vlm import Policy, Prompt
 from caprl_jax.parallel import hardware, mesh, slices

@@ -12,7 +12,8 @@ from flax import linen as nn
 
 from caprl_jax.data import pipeline
 from caprl_jax.data.tokens import pad
-from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.vlm import Policy, Prompt
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.jit import bind

@@ -17,7 +17,8 @@ from caprl_jax.decode import caches, loop, scheduling
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models import families
 from caprl_jax.models.attention import KV
-from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.vision import VisionConfig, VisionTower
 from caprl_jax.models.vlm import Policy, Trunk
 from caprl_jax.parallel import axes, hardware, mesh

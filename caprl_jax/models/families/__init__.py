@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from caprl_jax.errors import ModelDirectoryError
-from caprl_jax.models.decoder import Decoder, DecoderConfig
+from caprl_jax.models.decoder import Decoder
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.families import family as family_lib
 from caprl_jax.models.families import qwen2, qwen2_5_vl, qwen3, qwen3_vl
 from caprl_jax.models.families.family import Family

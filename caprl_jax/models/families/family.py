@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from caprl_jax.errors import ModelDirectoryError
-from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.families.fields import Fields
 from caprl_jax.models.vision import VisionConfig
 

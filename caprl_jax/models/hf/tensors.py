@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from caprl_jax.models.decoder import DecoderConfig
+from caprl_jax.models.decoder_config import DecoderConfig
 from caprl_jax.models.families import Family, patch_kernel
 from caprl_jax.models.vision import VisionConfig
 from caprl_jax.models.vlm import Policy
