@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from caprl_jax.decode import scheduling
 from caprl_jax.decode.scheduling import Stage
 from caprl_jax.models.attention import KV
-from caprl_jax.models.decoder import Block, Context, Decoder
+from caprl_jax.models.block import Block, Context
+from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vlm import Params, Policy
 from caprl_jax.parallel import axes, mesh
 from caprl_jax.parallel.axes import constrain

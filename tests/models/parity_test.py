@@ -13,7 +13,8 @@ import torch
 
 from caprl_jax.decode.sampling import Sampling
 from caprl_jax.models import attention, rope
-from caprl_jax.models.decoder import Block, Context, Decoder
+from caprl_jax.models.block import Block, Context
+from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.vision import VisionBlock, feature_order
 from caprl_jax.rl.rollout import rollout
 from caprl_jax.rl.types import Batch, Decoding
