@@ -21,6 +21,7 @@ from PIL import Image
 from caprl_jax.bench.synthetic import grid_for
 from caprl_jax.config import validate
 from caprl_jax.data import pipeline
+from caprl_jax.data.examples import CaprlExamples
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.errors import ConfigError
@@ -93,7 +94,7 @@ def records(side: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[pipeline.CaprlExamples, int]:
+def examples(config: ml_collections.ConfigDict, folder: Path) -> tuple[CaprlExamples, int]:
     """Returns the maker of the config's batches, and the side of the largest picture in pixels.
 
     No weights are read: sizes and processor are those of the config's models, the tokenizers the

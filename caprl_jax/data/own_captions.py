@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from caprl_jax.data import pipeline
-from caprl_jax.data.pipeline import HeldOut, HeldOutSize, ImagePrompt
+from caprl_jax.data.examples import ImagePrompt
+from caprl_jax.data.pipeline import HeldOut, HeldOutSize
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside

@@ -11,6 +11,7 @@ import ml_collections
 from caprl_jax.data import own_captions as own_captions_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
+from caprl_jax.data.examples import SftExamples
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.errors import ConfigError
@@ -85,9 +86,7 @@ def _sft_policy(config, model: Model, stored: Stored, set_aside: SetAside):
         question = frozen_lib.question(config, model.tokenizer)
         asked = question, config.verifier.yes, config.verifier.no
         task = dataclasses.replace(task, statements=own.statements, asked=asked)
-    example = pipeline.SftExamples(
-        task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens
-    )
+    example = SftExamples(task, model.tokenizer, inputs, (), config.data.max_prompt, own.max_tokens)
     reader = judges.read(config, model.tokenizer) if own.judged else None
     prompt = reader.prompt if reader else load.judge_prompt(config, model.tokenizer)
     held = pipeline.held_out(stored["heldout"], inputs, prompt, heldout_size(config), set_aside)
@@ -216,7 +215,7 @@ def _sft_judge(config, model: Model, stored: Stored, set_aside: SetAside):
     task = digits_sft.JudgeTask(
         grid, digits, prompt, own.questions, own.open_questions, tuple(own.options)
     )
-    example = pipeline.SftExamples(
+    example = SftExamples(
         task, model.tokenizer, None, instruction.tokens, config.data.max_prompt, own.max_tokens
     )
     held, captions = pipeline.text_quiz(task, heldout_size(config))

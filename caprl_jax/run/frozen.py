@@ -11,7 +11,7 @@ import numpy as np
 
 from caprl_jax import config as config_lib
 from caprl_jax.data import sentences, templates
-from caprl_jax.data.pipeline import CaprlExamples
+from caprl_jax.data.examples import CaprlExamples
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError

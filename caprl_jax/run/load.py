@@ -15,8 +15,8 @@ import numpy as np
 from caprl_jax import config as config_lib
 from caprl_jax.config import about
 from caprl_jax.data import given, pipeline, questions, records
+from caprl_jax.data.examples import CaprlExamples, ImagePrompt, QuestionDraw
 from caprl_jax.data.images import ImageProcessor
-from caprl_jax.data.pipeline import CaprlExamples, ImagePrompt, QuestionDraw
 from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.settings import Data

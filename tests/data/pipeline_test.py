@@ -12,6 +12,7 @@ import pytest
 from caprl_jax.data import pipeline, records
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.digits import world as digits
+from caprl_jax.data.examples import CaprlExamples, QuestionDraw, SftExamples
 from caprl_jax.data.questions import JudgePrompt, own_prompt
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.models.hf import download as sources
@@ -40,7 +41,7 @@ def inputs(tiny):
 def examples(inputs, **changes):
     extras = changes.pop("extras", ())
     values = {"count": 3, "replacement": True, "shuffle": True, "sets": 0} | changes
-    return pipeline.CaprlExamples(*inputs, pipeline.QuestionDraw(**values), 40, extras)
+    return CaprlExamples(*inputs, QuestionDraw(**values), 40, extras)
 
 
 def iterator(source, make, batch=8, set_aside=None, **changes):
@@ -216,9 +217,7 @@ def test_the_judges_buckets_hold_all_that_it_learns_from(inputs, stage):
         c.sft.open_questions,
         (most, most),
     )
-    make = pipeline.SftExamples(
-        task, prompt.tokenizer, None, (), c.data.max_prompt, c.sft.max_tokens
-    )
+    make = SftExamples(task, prompt.tokenizer, None, (), c.data.max_prompt, c.sft.max_tokens)
     longest = max(int(make(None, np.random.default_rng(i)).mask.sum(-1).max()) for i in range(100))
     assert c.sft.max_tokens - 1 <= longest
     quiz, _ = pipeline.text_quiz(task, pipeline.HeldOutSize(100, 50, c.data.max_question))

@@ -12,6 +12,7 @@ from caprl_jax.data import pipeline, questions, records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.digits.rubrics import rubrics as true_rubrics
 from caprl_jax.data.digits.rubrics import with_rubrics
+from caprl_jax.data.examples import CaprlExamples, QuestionDraw
 from caprl_jax.data.questions import JudgePrompt, draw_rubrics, own_prompt, present_rubric
 from caprl_jax.data.records import MalformedRecord, parse, unparse
 from caprl_jax.data.rubrics import Rubric, parse_rubric, parse_rubrics, unparse_rubric
@@ -168,8 +169,8 @@ def test_all_rubrics_are_read_or_so_many_are_drawn():
 @pytest.mark.parametrize("sets", [0, 2])
 def test_a_batch_holds_rubrics_after_its_questions(scenes, inputs, sets):
     def example(rubrics, record):
-        draw = pipeline.QuestionDraw(3, True, True, sets, rubrics)
-        return pipeline.CaprlExamples(*inputs, draw, 40)(record, np.random.default_rng(0))
+        draw = QuestionDraw(3, True, True, sets, rubrics)
+        return CaprlExamples(*inputs, draw, 40)(record, np.random.default_rng(0))
 
     record = min(scenes, key=lambda r: len(r.rubrics))
     count = len(record.rubrics)
@@ -190,7 +191,7 @@ def test_a_batch_holds_rubrics_after_its_questions(scenes, inputs, sets):
 def test_a_rubric_that_is_too_long_is_left_out_and_listed(scenes, inputs):
     long = Rubric("Which digit is north " * 12, 1.0)
     record = dataclasses.replace(scenes[0], rubrics=(BALL, long, scenes[0].rubrics[0]))
-    make = pipeline.CaprlExamples(*inputs, pipeline.QuestionDraw(3, True, True, 0, 4), 60)
+    make = CaprlExamples(*inputs, QuestionDraw(3, True, True, 0, 4), 60)
     aside = SetAside()
     example = pipeline.guarded(make, aside)(unparse(record), np.random.default_rng(0))
     assert example.questions.weight.tolist() == [0, 0, 0, 3, 1, 0, 0]

@@ -11,6 +11,7 @@ from caprl_jax.data import pipeline
 from caprl_jax.data.digits import sft as digits_sft
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.digits.world import JUDGE_PROMPT
+from caprl_jax.data.examples import SftExamples
 from caprl_jax.data.questions import ABSTAIN, JudgePrompt
 from caprl_jax.data.records import LETTERS, Question
 
@@ -178,7 +179,7 @@ def assert_encoded(tokenizer, example, branches):
 def test_a_policys_example_has_the_tasks_branches_and_cells(shipped, record):
     """Branches are encoded as they are; a cell's word is the target at its image token."""
     tokenizer, inputs, _ = shipped
-    make = pipeline.SftExamples(policy_task(), tokenizer, inputs, (), 32, 24)
+    make = SftExamples(policy_task(), tokenizer, inputs, (), 32, 24)
     example = make(record, np.random.default_rng(3))
     rng = np.random.default_rng(3)
     branches, words = policy_task().branches(record, rng), policy_task().cells(record, rng)
@@ -201,7 +202,7 @@ def test_features_that_are_no_cells_teach_nothing(shipped):
     scene = next(iter(digits.scenes("train", 1, (2, 2), (2, 2))))
     shown = dataclasses.replace(scene, image=next(digits.scenes("train", 1, GRID, (2, 2))).image)
     task = policy_task(grid=(2, 2), probes=2)
-    make = pipeline.SftExamples(task, tokenizer, inputs, (), 32, 24)
+    make = SftExamples(task, tokenizer, inputs, (), 32, 24)
     example = make(shown, np.random.default_rng(0))
     assert np.sum(example.prompt.feature >= 0) == 9
     assert not example.prompt_weight.any() and example.weight.any()
@@ -211,7 +212,7 @@ def test_a_judges_trunk_predicts_its_own_next_tokens(shipped, record):
     """Targets and weights are shifted by one; the last real token predicts nothing."""
     tokenizer, _, prompt = shipped
     task, prefix = judge_task(prompt, caption_weight=0.25), [7, 8, 9]
-    make = pipeline.SftExamples(task, tokenizer, None, prefix, 40, 64)
+    make = SftExamples(task, tokenizer, None, prefix, 40, 64)
     example = make(record, np.random.default_rng(5))
     ((caption, _),), branches = task.sample(np.random.default_rng(5))
     assert_encoded(tokenizer, example, branches)
@@ -231,24 +232,24 @@ def test_what_is_longer_than_its_bucket_is_refused_with_both_lengths(shipped, re
     task, rng = judge_task(prompt), lambda: np.random.default_rng(5)
     pieces, branches = task.sample(rng())
     longest = max(len(digits_sft.encode(tokenizer, b)[0]) for b in branches)
-    make = pipeline.SftExamples(task, tokenizer, None, (), 40, longest - 1)
+    make = SftExamples(task, tokenizer, None, (), 40, longest - 1)
     with pytest.raises(ValueError, match=f"branch of {longest} tokens .* than {longest - 1}$"):
         make(record, rng())
     dataclasses.replace(make, max_tokens=longest)(record, rng())  # one more is enough
     length = len(digits_sft.encode(tokenizer, pieces)[0])
-    make = pipeline.SftExamples(task, tokenizer, None, (), length - 1, longest)
+    make = SftExamples(task, tokenizer, None, (), length - 1, longest)
     with pytest.raises(ValueError, match=f"caption of {length} tokens .* than {length - 1}$"):
         make(record, rng())
     task = policy_task()
     longest = max(len(digits_sft.encode(tokenizer, b)[0]) for b in task.branches(record, rng()))
-    make = pipeline.SftExamples(task, tokenizer, inputs, (), 32, longest - 1)
+    make = SftExamples(task, tokenizer, inputs, (), 32, longest - 1)
     with pytest.raises(ValueError, match=f"branch of {longest} tokens .* than {longest - 1}$"):
         make(record, rng())
 
 
 def test_a_batch_has_one_prefix_and_blank_rows_keep_it(shipped, record):
     tokenizer, _, prompt = shipped
-    make = pipeline.SftExamples(judge_task(prompt), tokenizer, None, [7, 8, 9], 40, 64)
+    make = SftExamples(judge_task(prompt), tokenizer, None, [7, 8, 9], 40, 64)
     one = make(record, np.random.default_rng(0))
     none = pipeline.blank(one)
     batch = pipeline.stack([one, none])
