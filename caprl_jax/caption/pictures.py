@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caprl_jax.data import records
+from caprl_jax.data import array_record, records
 from caprl_jax.data.records import MalformedRecord, Question
 from caprl_jax.data.rubrics import Rubric
 from caprl_jax.data.sources import rows
@@ -189,7 +189,7 @@ def _whole(row: rows.Row) -> rows.Row:
 
 
 def _of_dataset(made: Any) -> Pictures:
-    sources = [records.source(made, split) for split in SPLITS]
+    sources = [array_record.source(made, split) for split in SPLITS]
 
     def each() -> Iterator[Picture]:
         for source in sources:

@@ -19,8 +19,8 @@ from absl import flags
 
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
+from caprl_jax.data import array_record, records
 from caprl_jax.data import card as card_lib
-from caprl_jax.data import records
 from caprl_jax.data.sources import conversion
 from caprl_jax.errors import ConfigError
 from caprl_jax.files import write_whole
@@ -72,7 +72,7 @@ def _write_card(made: Any, job: conversion.Conversion) -> dict[str, Any]:
     """Describes the dataset in card.json and README.md beside it; returns what the first holds."""
     card = card_lib.Card()
     for split in made.info.splits:
-        for element in records.source(made, split):
+        for element in array_record.source(made, split):
             card.add(records.parse(element))
     splits = {name: split.num_examples for name, split in made.info.splits.items()}
     summary = {"splits": splits} | card.summary(job.total, job.aside.listing())

@@ -1,12 +1,11 @@
-"""A record: an image with questions, rubrics and captions; parses, writes and reads records."""
+"""A record: an image with questions, rubrics and captions; parses and writes stored elements."""
 
 import contextlib
 import dataclasses
-import io
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -245,7 +244,7 @@ def parse(raw: Mapping[str, Any]) -> Record:
         identity, image = text(raw["id"]), bytes(memoryview(raw["image"]))
         asked, facts = text(raw["questions"]), text(raw["facts"])
         extras, criteria = text(raw.get("extras", "{}")), text(raw.get("rubrics", "[]"))
-        extras, captions = text(raw.get("extras", "{}")), text(raw.get("captions", "[]"))
+        captions = text(raw.get("captions", "[]"))
     except (KeyError, TypeError, ValueError) as e:
         raise MalformedRecord(f"a field is missing or can't be read: {e}") from e
     check_text(identity, "the id")
@@ -338,73 +337,3 @@ def unparse_question(question: Question) -> dict[str, Any]:
         "answer": LETTERS[question.answer],
     }
     return stored | ({"category": question.category} if question.category else {})
-
-
-def builder(
-    name: str,
-    version: str,
-    splits: Mapping[str, Callable[[], Iterable[Record]]],
-    data_dir: str | None,
-    rubrics: bool = False,
-) -> Any:
-    """A tensorflow-datasets builder that writes records to ArrayRecord; needs no tensorflow.
-
-    Args:
-      name: of the dataset, snake case.
-      version: "1.2.3"; a change of content needs a new one, or old files are read.
-      splits: split name -> function that yields its records.
-      data_dir: where datasets lie; None is tensorflow-datasets' own default.
-      rubrics: whether the dataset has a field for rubrics, which older ones don't have.
-
-    Returns:
-      tfds.core.GeneratorBasedBuilder.
-    """
-    import tensorflow_datasets as tfds  # imported where used: embedding the core doesn't need it
-
-    text = tfds.features.Text
-    names = ("id", "questions", "facts", "extras", "captions")
-    features = {name: text() for name in names}
-    features["image"] = tfds.features.Image()
-    if rubrics:
-        features["rubrics"] = text()
-
-    # Registering would allow one such class in a process, and it is never looked up by name.
-    class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(version)
-
-        def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(make) for split, make in splits.items()}
-
-        def _generate_examples(self, make):
-            for record in make():
-                if record.rubrics and not rubrics:
-                    raise ValueError(f"record {record.id} has rubrics: give builder(rubrics=True)")
-                yield record.id, {key: v for key, v in unparse(record).items() if key in features}
-
-    Records.name = name
-    return Records(data_dir=data_dir, file_format="array_record")
-
-
-def prepare(made: Any) -> None:
-    """Writes a builder's dataset to disk, without tensorflow-datasets' bars and messages.
-
-    Nothing is downloaded, whatever they say. Bars are switched off for the whole process.
-    """
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints, and doesn't log
-        made.download_and_prepare()
-
-
-def source(prepared: Any, split: str) -> Sequence[Mapping[str, Any]]:
-    """Random access to the stored elements of a prepared builder; images stay encoded."""
-    import tensorflow_datasets as tfds
-
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    return prepared.as_data_source(split=split, decoders=decoders)

@@ -9,7 +9,7 @@ from caprl_jax.commands.import_data import import_data
 from caprl_jax.curate import filter as filtering
 from caprl_jax.curate import folder, generate, parse, report, rubrics, trials
 from caprl_jax.curate.trials import Settings
-from caprl_jax.data import records
+from caprl_jax.data import array_record, records
 from caprl_jax.data.rubrics import Rubric
 from caprl_jax.data.sources.prepared import opened
 from caprl_jax.endpoint import Endpoint, Limits
@@ -172,7 +172,7 @@ def test_import_data_keeps_the_rubrics(filtered, tmp_path):
     summary = import_data(str(tmp_path / "in.jsonl"), tmp_path / "to", 1, str(filtered))
     assert summary["records"] == 2 and not summary["rows_set_aside"]
     made = opened(str(tmp_path / "to"))
-    read = [records.parse(records.source(made, s)[0]) for s in ("train", "heldout")]
+    read = [records.parse(array_record.source(made, s)[0]) for s in ("train", "heldout")]
     assert sorted(r.rubrics for r in read) == [(), (Rubric("The caption says it is seen.", 2.0),)]
 
 

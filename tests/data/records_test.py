@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from caprl_jax.data import records
+from caprl_jax.data import array_record, records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.records import MalformedRecord, Question, parse, parse_question
 
@@ -169,13 +169,13 @@ def test_error_for_a_malformed_record_says_why(questions, reason):
 
 def test_records_survive_a_round_trip_through_files(tmp_path):
     written = list(digits.scenes("train", 12, (3, 3), (2, 5)))
-    builder = records.builder("a_test", "1.0.0", {"train": lambda: written}, str(tmp_path))
+    builder = array_record.builder("a_test", "1.0.0", {"train": lambda: written}, str(tmp_path))
     builder.download_and_prepare()
-    source = records.source(builder, "train")
+    source = array_record.source(builder, "train")
     read = sorted((parse(source[i]) for i in range(len(source))), key=lambda r: r.id)
     for old, new in zip(written, read, strict=True):
         assert (old.id, old.image, old.questions) == (new.id, new.image, new.questions)
         assert json.dumps(old.facts) == json.dumps(new.facts)
-    again = records.builder("a_test", "1.0.0", {"train": list}, str(tmp_path))
+    again = array_record.builder("a_test", "1.0.0", {"train": list}, str(tmp_path))
     again.download_and_prepare()  # finds the files and writes nothing
-    assert len(records.source(again, "train")) == 12
+    assert len(array_record.source(again, "train")) == 12

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from caprl_jax.data import pipeline, questions, records
+from caprl_jax.data import array_record, pipeline, questions, records
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.digits.rubrics import rubrics as true_rubrics
 from caprl_jax.data.digits.rubrics import with_rubrics
@@ -90,12 +90,12 @@ def test_records_keep_rubrics_and_older_ones_have_none(scenes, tmp_path):
     old = unparse(scenes[0])
     del old["rubrics"]
     assert parse(old).rubrics == () and parse(old).questions == scenes[0].questions
-    made = records.builder("a_test", "1.0.0", {"train": lambda: scenes}, str(tmp_path), True)
+    made = array_record.builder("a_test", "1.0.0", {"train": lambda: scenes}, str(tmp_path), True)
     made.download_and_prepare()
-    source = records.source(made, "train")
+    source = array_record.source(made, "train")
     read = {r.id: r.rubrics for r in (parse(source[i]) for i in range(len(source)))}
     assert read == {r.id: r.rubrics for r in scenes}
-    made = records.builder("b_test", "1.0.0", {"train": lambda: scenes}, str(tmp_path))
+    made = array_record.builder("b_test", "1.0.0", {"train": lambda: scenes}, str(tmp_path))
     with pytest.raises(Exception, match=r"has rubrics: give builder\(rubrics=True\)"):
         made.download_and_prepare()
 

@@ -2,7 +2,7 @@
 
 A source is a function `source(settings, set_aside, options)` that returns two sequences of stored
 elements, {"train": .., "heldout": ..}. records.stored makes such a sequence from Records in memory;
-records.builder writes Records to disk once. `settings` is the config's section `data`
+array_record.builder writes Records to disk once. `settings` is the config's section `data`
 (data.settings.Data), and `set_aside` collects unusable records. Register a source here, or name it
 in a config by its import path.
 """

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from caprl_jax.data import records
+from caprl_jax.data import array_record
 from caprl_jax.data.records import MalformedRecord, Record
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.sources.rows import count, find, names, parse_row, rows
@@ -89,7 +89,7 @@ class Conversion:
             for split in ("train", "heldout")
         }
         name = self.name or f"caprl_files_{digest[:16]}"
-        made = records.builder(name, VERSION, splits, data_dir, rubrics=True)
+        made = array_record.builder(name, VERSION, splits, data_dir, rubrics=True)
         if not self._whole(made, digest):
             if self.name and Path(made.data_dir).with_name("inputs.jsonl").is_file():
                 raise ValueError(
@@ -150,7 +150,7 @@ class Conversion:
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
             with noted.with_suffix(".part").open("w") as inputs.file:
-                records.prepare(made)
+                array_record.prepare(made)
                 counts = {"rows_set_aside": inputs.lost, "listed": len(self.aside.reasons)}
                 inputs.file.write(json.dumps(counts | {"files": inputs.digest}) + "\n")
         except AssertionError as e:  # tensorflow-datasets raises it for an empty split

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caprl_jax.data import records
+from caprl_jax.data import array_record
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.settings import setting
 
@@ -55,8 +55,8 @@ def digits(
     if options.rubrics:
         name += "_rubrics"
         splits = {split: functools.partial(with_rubrics, make) for split, make in splits.items()}
-    made = records.builder(name, VERSION, splits, settings.data_dir or None, options.rubrics)
+    made = array_record.builder(name, VERSION, splits, settings.data_dir or None, options.rubrics)
     if not Path(made.data_dir).is_dir():
         logging.info("preparing %d + %d scenes", options.train, settings.heldout)
-    records.prepare(made)
-    return {split: records.source(made, split) for split in splits}
+    array_record.prepare(made)
+    return {split: array_record.source(made, split) for split in splits}

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from caprl_jax.data import records
+from caprl_jax.data import array_record
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.sources.conversion import begin
 from caprl_jax.settings import setting
@@ -46,4 +46,4 @@ def files(
     made = conversion.made(settings.data_dir or None)
     for line in conversion.aside.listing():
         set_aside.add(line["id"], line["reason"])
-    return {split: records.source(made, split) for split in ("train", "heldout")}
+    return {split: array_record.source(made, split) for split in ("train", "heldout")}

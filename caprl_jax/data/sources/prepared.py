@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caprl_jax.data import records
+from caprl_jax.data import array_record
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.settings import setting
 
@@ -39,7 +39,7 @@ def prepared(
         aside.read(listing)
     for line in aside.listing():
         set_aside.add(line["id"], line["reason"])
-    return {split: records.source(made, split) for split in SPLITS}
+    return {split: array_record.source(made, split) for split in SPLITS}
 
 
 def opened(path: str) -> Any:

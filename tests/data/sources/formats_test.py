@@ -9,7 +9,7 @@ import pyarrow.ipc
 import pytest
 from PIL import Image
 
-from caprl_jax.data import images, records
+from caprl_jax.data import array_record, images
 from caprl_jax.data.records import MalformedRecord
 from caprl_jax.data.sources import conversion
 from caprl_jax.data.sources.formats import FORMATS
@@ -118,7 +118,7 @@ def test_splits_and_left_over_files_of_a_dataset_directory(tmp_path):
     job = conversion.begin(str(tmp_path), 2, "")
     assert job.total == 10
     train = job.made(str(tmp_path / "to"))
-    elements = [e for split in ("train", "heldout") for e in records.source(train, split)]
+    elements = [e for split in ("train", "heldout") for e in array_record.source(train, split)]
     names = {e["id"].decode() for e in elements}
     place = "{}/data-00000-of-00001.arrow-00000{}"
     assert names == {place.format(s, i) for s in ("train", "test") for i in range(5)}
