@@ -29,6 +29,7 @@ from caprl_jax.run import (
     fit,
     host,
     judges,
+    kept_programs,
     memory,
     metrics,
     sinks,
@@ -81,7 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> dict[str, Any]:
     sinks.require_packages(config_lib.sinks(config))
     _settle(config, workdir)
-    compile.keep_compiled(workdir.parent / "compiled")
+    kept_programs.keep(workdir.parent / "compiled")
     with workdir_lib.writing(workdir):
         set_aside = SetAside(workdir / processes.own_name("set_aside.jsonl"))
     builder, step = _objective(config)

@@ -39,7 +39,7 @@ from caprl_jax.plan.hlo import costs
 from caprl_jax.plan.shapes import AbstractStep
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import fit
+from caprl_jax.run import fit, kept_programs
 from caprl_jax.run.memory import as_flags
 
 STEPS = 3  # steps of each kind that are timed, if there is time
@@ -311,7 +311,7 @@ def main(_: list[str]) -> None:
     """Checks and prints."""
     with in_one_paragraph():
         file = Path(flags.FLAGS.json)
-        compile_lib.keep_compiled(file.with_name("compiled"))
+        kept_programs.keep(file.with_name("compiled"))
         plan = json.loads(Path(flags.FLAGS.plan).read_text()) if flags.FLAGS.plan else {}
         check = begin(flags.FLAGS.config, plan, flags.FLAGS.seconds)
         report = run_parts(check, file)

@@ -3,16 +3,15 @@
 Nothing here reads a model or data, so plans and benchmarks build the same programs as a run.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax.sharding import AbstractMesh
 
 from caprl_jax import config as config_lib
 from caprl_jax.config import SLICES, about, slices_of
@@ -22,7 +21,7 @@ from caprl_jax.errors import ConfigError
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.lora import Lora
 from caprl_jax.models.vlm import Policy, root_kv
-from caprl_jax.parallel import mesh, processes
+from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.parallel.jit import counted, jit
 from caprl_jax.parallel.slices import Slices
@@ -37,7 +36,6 @@ from caprl_jax.run import optimizer as optimizer_lib
 from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.settings import make
 
-MOST_COMPILED = 10 << 30  # bytes of compiled programs that are kept from one start to the next
 Program = tuple[Callable, Callable[[], int]]  # (a step, how often it was traced so far)
 
 
@@ -57,6 +55,19 @@ def shard_rules(
         )
     check_batch(config, rules)
     return dataclasses.replace(rules, attention=config.mesh.attention)
+
+
+def abstract_rules(config: ml_collections.ConfigDict, count: int) -> ShardRules:
+    """Returns the config's shard rules on `count` devices that need not exist.
+
+    Raises:
+      ConfigError: the mesh doesn't fit them, or a table of rules is wrong.
+    """
+    with about("mesh"):
+        axes = mesh.axis_sizes(config.mesh, count)
+        return mesh.shard_rules(
+            AbstractMesh(tuple(axes), mesh.AXES), config.mesh.rules, config.mesh.decode_rules
+        )
 
 
 def check_batch(config: ml_collections.ConfigDict, rules: ShardRules) -> None:
@@ -347,42 +358,6 @@ def jit_step(
     shardings = jax.tree.map(lambda a: a.sharding, state)
     out = (shardings, mesh.replicated(rules))
     return jit(function, rules, cuts, donate_argnums=donate, out_shardings=out)
-
-
-def keep_compiled(folder: Path) -> None:
-    """Makes JAX keep compiled programs in a folder, for the next start of this or a similar run.
-
-    Programs beyond MOST_COMPILED bytes are deleted at the start, those unused for longest first.
-    A folder that is already set, for example by JAX_COMPILATION_CACHE_DIR, stays; a cache that is
-    switched off (JAX_ENABLE_COMPILATION_CACHE=false) stays off.
-    """
-    # On 8 CPU devices, a run with kept programs hung (JAX 0.10).
-    hangs = jax.default_backend() == "cpu" and jax.device_count() > 1
-    if jax.config.jax_compilation_cache_dir is None and not hangs:
-        if processes.is_first():
-            trim_compiled(folder, MOST_COMPILED)
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-
-
-def trim_compiled(folder: Path, most: int) -> None:
-    """Deletes a folder's compiled programs, down to `most` bytes, those unused for longest first.
-
-    JAX's own bound (jax_compilation_cache_max_size) stops keeping programs, with a warning for
-    each, in a folder that was once used without it.
-    """
-    programs, total = [], 0
-    with contextlib.suppress(OSError):  # another run may trim at the same time
-        for file in folder.glob("*-cache"):
-            status = file.stat()
-            # A program is written once, then read; some disks don't note when.
-            programs.append((max(status.st_atime, status.st_mtime), status.st_size, file))
-            total += status.st_size
-    for _, size, file in sorted(programs):
-        if total <= most:
-            break
-        with contextlib.suppress(OSError):
-            file.unlink()
-            total -= size
 
 
 def read_instruction(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from caprl_jax.run import compile as compile_lib
+from caprl_jax.run import kept_programs
 
 NAME = "jax_compilation_cache_dir"
 
@@ -21,13 +21,13 @@ def unset():
 
 def test_programs_are_kept_unless_a_folder_is_set(tmp_path, unset, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    compile_lib.keep_compiled(tmp_path / "first")
-    compile_lib.keep_compiled(tmp_path / "second")
+    kept_programs.keep(tmp_path / "first")
+    kept_programs.keep(tmp_path / "second")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "first")
 
 
 def test_programs_of_several_cpu_devices_are_not_kept(tmp_path, unset):
-    compile_lib.keep_compiled(tmp_path)
+    kept_programs.keep(tmp_path)
     assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -41,19 +41,19 @@ def test_programs_beyond_the_bound_are_deleted_those_unused_for_longest_first(tm
     for name, used in (("old", 300), ("new", 500), ("oldest", 200), ("newer", 400)):
         program(tmp_path, name, 1000, used)
     (tmp_path / "notes.txt").write_text("somebody's own")
-    compile_lib.trim_compiled(tmp_path, 4000)
+    kept_programs.trim(tmp_path, 4000)
     assert len(list(tmp_path.iterdir())) == 5
-    compile_lib.trim_compiled(tmp_path, 2500)
+    kept_programs.trim(tmp_path, 2500)
     assert {f.name for f in tmp_path.iterdir()} == {"new-cache", "newer-cache", "notes.txt"}
-    compile_lib.trim_compiled(tmp_path / "not there", 0)
+    kept_programs.trim(tmp_path / "not there", 0)
 
 
 def test_a_start_trims_what_earlier_ones_kept(tmp_path, unset, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(compile_lib, "MOST_COMPILED", 1500)
+    monkeypatch.setattr(kept_programs, "MOST", 1500)
     for used in (200, 300):
         program(tmp_path, str(used), 1000, used)
-    compile_lib.keep_compiled(tmp_path)
+    kept_programs.keep(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["300-cache"]
 
 
@@ -69,7 +69,7 @@ def test_jax_names_its_programs_as_the_bound_takes_them(tmp_path, unset):
             jax.config.update(name, value)
         jax.jit(lambda x: jnp.sin(x) * 3.25).lower(1.0).compile()
         assert list(tmp_path.iterdir())
-        compile_lib.trim_compiled(tmp_path, 0)
+        kept_programs.trim(tmp_path, 0)
         assert not list(tmp_path.iterdir())
     finally:
         for name, value in before.items():
