@@ -20,7 +20,6 @@ from caprl_jax.errors import ConfigError, UserError
 from caprl_jax.models.layers import REMAT
 from caprl_jax.parallel import hardware, mesh
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import reckon
 from caprl_jax.run.memory import as_flags
 from caprl_jax.run.models import Models, models
 from caprl_jax.run.reckon import GIB, Memory, Reckoner
@@ -226,7 +225,7 @@ def _best(
         made = config.copy_and_resolve_references()
         apply(made, changes)
         try:
-            rules = reckon.abstract_rules(made, len(devices))
+            rules = compile_lib.abstract_rules(made, len(devices))
             multiple = mesh.batch_multiple(rules)
             _check(made, multiple)
             own = _slices(made, Reckoner(made, known, rules), SHARE * limit)

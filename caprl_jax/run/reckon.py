@@ -20,9 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from caprl_jax.config import about, learned_images, slices_of
+from caprl_jax.config import learned_images, slices_of
 from caprl_jax.decode import scheduling
 from caprl_jax.models import logprobs
 from caprl_jax.models import trained as trained_lib
@@ -31,6 +31,7 @@ from caprl_jax.models.decoder import Decoder
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import CACHED, ShardRules
 from caprl_jax.rl import packing
+from caprl_jax.run import compile as compile_lib
 from caprl_jax.run.models import Models, models
 
 GIB = 2**30
@@ -79,19 +80,6 @@ class Memory:
         return f"{held}; {self.largest} {sum(phase.values()) / GIB:.1f} ({inside})"
 
 
-def abstract_rules(config: ml_collections.ConfigDict, count: int) -> ShardRules:
-    """Returns the config's shard rules on `count` devices that need not exist.
-
-    Raises:
-      ConfigError: the mesh doesn't fit them, or a table of rules is wrong.
-    """
-    with about("mesh"):
-        axes = mesh.axis_sizes(config.mesh, count)
-        return mesh.shard_rules(
-            AbstractMesh(tuple(axes), mesh.AXES), config.mesh.rules, config.mesh.decode_rules
-        )
-
-
 def reckon(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Memory:
     """Reckons the memory that a settled config's step takes on each of the devices.
 
@@ -103,7 +91,7 @@ def reckon(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> Memory:
       UserError: the config's sizes are unknown, or don't lie evenly on the devices.
     """
     known = models(config, devices[0].platform)
-    return Reckoner(config, known, abstract_rules(config, len(devices))).memory()
+    return Reckoner(config, known, compile_lib.abstract_rules(config, len(devices))).memory()
 
 
 def caches(config: ml_collections.ConfigDict, decoder: Decoder, rules: ShardRules) -> int:

@@ -77,7 +77,7 @@ def test_the_choice_for_devices_that_need_not_be_there(devices):
     assert memory.total <= 0.95 * hardware.usable(there[0])
     assert f"reckoned {memory.total / GIB:.1f} of {hardware.usable(there[0]) / GIB:.1f} GiB" in told
     assert f"caprl.micro_batches={micro}" in told and "parameters" in told
-    compile_lib.check_batch(c, reckon.abstract_rules(c, len(there)))
+    compile_lib.check_batch(c, compile_lib.abstract_rules(c, len(there)))
 
 
 @pytest.mark.parametrize("name", ["3b", "7b"])
