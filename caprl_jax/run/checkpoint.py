@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import ml_collections
 
 from caprl_jax.errors import UserError
 from caprl_jax.parallel import processes
-from caprl_jax.run import manifest
+from caprl_jax.run import damaged, manifest
 from caprl_jax.run import workdir as workdir_lib
 
 _CONFIG = ("config", "metadata")  # in a checkpoint, the JSON file that Orbax writes the config to
-_DAMAGED = 4  # damaged checkpoints that are kept, the last ones moved away
 _LONGEST = 3600  # seconds that a save may take
 
 
@@ -272,29 +270,13 @@ class Checkpoints:
                 faults[step] = str(e)
                 continue
             if faults:
-                self._move_away(faults, step)
+                damaged.move_away(self._workdir, faults, step)
+                self._close()
+                processes.wait()
             return restored
         if faults:
             raise _none_left(self._workdir, faults)
         return state
-
-    def _move_away(self, faults: dict[int, str], good: int) -> None:
-        """Moves damaged checkpoints, whose steps will be written again, out of the way."""
-        away = self._workdir / "damaged-checkpoints"
-        for step, fault in faults.items():
-            target = away / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-            logging.warning(
-                "%s; the run goes on from step %d. It is moved to %s: delete that directory when "
-                "you don't need it",
-                *(fault, good, target),
-            )
-            if processes.is_first():
-                with workdir_lib.writing(target):
-                    away.mkdir(exist_ok=True)
-                    self._directory(step).rename(target)
-                    _collect(away)
-        self._close()
-        processes.wait()
 
     def restore(self, step: int, state: Any) -> Any:
         """Restores the state of a checkpoint, on any number of processes and devices.
@@ -367,13 +349,6 @@ class Checkpoints:
         # After an error of this process alone, no other process would answer.
         self._settle(together=kind is None or issubclass(kind, processes.Stopped))
         self._close()
-
-
-def _collect(away: Path) -> None:
-    """Deletes damaged checkpoints that were moved away longest ago, down to the number kept."""
-    moved = sorted(away.glob("[0-9]*-*-*"), key=lambda directory: directory.name.split("-")[1:])
-    for old in moved[:-_DAMAGED]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _attempt(work: Callable[..., Any], *arguments: Any) -> Exception | None:
