@@ -5,8 +5,6 @@ one of the dataclasses in `sections()`, which holds its default, meaning and ran
 """
 
 import dataclasses
-import math
-import re
 from typing import Any
 
 import ml_collections
@@ -14,15 +12,12 @@ import ml_collections
 from caprl_jax.data.settings import Data, Sft
 from caprl_jax.data.sources import SOURCES
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import ConfigError, did_you_mean
+from caprl_jax.errors import ConfigError, about, did_you_mean
 from caprl_jax.models.lora import Lora
 from caprl_jax.parallel.settings import MeshSettings
-from caprl_jax.registry import Choice, Registry
-from caprl_jax.rl.advantages import ADVANTAGES
-from caprl_jax.rl.kl import KL_ESTIMATORS
-from caprl_jax.rl.losses import AGGREGATIONS, LOSSES
-from caprl_jax.rl.rewards import REWARDS, Term, needed_models
+from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.settings import Caprl
+from caprl_jax.run.choices import CHOICES, choice, reward, sink, sinks, terms
 from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.run.settings import (
     Alarms,
@@ -35,17 +30,10 @@ from caprl_jax.run.settings import (
     PolicySettings,
     VerifierSettings,
 )
-from caprl_jax.run.sinks import SINKS
-from caprl_jax.settings import default_of, is_section, make, of
+from caprl_jax.settings import default_of, make, of
 
 __all__ = ["ConfigError", "default", "validate"]
 
-CHOICES: dict[str, Registry] = {  # keys of the section caprl that name an entry with options
-    "advantage": ADVANTAGES,
-    "loss": LOSSES,
-    "aggregation": AGGREGATIONS,
-    "kl_estimator": KL_ESTIMATORS,
-}
 # Keys whose value may be left open, and the value that says so; run.fit chooses for the devices.
 OPEN: dict[str, Any] = {
     "mesh.data": 0,
@@ -127,17 +115,16 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
       ConfigError: an entry or an option is unknown.
     """
     with config.unlocked():
-        for name, registry in CHOICES.items():
-            with about(f"caprl.{name}_options"):
-                choice = registry.choose(config.caprl[name], config.caprl[f"{name}_options"])
-            _fill(config.caprl[f"{name}_options"], dataclasses.asdict(choice.options))
+        for name in CHOICES:
+            options = dataclasses.asdict(choice(config, name).options)
+            _fill(config.caprl[f"{name}_options"], options)
         for name in config.caprl.rewards:
-            term = _entry(config, "caprl.rewards", "term", name, REWARDS)
+            term = reward(config, name)
             defaults = {"term": term.name, "weight": 1.0, "mask": ""}
             _fill(config.caprl.rewards[name], defaults, dataclasses.asdict(term.options))
         for name in config.sinks:
-            sink = _entry(config, "sinks", "sink", name, SINKS)
-            _fill(config.sinks[name], {"sink": sink.name}, dataclasses.asdict(sink.options))
+            chosen = sink(config, name)
+            _fill(config.sinks[name], {"sink": chosen.name}, dataclasses.asdict(chosen.options))
     return _opened(config)
 
 
@@ -187,50 +174,6 @@ def _fill(section: ml_collections.ConfigDict, values: dict, options: dict | None
         _fill(section.options, options)
 
 
-def _entry(config: Any, where: str, kind: str, name: str, registry: Registry) -> Choice:
-    """Returns an entry by name from a section of {kind, options, ..}, its options checked."""
-    entry = get(config, where)[name]
-    allowed = (kind, "options") if kind == "sink" else (kind, "weight", "mask", "options")
-    if not is_section(entry):
-        raise ConfigError(f"config.{where}.{name}={entry!r} must be a dict of {', '.join(allowed)}")
-    for key in entry:
-        if key not in allowed:
-            raise ConfigError(
-                f"config.{where}.{name}.{key} is unknown; there is {did_you_mean(key, allowed)}"
-            )
-    weight = entry.get("weight", 1.0)
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight):
-        raise ConfigError(f"config.{where}.{name}.weight={weight!r} must be a number, and finite")
-    others = [other for other in get(config, where) if other != name]
-    if (mask := entry.get("mask", "")) and mask not in others:
-        raise ConfigError(
-            f"config.{where}.{name}.mask={mask!r} is no other term; there is "
-            f"{did_you_mean(str(mask), others)}"
-        )
-    with about(f"{where}.{name}"):
-        return registry.choose(entry.get(kind, name), entry.get("options", {}))
-
-
-def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
-    """Returns the reward terms of a config, in the order of their names."""
-    rewards = config.caprl.rewards
-    return tuple(
-        Term(
-            name,
-            _entry(config, "caprl.rewards", "term", name, REWARDS),
-            float(rewards[name].get("weight", 1.0)),
-            rewards[name].get("mask", ""),
-        )
-        for name in sorted(rewards)
-    )
-
-
-def text_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
-    """Returns the reward terms of a config that read captions as text, on the host."""
-    return tuple(term for term in terms(config) if term.reads_text)
-
-
 def _check_asked(config: ml_collections.ConfigDict) -> None:
     """Refuses reward terms that read questions or rubrics where none are asked."""
     caprl = config.caprl
@@ -249,36 +192,6 @@ def _check_asked(config: ml_collections.ConfigDict) -> None:
                 f"config.caprl.rewards.{term.name} is the judge's {term.choice.name} on questions, "
                 "and config.caprl.questions=0 asks none: leave the term out, or ask some"
             )
-
-
-def choice(config: ml_collections.ConfigDict, name: str) -> Choice:
-    """Returns caprl.NAME's entry: "advantage", "loss", "aggregation" or "kl_estimator"."""
-    with about(f"caprl.{name}_options"):
-        return CHOICES[name].choose(config.caprl[name], config.caprl[f"{name}_options"])
-
-
-def sinks(config: ml_collections.ConfigDict) -> dict[str, Choice]:
-    """Returns the metric sinks of a config by name."""
-    return {name: _entry(config, "sinks", "sink", name, SINKS) for name in sorted(config.sinks)}
-
-
-class about:
-    """Context that turns a ValueError into a ConfigError that names the config's section."""
-
-    def __init__(self, key: str):
-        """Stores the section's dotted `key`; "" is the top level."""
-        self._key = key
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ConfigError) and str(error).startswith("config."):
-            return
-        if isinstance(error, ValueError):
-            prefix = f"config.{self._key}" if self._key else "config"
-            names_key = re.match(r"[a-z_]\w*(=|: | is unknown| is missing)", str(error))
-            raise ConfigError(f"{prefix}{'.' if names_key else ': '}{error}") from error
 
 
 def get(config: ml_collections.ConfigDict, key: str) -> Any:

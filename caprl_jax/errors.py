@@ -1,7 +1,9 @@
 """Errors that the user can fix: commands print them in one paragraph, without a traceback."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -23,3 +25,22 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     listed = ", ".join(repr(n) for n in names[:20]) or "none"
     listed += f" and {len(names) - 20} more" if len(names) > 20 else ""
     return listed + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+class about:
+    """Context that turns a ValueError into a ConfigError that names the config's section."""
+
+    def __init__(self, key: str):
+        """Stores the section's dotted `key`; "" is the top level."""
+        self._key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, ConfigError) and str(error).startswith("config."):
+            return
+        if isinstance(error, ValueError):
+            prefix = f"config.{self._key}" if self._key else "config"
+            names_key = re.match(r"[a-z_]\w*(=|: | is unknown| is missing)", str(error))
+            raise ConfigError(f"{prefix}{'.' if names_key else ': '}{error}") from error

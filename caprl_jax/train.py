@@ -23,6 +23,7 @@ from caprl_jax.run import (
     build,
     build_sft,
     captions,
+    choices,
     compile,
     environment,
     export,
@@ -80,7 +81,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def _run(config: ml_collections.ConfigDict, workdir: Path, started: float) -> dict[str, Any]:
-    sinks.require_packages(config_lib.sinks(config))
+    sinks.require_packages(choices.sinks(config))
     _settle(config, workdir)
     kept_programs.keep(workdir.parent / "compiled")
     with workdir_lib.writing(workdir):
@@ -172,7 +173,7 @@ class Loop:
         if int(state.step):
             logging.info("resumed after step %d", int(state.step))
             self._finish_killed(state)
-        chosen, done = config_lib.sinks(config), int(state.step) or None
+        chosen, done = choices.sinks(config), int(state.step) or None
         with metrics.writer(self.workdir, done, chosen) as writer:
             if done is None:
                 self._show(0, before, writer)

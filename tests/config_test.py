@@ -3,8 +3,8 @@
 import pytest
 
 from caprl_jax import config as config_lib
-from caprl_jax.config import about, validate
-from caprl_jax.errors import ConfigError
+from caprl_jax.config import validate
+from caprl_jax.errors import ConfigError, about
 
 from . import shipped
 

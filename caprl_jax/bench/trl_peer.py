@@ -21,8 +21,8 @@ from caprl_jax.parallel import mesh
 from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.rl.types import Batch, Metrics
+from caprl_jax.run import choices, load
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import load
 
 STEP = "a whole step"
 # Settings that TRL's step doesn't have, or implements in another way.
@@ -78,7 +78,7 @@ def require_comparable(config: ml_collections.ConfigDict) -> None:
     """Raises WorkDiffers, naming the settings that TRL's step wouldn't follow."""
     asked = {key: config_lib.get(config, key) for key in _TAKEN}
     wrong = [f"{key}={asked[key]} ({one})" for key, one in _TAKEN.items() if asked[key] != one]
-    weights = {term.choice.name: term.weight for term in config_lib.terms(config)}
+    weights = {term.choice.name: term.weight for term in choices.terms(config)}
     if weights != {"accuracy": 1.0}:
         wrong.append(f"caprl.rewards={weights} (accuracy alone)")
     if wrong:

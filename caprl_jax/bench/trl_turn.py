@@ -18,7 +18,7 @@ from caprl_jax.bench.machine import facts
 from caprl_jax.bench.peers import Checked
 from caprl_jax.bench.turns import STEPS, Turn, moved, stride
 from caprl_jax.bench.work import Work
-from caprl_jax.config import choice
+from caprl_jax.run.choices import choice
 
 # Captions that TRL learns from at once; for 16 captions, 4 were quicker than 2 and than all.
 _PIECE = 4

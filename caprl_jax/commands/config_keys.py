@@ -6,9 +6,10 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax.config import CHOICES, choice, may_change, sections, sinks, terms
+from caprl_jax.config import may_change, sections
 from caprl_jax.registry import Choice
 from caprl_jax.rl.rewards import REWARDS
+from caprl_jax.run.choices import CHOICES, choice, sinks, terms
 from caprl_jax.run.sinks import SINKS
 from caprl_jax.settings import Setting, is_section, of
 

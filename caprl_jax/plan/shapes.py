@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import config as config_lib
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
@@ -27,6 +26,7 @@ from caprl_jax.rl.sentences import Endings
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
 from caprl_jax.rl.verify import Verifier
+from caprl_jax.run import choices
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run.models import init_decoder, model_config
 from caprl_jax.run.reckon import VERIFIER_QUESTION
@@ -140,7 +140,7 @@ def _frozen(
     config: ml_collections.ConfigDict, policy: Policy, reference: Any, rules: ShardRules
 ) -> dict[str, Any]:
     """Returns the shapes of rl.step.Run.frozen."""
-    needed = needed_models(config_lib.terms(config))
+    needed = needed_models(choices.terms(config))
     if "clip" in needed:
         raise ConfigError("a reward term needs CLIP: such a step can't be planned yet")
     if "verifier" not in needed:

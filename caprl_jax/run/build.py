@@ -9,7 +9,6 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.pipeline import HeldOut
 from caprl_jax.data.set_aside import SetAside
@@ -22,9 +21,9 @@ from caprl_jax.evaluate.splicing import Splicing
 from caprl_jax.parallel import mesh
 from caprl_jax.rl.step import Run
 from caprl_jax.rl.types import State
+from caprl_jax.run import choices, judges, load
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import frozen as frozen_lib
-from caprl_jax.run import judges, load
 from caprl_jax.run.frozen import Frozen
 from caprl_jax.run.judges import Reader
 from caprl_jax.run.task import (
@@ -137,7 +136,7 @@ def _between(config, model: Model, reader: Reader, frozen: Frozen, texts) -> Bet
 
 def _text_terms(config, model: Model, stored: Stored) -> TextTerms | None:
     """Returns the reward terms on text; None without any."""
-    terms = config_lib.text_terms(config)
+    terms = choices.text_terms(config)
     if not terms:
         return None
     named = ", ".join(term.name for term in terms)

@@ -14,10 +14,10 @@ import optax
 from jax.sharding import AbstractMesh
 
 from caprl_jax import config as config_lib
-from caprl_jax.config import SLICES, about, slices_of
+from caprl_jax.config import SLICES, slices_of
 from caprl_jax.decode.loop import Decoding
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, about
 from caprl_jax.models.decoder import Decoder
 from caprl_jax.models.lora import Lora
 from caprl_jax.models.vlm import Policy, root_kv
@@ -32,6 +32,7 @@ from caprl_jax.rl.similarity import MASK, TOKENS
 from caprl_jax.rl.step import Run, learn
 from caprl_jax.rl.types import Captions, Instruction, State
 from caprl_jax.rl.update import Learner, Objective, initial
+from caprl_jax.run import choices
 from caprl_jax.run import optimizer as optimizer_lib
 from caprl_jax.run.optimizer import Optimizer
 from caprl_jax.settings import make
@@ -175,9 +176,9 @@ def make_run(
     """
     caprl = config.caprl
     objective = Objective(
-        loss=config_lib.choice(config, "loss"),
-        aggregation=config_lib.choice(config, "aggregation"),
-        kl_estimator=config_lib.choice(config, "kl_estimator"),
+        loss=choices.choice(config, "loss"),
+        aggregation=choices.choice(config, "aggregation"),
+        kl_estimator=choices.choice(config, "kl_estimator"),
         kl=caprl.kl,
         entropy=caprl.entropy,
         updates=caprl.updates,
@@ -189,14 +190,14 @@ def make_run(
         reference_mix=caprl.reference_mix,
         reference_every=caprl.reference_every,
     )
-    advantage = config_lib.choice(config, "advantage")
+    advantage = choices.choice(config, "advantage")
     baseline = needs_baseline(advantage)
     return Run(
         learner=Learner(policy, optimizer(config), objective, reference),
         judge=judge,
         decoding=Decoding(caprl.group, stop, sampling(config), caprl.usual_tokens, baseline),
         judging=Judging(config.judge.mode, config.judge.temperature),
-        rewards=config_lib.terms(config),
+        rewards=choices.terms(config),
         advantage=advantage,
         kept=caprl.kept_images,
     )
@@ -206,7 +207,7 @@ def needs_reference(config: ml_collections.ConfigDict) -> bool:
     """Tells whether a reference policy is held: for the KL, or for a reward term."""
     if config.lora.rank:  # its base is there already
         return False
-    needed = needed_models(config_lib.terms(config))
+    needed = needed_models(choices.terms(config))
     verifies = "verifier" in needed and not config.verifier.path
     return bool(config.caprl.kl) or "reference" in needed or verifies
 

@@ -9,7 +9,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from caprl_jax import config as config_lib
 from caprl_jax.data import sentences, templates
 from caprl_jax.data.examples import CaprlExamples
 from caprl_jax.data.tokens import Tokenizer
@@ -20,9 +19,9 @@ from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.verify import Verifier
+from caprl_jax.run import choices, load
 from caprl_jax.run import clip as clip_lib
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import load
 from caprl_jax.run.clip import ClipReader
 
 
@@ -95,7 +94,7 @@ def read(config: ml_collections.ConfigDict, trained: Trained) -> Frozen:
     Raises:
       ConfigError, ModelDirectoryError: one can't be used.
     """
-    needed = needed_models(config_lib.terms(config))
+    needed = needed_models(choices.terms(config))
     verifier, source = _verifier(config, trained) if "verifier" in needed else (None, None)
     clip = clip_lib.read(config, trained.tokenizer) if "clip" in needed else None
     found = Frozen(verifier, source, clip)

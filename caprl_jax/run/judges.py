@@ -7,18 +7,17 @@ from pathlib import Path
 import jax
 import ml_collections
 
-from caprl_jax import config as config_lib
 from caprl_jax.data.questions import JudgePrompt
 from caprl_jax.data.tokens import Tokenizer, vocabulary_difference
 from caprl_jax.endpoint import Endpoint, Limits, is_url
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, about
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.judge import Judge
 from caprl_jax.rl.rewards import needed_models
+from caprl_jax.run import choices, load
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import load
 from caprl_jax.run.endpoint_judge import EndpointJudge
 
 
@@ -86,7 +85,7 @@ def settle(config: ml_collections.ConfigDict) -> None:
 
 def _endpoint(config: ml_collections.ConfigDict) -> Endpoint:
     own = config.judge
-    with config_lib.about("judge.path"):
+    with about("judge.path"):
         endpoint = Endpoint(own.path, own.model, Limits(own.concurrency, own.timeout, own.tries))
         logging.info("the judge is %s at %s", endpoint.model, own.path)
     return endpoint
@@ -95,12 +94,12 @@ def _endpoint(config: ml_collections.ConfigDict) -> Endpoint:
 def _ask_judge(config: ml_collections.ConfigDict, policy: Tokenizer) -> Reader:
     """Returns a judge behind an endpoint, which must answer now."""
     endpoint = _endpoint(config)
-    if "judge" in needed_models(config_lib.terms(config)):
+    if "judge" in needed_models(choices.terms(config)):
         raise ConfigError(
             f"config.judge.path={config.judge.path} is an endpoint, and a reward term needs "
             "the judge's weights; give a model's directory, or other rewards"
         )
-    with config_lib.about("judge.prompt"):
+    with about("judge.prompt"):
         prompt = JudgePrompt.create(policy, config.judge.prompt)
     asked = EndpointJudge.create(endpoint, prompt, policy, config.judge.temperature)
     return Reader(None, None, policy, asked.prompt, asked=asked)

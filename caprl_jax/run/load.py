@@ -12,8 +12,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from caprl_jax import config as config_lib
-from caprl_jax.config import about
 from caprl_jax.data import given, pipeline, questions, records
 from caprl_jax.data.examples import CaprlExamples, ImagePrompt, QuestionDraw
 from caprl_jax.data.images import ImageProcessor
@@ -22,7 +20,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.data.settings import Data
 from caprl_jax.data.sources import SOURCES
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
-from caprl_jax.errors import ConfigError, ModelDirectoryError
+from caprl_jax.errors import ConfigError, ModelDirectoryError, about
 from caprl_jax.models import families, lora, trained
 from caprl_jax.models.hf import adapter as adapters
 from caprl_jax.models.hf import download as sources
@@ -32,6 +30,7 @@ from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh, processes
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.types import State
+from caprl_jax.run import choices
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run import params as params_lib
 from caprl_jax.settings import make
@@ -170,7 +169,7 @@ def examples(
         sets=config.caprl.group if config.data.per_caption else 0,
         rubrics=config.caprl.rubrics,
     )
-    extras, numbered = tuple(config.data.extras), bool(config_lib.text_terms(config))
+    extras, numbered = tuple(config.data.extras), bool(choices.text_terms(config))
     longest = config.data.max_question
     return CaprlExamples(inputs, judge, draw, longest, extras, numbered=numbered)
 

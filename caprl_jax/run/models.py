@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from caprl_jax import config as config_lib
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models import families
@@ -21,6 +20,7 @@ from caprl_jax.models.hf import sizes
 from caprl_jax.models.vlm import Policy
 from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.update import initial
+from caprl_jax.run import choices
 from caprl_jax.run import compile as compile_lib
 
 
@@ -99,7 +99,7 @@ def models(config: ml_collections.ConfigDict, platform: str, fetch: bool = False
         raise ConfigError(f"config.policy.path={config.policy.path} is a model without vision")
     trained_lib.check(policy)
     optimizer, key = compile_lib.optimizer(config), jax.random.key(0)
-    needed = needed_models(config_lib.terms(config))
+    needed = needed_models(choices.terms(config))
     verifier, frozen = (policy if "verifier" in needed else None), {}
     if verifier and config.verifier.path:
         verifier = build(config.verifier)

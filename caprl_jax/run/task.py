@@ -8,7 +8,6 @@ from typing import Any
 
 import ml_collections
 
-from caprl_jax import config as config_lib
 from caprl_jax.data import pipeline
 from caprl_jax.data.pipeline import Feed, HeldOut, HeldOutSize
 from caprl_jax.data.set_aside import SetAside
@@ -20,8 +19,8 @@ from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.rl.step import Run
+from caprl_jax.run import choices, load
 from caprl_jax.run import compile as compile_lib
-from caprl_jax.run import load
 from caprl_jax.run.endpoint_judge import EndpointReader
 from caprl_jax.run.frozen import Trained
 from caprl_jax.run.judges import Reader
@@ -94,7 +93,7 @@ def feed(config, stored: Stored, example, set_aside: SetAside, rules: ShardRules
     """Returns a function: number of steps done -> iterator of this process's later batches."""
     rows, epochs = mesh.batch_rows(rules, config.data.batch), config.data.epochs or None
     order = Feed(config.data.batch, config.seed, config.data.threads, epochs, rows)
-    text = config.objective == "caprl" and config_lib.text_terms(config)
+    text = config.objective == "caprl" and choices.text_terms(config)
     source = Numbered(stored["train"]) if text else stored["train"]
     return lambda start: pipeline.train_iterator(source, example, order, set_aside, start)
 

@@ -23,7 +23,7 @@ from caprl_jax.data.set_aside import SetAside
 from caprl_jax.models.hf import files as hf
 from caprl_jax.report import html
 from caprl_jax.rl.types import State
-from caprl_jax.run import checkpoint, export, load, metrics, skipped, summary
+from caprl_jax.run import checkpoint, choices, export, load, metrics, skipped, summary
 from caprl_jax.run import workdir as workdir_lib
 from caprl_jax.run.task import Task
 from caprl_jax.run.workdir import WorkdirError
@@ -194,7 +194,7 @@ def test_a_full_disk_is_told_before_a_run_starts(disk):
 
 def test_tensorboard_loses_and_tears_nothing_on_a_full_disk(disk, caplog):
     """More events than any buffer holds, first without room, then with some."""
-    sinks = {"tensorboard": config_lib.sinks(config())["tensorboard"]}
+    sinks = {"tensorboard": choices.sinks(config())["tensorboard"]}
     values = {f"figure_{i}": 0.5 for i in range(40)}
     with metrics.MetricWriter(disk / "run", None, sinks) as writer:
         writer.write(1, values)
