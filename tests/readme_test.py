@@ -38,7 +38,7 @@ NOT_RUN = {
     "python -m caprl_jax.random_model": "writes 7.5 GB; commands/convert_test.py makes a small one",
     "python -m caprl_jax.import_data": "needs rows; commands/import_data_test.py makes some",
     "python -m caprl_jax.caption": "needs pictures; caption/caption_test.py makes some",
-    "python -m caprl_jax.evaluate": "needs rows; evaluate/mcq_test.py makes some",
+    "python -m caprl_jax.evaluate": "needs rows; evaluate/command_test.py makes some",
     "python -m caprl_jax.curate": "needs pictures; curate/generate_test.py makes some",
     "bash launch/gpu_check.sh": f"{LONG}; bench/gpu_check_test.py runs it at a small size",
     "sbatch": "needs a cluster; launch/slurm_test.py starts one for the script",
