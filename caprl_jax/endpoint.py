@@ -153,7 +153,7 @@ class Endpoint:
 
     @property
     def model(self) -> str:
-        """The model's name.
+        """Returns the model's name.
 
         Raises:
           UserError: the server can't be reached, or serves several models.
@@ -283,7 +283,7 @@ class Endpoint:
         return bool(new)
 
     def _line(self, error: Exception) -> str:
-        """An error in a line, without the key."""
+        """Formats an error in a line, without the key."""
         said = f"{type(error).__name__}: {error}".replace(self._key, "***")
         return " ".join(said.split()).rstrip(".")[:200]
 

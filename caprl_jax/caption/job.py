@@ -225,7 +225,7 @@ class _Job:
             self._add(lines)
 
     def _answers(self, drawn: Rollout, i: int) -> list[Answer]:
-        """The captions of image i."""
+        """Returns the captions of image i."""
         rows = zip(drawn.tokens[i], drawn.mask[i], strict=True)
         texts = [self._policy.tokenizer.decode(tokens[mask]) for tokens, mask in rows]
         logp = drawn.logp[i].sum(axis=-1)
@@ -293,7 +293,7 @@ class _Job:
         return line | fields | self._judged(captions, one.questions)
 
     def _judged(self, captions: list[str], questions: tuple[Question, ...]) -> dict[str, Any]:
-        """The rewards of an image's captions, judged alone: padding is that of its own texts."""
+        """Returns the rewards of an image's captions, judged alone, padded by their own texts."""
         if not questions:
             return {}
         rewards = self._judge.score_texts([captions], [questions]).reward[0]

@@ -44,16 +44,16 @@ class Place:
 
     @property
     def errors(self) -> Path:
-        """The file of images that could not be captioned, with reasons."""
+        """Returns the file of images that could not be captioned, with reasons."""
         return self.out.with_name(f"{self.out.name}.errors")
 
     @property
     def about(self) -> Path:
-        """The file of the job's settings and counts, which is written last."""
+        """Returns the file of the job's settings and counts, which is written last."""
         return self.out.with_name(f"{self.out.name}.about.json")
 
     def part(self, process: int) -> Path:
-        """The part of a process."""
+        """Returns the part of a process."""
         return self.out.with_name(f"{self.out.name}.part-{process}-of-{self.processes}")
 
 
@@ -205,7 +205,7 @@ def _check_free(place: Place, settings: Mapping[str, Any], sorter: Sorter) -> No
 
 
 def _settings_of(about: Path) -> Any:
-    """The settings in a file `about`; None if it is none."""
+    """Returns the settings in a file `about`; None if it is none."""
     try:
         return json.loads(about.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -122,7 +122,7 @@ def _items(
 
 
 def _asked(picture: Picture, of: str) -> tuple[tuple[Question, ...], Sequence[Any], Any]:
-    """(what is asked, (number, reason) of the malformed ones, (questions, rubrics) of the row)."""
+    """Returns (what is asked, (number, reason) of bad ones, the row's (questions, rubrics))."""
     if of == "questions":
         usable, bad = picture.parse_questions()
         return usable, bad, (usable, picture.rubrics())
@@ -187,7 +187,7 @@ def _read(trial: Trial, reply: Reply | Failure) -> dict[str, Any]:
 
 
 def _entry(item: Item, answers: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """A row's entry: answers with the image, then without, to all its trials."""
+    """Returns a row's entry: answers with the image, then without, to all its trials."""
     trials = []
     for image, image_answers in zip((True, False), answers, strict=True):
         for trial, answer in zip(item.row.trials, image_answers, strict=False):
@@ -253,7 +253,7 @@ class Verdicts:
             yield self._where[FAILED], row | again
 
     def _sorted(self, entry: dict[str, Any]) -> tuple[list, list, list]:
-        """(kept, dropped, failed) questions of a row, each with its verdict or its reason."""
+        """Returns (kept, dropped, failed) questions of a row, each with its verdict or reason."""
         kept, dropped, failed = [], [], []
         asked = entry["row"].get(self._of, ())
         for number, question in zip(entry["numbers"], asked, strict=True):

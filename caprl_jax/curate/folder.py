@@ -32,11 +32,11 @@ class Folder(Place):
 
     @property
     def about(self) -> Path:
-        """The file of the job's settings and counts."""
+        """Returns the file of the job's settings and counts."""
         return self.out.with_name("about.json")
 
     def file(self, name: str) -> Path:
-        """The path of another of its files."""
+        """Returns the path of another of its files."""
         return self.out.with_name(name)
 
 

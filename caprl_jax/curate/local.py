@@ -72,7 +72,7 @@ def last_hidden(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _answers(rules, modules, params, shared, seen, asked):
-    """Letters' logits with the images and without, float32 [2, b, n, letters].
+    """Returns letters' logits with the images and without, float32 [2, b, n, letters].
 
     shared: (keys and values of the instruction, letters' ids); seen: (images, prompt); asked:
     (tokens, mask, number of options) of the branches.
@@ -108,7 +108,7 @@ class Reader:
 
     @functools.cached_property
     def _prompt(self) -> PolicyPrompt:
-        """The image and the instruction, open at its end."""
+        """Returns the image and the instruction, open at its end."""
         policy = self.policy
         mrope = policy.modules.decoder.config.mrope_section is not None
         vision = policy.modules.vision.config

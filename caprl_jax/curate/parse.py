@@ -123,7 +123,7 @@ def plain(text: str) -> str:
 
 
 def _folded(option: str) -> str:
-    """An option without case, repeated white space and signs at its end: 5 is not -5."""
+    """Returns an option without case, repeated white space and signs at its end: 5 is not -5."""
     return " ".join(option.casefold().split()).rstrip(" .,;:!") or option
 
 

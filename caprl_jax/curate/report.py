@@ -184,7 +184,7 @@ def _rubric(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _examples(path: Path, most: int) -> tuple[int, list[dict[str, Any]]]:
-    """(number of lines, the first of them)."""
+    """Returns (number of lines, the first of them)."""
     total = sum(1 for _ in path.open("rb"))
     return total, [line for line, _ in zip(_lines(path), range(most), strict=False)]
 

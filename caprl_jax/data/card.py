@@ -148,7 +148,7 @@ def markdown(name: str, summary: Mapping[str, Any]) -> str:
 
 
 def _most(counts: collections.Counter) -> dict[str, int]:
-    """The most frequent ones, and the sum of the others."""
+    """Returns the most frequent ones, and the sum of the others."""
     most = dict(counts.most_common(_MOST_KINDS))
     others = counts.total() - sum(most.values())
     return most | ({"others": others} if others else {})

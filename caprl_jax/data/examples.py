@@ -44,7 +44,7 @@ class ImagePrompt:
     max_prompt: int
 
     def __call__(self, record: Record) -> dict[str, Any]:
-        """Dict of Images and Prompt, {"images", "prompt"}, without batch axis."""
+        """Returns a dict of Images and Prompt, {"images", "prompt"}, without batch axis."""
         patches, grid = self.processor(decode_image(record.image))
         images = pad_to_windows(patches, grid, self.vision, self.max_windows)
         return {"images": images, "prompt": self.prompt.fill(grid, self.max_prompt)}

@@ -103,7 +103,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> np.ndarray:
-    """Grey values of 16 or 32 bits as uint8 [height, width].
+    """Returns grey values of 16 or 32 bits as uint8 [height, width].
 
     16 bits are divided by 257. 32 bits don't say their range: values within 0 to 255 stay, floats
     that are fractions of 1 are multiplied by 255, and other integers up to 65535 are 16 bits.
@@ -133,7 +133,7 @@ def _is_scale(value: Any) -> bool:
 
 
 def _processor_config(directory: Path) -> tuple[Path, dict]:
-    """The image processor's file and settings; like transformers, it prefers nested settings."""
+    """Returns the image processor's file and settings; nested ones win, as in transformers."""
     nested = directory / "processor_config.json"
     if nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
         return nested, read_json(nested)["image_processor"]
@@ -146,7 +146,7 @@ def _processor_config(directory: Path) -> tuple[Path, dict]:
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Size to resize an image to: multiples of factor within the pixel bounds, at the same ratio.
+    """Returns an image's new size: multiples of factor within the pixel bounds, at the same ratio.
 
     A small image is rounded up, which may pass max_pixels where the bounds are near each other; a
     large one is rounded down, but for a side that would be less than factor.
@@ -262,7 +262,7 @@ class ImageProcessor:
             )
 
     def bounded(self, min_pixels: int, max_pixels: int) -> "ImageProcessor":
-        """Processor with other bounds on an image's area; 0 keeps a bound.
+        """Returns a processor with other bounds on an image's area; 0 keeps a bound.
 
         Raises:
           ModelDirectoryError: no image fits the bounds.
@@ -277,16 +277,16 @@ class ImageProcessor:
 
     @property
     def factor(self) -> int:
-        """Side of a feature in pixels."""
+        """Returns the side of a feature in pixels."""
         return self.patch_size * self.merge_size
 
     @property
     def patch_dim(self) -> int:
-        """Number of values in a patch."""
+        """Returns the number of values in a patch."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Grid (rows, columns) of patches for an image of this size."""
+        """Returns the grid (rows, columns) of patches for an image of this size."""
         resized = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return resized[0] // self.patch_size, resized[1] // self.patch_size
 

@@ -34,7 +34,7 @@ class Encoder:
 
     @property
     def stop(self) -> int:
-        """Id that ends a caption: the tokenizer's own end of a turn, if generation stops there."""
+        """Returns the id that ends a caption: the tokenizer's, if generation stops there."""
         own = self.tokenizer.inner.eos_token_id
         return own if own in self.tokenizer.stop else self.tokenizer.stop[0]
 

@@ -53,13 +53,13 @@ def stack(examples: Sequence[Any]) -> Any:
 
 
 def blank(example: Any) -> Any:
-    """Example of zeros with the same shapes; valid=False and weight=0 keep it out of every sum."""
+    """Returns zeros in an example's shapes; valid=False and weight=0 keep them out of every sum."""
     zeros = jax.tree.map(np.zeros_like, example)
     return zeros.replace(prefix=example.prefix) if isinstance(example, Examples) else zeros
 
 
 def _first_example(source: Sequence[Mapping[str, Any]], make: MakeExample) -> Any:
-    """Example of the first usable record."""
+    """Returns the example of the first usable record."""
     convert = guarded(make, SetAside())
     for i in range(len(source)):
         example = convert(source[i], np.random.default_rng(0))

@@ -159,7 +159,7 @@ def _example(question: Question) -> str:
 
 
 def default_prompt() -> str:
-    """The judge's default prompt, with two worked examples in the format of real questions.
+    """Returns the judge's default prompt, with two worked examples in real questions' format.
 
     Returns:
       Template of the user message with the fields {caption} and {question}, in this order.
@@ -249,7 +249,7 @@ class JudgePrompt:
         return self.tokenizer.encode_around(self.head, self.before, "")
 
     def tail_text(self, presented: Presented) -> str:
-        """Text between the end of the caption and the letter."""
+        """Returns the text between the end of the caption and the letter."""
         return self._asked(presented) + self.foot
 
     def tail(self, presented: Presented) -> list[int]:

@@ -116,7 +116,7 @@ def parse_question(raw: Mapping[str, Any]) -> Question:
 
 
 def _truth(answer: Any, choices: Sequence[str], texts: Sequence[str], name: str) -> int:
-    """Index of the option that an answer names by letter or by its text, which may be lettered."""
+    """Returns the option's index that an answer names by letter or by text, maybe lettered."""
     letters, letter = list(LETTERS[: len(texts)]), _letter(answer)
     by_letter = letters.index(letter) if letter in letters else None
     spelt = [(c.strip(), t) for c, t in zip(choices, texts, strict=True)]
@@ -221,7 +221,7 @@ def _closes(match: re.Match) -> bool:
 
 
 def _letter(answer: Any) -> str | None:
-    """The capital letter that an answer names, bare or in an option's spelling; None if none."""
+    """Returns the capital letter that an answer names, bare or in an option's spelling, or None."""
     if not isinstance(answer, str):
         return None
     answer = answer.strip()

@@ -194,7 +194,7 @@ def _bounded() -> Iterator[None]:
 
 
 def _size(value: Any) -> int:
-    """Length of a text or a list, or the largest in a template's namespace()."""
+    """Returns the length of a text or a list, or the largest in a template's namespace()."""
     if isinstance(value, str | list | tuple):
         return len(value)
     held = getattr(value, "_Namespace__attrs", None)

@@ -63,7 +63,7 @@ class Tokenizer:
 
     @property
     def count(self) -> int:
-        """One more than the largest id of a token; a model may have more rows than that."""
+        """Returns one more than the largest id of a token; a model may have more rows than that."""
         return max(self.inner.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -103,7 +103,7 @@ class Tokenizer:
         return before + text + after
 
     def around_text(self, image: bool = False) -> tuple[str, str]:
-        """The chat template's own text before and after a message; see templates.around_text."""
+        """Returns the chat template's text around a message; see templates.around_text."""
         return templates.around_text(self.directory, self.inner, image)
 
     def letters(self) -> list[int]:
@@ -124,7 +124,7 @@ def _special_ids(inner: Any) -> set[int]:
 
 
 def _plain(directory: Path, inner: Any) -> Any:
-    """A copy of the tokenizer that knows no control tokens.
+    """Returns a copy of the tokenizer that knows no control tokens.
 
     transformers' split_special_tokens splits only tokens that are marked as special: "<think>"
     would stay one id.
@@ -146,7 +146,7 @@ def _plain(directory: Path, inner: Any) -> Any:
 
 
 def _stop_ids(directory: Path, inner: Any, count: int) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, else config.json, else the tokenizer."""
+    """Returns the stop ids of generation_config.json, else config.json, else the tokenizer."""
     contents = [
         read_json(directory / name) if (directory / name).is_file() else {}
         for name in ("generation_config.json", "config.json")
@@ -218,11 +218,11 @@ class PolicyPrompt:
         return cls(ids, image_token, vision, mrope)
 
     def length(self, features: int) -> int:
-        """Number of tokens in the prompt with an image of `features` features."""
+        """Returns the number of tokens in the prompt with an image of `features` features."""
         return len(self.ids) - 1 + features
 
     def fill(self, grid: tuple[int, int], bucket: int) -> Prompt:
-        """Prompt of an image of (rows, columns) patches, padded to `bucket` tokens.
+        """Returns the prompt of an image of (rows, columns) patches, padded to `bucket` tokens.
 
         Raises:
           ValueError: the prompt is longer than the bucket.

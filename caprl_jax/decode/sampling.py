@@ -165,7 +165,7 @@ def by_inversion(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _random(draws: Callable, key: jax.Array, shape: tuple[int, ...], *times: int) -> jax.Array:
-    """Random numbers [*times, *shape]; keys [b] or [b, g] each draw their own part of the shape."""
+    """Draws numbers [*times, *shape]; keys [b] or [b, g] each draw their own part of the shape."""
     if key.ndim == 0:
         return draws(key, (*times, *shape))
     own = jax.vmap(lambda key: _random(draws, key, shape[1:], *times))

@@ -95,7 +95,7 @@ def read(captions: Path, data: str) -> tuple[list[mcq.Captioned], dict[str, int]
 
 
 def _captions(given: Any, out: Path) -> Path:
-    """The file of captions: that which is given, or one that the model writes."""
+    """Returns the file of captions: the one given, or one that the model writes."""
     if given.captions:
         return Path(given.captions)
     sampling = Sampling(given.max_tokens, temperature=0.0)

@@ -160,7 +160,7 @@ def measure(
 
 
 def _figures(shown: Shown, chosen: int | None, as_released: bool) -> dict[str, float]:
-    """The figures of NAMES for one answer; as released, scores are rounded to four digits."""
+    """Returns the figures of NAMES for one answer; as released, scores are rounded to 4 digits."""
     option, value = None if chosen is None else shown.order[chosen], score(shown, chosen)
     return {
         "score": round(value, 4) if as_released else value,
@@ -176,7 +176,7 @@ def _each(
     captions: Mapping[str, Sequence[str]],
     splits: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """A row for each image: its means, and its questions."""
+    """Returns a row for each image: its means, and its questions."""
     by_image: dict[str, list[int]] = {}
     for i, (shown, _) in enumerate(answered):
         by_image.setdefault(shown.question.image, []).append(i)
@@ -223,7 +223,7 @@ def _by_question(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _touched(shown: Sequence[Shown], ways: tuple[Mapping, Mapping]) -> dict[str, dict[str, Any]]:
-    """The flaws of released.CAPTIONQA in what is shown, and the number of questions of each."""
+    """Returns the flaws of released.CAPTIONQA in what is shown, and each one's question count."""
     own = [s.question for s in shown]
     differ = [is_yes_no(q) != released.is_yes_no(q.text, q.choices) for q in own]
     keys = [(q.image, q.number) for q in own]

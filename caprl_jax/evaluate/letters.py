@@ -121,7 +121,7 @@ class Asker:
         return found
 
     def _one(self, presented: Presented, reply: Reply) -> tuple[bool, float, bool, bool]:
-        """(right, probability of the truth, abstained, unanswered)."""
+        """Returns (right, probability of the truth, abstained, unanswered)."""
         labels = self._labels(presented)
         ours = chosen(reply, presented.options, labels)
         letter = released.first_letter(reply.text)
@@ -144,6 +144,6 @@ class Asker:
 
 
 def _shown(questions: Sequence[Question], order: int) -> list[Presented]:
-    """The orders in which LoadedJudge shows the same questions."""
+    """Returns the orders in which LoadedJudge shows the same questions."""
     rng = np.random.default_rng([order, zlib.crc32(repr(list(questions)).encode())])
     return [present(q, rng) for q in questions]

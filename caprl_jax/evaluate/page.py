@@ -41,12 +41,12 @@ Images = Callable[[Collection[str]], Mapping[str, bytes]]  # ids -> encoded byte
 
 
 def _images(of: Mapping[str, Any]) -> str:
-    """Number of images; several rows may have one."""
+    """Returns the number of images; several rows may have one."""
     return f"{of.get('images', len(of['each'])):,}"
 
 
 def _about(color: str, run: Run) -> dict[str, Any]:
-    """A run's name, its number of images, and (name, value) of what it was made of."""
+    """Returns a run's name, its number of images, and (name, value) of what it was made of."""
     given = {k: run.results.get(k, "") for k in _ABOUT}
     given |= {"as released": "yes" if run.results.get("as_released") else ""}
     given |= {"images": _images(run.results)}
@@ -86,7 +86,7 @@ def _headline(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _examples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The first captions that have each sign, with what stands around it."""
+    """Returns the first captions that have each sign, with the text around it."""
     out = []
     for name in panels.SIGNS:
         for color, run in zip(panels.colors(runs), runs, strict=True):
@@ -98,7 +98,7 @@ def _examples(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _around(name: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(text before a sign, the sign, text after it), cut at both ends."""
+    """Returns (text before a sign, the sign, text after it), cut at both ends."""
     asked = [str(q.get("text", "")) for q in row.get("questions", ())]
     for text in _texts(row):
         if span := mcq.find_sign(name, text, asked):
@@ -111,19 +111,19 @@ def _around(name: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    """The captions of an image, one or several."""
+    """Returns the captions of an image, one or several."""
     given = row.get("captions", row.get("caption", []))
     return [given] if isinstance(given, str) else list(given)
 
 
 def _main_figure(runs: Sequence[Run]) -> str | None:
-    """The first figure of the first run that all have."""
+    """Returns the first figure of the first run that all runs have."""
     names = runs[0].results["summary"]
     return next((n for n in names if all(n in r.results["summary"] for r in runs)), None)
 
 
 def _chosen(runs: Sequence[Run], name: str) -> list[tuple[str, float]]:
-    """(id, spread) of the images where runs differ most; of one run, its worst and best images."""
+    """Returns (id, spread) of the images where runs differ most; of one run, its worst and best."""
     rows = [run.row_of() for run in runs]
     if len(runs) == 1:
         values = {i: row[name] for i, row in rows[0].items()}
@@ -141,7 +141,7 @@ def _chosen(runs: Sequence[Run], name: str) -> list[tuple[str, float]]:
 
 
 def _questions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The questions of an image, with each run's answers; the same question twice is two."""
+    """Returns an image's questions with each run's answers; the same question twice is two."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for at, row in enumerate(rows):
         times: collections.Counter[str] = collections.Counter()
@@ -167,7 +167,7 @@ def _first(question: Mapping[str, Any], *names: str) -> Any:
 
 
 def _mark(question: Mapping[str, Any]) -> dict[str, str]:
-    """A question's verdict, by the majority of orders or by its score, and its figures in words."""
+    """Returns a question's verdict, by the majority of orders or its score, and its figures."""
     right = number(_first(question, "right", "score")) or 0.0
     score = number(question.get("score"))
     abstained = (number(question.get("abstained")) or 0.0) >= 0.5
@@ -188,7 +188,7 @@ def _mark(question: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _image(chosen: tuple[str, float], name: str, runs: Sequence[Run], rows: Sequence[dict]) -> dict:
-    """An image of the page: its captions and questions."""
+    """Returns an image of the page: its captions and questions."""
     own = [of_run[chosen[0]] for of_run in rows]
     questions = _questions(own)
     return {

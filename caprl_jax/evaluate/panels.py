@@ -137,7 +137,7 @@ def make(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _bars(runs: Sequence[Run], told: Sequence[Mapping[str, Any]]) -> list[Bar | None]:
-    """A bar for each run's {"mean", "low", "high"}; None where there is no mean."""
+    """Returns a bar for each run's {"mean", "low", "high"}; None where there is no mean."""
     out = []
     for color, one in zip(colors(runs), told, strict=True):
         ends = [number(one.get(key)) for key in ("mean", "low", "high")]
@@ -163,7 +163,7 @@ def _of_groups(
     note: str,
     part: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda group: group,
 ) -> Panel:
-    """A panel by a kind of groups; part returns {"mean", "low", "high"} of a group."""
+    """Returns a panel by a kind of groups; part returns {"mean", "low", "high"} of a group."""
     groups = [run.results.get("groups", {}).get(kind, {}) for run in runs]
     counted = (
         "images" if any("images" in one for g in groups for one in g.values()) else "questions"

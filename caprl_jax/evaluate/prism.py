@@ -66,7 +66,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The last user's turn without the image's slot."""
+        """Returns the last user's turn without the image's slot."""
         text = self.turns[_users(self.turns)][1]
         for slot in _SLOTS:
             text = text.replace(slot, "")
@@ -132,7 +132,7 @@ def read(path: str, scorer: str = "") -> tuple[list[Question], Counter[str]]:
 
 
 def _users(turns: Sequence[tuple[str, str]]) -> int:
-    """Index of the turn with the image's slot, else of the last user's turn."""
+    """Returns the index of the turn with the image's slot, else of the last user's turn."""
     users = [i for i, (role, _) in enumerate(turns) if role == "user"]
     return next((i for i in users if any(s in turns[i][1] for s in _SLOTS)), users[-1])
 
@@ -185,7 +185,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def _without_thoughts(text: str) -> str:
-    """The text after </think>; empty if the thoughts have no end."""
+    """Returns the text after </think>; empty if the thoughts have no end."""
     _, ended, after = text.rpartition("</think>")
     return after if ended or "<think>" not in text else ""
 
@@ -332,7 +332,7 @@ def _told(
 def _touched(
     questions: Sequence[Question], replies: Mapping[str, Sequence[Reply]], settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """Each flaw of released.PRISM and the number of rows whose score it alone changes."""
+    """Returns each flaw of released.PRISM and the number of rows whose score it alone changes."""
     ours = {q.id: [score(q, r.text) for r in replies[q.id]] for q in questions}
     found = {}
     for name, flaw in released.PRISM.items():

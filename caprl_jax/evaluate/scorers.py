@@ -98,7 +98,7 @@ def maths(said: str, truth: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text; of one glued to a number or a bracket, the letters in order."""
+    """Returns a text's words; of one glued to a number or a bracket, the letters in order."""
     plain = _COMMAND.sub(" ", _TEXT.sub(r" \1 ", text.lower()))
     found = _WORD.finditer(plain)
     return ["".join(sorted(m["word"])) if m["glued"] is not None else m["word"] for m in found]

@@ -42,7 +42,7 @@ class KV:
     mask: jax.Array
 
     def layer(self, index: jax.Array) -> "Segment":
-        """One layer's keys and values; one dynamic_slice reads them up to the mask's length."""
+        """Returns one layer's keys and values, read by one slice up to the mask's length."""
         start = (index, *[0] * (self.k.ndim - 1))
         size = (1, *self.mask.shape, *self.k.shape[-2:])
         k, v = (jax.lax.dynamic_slice(a, start, size)[0] for a in (self.k, self.v))
@@ -125,7 +125,7 @@ def own(k: jax.Array, v: jax.Array, row: Row) -> Segment:
 
 
 def attend(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
-    """Softmax attention of q over the concatenation of all segments, without concatenating them.
+    """Computes softmax attention of q over all segments together, without concatenating them.
 
     The gradient computes the scores again. Like flash attention (arXiv 2205.14135, algorithm 4), it
     keeps the result and the log-sum-exp of each query, under the checkpoint name KEPT. Call it in a
@@ -203,7 +203,7 @@ def _attend(q: jax.Array, segments: tuple[Segment, ...]) -> jax.Array:
 
 
 def _forward(q, segments):
-    """(attention of q, residuals for the gradient)."""
+    """Computes (attention of q, residuals for the gradient)."""
     grouped = _grouped(q, segments)
     parts = [(_packed if s.packed else _partial)(grouped, s) for s in segments]
     top = jnp.max(jnp.stack([top for _, top, _ in parts]), axis=0)
@@ -246,7 +246,7 @@ def _grouped(a: jax.Array, segments: Sequence[Segment]) -> jax.Array:
 
 
 def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Unnormalised attention of one segment.
+    """Computes unnormalised attention of one segment.
 
     Args:
       q: [*batch, t, k, r, d].
@@ -266,7 +266,7 @@ def _partial(q: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array, jax.
 def _partial_backward(
     q: jax.Array, segment: Segment, grad_out: jax.Array, delta: jax.Array, log_total: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One segment's share of the gradient of q, float32, and the gradients of its k and v."""
+    """Computes a segment's share of q's gradient, float32, and the gradients of its k and v."""
     fold, unfold = _folding(q, segment)
     rows, grad_rows = fold(q), fold(grad_out)
     weights = jnp.exp(_scores(rows, segment) - fold(log_total)[..., None])
@@ -321,7 +321,7 @@ def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
 
 
 def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
-    """Masked scores of folded queries: [*shared, k, r, x, d] -> float32 [*shared, k, r, x, s]."""
+    """Computes masked scores: queries [*shared, k, r, x, d] -> float32 [*shared, k, r, x, s]."""
     # Scaling the queries instead would round each of them once more in bfloat16.
     scores = _product("krxd,skd->krxs", rows, segment.k) * (1 / math.sqrt(rows.shape[-1]))
     mask = segment.mask[..., None, :] if segment.keys is None else segment.seen
@@ -329,7 +329,7 @@ def _scores(rows: jax.Array, segment: Segment) -> jax.Array:
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum of the last axes, summed in float32.
+    """Computes an einsum of the last axes, summed in float32.
 
     The einsum leaves out an axis r of size 1: with it XLA on a CPU would transpose the operands. It
     doesn't join r and x, because either may be sharded.

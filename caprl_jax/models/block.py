@@ -166,7 +166,7 @@ class Block(nn.Module):
         return self._attend_and_mlp(x, q, [*self._ancestors(context, past), own]), cache
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(x with the batch's sharding, x after the norm before attention)."""
+        """Returns (x with the batch's sharding, x after the norm before attention)."""
         x = constrain(x, *BATCH[: x.ndim - 2], None, None)
         return x, self.attention_norm(x)
 

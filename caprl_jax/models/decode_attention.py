@@ -70,7 +70,7 @@ def suits(q: jax.Array) -> bool:
 
 
 def attend(q: jax.Array, parts: Sequence[Part], interpret: bool = False) -> jax.Array:
-    """Softmax attention over the concatenation of all parts.
+    """Computes softmax attention over the concatenation of all parts.
 
     Args:
       q: [c, w, heads, d]; query head i reads key-value head i // (heads / kv_heads).

@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         return constrain(x, *names, None, None)
 
     def head(self) -> jax.Array:
-        """Output rows [vocab, e]; their products with a hidden state are the logits."""
+        """Returns the output rows [vocab, e]; their products with a hidden state are the logits."""
         return self.embedding if self.config.tied else self.untied_head
 
     def logits(self, hidden: jax.Array, transposed: bool = False) -> jax.Array:
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rotation(self, positions: jax.Array, mask: jax.Array) -> Rotation:
-        """Cosine and sine of RoPE's angles, [*batch, t, head_dim / 2] each."""
+        """Returns cosine and sine of RoPE's angles, [*batch, t, head_dim / 2] each."""
         c = self.config
         if c.mrope_section is None:
             chex.assert_equal_shape([positions, mask])

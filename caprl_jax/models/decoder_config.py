@@ -53,7 +53,7 @@ class DecoderConfig:
         return self.vocab if self.tokens is None else self.tokens
 
     def mrope_axes(self) -> np.ndarray:
-        """Index in (time, row, column) of the axis each frequency follows, int [head_dim / 2]."""
+        """Returns the axis (time, row, column) that each frequency follows, int [head_dim / 2]."""
         if not self.mrope_interleaved:
             return np.repeat(np.arange(3), self.mrope_section)
         frequency = np.arange(self.head_dim // 2)

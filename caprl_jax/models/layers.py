@@ -26,7 +26,7 @@ REMAT = {
 
 
 def rematerialise(layer: type[nn.Module], remat: str) -> type[nn.Module]:
-    """Layer to scan over that keeps the residuals of REMAT[remat] and computes the rest again.
+    """Returns a layer to scan over that keeps REMAT[remat]'s residuals and computes the rest again.
 
     "products" keeps the results of attention and of matrix products with weights; the backward pass
     computes norms and activations again. "full" keeps only the layer's inputs (arXiv 1604.06174).
@@ -42,12 +42,12 @@ def align_right(a: jax.Array, ndim: int) -> jax.Array:
 
 
 def init_normal(stddev: float, names: tuple[str | None, ...]):
-    """Normal initialiser that carries the axes' logical names for the shard rules."""
+    """Returns a normal initialiser that carries the axes' logical names for the shard rules."""
     return nn.with_logical_partitioning(nn.initializers.normal(stddev), names)
 
 
 def init_uniform(bound: float):
-    """Initialiser that is uniform between -bound and bound."""
+    """Returns an initialiser that is uniform between -bound and bound."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -152,7 +152,7 @@ class Linear(nn.Module):
 
 
 def transposed_product(kernel: jax.Array, rows: jax.Array, dtype: Any = None) -> jax.Array:
-    """Product (kernel @ rows^T)^T: kernel [outputs, inputs], rows [n, inputs] -> [n, outputs]."""
+    """Computes (kernel @ rows^T)^T: kernel [outputs, inputs], rows [n, inputs] -> [n, outputs]."""
     product = jnp.einsum("oi,ni->on", kernel, rows, preferred_element_type=dtype)
     # The inner barrier stops the compiler from undoing the transposition; the outer one stops it
     # from transposing the result again for each use.

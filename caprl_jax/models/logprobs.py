@@ -13,7 +13,7 @@ _NEVER = -1e30
 
 
 def keeps_logits(tokens: int, vocab: int) -> bool:
-    """True if the forward pass keeps the float32 logits of this many tokens for the gradient."""
+    """Tells whether the forward pass keeps these tokens' float32 logits for the gradient."""
     return 4 * tokens * vocab <= KEPT_BYTES
 
 
@@ -70,14 +70,14 @@ def _logits(hidden, part, row, known) -> jax.Array:
 
 
 def _grad_logits(grad_logp: jax.Array, is_target: jax.Array, p: jax.Array) -> jax.Array:
-    """Gradient of the logits whose softmax is p, float32 [n, c]; is_target is bool [n, c]."""
+    """Returns the gradient of logits with softmax p, float32 [n, c]; is_target is bool [n, c]."""
     return grad_logp[:, None] * (is_target - p)
 
 
 def _grad_factors(
     grad_z: jax.Array, hidden: jax.Array, head: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Float32 gradients of the logits' factors: (hidden's [n, e], the head rows' [c, e])."""
+    """Returns float32 gradients of the logits' factors: (hidden's [n, e], head rows' [c, e])."""
     return (
         jnp.einsum("nc,ce->ne", grad_z, head, preferred_element_type=jnp.float32),
         jnp.einsum("nc,ne->ce", grad_z, hidden, preferred_element_type=jnp.float32),
@@ -88,7 +88,7 @@ def _grad_factors(
 def _logprobs(
     hidden: jax.Array, rows: jax.Array, targets: jax.Array, known: int, entropy_gradient: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Like token_logprobs, for hidden [n, e], rows [size, chunks, e] and targets [n]."""
+    """Computes token_logprobs for hidden [n, e], rows [size, chunks, e] and targets [n]."""
     return _forward(hidden, rows, targets, known, entropy_gradient)[0]
 
 

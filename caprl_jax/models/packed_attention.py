@@ -168,7 +168,7 @@ def _joined(blocks: jax.Array, axis: int, tokens: int) -> jax.Array:
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum in float32, with r and x as one axis: XLA on a CPU would transpose for two."""
+    """Computes an einsum in float32, r and x as one axis: XLA on a CPU would transpose for two."""
     left, right = spec.split("->")[0].split(",")
     x = {"r": a.shape[2], "x": a.shape[3]}
     a = a.reshape(*a.shape[:2], -1, *a.shape[4:]) if "rx" in left else a

@@ -65,7 +65,7 @@ class VisionConfig:
     deep_layers: tuple[int, ...] = ()
 
     def norm(self, name: str) -> nn.Module:
-        """LayerNorm or RMSNorm, as layer_norm says."""
+        """Returns LayerNorm or RMSNorm, as layer_norm says."""
         return (LayerNorm if self.layer_norm else RMSNorm)(self.norm_eps, name=name)
 
 
@@ -85,13 +85,13 @@ class Images:
 
 
 def window_count(grid: tuple[int, int], config: VisionConfig) -> int:
-    """Number of windows that cover a grid of (rows, columns) patches."""
+    """Returns the number of windows that cover a grid of (rows, columns) patches."""
     rows, columns = grid
     return -(-rows // config.window) * -(-columns // config.window)
 
 
 def window_order(grid: tuple[int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Index in window order, and position, of each patch of one image.
+    """Returns the index in window order, and the position, of each patch of one image.
 
     The image processor gives patches block by block: the merge x merge patches of a feature are
     consecutive, and features are in row-major order. Window order keeps each feature's patches
@@ -124,7 +124,7 @@ def window_order(grid: tuple[int, int], config: VisionConfig) -> tuple[np.ndarra
 
 
 def feature_order(grid: tuple[int, int], config: VisionConfig) -> np.ndarray:
-    """Index of each feature among the tower's outputs, int32 [features], in row-major order."""
+    """Returns each feature's index among the tower's outputs, int32 [features], row-major."""
     unit = config.merge**2
     return window_order(grid, config)[0][::unit] // unit
 
@@ -172,7 +172,7 @@ class VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, rotation, mask, full):
-        """x [b, m, e], rotation [b, m, d/2] each, mask bool [b, m], full bool [] -> [b, m, e]."""
+        """Maps x [b, m, e], rotations [b, m, d/2], mask bool [b, m], full bool [] to [b, m, e]."""
         c = self.config
         head_dim = c.width // c.heads
         x = constrain(x, "images", None, None)

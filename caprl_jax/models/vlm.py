@@ -89,7 +89,7 @@ class Policy:
         return dataclasses.replace(self, decoder=self.decoder.clone(config=config))
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, boxed with their axes' logical names.
+        """Returns random parameters, boxed with their axes' logical names.
 
         Trained ones are float32, frozen ones have the compute dtype.
         """
@@ -119,7 +119,7 @@ class Policy:
         return flax.traverse_util.unflatten_dict(flat)
 
     def positions(self, start: jax.Array, length: int) -> jax.Array:
-        """Text positions start, start + 1, ...: int [*batch] -> [*batch, length(, 3)]."""
+        """Returns text positions start, start + 1, ...: int [*batch] -> [*batch, length(, 3)]."""
         return text_positions(start, length, self.decoder.config.mrope_section is not None)
 
     def trunk(
@@ -155,7 +155,7 @@ class Policy:
         mask: jax.Array,
         past: tuple[KV, ...] = (),
     ) -> jax.Array:
-        """Hidden states that predict every token of every caption.
+        """Returns the hidden states that predict every token of every caption.
 
         Args:
           params: the policy's parameters.
@@ -201,7 +201,7 @@ class Policy:
         return jnp.where(index[..., None] == 0, trunk.last[:, None], before)
 
     def head(self, params: Params) -> jax.Array:
-        """Output rows [vocab, e] in the compute dtype."""
+        """Returns the output rows [vocab, e] in the compute dtype."""
         head = self.decoder.apply({"params": params["decoder"]}, method=Decoder.head)
         return head.astype(self.decoder.dtype)
 
@@ -228,7 +228,7 @@ def root_kv(decoder: Decoder, params: dict, tokens: jax.Array) -> KV:
 def mrope_positions(
     tokens: np.ndarray, image_token: int, grid: tuple[int, int], merge: int
 ) -> tuple[np.ndarray, int]:
-    """M-RoPE positions of a prompt with at most one image (arXiv 2409.12191, section 2.1).
+    """Returns M-RoPE positions of a prompt with at most one image (arXiv 2409.12191, section 2.1).
 
     The positions of text count up on all three axes. An image's features share one time and count
     rows and columns from there. The text after the image starts one past the largest position.

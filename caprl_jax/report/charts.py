@@ -39,7 +39,7 @@ class Series:
 
     @property
     def averaged(self) -> bool:
-        """True if the curve is drawn thin, with its running mean in bold."""
+        """Tells whether the curve is drawn thin, with its running mean in bold."""
         return self.kind == "line" and len(self.points) >= _AVERAGED
 
 
@@ -54,7 +54,7 @@ class Chart:
 
     @property
     def lost(self) -> int:
-        """Number of values that weren't finite."""
+        """Returns the number of values that weren't finite."""
         return sum(len(s.lost) for s in self.series)
 
 
@@ -67,7 +67,7 @@ def number(value: Any) -> float | None:
 def series(
     history: Iterable[Mapping[str, Any]], key: str, label: str, first: Any = None, **style: str
 ) -> Series:
-    """Curve of a key over a run's metrics; if `first` is a number, it is the value at step 0."""
+    """Returns the curve of a key over a run's metrics; a number `first` is the value at step 0."""
     pairs = [(line["step"], number(line[key])) for line in history if key in line]
     if pairs and number(first) is not None:
         pairs.insert(0, (0, number(first)))
@@ -128,7 +128,7 @@ def _polyline(points: Iterable[Point], color: str, width: float, more: str = "")
 
 
 def _curve_svg(curve: Series, place: Place, end: float) -> list[str]:
-    """SVG of one series; place maps (step, value) to the page."""
+    """Returns the SVG of one series; place maps (step, value) to the page."""
     color, out = curve.color, []
     if curve.kind == "level":
         across = [place(x, curve.points[0][1]) for x in (0, end)]
@@ -163,7 +163,7 @@ def _grid(x_ticks: list[float], y_ticks: list[float], place: Place, size: tuple[
 
 
 def _svg(title: str, curves: Sequence[Series], size: tuple[int, int]) -> Markup:
-    """SVG of grid, axes and curves; the vertical axis includes 0, so that heights compare."""
+    """Draws grid, axes and curves as SVG; the vertical axis includes 0, so that heights compare."""
     width, height = size
     ys = [y for s in curves for _, y in s.points]
     low, high = min([0.0, *ys]), max([0.0, *ys])

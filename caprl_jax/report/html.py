@@ -98,7 +98,7 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """One of "right", "wrong" and "abstained"."""
+        """Returns "right", "wrong" or "abstained"."""
         return "abstained" if self.abstained else "right" if self.letter == self.truth else "wrong"
 
 
@@ -241,7 +241,7 @@ def _pairs(before: list[Answer], after: list[Answer]) -> list[tuple[Answer | Non
 
 
 def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of the headline: accuracies as tracks from 0 to 1, other figures as tiles."""
+    """Returns the headline: accuracies as tracks from 0 to 1, other figures as tiles."""
     tracks = []
     for name, label in (("heldout_accuracy", "Greedy"), ("heldout_accuracy_sampled", "Sampled")):
         ends = {when: curves.number(summary.get(f"{name}_{when}")) for when in ("before", "after")}

@@ -151,7 +151,7 @@ class Verdicts:
 
     @property
     def reward(self) -> jax.Array:
-        """R(c), float32 [b, g] in [0, 1]: the mean score over a caption's valid questions.
+        """Returns R(c), float32 [b, g] in [0, 1]: the mean score over a caption's valid questions.
 
         CapRL, arXiv 2509.22647, eq. 1; 0 for a caption without questions.
         """

@@ -260,13 +260,13 @@ class Bucket:
 
 
 def _step(name: str) -> int | None:
-    """The step of the checkpoint that a file belongs to; None of another file."""
+    """Returns the step of the checkpoint that a file belongs to; None of another file."""
     first, step, *rest = (*name.split("/"), "")[:3]
     return int(step) if first == _CHECKPOINTS and step.isdecimal() and any(rest) else None
 
 
 def _newest(names: set[str]) -> int:
-    """The step of the newest whole checkpoint among files; -1 without any."""
+    """Returns the step of the newest whole checkpoint among files; -1 without any."""
     whole = (n for n in names if n.endswith(f"/{manifest.NAME}") and n.count("/") == 2)
     return max((step for n in whole if (step := _step(n)) is not None), default=-1)
 

@@ -178,7 +178,7 @@ class EndpointJudge:
         return logits, silent
 
     def _plain(self, ids: np.ndarray) -> str:
-        """The exact text of ids: a question's, between the caption and the user turn's end."""
+        """Returns the exact text of ids: a question's, between caption and the user turn's end."""
         return self.tokenizer.inner.decode(
             ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

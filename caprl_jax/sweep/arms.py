@@ -65,7 +65,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the run and of its directory."""
+        """Returns the name of the run and of its directory."""
         return self.workdir.name
 
 

@@ -56,7 +56,7 @@ class PolicyTask:
     asked: tuple[str, str, str] = ("", "", "")
 
     def cells(self, record: Record, rng: np.random.Generator) -> list[str]:
-        """One word for each cell in row-major order: its colour, its digit, or " nothing".
+        """Returns a word for each cell in row-major order: its colour, its digit, or " nothing".
 
         As targets of the image's features, the words teach the tower before text can name places.
         """

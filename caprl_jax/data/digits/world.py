@@ -58,7 +58,7 @@ def random_facts(
 
 @functools.cache
 def _instances(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [i, 8, 8] ink in 0..255, int [i] digit) of the instances that a split may show."""
+    """Returns (uint8 [i, 8, 8] ink in 0..255, int [i] digit) of the instances a split may show."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -94,7 +94,7 @@ def draw(
 def _choices(
     truth: str, near: Iterable[str], all_: Iterable[str], rng, options: tuple[int, int]
 ) -> tuple[list[str], int]:
-    """The truth and distractors, of which about half come from the same scene, and its index."""
+    """Returns the truth and distractors, about half of them from the same scene, and its index."""
     least, most = options
     # A fixed number draws nothing: the embedded world's records stay as they are.
     count = least if least == most else int(rng.integers(least, most + 1))
@@ -158,7 +158,7 @@ def questions(
 
 
 def statement(fact: Fact) -> str:
-    """Statement "place color digit" of a fact; words must be adjacent to be learnable."""
+    """Returns the statement "place color digit" of a fact; only adjacent words can be learned."""
     place, color, digit = fact
     return f"{place} {color} {NUMBERS[digit]}"
 
@@ -199,7 +199,7 @@ def precision_recall(text: str, facts: Sequence[Fact]) -> tuple[int, int, int, i
 
 
 def lookup(text: str, question: Question) -> int | None:
-    """Answer of a perfect reader of the caption: index in choices, or None to abstain."""
+    """Returns a perfect reader's answer to the caption: index in choices, or None to abstain."""
     said = stated(text)
     facts = [s for s in said if not isinstance(s, int)]
     words = question.text.rstrip("?").split()

@@ -22,7 +22,7 @@ class Prepared:
 def prepared(
     settings: Any, set_aside: SetAside, options: Prepared
 ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    """Stored elements, {"train", "heldout"}, of a dataset on disk; settings.heldout has no part.
+    """Returns stored elements of a dataset on disk, by split; settings.heldout has no effect.
 
     Args:
       settings: the config's section `data`.

@@ -88,7 +88,7 @@ def names(files: Sequence[Path]) -> list[str]:
 
 
 def count(file: Path) -> int:
-    """Number of rows in a file, damaged ones included.
+    """Returns the number of rows in a file, damaged ones included.
 
     Raises:
       ValueError: the file isn't what its name says.

@@ -103,7 +103,7 @@ def _with_defaults(config: Mapping[str, Any], vision: Mapping[str, Any]) -> dict
 
 
 def patch_kernel(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Shape (channels, frames, rows, columns) of a patch, from a config.json."""
+    """Returns the shape (channels, frames, rows, columns) of a patch, from a config.json."""
     v = _with_defaults(config, config["vision_config"])
     channels, side = v.get("in_channels", v.get("in_chans", 3)), v["patch_size"]
     return channels, v["temporal_patch_size"], side, side

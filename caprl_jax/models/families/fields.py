@@ -59,7 +59,7 @@ class Fields:
 
 
 def text_section(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
-    """Text section of a config.json, which is flat or nested in text_config."""
+    """Returns the text section of a config.json, which is flat or nested in text_config."""
     return {**config, **section(config, "text_config", where)}
 
 
@@ -70,7 +70,7 @@ def rope_section(text: Mapping[str, Any], where: Any) -> dict[str, Any]:
 
 
 def section(config: Mapping[str, Any], name: str, where: Any) -> Mapping[str, Any]:
-    """Section of a config.json; empty if it is missing or null."""
+    """Returns a section of a config.json; empty if it is missing or null."""
     values = config.get(name) or {}
     if not isinstance(values, Mapping):
         raise ModelDirectoryError(f"{where}: {name} is {values!r}, not a JSON object")

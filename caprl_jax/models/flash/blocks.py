@@ -212,7 +212,7 @@ def _meeting(arrays: Arrays, sizes: Sizes) -> jax.Array:
 
 
 def _range(meeting: jax.Array) -> Range:
-    """First and number of the blocks of the last axis, of bool [b, blocks, other blocks]."""
+    """Returns first and number of the last axis's blocks, of bool [b, blocks, other blocks]."""
     first = jnp.argmax(meeting, axis=-1).astype(jnp.int32)
     last = meeting.shape[-1] - jnp.argmax(meeting[..., ::-1], axis=-1).astype(jnp.int32)
     return Range(first, jnp.where(jnp.any(meeting, axis=-1), last - first, 0))

@@ -58,7 +58,7 @@ def described(rules: axes.ShardRules) -> str:
 
 
 def forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention over one segment.
+    """Computes softmax attention over one segment.
 
     Under shard rules each device computes its images and key-value heads.
 
@@ -121,7 +121,7 @@ def _check(inputs: Inputs) -> None:
 
 
 def _module(inputs: Inputs, kernel: str) -> tuple[ModuleType, Sizes]:
-    """The kernel's module and block sizes."""
+    """Returns the kernel's module and block sizes."""
     # Imported where needed: CPUs need neither.
     module = importlib.import_module(f"caprl_jax.models.flash.{kernel}")
     interpret = axes.platform() not in _PLATFORMS

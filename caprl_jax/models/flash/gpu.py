@@ -32,12 +32,12 @@ def sizes(inputs: Inputs) -> Sizes:
 
 
 def _power(n: int) -> int:
-    """Triton takes powers of two, and matrix products of at least 16."""
+    """Returns a block's size: Triton takes powers of two, and matrix products of at least 16."""
     return max(16, pl.next_power_of_2(n))
 
 
 def forward(inputs: Inputs, size: Sizes) -> tuple[jax.Array, jax.Array]:
-    """Attention of each query over the keys, and its log-sum-exp.
+    """Computes attention of each query over the keys, and its log-sum-exp.
 
     Args:
       inputs: queries, keys and values.
@@ -157,7 +157,7 @@ def _rows(ref, at=slice(None)) -> Places:
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Matrix product in float32; of float32 operands an exact one rather than TF32's."""
+    """Multiplies matrices in float32; float32 operands exactly, rather than in TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
@@ -169,7 +169,7 @@ def _loop(first_ref, count_ref, body, start):
 
 
 def _scores(q, k, queries, keys, scale):
-    """Masked scores, float32 [queries, keys]; the queries' places are columns, the keys' rows."""
+    """Computes masked scores, float32 [queries, keys]; queries' places are columns, keys' rows."""
     return jnp.where(sees(queries, keys), _product(q, k.T) * scale, MASKED)
 
 

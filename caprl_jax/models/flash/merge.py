@@ -36,7 +36,7 @@ class Part:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def attend(q: jax.Array, parts: tuple[Part, ...], kernel: str) -> jax.Array:
-    """Softmax attention over the concatenation of all parts.
+    """Computes softmax attention over the concatenation of all parts.
 
     Args:
       q: [*batch, t, heads, d]; at least one batch axis.
@@ -108,7 +108,7 @@ def _inputs(q: jax.Array, part: Part) -> Inputs:
 
 
 def _as_stored(grad: jax.Array, stored: jax.Array) -> jax.Array:
-    """Gradient of stored keys or values, from that of the inputs made of them."""
+    """Returns the gradient of stored keys or values, from that of the inputs made of them."""
     if stored.ndim == 3:
         return jnp.sum(grad, axis=0, dtype=jnp.float32).astype(stored.dtype)
     return grad.reshape(stored.shape)

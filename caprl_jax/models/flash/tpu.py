@@ -27,12 +27,12 @@ def sizes(inputs: Inputs) -> Sizes:
 
 
 def _block_of(length: int) -> int:
-    """Large blocks fetch less; short axes take small ones, so that padding stays short."""
+    """Returns a block's size: large blocks fetch less, small ones pad short axes less."""
     return 512 if length >= 1024 else 256 if length > 128 else _LANES
 
 
 def forward(inputs: Inputs, size: Sizes) -> tuple[jax.Array, jax.Array]:
-    """Attention of each query over the keys, and its log-sum-exp.
+    """Computes attention of each query over the keys, and its log-sum-exp.
 
     Args:
       inputs: queries, keys and values.
@@ -94,7 +94,7 @@ def _launch(
         length, step, other = x, size.x, size.s
 
     def spec(a, own):
-        """Spec of a's block of this side, or of the other side's block of this turn."""
+        """Returns the spec of a's block of this side, or of the other side's block of this turn."""
         block = step if own else other
 
         def place(n, h, i, turn, first, count):
@@ -152,7 +152,7 @@ def _as_rows(ref) -> Places:
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Matrix product over one axis of each, in float32; exact for float32 operands."""
+    """Multiplies matrices over one axis of each, in float32; exactly for float32 operands."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision, jnp.float32)

@@ -102,7 +102,7 @@ def _second_vl(name: str) -> dict[str, Any]:
 
 
 def _peer(name: str) -> dict[str, dict[str, Any]]:
-    """Policy and judge of a comparison: Qwen2.5's architectures at other sizes."""
+    """Returns policy and judge of a comparison: Qwen2.5's architectures at other sizes."""
     (text, judge), (depth, width, heads, hidden, full) = _PEER_TEXT[name], _PEER_TOWERS[name]
     policy = _second_vl("3b") | _text(text, third=False)
     policy["vision_config"] |= {
@@ -163,7 +163,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def preprocessor(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Content of preprocessor_config.json as published with a policy; None for a judge."""
+    """Returns a policy's preprocessor_config.json as published; None for a judge."""
     if "vision_config" not in config:
         return None
     if config["model_type"] == "qwen3_vl":

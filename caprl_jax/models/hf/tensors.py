@@ -14,7 +14,7 @@ from caprl_jax.models.vlm import Policy
 
 
 def canonical(name: str) -> str:
-    """Canonical tensor name, the same for files of old and new transformers and its modules."""
+    """Returns a tensor's canonical name, the same for old and new transformers and its modules."""
     name = name.replace("model.language_model.", "model.", 1)
     return name.replace("model.visual.", "visual.", 1)
 
@@ -38,7 +38,7 @@ class Tensor:
 
     @property
     def stacked(self) -> bool:
-        """True if our parameter has a leading axis of layers."""
+        """Tells whether our parameter has a leading axis of layers."""
         return "{i}" in self.name
 
     def names(self, layers: Sequence[int]) -> list[str]:
@@ -99,7 +99,7 @@ def norm(path, name, width, bias=False) -> list[Tensor]:
 
 
 def table(path, name, rows, width) -> Tensor:
-    """Tensor of a table of embeddings, [rows, width] in ours and in the file."""
+    """Returns the tensor of a table of embeddings, [rows, width] in ours and in the file."""
     return Tensor(path, name, (rows, width), ((0,), (1,)))
 
 
@@ -117,7 +117,7 @@ def tensors(policy: Policy, config: Mapping[str, Any]) -> list[Tensor]:
 
 
 def saved_name(name: str, family: Family) -> str:
-    """Name of a tensor in the family's files, from its canonical name."""
+    """Returns a tensor's name in the family's files, from its canonical name."""
     if name.startswith("visual."):
         return family.vision_prefix + name.removeprefix("visual.")
     return family.text_prefix + name.removeprefix("model.") if name.startswith("model.") else name
