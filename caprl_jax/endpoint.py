@@ -298,7 +298,7 @@ def _reply(answer: Any) -> Reply:
 
 
 def _at_letter(text: str, tokens: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Log-probabilities where the letter of a text stands, else of the first token."""
+    """Returns the log-probabilities at a text's letter, else at its first token."""
     if not tokens:
         return None
     spoken = "".join(token["token"] for token in tokens)
@@ -312,7 +312,7 @@ def _at_letter(text: str, tokens: Sequence[Mapping[str, Any]]) -> dict[str, floa
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait, 0 without such a wish."""
+    """Returns the seconds that a server asks to wait, 0 without such a wish."""
     given = headers.get("retry-after", "")
     try:
         seconds = float(given)

@@ -121,7 +121,7 @@ def drop_failed(asked: Asker, found: list[dict[str, Any]]) -> tuple[list[dict[st
 
 
 def _prism(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
-    """(results, the images)."""
+    """Returns (results, the images)."""
     questions, aside = prism.read(given.data, given.scorer)
     images = images_of(tables.files(given.data))
     sampling = Sampling(prism.MAX_TOKENS, temperature=1.0)
@@ -143,7 +143,7 @@ def _prism(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
 
 
 def _captionqa(given: Any, out: Path) -> tuple[dict[str, Any], Pictures]:
-    """(results, the images)."""
+    """Returns (results, the images)."""
     data = captionqa_rows.read(given.data, given.split)
     images = images_of(data.files)
     sampling = Sampling(captionqa.MAX_TOKENS, temperature=captionqa.TEMPERATURE)
@@ -289,7 +289,7 @@ def _place(shown: captionqa_rows.Shown) -> int:
 
 
 def _captions(given: Any, out: Path, images: Pictures, how: job.Settings) -> Mapping:
-    """Captions by image: those that are given, or those that the model writes."""
+    """Returns captions by image: those that are given, or those that the model writes."""
     best = given.protocol == "captionqa"  # asks about one
     if given.captions:
         return tables.captions(Path(given.captions), best)

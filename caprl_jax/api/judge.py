@@ -232,7 +232,7 @@ class LoadedJudge(Loaded):
 
 
 def _prompt(ids: Sequence[Sequence[int]], length: int) -> Prompt:
-    """Prompts [b, p] of text alone, padded to `length` tokens."""
+    """Returns prompts [b, p] of text alone, padded to `length` tokens."""
     lengths = np.asarray([len(i) for i in ids], np.int32)
     shape = len(ids), length
     return Prompt(

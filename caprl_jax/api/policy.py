@@ -107,7 +107,7 @@ class LoadedPolicy(Loaded):
 
     @functools.cached_property
     def _filler(self) -> Callable[[str], PolicyPrompt]:
-        """Prompt's text -> its ids; the last ones are kept, as rendering a template is slow."""
+        """Maps a prompt's text to its ids; keeps the last ones, as rendering a template is slow."""
         vision, config = self.modules.vision.config, self.modules.decoder.config
         mrope = config.mrope_section is not None
 

@@ -152,7 +152,7 @@ def _by_policy(model: LoadedPolicy, items: Iterator[Item], batch: int, of: str, 
 
 
 def _lettered(logits: np.ndarray) -> list[dict[str, Any]]:
-    """Answers of letters' logits [branches, letters]; where one is NaN, there is none."""
+    """Returns the answers of letters' logits [branches, letters]; none where one is NaN."""
     broken = np.isnan(logits).any(axis=-1)
     chosen = np.argmax(logits, axis=-1)
     return [{"letter": None if b else LETTERS[i]} for b, i in zip(broken, chosen, strict=True)]

@@ -121,7 +121,7 @@ class Reader:
 
     @functools.cached_property
     def _shared(self) -> tuple[KV, jax.Array]:
-        """(keys and values of the instruction without an image, ids of the letters)."""
+        """Returns (keys and values of the instruction without an image, ids of the letters)."""
         whole = mesh_lib.replicated(self.policy.rules)
         tokens = jax.device_put(np.asarray(self.shared(False), np.int32), whole)
         letters = jax.device_put(np.asarray(self.policy.tokenizer.letters(), np.int32), whole)

@@ -123,7 +123,7 @@ def _filtered(folder: Path, about: Mapping[str, Any], of: str) -> dict[str, Any]
 
 
 def _table(counts: list[list[int]], settings: Settings) -> dict[str, Any]:
-    """Questions by right answers with the image (rows) and without (columns)."""
+    """Counts questions by right answers with the image (rows) and without (columns)."""
     most, n = max(max(map(max, counts)), 1), settings.trials
 
     def cell(i: int, j: int) -> dict[str, Any]:

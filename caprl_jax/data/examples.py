@@ -164,7 +164,7 @@ class SftExamples:
         )
 
     def _cells(self, record: Record, rng: np.random.Generator, prompt: Prompt):
-        """(targets, weights) of the prompt's tokens; only images with a feature a cell have any."""
+        """Returns (targets, weights) of the prompt's tokens, zero unless each feature is a cell."""
         targets, weight = np.zeros(self.max_prompt, np.int32), np.zeros(self.max_prompt, np.float32)
         image, words = np.flatnonzero(prompt.feature >= 0), self.task.cells(record, rng)
         if len(image) == len(words):

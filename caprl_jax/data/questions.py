@@ -57,7 +57,7 @@ class Presented:
     weight: float = 0.0
 
     def lettered(self) -> list[str]:
-        """Options with their letters, ["A) ..", "B) ..", ..]."""
+        """Returns the options with their letters, ["A) ..", "B) ..", ..]."""
         return [f"{letter}) {o}" for letter, o in zip(LETTERS, self.options, strict=False)]
 
 
@@ -237,7 +237,7 @@ class JudgePrompt:
         return cls(tokenizer, head, before, between, after, foot + PREFILL)
 
     def instruction(self) -> Instruction:
-        """Arrays of the prompt's fixed part."""
+        """Returns the arrays of the prompt's fixed part."""
         return Instruction(
             tokens=np.asarray(self.fixed(), np.int32),
             letters=np.asarray(self.tokenizer.letters(), np.int32),
@@ -245,7 +245,7 @@ class JudgePrompt:
         )
 
     def fixed(self) -> list[int]:
-        """Ids of the text up to the caption."""
+        """Returns the ids of the text up to the caption."""
         return self.tokenizer.encode_around(self.head, self.before, "")
 
     def tail_text(self, presented: Presented) -> str:
@@ -253,11 +253,11 @@ class JudgePrompt:
         return self._asked(presented) + self.foot
 
     def tail(self, presented: Presented) -> list[int]:
-        """Ids of tail_text."""
+        """Returns the ids of tail_text."""
         return self.tokenizer.encode_around("", self._asked(presented), self.foot)
 
     def whole(self, caption: str, presented: Presented) -> list[int]:
-        """Ids of the whole text, tokenised at once."""
+        """Returns the ids of the whole text, tokenised at once."""
         text = self.before + caption + self._asked(presented)
         return self.tokenizer.encode_around(self.head, text, self.foot)
 
@@ -267,7 +267,7 @@ class JudgePrompt:
     def arrays(
         self, presented: Sequence[Presented], n: int, q: int, weighted: bool = False
     ) -> Questions:
-        """Arrays of one image's questions, padded to n questions of q tokens; no batch axis.
+        """Returns an image's questions as arrays, padded to n questions of q tokens; no batch axis.
 
         Args:
           presented: the questions, and rubrics if they are weighted.

@@ -198,7 +198,7 @@ def parse_asked(
 
 
 def _without_letters(choices: Sequence[str]) -> list[str]:
-    """Texts of the choices, without letters if all carry them in one spelling and in order."""
+    """Returns the choices' texts, without letters if all carry them in one spelling, in order."""
     # Stripped first: the pattern's time grows with the square of the white space at the beginning.
     matches = [_LETTERED.match(c.lstrip()) for c in choices]
     choices = [c.strip() for c in choices]

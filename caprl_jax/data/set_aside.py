@@ -81,7 +81,7 @@ class SetAside:
             self._behind = False
 
     def listing(self) -> list[dict[str, str]]:
-        """Entries {"id", "reason"}, sorted by id."""
+        """Returns entries {"id", "reason"}, sorted by id."""
         with self._lock:
             return self._listing()
 

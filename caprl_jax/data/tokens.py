@@ -107,7 +107,7 @@ class Tokenizer:
         return templates.around_text(self.directory, self.inner, image)
 
     def letters(self) -> list[int]:
-        """Ids of " A", " B", ..., each of which must be one token."""
+        """Returns the ids of " A", " B", .., each of which must be one token."""
         ids = [self.encode(f" {letter}") for letter in LETTERS]
         if any(len(i) != 1 for i in ids):
             raise ModelDirectoryError(
@@ -118,7 +118,7 @@ class Tokenizer:
 
 
 def _special_ids(inner: Any) -> set[int]:
-    """Ids of added tokens; some families' added white space is text like any other."""
+    """Returns the ids of added tokens; some families' added white space is text like any other."""
     added = {i for i, t in inner.added_tokens_decoder.items() if not t.content.isspace()}
     return added | set(inner.all_special_ids)
 

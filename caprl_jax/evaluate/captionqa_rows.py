@@ -55,7 +55,7 @@ class Shown:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Texts of the options in the order shown."""
+        """Returns the options' texts in the order shown."""
         every = (*self.question.choices, ABSTAIN)
         return tuple(every[i] for i in self.order)
 

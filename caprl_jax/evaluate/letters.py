@@ -137,7 +137,7 @@ class Asker:
         return right, float(p), ours == len(labels) - 1, ours is None
 
     def _labels(self, presented: Presented) -> str:
-        """Letters of the options, the last of which abstains."""
+        """Returns the letters of the options, the last of which abstains."""
         count = len(presented.options)
         last = released.ABSTAIN_LETTER if self.as_released else LETTERS[count - 1]
         return LETTERS[: count - 1] + last

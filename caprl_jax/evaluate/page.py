@@ -62,7 +62,7 @@ def _about(color: str, run: Run) -> dict[str, Any]:
 
 
 def _headline(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Rows of the table of all figures: a cell for each run, and one for each difference."""
+    """Returns the table's rows of all figures: a cell for each run, and one for each difference."""
     first = runs[0].results
     names = dict.fromkeys(name for run in runs for name in run.results["summary"])
     against = first.get("against", [])

@@ -289,7 +289,7 @@ def _ask(
     speak: Speak,
     settings: Settings,
 ) -> dict[str, list[Reply | Failure]]:
-    """Answers by row, caption by caption; caption j is answered with a seed of its own."""
+    """Returns answers by row, caption by caption; each caption's number has its own seed."""
     found: dict[str, list[Reply | Failure]] = {q.id: [] for q in asked}
     for j in range(max((len(given[q.id]) for q in asked), default=0)):
         own = [q for q in asked if len(given[q.id]) > j]

@@ -208,7 +208,7 @@ def _math_verify() -> Any:
 
 
 def _time_limit() -> int | None:
-    """Seconds for one call; None outside of the main thread, where there are no alarms."""
+    """Returns the seconds for one call; None outside the main thread, where no alarm works."""
     return _SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
@@ -221,7 +221,7 @@ def _spaced(text: str) -> str:
 
 
 def _distance(one: str, other: str) -> int:
-    """Levenshtein's distance, row by row."""
+    """Computes Levenshtein's distance, row by row."""
     before = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         row = [i]

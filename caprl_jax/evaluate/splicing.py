@@ -66,7 +66,7 @@ class Splicing:
         }
 
     def _read(self, model: Judge, sequences: list[list[int]]) -> np.ndarray:
-        """Letters that the judge chooses after the sequences, for each image's first question."""
+        """Returns the judge's letters after the sequences, each with an image's first question."""
         length, out = bucket(max(map(len, sequences))), []
         first = jax.device_put(np.asarray(sequences[0][:1], np.int32), mesh.replicated(self._rules))
         for batch in self._data.batches:

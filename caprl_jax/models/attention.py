@@ -190,7 +190,7 @@ def _pad_axis(a: jax.Array, size: int, axis: int) -> jax.Array:
 
 
 def _queries_at_once(q: jax.Array, segments: Sequence[Segment]) -> int:
-    """Queries in a slice: even slices whose scores for one image stay within SCORE_BYTES."""
+    """Returns a slice's queries: slices are even, one image's scores within SCORE_BYTES."""
     keys = sum(s.k.shape[-3] for s in segments if not s.packed) or 1
     row_bytes = 4 * keys * q.shape[-2] * math.prod(q.shape[1:-3])  # a token's float32 scores
     slices = -(-q.shape[-3] // max(SCORE_BYTES // row_bytes, 1))
@@ -301,7 +301,7 @@ def _blocks(q: jax.Array, segment: Segment) -> packed_attention.Blocks:
 
 
 def _folding(q: jax.Array, segment: Segment) -> tuple[Callable, Callable]:
-    """Functions (fold, unfold) between [*batch, t, k, r, ..] and [*shared, k, r, x, ..].
+    """Returns functions (fold, unfold) between [*batch, t, k, r, ..] and [*shared, k, r, x, ..].
 
     shared are the segment's batch axes; x joins the other batch axes and t. Transposing the queries
     costs far less than transposing their scores.

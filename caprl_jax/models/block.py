@@ -205,12 +205,12 @@ def _to_caches(a: jax.Array, kind: str) -> jax.Array:
 
 
 def _take(a: jax.Array, where: jax.Array) -> jax.Array:
-    """Entries of a [*batch, t, d] at int [*batch, n] -> [*batch, n, d]."""
+    """Takes entries of a [*batch, t, d] at int [*batch, n] -> [*batch, n, d]."""
     return _take_rows(where, a, -2)
 
 
 def _take_rows(where: jax.Array, a: jax.Array, axis: int) -> jax.Array:
-    """Entries of a [*batch, t(, s)], whose axis t is `axis`, at int [*batch, n]."""
+    """Takes entries of a [*batch, t(, s)], whose axis t is `axis`, at int [*batch, n]."""
     index = where if axis == -1 else where[..., None]
     return jnp.take_along_axis(a, index, axis=axis)
 

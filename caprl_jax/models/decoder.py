@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         return self.embedding if self.config.tied else self.untied_head
 
     def logits(self, hidden: jax.Array, transposed: bool = False) -> jax.Array:
-        """Logits of hidden states: [..., e] -> float32 [..., vocab]; for transposed see Linear."""
+        """Computes logits: hidden [..., e] -> float32 [..., vocab]; for transposed see Linear."""
         head = self.head().astype(self.dtype)
         if transposed:
             logits = transposed_product(head, hidden.reshape(-1, hidden.shape[-1]), jnp.float32)
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
 
     def everything(self, tokens: jax.Array) -> jax.Array:
-        """Logits of int [t] tokens, float32 [t, vocab]; init runs this: it uses all parameters."""
+        """Computes logits: int [t] -> float32 [t, vocab]; init runs it, as it uses all weights."""
         t = tokens.shape[-1]
         axes = () if self.config.mrope_section is None else (3,)
         positions = jnp.zeros((t, *axes), jnp.int32)

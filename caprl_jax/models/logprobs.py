@@ -25,7 +25,7 @@ def token_logprobs(
     chunk: int = 8192,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities log softmax(hidden @ head.T)[target], and the entropy of the softmax.
+    """Computes log softmax(hidden @ head.T)[target], and the entropy of the softmax.
 
     One pass over chunks of the vocabulary keeps a running maximum, sum of exponentials and sum of
     exponential-weighted logits. The backward pass needs only the normaliser of the first pass. It
@@ -58,13 +58,13 @@ def token_logprobs(
 
 
 def _rows(rows, i) -> tuple[jax.Array, jax.Array]:
-    """(rows [c, e] of chunk i, their indices in the vocabulary int32 [1, c])."""
+    """Returns (rows [c, e] of chunk i, their indices in the vocabulary int32 [1, c])."""
     part = jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
     return part, (jnp.arange(rows.shape[0]) * rows.shape[1] + i)[None]
 
 
 def _logits(hidden, part, row, known) -> jax.Array:
-    """Logits of one chunk, float32 [n, c]."""
+    """Computes logits of one chunk, float32 [n, c]."""
     z = jnp.einsum("ne,ce->nc", hidden, part, preferred_element_type=jnp.float32)
     return jnp.where(row < known, z, _NEVER)
 

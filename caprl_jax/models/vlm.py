@@ -206,19 +206,19 @@ class Policy:
         return head.astype(self.decoder.dtype)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Logits of hidden states: [..., e] -> float32 [..., vocab]."""
+        """Computes logits of hidden states: [..., e] -> float32 [..., vocab]."""
         return self.decoder.apply({"params": params["decoder"]}, hidden, method=Decoder.logits)
 
 
 def text_positions(start: jax.Array, length: int, mrope: bool) -> jax.Array:
-    """Positions start, start + 1, ..: int [*batch] -> int32 [*batch, length(, 3 equal axes)]."""
+    """Counts from start: int [*batch] -> positions int32 [*batch, length(, 3 equal axes)]."""
     positions = jnp.broadcast_to(start[..., None], (*start.shape, length))
     positions = positions + jax.lax.broadcasted_iota(jnp.int32, positions.shape, start.ndim)
     return jnp.repeat(positions[..., None], 3, axis=-1) if mrope else positions
 
 
 def root_kv(decoder: Decoder, params: dict, tokens: jax.Array) -> KV:
-    """Keys and values of tokens int32 [s] at the start of a sequence; params are the decoder's."""
+    """Computes keys and values of tokens int32 [s] that begin a sequence; params: the decoder's."""
     s, mrope = tokens.shape[0], decoder.config.mrope_section is not None
     x = decoder.apply({"params": params}, tokens, method=Decoder.embed)
     positions = text_positions(jnp.zeros((), jnp.int32), s, mrope)

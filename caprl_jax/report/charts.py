@@ -95,7 +95,7 @@ def _thin(points: list[Point]) -> list[Point]:
 
 
 def _running_mean(points: list[Point]) -> list[Point]:
-    """Means over a centred window, shorter at the ends; its length is about sqrt(points) * 2/3."""
+    """Averages over a centred window of about sqrt(points) * 2/3, shorter at the ends."""
     x, y = np.array(points).T
     i, half = np.arange(len(x)), int(math.sqrt(len(x)) / 3)
     low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(x))

@@ -167,7 +167,7 @@ def _label(name: str) -> str:
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows (name, before, after) of all figures, labelled ones first; "" for a missing value."""
+    """Returns (name, before, after) of all figures, labelled ones first; "" for a missing value."""
     cells: dict[str, list[str]] = {}
     for key, value in summary.items():
         name, column = key, 1

@@ -108,7 +108,7 @@ class Checkpoints:
 
     @property
     def _manager(self) -> Any:
-        """Orbax's manager, opened when it is first needed: opening reads all checkpoints."""
+        """Returns Orbax's manager, opened at its first use: opening reads all checkpoints."""
         if self._opened is None:
             self._barrier = processes.Barrier()
             in_background = self._ocp.options.AsyncOptions(

@@ -184,7 +184,7 @@ class JudgeTask:
         return ((caption, self.caption_weight),), branches
 
     def _open(self, caption: str, asked: Sequence[Question], rng: np.random.Generator) -> Pieces:
-        """Questions without options and their answers in words, which teach the lookup itself."""
+        """Returns questions without options and their answers in words, which teach the lookup."""
         pieces: list[Piece] = []
         for i in rng.permutation(len(asked))[: self.open_questions]:
             found = digits.lookup(caption, asked[i])

@@ -175,7 +175,7 @@ def _parts(text: str) -> list[list[str]]:
 
 
 def stated(text: str) -> list[Fact | int]:
-    """Facts and counts that a caption states, in order and with repetitions."""
+    """Returns the facts and counts that a caption states, in order and with repetitions."""
     out: list[Fact | int] = []
     for words in _parts(text):
         if words[-1] not in NUMBERS:

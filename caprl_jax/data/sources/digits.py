@@ -34,7 +34,7 @@ class Digits:
 def digits(
     settings: Any, set_aside: SetAside, options: Digits
 ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    """Scenes as stored elements, {"train", "heldout"}; the first use writes them to disk."""
+    """Returns scenes as stored elements, by split; the first use writes them to disk."""
     from caprl_jax.data.digits import world  # Pillow is imported where it is used
     from caprl_jax.data.digits.rubrics import with_rubrics
 

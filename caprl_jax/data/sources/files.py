@@ -29,7 +29,7 @@ class Files:
 def files(
     settings: Any, set_aside: SetAside, options: Files
 ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    """Rows of files as stored elements, {"train", "heldout"}; the first use converts them.
+    """Returns rows of files as stored elements, {"train", "heldout"}; the first use converts them.
 
     The same files always give the same `settings.heldout` held-out rows. Files that changed or
     moved, and rows whose image files changed or appeared, are converted again.

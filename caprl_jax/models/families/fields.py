@@ -64,7 +64,7 @@ def text_section(config: Mapping[str, Any], where: Any) -> dict[str, Any]:
 
 
 def rope_section(text: Mapping[str, Any], where: Any) -> dict[str, Any]:
-    """RoPE's settings, from rope_scaling and rope_parameters."""
+    """Returns RoPE's settings, from rope_scaling and rope_parameters."""
     names = "rope_scaling", "rope_parameters"
     return {k: v for name in names for k, v in section(text, name, where).items()}
 

@@ -82,7 +82,7 @@ def forward(inputs: Inputs, kernel: str) -> tuple[jax.Array, jax.Array]:
 def backward(
     inputs: Inputs, gradient: Gradient, kernel: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of one segment's queries, keys and values.
+    """Computes the gradients of one segment's queries, keys and values.
 
     This is algorithm 4 of flash attention (arXiv 2205.14135): with the log-sum-exp and delta of
     the softmax over all segments, the queries' gradients of segments add up.

@@ -54,7 +54,7 @@ def forward(inputs: Inputs, size: Sizes) -> tuple[jax.Array, jax.Array]:
 
 
 def backward(inputs: Inputs, gradient: Gradient, size: Sizes) -> tuple[jax.Array, ...]:
-    """Gradients of q, k and v, in their shapes and dtypes.
+    """Computes the gradients of q, k and v, in their shapes and dtypes.
 
     Args:
       inputs: queries, keys and values.

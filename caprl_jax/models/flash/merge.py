@@ -84,7 +84,7 @@ attend.defvjp(_forward, _backward)
 
 
 def _inputs(q: jax.Array, part: Part) -> Inputs:
-    """A part's inputs: batch axes that share keys and values join the axis of queries.
+    """Returns a part's inputs: batch axes that share keys and values join the axis of queries.
 
     Keys and values that the whole batch shares are repeated for each entry of its first axis, which
     may be divided over devices.

@@ -371,5 +371,5 @@ def _summary(directory: Path, problems: list[str], shown: int = 5) -> str:
 
 
 def abstract_params(policy: Policy) -> dict:
-    """Shapes and dtypes of `Policy.init`'s parameters, as an unboxed tree of ShapeDtypeStruct."""
+    """Returns `Policy.init`'s parameters as an unboxed tree of ShapeDtypeStruct."""
     return nn.meta.unbox(jax.eval_shape(policy.init, jax.random.key(0)))

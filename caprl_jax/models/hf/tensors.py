@@ -82,7 +82,7 @@ def _length(s: slice) -> int:
 
 
 def linear(path, name, outputs, inputs, bias=True) -> list[Tensor]:
-    """Tensors of a Linear: its kernel [*inputs, *outputs] and, with bias, its bias [*outputs]."""
+    """Returns a Linear's tensors: kernel [*inputs, *outputs] and, with bias, bias [*outputs]."""
     n, m = len(inputs), len(outputs)
     axes = (tuple(range(n, n + m)), tuple(range(n)))
     shape = (math.prod(outputs), math.prod(inputs))
@@ -93,7 +93,7 @@ def linear(path, name, outputs, inputs, bias=True) -> list[Tensor]:
 
 
 def norm(path, name, width, bias=False) -> list[Tensor]:
-    """Tensors of a norm: its scale [width] and, with bias, its bias [width]."""
+    """Returns the tensors of a norm: its scale [width] and, with bias, its bias [width]."""
     scale = Tensor((*path, "scale"), f"{name}.weight", (width,), ((0,),))
     return [scale, Tensor((*path, "bias"), f"{name}.bias", (width,), ((0,),))][: 1 + bias]
 
@@ -104,7 +104,7 @@ def table(path, name, rows, width) -> Tensor:
 
 
 def tensors(policy: Policy, config: Mapping[str, Any]) -> list[Tensor]:
-    """Tensors of every parameter of a policy, with canonical names.
+    """Returns the tensors of every parameter of a policy, with canonical names.
 
     Args:
       policy: the modules that `families.build` makes from config.
