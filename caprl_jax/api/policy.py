@@ -162,11 +162,11 @@ class LoadedPolicy(Loaded):
         `key` is one for all, or [b], one for each image, whose captions depend on no other's.
         """
         count = prompt.tokens.shape[0]
-        images, prompt = loading.put((images, prompt), self.rules)
+        inputs = loading.put((images, prompt), self.rules)
         if key.ndim:
-            key = key[np.resize(np.arange(count), prompt.tokens.shape[0])]
+            key = key[np.resize(np.arange(count), inputs[1].tokens.shape[0])]
         decoding = Decoding(group, self.tokenizer.stop, sampling)
-        found = _sample(self.rules, self.modules, decoding, self.params, images, prompt, key)
+        found = _sample(self.rules, self.modules, decoding, self.params, inputs, key)
         return jax.tree.map(lambda a: a[:count], found)
 
     def logits(self, images: Sequence[Picture], texts: Sequence[str], prompt: str = PROMPT):
@@ -188,13 +188,14 @@ class LoadedPolicy(Loaded):
         length = bucket(max(map(len, ids)))
         tokens = np.stack([pad(i, length) for i in ids])
         mask = np.arange(length) < np.asarray([[len(i)] for i in ids])
-        arrays = (*inputs, tokens[:, None], mask[:, None])
-        found = _logits(self.rules, self.modules, self.params, *loading.put(arrays, self.rules))
+        arrays = loading.put((inputs, tokens[:, None], mask[:, None]), self.rules)
+        found = _logits(self.rules, self.modules, self.params, *arrays)
         return found[: len(texts), 0], tokens, mask
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample(rules, modules, decoding, params, images, prompt, key):
+def _sample(rules, modules, decoding, params, inputs, key):
+    images, prompt = inputs
     valid = jnp.ones(prompt.tokens.shape[0], bool)
     batch = Batch(images, prompt, questions=None, valid=valid)
     with axes.using(rules):
@@ -202,9 +203,9 @@ def _sample(rules, modules, decoding, params, images, prompt, key):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(rules, modules, params, images, prompt, tokens, mask):
+def _logits(rules, modules, params, inputs, tokens, mask):
     with axes.using(rules):
-        trunk = modules.trunk(params, images, prompt)
+        trunk = modules.trunk(params, *inputs)
         return modules.logits(params, modules.branches(params, trunk, tokens, mask))
 
 

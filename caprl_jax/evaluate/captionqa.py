@@ -121,11 +121,7 @@ def measure(
         if s.question.image in data.own and s.question.image in captioned
     ]
     said = choose(shown, [captions[s.question.image][0] for s in shown])
-    failed = [
-        {"id": s.question.image, "question": s.question.text, "reason": a.reason}
-        for s, a in zip(shown, said, strict=True)
-        if isinstance(a, Failure)
-    ]
+    failed = _failed(shown, said)
     answered = [
         (s, None if isinstance(a, Failure) else a)
         for s, a in zip(shown, said, strict=True)
@@ -157,6 +153,15 @@ def measure(
         "groups": {n: means.groups(values["score"], images, k) for n, k in kinds.items() if any(k)},
         "each": each,
     }
+
+
+def _failed(shown: Sequence[Shown], said: Sequence[int | Failure | None]) -> list[dict[str, str]]:
+    """Returns the questions whose answers failed, with reasons."""
+    return [
+        {"id": s.question.image, "question": s.question.text, "reason": a.reason}
+        for s, a in zip(shown, said, strict=True)
+        if isinstance(a, Failure)
+    ]
 
 
 def _figures(shown: Shown, chosen: int | None, as_released: bool) -> dict[str, float]:
