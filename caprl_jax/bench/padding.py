@@ -36,7 +36,7 @@ class Part:
 
     @property
     def share(self) -> float:
-        """Returns padding's share of what is computed."""
+        """Returns padding's share of the computation."""
         return 1 - self.real / self.computed
 
     def __add__(self, other: "Part") -> "Part":

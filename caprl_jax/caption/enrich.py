@@ -116,5 +116,5 @@ def dialogue(first: Answer, most: int) -> Dialogue:
 
 
 def _fill(prompt: str, **texts: Any) -> str:
-    """Fills a prompt's fields; a model's text may spell what stands for the image."""
+    """Fills a prompt's fields; a model's text may contain the image's placeholder."""
     return prompt.format(**texts).replace(IMAGE_TOKEN, "")

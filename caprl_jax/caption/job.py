@@ -73,7 +73,7 @@ class Settings:
             )
 
     def told(self) -> dict[str, Any]:
-        """Returns the settings by name, without what isn't asked for: as jobs of before have it."""
+        """Returns the settings by name, without unused ones that older jobs lack."""
         all_of_them = dataclasses.asdict(self)
         return {k: v for k, v in all_of_them.items() if k not in ("select", "enrich") or v}
 

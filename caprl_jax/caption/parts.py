@@ -118,7 +118,7 @@ class Part:
             self._write(head)
 
     def add(self, entries: list[Mapping[str, Any]]) -> None:
-        """Adds lines {"index", ..}, all of which a kill leaves whole or drops one by one."""
+        """Adds lines {"index", ..}; after a kill each of them is whole or missing."""
         self._write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
     def end(self) -> None:
@@ -220,7 +220,7 @@ Work = Callable[[Iterator[tuple[int, Any]], Add], None]
 def share(
     place: Place, settings: Mapping[str, Any], items: Any, work: Work, sorter: Sorter
 ) -> bool:
-    """Does a process's share of a job, less what is done already, and puts the parts together.
+    """Does what is left of a process's share of a job, and joins the parts.
 
     Args:
       place: where the results go.

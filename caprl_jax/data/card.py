@@ -128,7 +128,7 @@ def difference_hash(image: Any) -> int:
 
 
 def kind(reason: str) -> str:
-    """Returns what a reason has in common with others: without its quotations and numbers."""
+    """Returns a reason without its quotations and numbers, so that like reasons are equal."""
     reason = re.sub(r"\[.*|\{.*|<[^>]*>", "..", reason)
     reason = re.sub(r"(?<!\w)'.*?'(?!\w)|(?<!\w)\".*?\"(?!\w)", "..", reason)
     return re.sub(r"\d[\d.,]*", "N", reason)[:90]

@@ -104,7 +104,7 @@ def draw(
 
 
 def _most_likely(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what `draw` does, of the most likely tokens: their log-probability as drawn is 0."""
+    """Returns `draw`'s results for the most likely tokens; their log-probability as drawn is 0."""
     token = _largest(logits)
     return token, _logp(logits, token), jnp.zeros_like(logits[..., 0])
 

@@ -157,7 +157,7 @@ def question_type(question: Question) -> str:
 
 
 def signs(row: Captioned) -> dict[str, float]:
-    """Returns what a caption's text gives away.
+    """Returns the signs that a caption's text shows.
 
     Returns:
       {"letters", "quoted", "praise"}: 1 where it names answers' letters, quotes one of its

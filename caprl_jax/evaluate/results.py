@@ -119,7 +119,7 @@ def _cell(name: str, one: Mapping[str, float], sign: str = "") -> str:
 
 
 def names(files: Sequence[str]) -> list[str]:
-    """Returns a short name for each results.json: its folder's, with as much else as it takes."""
+    """Returns a short name for each results.json: its folder's, longer where two are equal."""
     paths = [Path(file).absolute() for file in files]
     ways = (
         [path.parent.name for path in paths],

@@ -34,7 +34,7 @@ def files(path: str) -> dict[Path, str]:
 
 
 def read(found: Mapping[Path, str], columns: Sequence[str]) -> Iterator[tuple[Path, Row]]:
-    """Yields (file, row) with the named columns; a row's place is that which captioning gives it.
+    """Yields (file, row) with the named columns; rows have the places that captioning gives them.
 
     Args:
       found: what `files` returns.

@@ -94,7 +94,7 @@ def map_slices(function: Callable, tree: Any, count: int, key: jax.Array | None 
 
 
 def alike(size: jax.Array, count: int, parts: int = 1) -> jax.Array:
-    """Returns an order of images, int32 [b], in which each of `count` slices has alike sizes.
+    """Returns an order of images, int32 [b], in which each of `count` slices has similar sizes.
 
     Every device sorts its own images, so `ordered` moves none between devices.
 

@@ -151,7 +151,7 @@ def _given(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> dict[st
 def _refused(
     config: ml_collections.ConfigDict, devices: Sequence[Any], error: fit.DoesNotFit
 ) -> Plan:
-    """Returns the plan of a config that was never compiled: what it takes was reckoned."""
+    """Returns the plan of a config that was not compiled, with its memory as reckoned."""
     return Plan(
         fits=False,
         refusal=str(error),

@@ -192,7 +192,7 @@ def _last_padded(model: Judge, texts: _Texts) -> jax.Array:
 
 
 def _last_packed(length: int, model: Judge, texts: _Texts) -> jax.Array:
-    """Returns what _last_padded does, over rows of captions, each followed by its questions."""
+    """Returns _last_padded's results, over rows of captions, each followed by its questions."""
     decoder, variables = model.decoder, {"params": model.params}
     (b, g, n, q), t = texts.asked.shape, texts.tokens.shape[-1]
     packed, root = packing.pack(texts.mask, length), _root(model)

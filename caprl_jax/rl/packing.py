@@ -49,7 +49,7 @@ class Packing:
         return jnp.where(self.mask, jnp.take_along_axis(row, place, axis=1).reshape(b, g, u), 0)
 
     def seen(self, leaf: jax.Array | None = None) -> Row:
-        """Returns who sees whom in the row: each token its own text up to itself.
+        """Returns the row's places: each token sees its own text up to itself.
 
         Args:
           leaf: int32 [b, g, u], 0 for a text's trunk and 1.. for its branches, which see the trunk

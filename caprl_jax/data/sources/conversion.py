@@ -126,7 +126,7 @@ class Conversion:
             yield record
 
     def _whole(self, made: Any, digest: str) -> bool:
-        """Tells whether the dataset is complete and made of what is there now."""
+        """Tells whether the dataset is complete and made of the present files."""
         directory = Path(made.data_dir)
         listing, inputs = (directory.with_name(n) for n in ("set_aside.jsonl", "inputs.jsonl"))
         if not (directory.is_dir() and listing.is_file() and inputs.is_file()):
@@ -140,7 +140,7 @@ class Conversion:
         return False
 
     def _convert(self, made: Any, inputs: "_Inputs") -> None:
-        """Writes the dataset, the listing of rows set aside, and last what all that came from."""
+        """Writes the dataset, the listing of rows set aside, and last the list of files read."""
         directory = Path(made.data_dir)
         listing, noted = (directory.with_name(n) for n in ("set_aside.jsonl", "inputs.jsonl"))
         noted.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ def prepared(
 
 
 def opened(path: str) -> Any:
-    """Returns the builder of the dataset of records that lies in a folder, or is it.
+    """Returns the builder of a dataset of records: the folder itself, or one inside it.
 
     Raises:
       ValueError: there is no such dataset, or it holds something else.
@@ -67,7 +67,7 @@ def opened(path: str) -> Any:
 
 
 def find(path: str) -> Path:
-    """Returns the folder of the one dataset that lies in a folder, or is it.
+    """Returns the folder of the only dataset: this folder, or one inside it.
 
     Raises:
       ValueError: there is none, or several.

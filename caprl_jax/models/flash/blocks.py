@@ -154,7 +154,7 @@ def fold_statistic(a: jax.Array, kv_heads: int, sizes: Sizes) -> jax.Array:
 
 
 def unfold_heads(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes fold_heads, to the shape [b, t, heads, d] of before."""
+    """Undoes fold_heads: returns [b, t, heads, d]."""
     b, t, heads, d = shape
     kv_heads = a.shape[1]
     a = a[:, :, : t * heads // kv_heads, :d].reshape(b, kv_heads, t, -1, d)
@@ -162,12 +162,12 @@ def unfold_heads(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def unfold_statistic(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes fold_statistic, to the shape [b, t, heads] of before."""
+    """Undoes fold_statistic: returns [b, t, heads]."""
     return unfold_heads(a[:, :, 0, :, None], (*shape, 1))[..., 0]
 
 
 def unfold_keys(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes the folding of keys or values, to the shape [b, s, kv_heads, d] of before."""
+    """Undoes the folding of keys or values: returns [b, s, kv_heads, d]."""
     return jnp.swapaxes(a[:, :, : shape[1], : shape[3]], 1, 2)
 
 

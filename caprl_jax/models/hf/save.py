@@ -90,7 +90,7 @@ def save(target: Target, policy: Policy, params: Mapping[str, Any], source: str 
 
 
 def _write(target: Target, parts: tuple[Named, Named], policy: Policy, source: Path) -> None:
-    """Writes what `save` promises; parts: the model's tensors and LoRA's."""
+    """Writes the files of `save`; parts: the model's tensors and LoRA's."""
     directory, dtype, config = Path(target.directory), np.dtype(target.dtype), read_config(source)
     if directory.exists() and not target.replace:
         raise FileExistsError(f"{directory} exists already: remove it, or give another name")

@@ -50,7 +50,7 @@ def grounding(scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def without_image(prompt: Prompt) -> Prompt:
-    """Returns the prompt's text alone, as it is read where no image comes with it.
+    """Returns the prompt's text alone, for reading without an image.
 
     The tokens that enclose the image stay.
 
