@@ -40,6 +40,7 @@ class Picture:
       extras: returns its row's extras; raises MalformedRecord.
       source: the collection that its row names; empty if it names none.
       parse_rubrics: returns its row's rubrics, as rubrics.parse_rubrics does.
+      parse_captions: returns its row's captions; raises MalformedRecord.
     """
 
     id: str
@@ -49,11 +50,19 @@ class Picture:
     extras: Callable[[], Mapping[str, Any]] = dict
     source: str = ""
     parse_rubrics: Callable[[], ParsedRubrics] = lambda: ((), ())
+    parse_captions: Callable[[], tuple[str, ...]] = tuple
 
     def rubrics(self) -> tuple[Rubric, ...]:
         """Returns its row's usable rubrics, if it has any."""
         try:
             return self.parse_rubrics()[0]
+        except MalformedRecord:
+            return ()
+
+    def captions(self) -> tuple[str, ...]:
+        """Returns its row's captions, if it has any."""
+        try:
+            return self.parse_captions()
         except MalformedRecord:
             return ()
 
@@ -172,6 +181,7 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
                     lambda row=row: records.parse_extras(_whole(row).raw.get("extras")),
                     source=rows.data_source(row),
                     parse_rubrics=lambda row=row: rows.rubrics(_whole(row)),
+                    parse_captions=lambda row=row: rows.captions(_whole(row)),
                 )
 
     def inputs() -> Iterator[Sequence[str | int]]:
@@ -185,6 +195,8 @@ def _of_rows(files: list[Path], root: Path | None) -> Pictures:
 def _whole(row: rows.Row) -> rows.Row:
     if isinstance(row.raw, MalformedRecord):
         raise row.raw
+    if not isinstance(row.raw, Mapping):
+        raise MalformedRecord(f"a row is a {type(row.raw).__name__}, not a JSON object")
     return row
 
 
@@ -205,6 +217,7 @@ def _of_dataset(made: Any) -> Pictures:
                         record().rubrics,
                         record().dropped_rubrics,
                     ),
+                    parse_captions=lambda record=record: record().captions,
                 )
 
     files = sorted(Path(made.data_dir).iterdir())

@@ -2,11 +2,13 @@
 
     python -m caprl_jax.curate generate --model=DIR --images=PHOTOS/ --out=DIR2
     python -m caprl_jax.curate rubrics --model=DIR --images=PHOTOS/ --out=DIR2
+    python -m caprl_jax.curate paraphrase --images=ROWS.jsonl --out=DIR2
     python -m caprl_jax.curate filter --model=DIR --rows=DIR2/rows.jsonl [--of=rubrics] --out=DIR3
     python -m caprl_jax.curate report --dir=DIR3
 
 generate has a vision-language model write questions about each image, and reads them strictly;
 rubrics has it write criteria of a caption instead, and rows keep the questions that they have.
+paraphrase has no model: it makes a rubric of each caption of a row, that another says the same.
 filter has a model answer each question several times, its options shuffled, with the image and
 without, and keeps those that the image alone answers (CapRL, arXiv 2509.22647). report writes
 DIR3/report.html. A model is a directory, a hub id, or an endpoint's URL, http://HOST:PORT/v1. An
@@ -26,6 +28,7 @@ from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.curate import filter as filter_lib
 from caprl_jax.curate import folder
 from caprl_jax.curate import generate as generate_lib
+from caprl_jax.curate import paraphrase as paraphrase_lib
 from caprl_jax.curate import report as report_lib
 from caprl_jax.curate.trials import PRESETS, Settings
 from caprl_jax.endpoint import Endpoint, Limits
@@ -59,8 +62,18 @@ def rubrics(given: flags.FlagValues) -> None:
     generate(given, generate_lib.RUBRICS)
 
 
-def _generate_flags() -> None:
+def paraphrase(given: flags.FlagValues) -> None:
+    """Makes rubrics of captions, as the flags say."""
+    place = folder.open_folder(given.out, generate_lib.ROWS, given.process, given.processes)
+    done = paraphrase_lib.paraphrase(pictures.find(given.images, given.root), place)
+    print(f"made {place.out}" if done else "done; other processes go on")
+
+
+def _images_flags() -> None:
     flags.DEFINE_string("images", None, "A file, a pattern, or a folder.", required=True)
+
+
+def _generate_flags() -> None:
     flags.DEFINE_integer(
         "count", 5, "Number of questions, or rubrics, to ask for about each image.", lower_bound=1
     )
@@ -106,10 +119,6 @@ def _filter_flags() -> None:
 def _model_flags() -> None:
     flags.DEFINE_string("model", None, "A directory, gs:// URL, hub id, or URL.", required=True)
     flags.DEFINE_string("revision", "", "Revision of a hub id.")
-    flags.DEFINE_string("out", None, "Folder for the results.", required=True)
-    flags.DEFINE_string(
-        "root", "", "Folder that must hold the rows' image files; empty: the folder of the rows."
-    )
     flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
     flags.DEFINE_integer("batch", 16, "Images in a batch of a local model.", lower_bound=1)
     flags.DEFINE_string("model_name", "", "The model's name at an endpoint that serves several.")
@@ -118,6 +127,13 @@ def _model_flags() -> None:
     )
     flags.DEFINE_float("timeout", 120, "Seconds to wait for an endpoint's answer.", 0)
     flags.DEFINE_integer("tries", 6, "Tries for each request to an endpoint.", 1)
+
+
+def _place_flags() -> None:
+    flags.DEFINE_string("out", None, "Folder for the results.", required=True)
+    flags.DEFINE_string(
+        "root", "", "Folder that must hold the rows' image files; empty: the folder of the rows."
+    )
     flags.DEFINE_integer("processes", 1, "Number of processes that share the work.", lower_bound=1)
     flags.DEFINE_integer("process", 0, "Number of this process, from 0.")
 
@@ -128,22 +144,22 @@ def report(given: flags.FlagValues) -> None:
 
 
 def _report_flags() -> None:
-    flags.DEFINE_string("dir", None, "Folder that generate or filter has made.", required=True)
+    flags.DEFINE_string("dir", None, "Folder that another job has made.", required=True)
 
 
+_WRITING = (_images_flags, _generate_flags, _model_flags, _place_flags)
 JOBS = {
-    "generate": (generate, _generate_flags),
-    "rubrics": (rubrics, _generate_flags),
-    "filter": (filter_rows, _filter_flags),
-    "report": (report, _report_flags),
+    "generate": (generate, _WRITING),
+    "rubrics": (rubrics, _WRITING),
+    "paraphrase": (paraphrase, (_images_flags, _place_flags)),
+    "filter": (filter_rows, (_filter_flags, _model_flags, _place_flags)),
+    "report": (report, (_report_flags,)),
 }
 
 
 def _define_flags(jobs: list[str]) -> None:
-    for define in dict.fromkeys(JOBS[job][1] for job in jobs):
+    for define in dict.fromkeys(define for job in jobs for define in JOBS[job][1]):
         define()
-    if jobs != ["report"]:
-        _model_flags()
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -63,7 +63,10 @@ def row(
     questions: Sequence[Question] = (),
     rubrics: Sequence[Rubric] = (),
 ) -> dict[str, Any]:
-    """Returns a row as import_data takes it: an image file by its path, other images whole."""
+    """Returns a row as import_data takes it: an image file by its path, other images whole.
+
+    It keeps the captions that the image came with.
+    """
     file, extras = picture.file(), picture.extras()
     shown = str(file) if file else f"data:;base64,{base64.b64encode(image).decode()}"
     fields: dict[str, Any] = {"id": picture.id, "image": shown}
@@ -71,6 +74,8 @@ def row(
         fields["questions"] = [unparse_question(q) for q in questions]
     if rubrics:
         fields["rubrics"] = [unparse_rubric(r) for r in rubrics]
+    if captions := picture.captions():
+        fields["captions"] = list(captions)
     if picture.source:
         fields["data_source"] = picture.source
     return fields | ({"extras": extras} if extras else {})

@@ -12,6 +12,7 @@ from typing import Any
 
 from caprl_jax.curate import filter as filter_lib
 from caprl_jax.curate import generate as generate_lib
+from caprl_jax.curate import paraphrase as paraphrase_lib
 from caprl_jax.curate.trials import Settings, why_dropped
 from caprl_jax.data.images import UnreadableImage
 from caprl_jax.data.records import MalformedRecord
@@ -46,10 +47,10 @@ class Section:
 
 
 def write(folder: Path) -> Path:
-    """Writes report.html into a folder that generate or filter has made; returns its path.
+    """Writes report.html into a folder that another job has made; returns its path.
 
     Raises:
-      ConfigError: the folder holds neither's results.
+      ConfigError: the folder holds no results.
     """
     try:
         about = json.loads((folder / "about.json").read_text("utf-8"))
@@ -59,7 +60,7 @@ def write(folder: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(
             f"--dir={folder} holds no finished job of curate: {type(e).__name__}: {e}; give the "
-            "--out of generate, rubrics or filter"
+            "--out of generate, rubrics, paraphrase or filter"
         ) from e
     failed, failures = _examples(folder / generate_lib.FAILED, _LISTED)
     common = {"job": kind, "of": of, "about": about, "settings": about["settings"]}
@@ -92,6 +93,12 @@ def _generated(folder: Path, about: Mapping[str, Any], of: str) -> dict[str, Any
         "table": None,
         "sections": [_section(f"Images with their {of}", folder / generate_lib.ROWS, of)],
     }
+
+
+def _paraphrased(folder: Path, about: Mapping[str, Any], of: str) -> dict[str, Any]:
+    page = _generated(folder, about, of)
+    tiles = [(name, value, note) for name, value, note in page["tiles"] if name != "Accepted"]
+    return page | {"title": "Rubrics made of captions", "tiles": tiles}
 
 
 def _filtered(folder: Path, about: Mapping[str, Any], of: str) -> dict[str, Any]:
@@ -136,6 +143,7 @@ def _table(counts: list[list[int]], settings: Settings) -> dict[str, Any]:
 KINDS = {  # job -> (maker of the page's content, field of a row that it is about)
     generate_lib.QUESTIONS.job: (_generated, "questions"),
     generate_lib.RUBRICS.job: (_generated, "rubrics"),
+    paraphrase_lib.JOB: (_paraphrased, "rubrics"),
     filter_lib.JOBS["questions"]: (_filtered, "questions"),
     filter_lib.JOBS["rubrics"]: (_filtered, "rubrics"),
 }

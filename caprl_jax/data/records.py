@@ -58,7 +58,7 @@ class Record:
       rubrics: criteria of a good caption; may be empty.
       dropped_rubrics: like dropped, of rubrics.
       number: place in its source, where the source's elements hold it (NUMBER); else -1.
-      captions: the captions that it came with, to learn from.
+      captions: the captions that it came with, to learn from, or for the verifier to read.
     """
 
     id: str

@@ -25,7 +25,7 @@ from caprl_jax.rl.rewards import Term, needed_models
 from caprl_jax.rl.sentences import Endings
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
-from caprl_jax.rl.verify import Verifier
+from caprl_jax.rl.verify import PROMPT, Verifier
 from caprl_jax.run import choices
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run.models import init_decoder, model_config
@@ -186,7 +186,7 @@ def _instruction(decoder: Decoder, params: Any, rules: ShardRules) -> Instructio
 def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) -> Batch:
     """Returns shapes of a batch in the config's buckets."""
     data, vision = config.data, policy.vision.config
-    b, p, m = data.batch, data.max_prompt, data.max_windows * vision.window**2
+    b, m = data.batch, data.max_windows * vision.window**2
     asked = (b, config.caprl.questions + config.caprl.rubrics)
     if data.per_caption:
         asked = (b, config.caprl.group, asked[1])
@@ -199,11 +199,18 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
     integers, truths = functools.partial(of, jnp.int32), functools.partial(of, bool)
     weight = of(jnp.float32, *asked) if config.caprl.rubrics else None
     tokens = *asked, data.max_question
+
+    def prompt(p):
+        return Prompt(
+            integers(b, p), truths(b, p), integers(b, p, *axes), integers(b, p), integers(b)
+        )
+
+    own, extras = config.verifier, {}
+    if own.reference and "verifier" in needed_models(choices.terms(config)):
+        extras[PROMPT] = prompt(data.max_prompt + own.max_reference)
     return Batch(
         images=Images(of(jnp.float32, b, m, vision.patch_dim), integers(b, m, 2), truths(b, m)),
-        prompt=Prompt(
-            integers(b, p), truths(b, p), integers(b, p, *axes), integers(b, p), integers(b)
-        ),
+        prompt=prompt(data.max_prompt),
         questions=Questions(
             integers(*tokens),
             truths(*tokens),
@@ -213,4 +220,5 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
             weight,
         ),
         valid=truths(b),
+        extras=extras,
     )

@@ -77,7 +77,8 @@ class Batch:
       prompt: Prompt [b, p].
       questions: Questions [b, n, ..] or [b, g, n, ..].
       valid: bool [b], False for images that only fill up an uneven batch.
-      extras: float32 arrays [b, ..] by name: the records' extras that the config asks for.
+      extras: arrays [b, ..] by name: the records' extras that the config asks for, float32, and
+        what frozen models read of a record.
       number: int32 [b], place of the images' records in their source; None where no reward term
         reads text.
     """
@@ -86,7 +87,7 @@ class Batch:
     prompt: Prompt
     questions: Questions
     valid: jax.Array
-    extras: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    extras: Mapping[str, Any] = flax.struct.field(default_factory=dict)
     number: jax.Array | None = None
 
 

@@ -3,6 +3,9 @@
 It sees the image. The forward pass runs over the tree image and prompt -> sentence: a sentence
 stands as the assistant's answer to the prompt, and the user then asks about it. The answer is the
 distribution over two tokens, yes and no, at the last position; nothing is decoded.
+
+With a reference caption the prompt also holds that, a witness beside the image, which decides
+(VCap, arXiv 2605.28023). It is a part of the trunk, so all sentences of an image share it.
 """
 
 import chex
@@ -16,6 +19,8 @@ from caprl_jax.parallel import slices
 from caprl_jax.rl import sentences
 from caprl_jax.rl.sentences import Endings
 from caprl_jax.rl.types import Batch, Captions, Rollout
+
+PROMPT = "verifier/prompt"  # name in batch.extras of a Prompt that goes before batch.prompt
 
 
 @flax.struct.dataclass
@@ -64,7 +69,7 @@ def verify(verifier: Verifier, batch: Batch, captions: Captions | Rollout) -> Ve
 
     Args:
       verifier: the model.
-      batch: Batch [b, ..]; images and prompts are read.
+      batch: Batch [b, ..]; images are read, and prompts, or extras[PROMPT] where there is one.
       captions: tokens and mask [b, g, t].
 
     Returns:
@@ -86,7 +91,7 @@ def yes(verifier: Verifier, batch: Batch, tokens: jax.Array, mask: jax.Array) ->
 
     Args:
       verifier: the model.
-      batch: Batch [b, ..]; images and prompts are read.
+      batch: Batch [b, ..]; images are read, and prompts, or extras[PROMPT] where there is one.
       tokens: int32 [b, g, n, t].
       mask: bool [b, g, n, t], may have holes.
 
@@ -96,7 +101,7 @@ def yes(verifier: Verifier, batch: Batch, tokens: jax.Array, mask: jax.Array) ->
     chex.assert_rank([tokens, mask], 4)
     policy, params = verifier.policy, verifier.params
     variables = {"params": params["decoder"]}
-    trunk = policy.trunk(params, batch.images, batch.prompt)
+    trunk = policy.trunk(params, batch.images, batch.extras.get(PROMPT, batch.prompt))
     asked = jnp.broadcast_to(verifier.question, (*tokens.shape[:3], len(verifier.question)))
     mask = jnp.concatenate([mask, jnp.ones(asked.shape, bool)], axis=-1)
     tokens = jnp.concatenate([tokens, asked], axis=-1)

@@ -11,7 +11,9 @@ import numpy as np
 
 from caprl_jax.data import sentences, templates
 from caprl_jax.data.examples import CaprlExamples
-from caprl_jax.data.tokens import Tokenizer
+from caprl_jax.data.pipeline import MakeExample
+from caprl_jax.data.reference_captions import ReferencePrompt, WithReference
+from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.endpoint import is_url
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.vlm import Policy
@@ -48,15 +50,19 @@ class Frozen:
       verifier: the verifier without parameters; None if no term needs one.
       source: the verifier's directory; None for the initial policy.
       clip: CLIP; None if no term needs it.
+      reference: makes the verifier's prompt; None if it reads no reference caption.
     """
 
     verifier: Verifier | None = None
     source: Path | None = None
     clip: ClipReader | None = None
+    reference: ReferencePrompt | None = None
 
-    def examples(self, example: CaprlExamples) -> CaprlExamples:
+    def examples(self, example: CaprlExamples) -> MakeExample:
         """Returns the maker of examples with the arrays that the models read of a record."""
-        return dataclasses.replace(example, arrays=self.clip.arrays) if self.clip else example
+        if self.clip:
+            example = dataclasses.replace(example, arrays=self.clip.arrays)
+        return WithReference(example, self.reference) if self.reference else example
 
     @property
     def through_text(self) -> bool:
@@ -97,7 +103,7 @@ def read(config: ml_collections.ConfigDict, trained: Trained) -> Frozen:
     needed = needed_models(choices.terms(config))
     verifier, source = _verifier(config, trained) if "verifier" in needed else (None, None)
     clip = clip_lib.read(config, trained.tokenizer) if "clip" in needed else None
-    found = Frozen(verifier, source, clip)
+    found = Frozen(verifier, source, clip, _reference(config, trained) if verifier else None)
     if found.through_text and is_url(config.judge.path):
         raise ConfigError(
             f"config.clip.path={config.clip.path} has another tokenizer than the policy, and "
@@ -121,6 +127,18 @@ def _verifier(config: ml_collections.ConfigDict, trained: Trained) -> tuple[Veri
         sentences=own.sentences,
         length=own.max_sentence,
     ), source
+
+
+def _reference(config: ml_collections.ConfigDict, trained: Trained) -> ReferencePrompt | None:
+    own, text, policy = config.verifier, config.policy.prompt, trained.policy
+    if not own.reference:
+        return None
+    mrope = policy.decoder.config.mrope_section is not None
+    prompt = PolicyPrompt.create(trained.tokenizer, text, policy.vision.config, mrope)
+    with config_lib.about("verifier"):
+        return ReferencePrompt.create(
+            trained.tokenizer, prompt, text, own.reference, own.max_reference
+        )
 
 
 def question(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> str:

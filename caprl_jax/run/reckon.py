@@ -235,16 +235,16 @@ class Reckoner:
         """Returns the bytes while the verifier reads one of `count` slices; none without one."""
         if self.models.verifier is None:
             return {}
-        c, own, p = self.models.verifier.decoder.config, self.config.verifier, self.config.data
+        c, own = self.models.verifier.decoder.config, self.config.verifier
+        prompt = self.config.data.max_prompt + (own.max_reference if own.reference else 0)
         i, texts = self.images(count), self.config.caprl.group * own.sentences
         each = own.max_sentence + VERIFIER_QUESTION
-        tokens, hidden = texts * each + p.max_prompt, c.feed_forward // self.rules.size("mlp")
-        keys = each + p.max_prompt
+        tokens, hidden = texts * each + prompt, c.feed_forward // self.rules.size("mlp")
         return self._between(
             {
                 "keys and values": i * tokens * self._kv_bytes(c),
                 "layer": i * tokens * self.itemsize * (3 * hidden + 4 * c.width),
-                "scores": i * READ_SCORES * self._scores(c.heads, texts * each, keys),
+                "scores": i * READ_SCORES * self._scores(c.heads, texts * each, each + prompt),
             }
         )
 

@@ -135,10 +135,26 @@ class VerifierSettings:
         ".!?。！？",
         "characters that end a sentence, ASCII before white space only; line breaks always do",
     )
+    reference: str = setting(
+        "",
+        "text after policy.prompt in the verifier's prompt; in the place of {caption} it has the "
+        "record's first caption. Empty: no such caption is read",
+    )
+    max_reference: int = setting(
+        256, "most tokens that this text adds to the prompt; a longer caption is cut", least=1
+    )
     sentences: int = setting(
         32, "sentences of a caption that are read; the log counts the others", least=1
     )
     max_sentence: int = setting(64, "tokens of a sentence that are read", least=1)
+
+    def __post_init__(self):
+        """Checks `reference`."""
+        if self.reference and self.reference.count("{caption}") != 1:
+            raise ValueError(
+                f"reference={self.reference!r:.200} must hold {{caption}} once, for the record's "
+                "caption; or leave it empty"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,11 @@ def test_flags_change_a_preset(parsed, more, expected):
     assert job == "filter" and settings == Settings(**expected, logprobs=False)
 
 
+def test_paraphrase_needs_no_model(parsed):
+    job, given = parsed("paraphrase", "--images=i", "--out=o")
+    assert job == "paraphrase" and "model" not in given
+
+
 def test_generates_defaults_are_caprls(parsed):
     _, given = parsed("generate", "--images=i", "--model=m", "--out=o")
     assert (given.count, given.temperature, given.max_tokens) == (5, 0.1, 2048)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from caprl_jax.data.reference_captions import ReferencePrompt
 from caprl_jax.data.tokens import pad
 from caprl_jax.models.vlm import Prompt
 from caprl_jax.parallel import mesh
@@ -12,7 +13,7 @@ from caprl_jax.parallel.slices import Slices
 from caprl_jax.rl.rewards import REWARDS, Term, reward
 from caprl_jax.rl.sentences import Endings
 from caprl_jax.rl.types import Captions, Scored
-from caprl_jax.rl.verify import Verifier, verify
+from caprl_jax.rl.verify import PROMPT, Verifier, verify
 
 from . import runs
 
@@ -70,10 +71,10 @@ def asked(policy_params, images, whole):
     return jax.nn.sigmoid(logits[YES] - logits[NO])
 
 
-def naive(world, caption, image):
+def naive(world, caption, image, prompts=None):
     """p(yes) of each sentence, by one forward pass over prompt, sentence and question."""
-    own = jax.tree.map(lambda a: a[image : image + 1], (world.batch.images, world.batch.prompt))
-    images, prompt = own
+    own = world.batch.images, world.batch.prompt if prompts is None else prompts
+    images, prompt = jax.tree.map(lambda a: a[image : image + 1], own)
     real, length, found = prompt.mask[0], 48, []
     for sentence in naive_sentences(caption):
         more = np.asarray([*sentence, *QUESTION], np.int32)
@@ -96,11 +97,11 @@ def answered(world):
     return captions(), jax.device_get(RUN(verifier(world), world.batch, captions()))
 
 
-def test_answers_are_those_of_whole_sequences(world, answered):
-    given, found = answered
+def assert_exact(world, given, found, prompts=None):
+    """Compares all answers with those of whole sequences."""
     counted = 0
     for i, j in np.ndindex(4, 2):
-        expected = naive(world, given.tokens[i, j][given.mask[i, j]].tolist(), i)
+        expected = naive(world, given.tokens[i, j][given.mask[i, j]].tolist(), i, prompts)
         cut = [p for p, ok in zip(found.p_yes[i, j], found.valid[i, j], strict=True) if ok]
         assert found.count[i, j] == len(expected)
         if found.unread[i, j]:  # a sentence of six tokens, or a fifth one
@@ -108,6 +109,42 @@ def test_answers_are_those_of_whole_sequences(world, answered):
         np.testing.assert_allclose(cut, expected, atol=1e-5)
         counted += len(expected)
     assert counted >= 8 and np.std(found.p_yes[found.valid]) > 0.05
+
+
+def test_answers_are_those_of_whole_sequences(world, answered):
+    assert_exact(world, *answered)
+
+
+@pytest.fixture(scope="module")
+def referring(world):
+    """The batch with reference captions of unequal lengths in the verifier's prompts."""
+    rng, reference = np.random.default_rng(1), ReferencePrompt(None, (), (), 1, 6, 6)
+    each = (jax.tree.map(lambda a, i=i: a[i], world.batch.prompt) for i in range(4))
+    made = [reference(prompt, rng.integers(13, 50, 3 + i)) for i, prompt in enumerate(each)]
+    prompts = jax.tree.map(lambda *a: np.stack(a), *made)
+    return world.batch.replace(extras={PROMPT: prompts})
+
+
+@pytest.fixture(scope="module")
+def beside(world, referring):
+    """(captions, the verifier's answers about them beside the reference captions)."""
+    return captions(), jax.device_get(RUN(verifier(world), referring, captions()))
+
+
+def test_answers_beside_a_reference_are_those_of_whole_sequences(
+    world, answered, referring, beside
+):
+    given, found = beside
+    assert_exact(world, given, found, referring.extras[PROMPT])
+    assert np.max(np.abs(found.p_yes - answered[1].p_yes)[found.valid]) > 1e-3
+
+
+def test_a_reference_is_read_once_an_image(world, answered, referring):
+    """It costs what as long a prompt does, and the prompt without it is not read."""
+    given, own = answered[0], verifier(world)
+    longer = world.batch.replace(prompt=referring.extras[PROMPT])
+    flops = [RUN.lower(own, b, given).cost_analysis()["flops"] for b in (longer, referring)]
+    assert flops[0] == flops[1] > 0
 
 
 def test_correctness_is_the_mean_over_sentences(world, answered):
@@ -130,15 +167,15 @@ def test_the_image_decides(world, answered):
     assert np.max(np.abs(found.p_yes - other.p_yes)[found.valid]) > 1e-3
 
 
-def test_eight_devices_answer_as_one(world, answered):
+def test_eight_devices_answer_as_one(world, referring, beside):
     """In two slices too, of half of the images each."""
-    given, single = answered
+    given, single = beside
     rules = mesh.shard_rules(mesh.make_mesh({"data": 2, "tensor": 4}))
     boxed = jax.eval_shape(world.policy.init, jax.random.key(0))
     params = jax.device_put(world.params, mesh.param_shardings(boxed, rules))
     own = verifier(world).replace(params={})
     own = jax.device_put(own, mesh.replicated(rules)).replace(params=params)
-    placed = mesh.put_batch((world.batch, given), rules)
+    placed = mesh.put_batch((referring, given), rules)
     found = jax.jit(bind(verify, rules, Slices(score=2)))(own, *placed)
     np.testing.assert_allclose(found.p_yes, single.p_yes, atol=1e-5)
     np.testing.assert_array_equal(found.count, single.count)

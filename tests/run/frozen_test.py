@@ -11,7 +11,9 @@ from caprl_jax import config as config_lib
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.errors import ConfigError
 from caprl_jax.models.hf import download as sources
+from caprl_jax.plan import shapes
 from caprl_jax.rl.step import caprl_step
+from caprl_jax.rl.verify import PROMPT
 from caprl_jax.run import build, frozen, load
 from caprl_jax.run.frozen import Trained
 
@@ -50,11 +52,25 @@ def test_nothing_is_read_that_no_term_needs(trained):
     assert frozen.read(config_lib.default(), trained) == frozen.Frozen()
 
 
+def test_without_a_reference_examples_stay_as_they_are(trained):
+    example = object()
+    assert frozen.read(asking(), trained).examples(example) is example
+
+
+def test_a_reference_needs_a_place_for_the_caption():
+    with pytest.raises(ConfigError, match=r"config\.verifier\.reference='So' must hold {caption}"):
+        config_lib.validate(asking(**{"verifier.reference": "So"}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"verifier.yes": "Yes"}, r"config.verifier.yes='Yes' is \d tokens"),
         ({"verifier.path": "asset:tiny/judge"}, "holds a model without vision"),
+        (
+            {"verifier.reference": "So: {caption}", "verifier.max_reference": 1},
+            r"config\.verifier\.max_reference=1 leaves no token",
+        ),
     ],
 )
 def test_a_verifier_that_does_not_fit_is_refused(trained, change, message):
@@ -106,3 +122,30 @@ def test_a_copy_of_the_policy_verifies_as_the_policy_itself(tmp_path):
     held = task.run.frozen["verifier"].params
     for a, b in zip(jax.tree.leaves(held), jax.tree.leaves(one.initial), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_run_verifies_beside_the_records_captions(tmp_path):
+    """The same captions are drawn, and the verifier answers otherwise."""
+
+    def config(reference):
+        c = tiny(tmp_path, **OWN, **{"sampling.max_tokens": 24, "verifier.reference": reference})
+        c.verifier.max_reference = 64
+        c.caprl.rewards.correctness = {"weight": 0.5}
+        return c
+
+    def kind(array):
+        return array.shape, array.dtype
+
+    found = {}
+    for reference in ("", "{caption}"):
+        task, state = two_steps.built(config(reference))
+        batch = task.place(next(task.data(0)))
+        key = jax.device_put(jax.random.key(0), state.step.sharding)
+        assert (PROMPT in batch.extras) == bool(reference)
+        planned = shapes.batch(config_lib.complete(config(reference)), task.policy, task.rules)
+        assert jax.tree.map(kind, planned) == jax.tree.map(kind, batch)
+        found[reference] = jax.device_get(task.step(state, batch, key)[1])
+    own, other = found.values()
+    np.testing.assert_allclose(own["reward/accuracy"], other["reward/accuracy"], rtol=1e-5)
+    assert abs(own["reward/correctness"][0] - other["reward/correctness"][0]) > 1e-3
