@@ -117,6 +117,7 @@ def test_texts_have_a_start_and_an_end_and_are_cut(tmp_path):
     tokens, mask = texts(["red", "digits: west red three, center blue seven"])
     long = policy.encode("digits: west red three, center blue seven")
     assert tokens[1].tolist() == [texts.start, *long[:3], texts.end] and mask[1].all()
+    assert texts.fits(long[:3]) and not texts.fits(long[:4])
     own = policy.encode("red")
     assert tokens[0, : mask[0].sum()].tolist() == [texts.start, *own[:3], texts.end]
 
