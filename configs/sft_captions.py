@@ -7,6 +7,7 @@ Command:   python -m caprl_jax.main --config=configs/sft_captions.py --workdir=D
                --config.data.path=captions.jsonl
            Files hold rows {"image", "caption"} or {"image", "captions": [..]}: JSON lines, parquet
            and others (caprl_jax/data/README.md). What caprl_jax.caption writes goes straight in.
+           caprl_jax/caption/README.md has the recipe of captions that CLIP finds like their image.
 Hardware:  tiny: CPU. 3b: 8 GPUs of 80 GB, by analogy with configs/3b.py, neither compiled nor
            reckoned; a larger caprl.micro_batches holds less at a time. Where most captions are much
            shorter than sft.max_tokens, caprl.usual_tokens=300, say, packs them into shorter rows.

@@ -23,7 +23,7 @@ FLOORS = (
     ("commands",),
     ("train", "plan", "api"),
     ("adapters", "caption", "sweep"),
-    ("curate",),
+    ("curate", "similarity"),
     ("bench", "main", "protocols", ""),
     ("__main__",),  # a package's own program, too
 )

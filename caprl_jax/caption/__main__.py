@@ -14,20 +14,18 @@ the others or the one most probable a token. --enrich=5 asks the model about up 
 the caption, and has it write a final one.
 """
 
-import os
 from pathlib import Path
 
 from absl import flags
 
 from caprl_jax.api import load_judge, load_policy
 from caprl_jax.api.policy import PROMPT
-from caprl_jax.caption import pictures
+from caprl_jax.caption import parts, pictures
 from caprl_jax.caption.job import Settings, caption
 from caprl_jax.caption.parts import Place
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.decode.sampling import Sampling
-from caprl_jax.errors import ConfigError
 from caprl_jax.settings import make
 
 
@@ -37,8 +35,7 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     with in_one_paragraph():
         place = Place(Path(given.out), given.process, given.processes)
-        if not os.access(place.out.absolute().parent, os.W_OK):
-            raise ConfigError(f"can't write {place.out}: its folder must be there, and writable")
+        parts.check_writable(place)
         sampling = make(
             Sampling, {"max_tokens": given.max_tokens, "temperature": given.temperature}
         )

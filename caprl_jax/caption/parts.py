@@ -2,7 +2,7 @@
 
 A part is OUT.part-I-of-N: the job's settings, then a line for each image that is done, and at the
 end a line that says so. When all parts have ended, they are put together in the images' order, and
-sorted into the job's files. caption and curate share this.
+sorted into the job's files. caption, curate and similarity share this.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,6 +56,12 @@ class Place:
     def part(self, process: int) -> Path:
         """Returns the part of a process."""
         return self.out.with_name(f"{self.out.name}.part-{process}-of-{self.processes}")
+
+
+def check_writable(place: Place) -> None:
+    """Raises ConfigError if the job's files can't be written, for lack of a folder or of rights."""
+    if not os.access(place.out.absolute().parent, os.W_OK):
+        raise ConfigError(f"can't write {place.out}: its folder must be there, and writable")
 
 
 class Sorter(Protocol):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,15 @@ class Pictures:
 
     def digest(self) -> str:
         """Returns a digest of the files' ids, paths, sizes and times; no file is read."""
-        digest = hashlib.sha256()
-        for file in self.inputs():
-            digest.update(repr(file).encode(errors="replace"))
-        return digest.hexdigest()
+        return digest(self.inputs())
+
+
+def digest(files: Iterable[Sequence[str | int]]) -> str:
+    """Returns a digest of files' ids and states, as Pictures.inputs yields them."""
+    hashed = hashlib.sha256()
+    for file in files:
+        hashed.update(repr(file).encode(errors="replace"))
+    return hashed.hexdigest()
 
 
 def find(path: str, root: str = "") -> Pictures:

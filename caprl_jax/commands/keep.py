@@ -10,6 +10,7 @@ by their order. Lines without a caption left are dropped, and columns with a val
 keep the values of those that stay.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from absl import flags
 
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
+from caprl_jax.data import caption_lines
 from caprl_jax.errors import ConfigError
 from caprl_jax.files import write_whole
 
@@ -30,7 +32,7 @@ def scores_of(row: Mapping[str, Any], name: str) -> list[float]:
     Raises:
       ValueError: the row has no captions, or not one finite number for each of them.
     """
-    captions = _captions(row)
+    captions = caption_lines.captions(row)
     found = row.get(name)
     listed = found if isinstance(found, list) else [found]
     if len(listed) != len(captions) or not all(map(_is_number, listed)):
@@ -39,14 +41,6 @@ def scores_of(row: Mapping[str, Any], name: str) -> list[float]:
             f"{found!r:.80}; the line has {', '.join(map(str, row))}"
         )
     return [float(x) for x in listed]
-
-
-def _captions(row: Mapping[str, Any]) -> list[str]:
-    raw = row.get("captions", row.get("caption"))
-    captions = raw if isinstance(raw, list) else [raw]
-    if not captions or not all(isinstance(c, str) for c in captions):
-        raise ValueError(f"the line has no captions: {raw!r:.80}")
-    return captions
 
 
 def _is_number(value: Any) -> bool:
@@ -89,20 +83,7 @@ def keep(path: Path, score: str, least: float, share: float) -> tuple[str, int, 
     Raises:
       ConfigError: the file can't be read, a line has no such scores, or nothing is kept.
     """
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError(f"it is no JSON object: {line[:80]!r}")
-                        rows.append((row, scores_of(row, score)))
-                    except (ValueError, RecursionError) as e:
-                        raise ConfigError(f"{path}, line {number}: {e}") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--captions={path} can't be read: {e}") from e
+    rows = caption_lines.read(path, functools.partial(scores_of, name=score))
     places = chosen([scores for _, scores in rows], least, share)
     kept, total = sum(map(len, places)), sum(len(s) for _, s in rows)
     if not kept:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from caprl_jax.data.images import decode_image
+from caprl_jax.data.images import check_sides, decode_image
 from caprl_jax.data.tokens import read_tokenizer
 from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.hf.files import read_json
@@ -75,9 +75,10 @@ class ClipImages:
         """Converts an encoded image to float32 [crop, crop, 3].
 
         Raises:
-          UnreadableImage: it can't be decoded.
+          UnreadableImage: it can't be decoded, or one side is more than 200 times the other.
         """
         image = decode_image(data)
+        check_sides(*image.size)
         short, long = sorted(image.size)
         longer = int(self.edge * long / short)
         width, height = image.size
@@ -147,7 +148,26 @@ class ClipTexts:
         Returns:
           (int32 [n, positions], bool [n, positions]).
         """
-        rows = [self.inner.encode(text, add_special_tokens=False) for text in texts]
+        return self.fit(self.encode(texts))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Converts texts to ids, however many, without start and end."""
+        # A long text is cut, so the tokenizer need not warn of its length.
+        return [self.inner.encode(t, add_special_tokens=False, verbose=False) for t in texts]
+
+    def fits(self, ids: Sequence[int]) -> bool:
+        """Tells whether ids fit between start and end."""
+        return len(ids) <= self.positions - 2
+
+    def fit(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns texts' ids between start and end, without those that don't fit.
+
+        Args:
+          rows: ids of each text, as `encode` returns them.
+
+        Returns:
+          (int32 [n, positions], bool [n, positions]).
+        """
         rows = [[self.start, *row[: self.positions - 2], self.end] for row in rows]
         tokens = np.zeros((len(rows), self.positions), np.int32)
         for own, row in zip(tokens, rows, strict=True):

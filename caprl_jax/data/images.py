@@ -143,6 +143,15 @@ def _processor_config(directory: Path) -> tuple[Path, dict]:
     return path, read_json(path)
 
 
+def check_sides(width: int, height: int) -> None:
+    """Raises UnreadableImage if one side is more than 200 times the other."""
+    if max(height, width) > _MAX_RATIO * min(height, width):
+        raise UnreadableImage(
+            f"an image of {width} x {height} pixels has one side more than {_MAX_RATIO} times the "
+            "other, which the processor refuses"
+        )
+
+
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
@@ -164,11 +173,7 @@ def smart_resize(
     Raises:
       UnreadableImage: one side is more than 200 times the other.
     """
-    if max(height, width) > _MAX_RATIO * min(height, width):
-        raise UnreadableImage(
-            f"an image of {width} x {height} pixels has one side more than {_MAX_RATIO} times the "
-            "other, which the processor refuses"
-        )
+    check_sides(width, height)
     rounded = [round(side / factor) * factor for side in (height, width)]
     if rounded[0] * rounded[1] > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

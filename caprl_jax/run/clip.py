@@ -61,6 +61,26 @@ class ClipReader:
         return tuple(a.reshape(*tokens.shape[:2], -1) for a in (ids, real))
 
 
+def from_directory(path: str, revision: str, dtype: Any) -> ClipReader:
+    """Reads a CLIP whose captions are texts.
+
+    Args:
+      path: a directory, gs:// URL, hub id or asset, as download.fetch takes it.
+      revision: revision of a hub id.
+      dtype: dtype of the computation.
+
+    Raises:
+      ModelDirectoryError: it can't be used.
+    """
+    directory = download.fetch(path, revision)
+    module = hf.read(directory, dtype)
+    c = module.config
+    images = ClipImages.from_pretrained(directory, c.image)
+    texts = ClipTexts.from_pretrained(directory, c.positions, c.vocab)
+    clip = Clip(module, {}, np.zeros(0, np.int32), texts.start, texts.end)
+    return ClipReader(clip, directory, images, texts)
+
+
 def read(config: ml_collections.ConfigDict, policy: Tokenizer) -> ClipReader:
     """Reads the config's CLIP.
 
@@ -72,23 +92,19 @@ def read(config: ml_collections.ConfigDict, policy: Tokenizer) -> ClipReader:
       ConfigError: no model is named.
       ModelDirectoryError: it can't be used.
     """
-    if not config.clip.path:
+    own = config.clip
+    if not own.path:
         raise ConfigError(
             "config.clip.path is empty, and a reward term needs CLIP: name a directory or hub id "
             "of transformers' CLIPModel, openai/clip-vit-base-patch32 for one"
         )
-    directory = download.fetch(config.clip.path, config.clip.revision)
-    module = hf.read(directory, compile_lib.compute_dtype(config))
-    c = module.config
-    images = ClipImages.from_pretrained(directory, c.image)
-    texts = ClipTexts.from_pretrained(directory, c.positions, c.vocab)
-    difference = vocabulary_difference(policy, texts)
+    found = from_directory(own.path, own.revision, compile_lib.compute_dtype(config))
+    difference = vocabulary_difference(policy, found.texts)
     if difference is not None:
         logging.warning(
             "policy and CLIP tokenizers differ (%s): captions pass to CLIP as text, and a step is "
             "two programs",
             difference.replace("the judge", "CLIP"),
         )
-    special = np.asarray(policy.special, np.int32)
-    clip = Clip(module, {}, special, texts.start, texts.end)
-    return ClipReader(clip, directory, images, texts, None if difference is None else policy)
+    clip = found.clip.replace(special=np.asarray(policy.special, np.int32))
+    return dataclasses.replace(found, clip=clip, policy=None if difference is None else policy)

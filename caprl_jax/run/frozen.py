@@ -15,7 +15,7 @@ from caprl_jax.data.pipeline import MakeExample
 from caprl_jax.data.reference_captions import ReferencePrompt, WithReference
 from caprl_jax.data.tokens import PolicyPrompt, Tokenizer
 from caprl_jax.endpoint import is_url
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, about
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
@@ -135,7 +135,7 @@ def _reference(config: ml_collections.ConfigDict, trained: Trained) -> Reference
         return None
     mrope = policy.decoder.config.mrope_section is not None
     prompt = PolicyPrompt.create(trained.tokenizer, text, policy.vision.config, mrope)
-    with config_lib.about("verifier"):
+    with about("verifier"):
         return ReferencePrompt.create(
             trained.tokenizer, prompt, text, own.reference, own.max_reference
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from caprl_jax import rl
+from caprl_jax.data.records import Record
 from caprl_jax.errors import ConfigError
 from caprl_jax.rl.rewards import REWARDS, Term, reward
 from caprl_jax.rl.types import Rollout, Scored
@@ -76,6 +77,47 @@ def test_phrases_are_counted_whatever_their_case_and_white_space():
     assert values("phrases", ["A ball and a BALL", "abc", "a.c", "balls"], **own) == [-1, 0, -1, 0]
 
 
+def boxed(captions, extras, **options):
+    record = Record("r", b"", (), extras=extras)
+    return REWARDS.choose("boxes", options)(captions, record)
+
+
+def test_boxes_count_up_to_the_overlap_that_is_asked_for():
+    """[0, 0, 10, 10] and [0, 0, 10, 6] share 60 of 100; with [0, 4, 10, 14] 60 of 140."""
+    captions = [
+        "A dog at [0, 0, 10, 10].",
+        "A dog at [ 0,0, 10.0 ,6 ].",
+        "[0, 4, 10, 14]",
+        "[10, 10, 0, 0]",  # empty
+        "[20, 20, 30, 30]",
+        "At [0, 0, 10], (0, 0, 10, 10), [0, 0, 10, 10, 1] or [00:07].",
+    ]
+    truth = {"boxes": [0, 0, 10, 10]}
+    assert boxed(captions, truth) == [1, 1, 0, 0, 0, 0]
+    assert boxed(captions, truth, least=0.4) == [1, 1, 1, 0, 0, 0]
+    assert boxed(captions[:1], {"dog": [0, 0, 10, 10]}, extra="dog") == [1]
+
+
+def test_boxes_are_paired_one_to_one_and_the_best_first():
+    """Of [0, 0, 10, 6] and the truths 0.6 and 0.67 are shared, of [0, 0, 10, 10] 1 and 0.4."""
+    truth = {"boxes": [0, 0, 10, 10, 0, 0, 10, 4]}
+    captions = [
+        "[0, 0, 10, 6] [0, 0, 10, 10]",
+        "[0, 0, 10, 10] [0, 0, 10, 10]",
+        "[0, 0, 10, 10]",
+        "[0, 0, 10, 10] [50, 50, 60, 60] [70, 70, 80, 80] [0, 0, 10, 4]",
+        "none",
+    ]
+    assert boxed(captions, truth) == [1, 0.5, 0.5, 0.5, 0]
+    assert boxed(["none", "[0, 0, 1, 1]"], {"boxes": []}) == [1, 0]
+
+
+@pytest.mark.parametrize("extras", [{}, {"boxes": 3}, {"boxes": [0, 0, 1]}])
+def test_a_record_without_boxes_says_nothing_of_a_caption(extras):
+    with pytest.raises(ValueError, match=r"'boxes' must hold .* of each box"):
+        boxed(["[0, 0, 1, 1]"], extras)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -85,6 +127,7 @@ def test_phrases_are_counted_whatever_their_case_and_white_space():
         ("phrases", {"phrases": ("", "a")}, "none of them empty"),
         ("phrases", {"phrases": (), "letters": False}, "nothing to penalise"),
         ("timestamps", {"least": 0}, "least=0 must be positive"),
+        ("boxes", {"least": 1.5}, "least=1.5 must be above 0, at most 1"),
     ],
 )
 def test_options_are_checked(name, options, message):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from caprl_jax import config as config_lib
 from caprl_jax.data.clip_inputs import ClipImages, ClipTexts
-from caprl_jax.data.images import decode_image
+from caprl_jax.data.images import UnreadableImage, decode_image
 from caprl_jax.data.tokens import Tokenizer
 from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models.hf import clip as hf
@@ -104,12 +104,20 @@ def test_an_image_processor_that_does_not_fit_is_refused(tmp_path, change, messa
         ClipImages.from_pretrained(tmp_path, 42)
 
 
+def test_an_image_that_would_fill_the_memory_is_unreadable(tmp_path):
+    """Its longer side, scaled with the shorter one, would have 60 * 20,000 pixels."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    with pytest.raises(UnreadableImage, match="one side more than 200 times the other"):
+        ClipImages.from_pretrained(tmp_path, 42)(encoded(Image.new("RGB", (20_000, 1))))
+
+
 def test_texts_have_a_start_and_an_end_and_are_cut(tmp_path):
     texts = ClipTexts.from_pretrained(directory(tmp_path / "clip"), 5, 512)
     policy = Tokenizer.from_pretrained(POLICY, 512)
     tokens, mask = texts(["red", "digits: west red three, center blue seven"])
     long = policy.encode("digits: west red three, center blue seven")
     assert tokens[1].tolist() == [texts.start, *long[:3], texts.end] and mask[1].all()
+    assert texts.fits(long[:3]) and not texts.fits(long[:4])
     own = policy.encode("red")
     assert tokens[0, : mask[0].sum()].tolist() == [texts.start, *own[:3], texts.end]
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from caprl_jax.errors import ConfigError
 from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.rewards.accuracy import accuracy
+from caprl_jax.rl.rewards.boxes import boxes
 from caprl_jax.rl.rewards.clip_score import clip_score
 from caprl_jax.rl.rewards.confidence import confidence
 from caprl_jax.rl.rewards.contrastive import contrastive
@@ -55,7 +56,7 @@ for _term in (
     truncation,
 ):
     REWARDS.register(_term.__name__)(_term)
-for _term in (format, phrases, timestamps):  # they read text
+for _term in (boxes, format, phrases, timestamps):  # they read text
     REWARDS.register(_term.__name__)(_term)
 
 

@@ -1,0 +1,110 @@
+"""Lines of captions, each with its image: a file beside them, or the image of the same id."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caprl_jax.caption import pictures
+from caprl_jax.data import caption_lines
+from caprl_jax.data.images import UnreadableImage
+from caprl_jax.data.sources import rows
+from caprl_jax.errors import ConfigError
+from caprl_jax.files import state
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of captions, whose image has not been read.
+
+    Attributes:
+      id: the line's id, or its image's path if it has none.
+      row: all its columns.
+      captions: its captions.
+      read: returns its image's encoded bytes; raises UnreadableImage or MalformedRecord.
+    """
+
+    id: str
+    row: Mapping[str, Any]
+    captions: Sequence[str]
+    read: Callable[[], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """All lines of a file, in a fixed order.
+
+    Attributes:
+      count: number of them.
+      each: yields them.
+      digest: digest of the names, sizes and times of the files that they come from.
+    """
+
+    count: int
+    each: Callable[[], Iterator[Line]]
+    digest: str
+
+
+def find(path: Path, images: str = "") -> Lines:
+    """Finds the lines of a file, and their images.
+
+    Args:
+      path: JSON lines of captions.
+      images: empty, if each line's `image` is as rows.py takes it, a path from the file's folder
+        for one; else what caption.pictures.find takes: a line's image is that of the same id, and
+        lines come in the images' order, those without an image last.
+
+    Raises:
+      ConfigError: the file can't be read or is empty, a line is not usable, or `images` names none.
+    """
+    read = caption_lines.read(path, functools.partial(_check, by_id=bool(images)))
+    if not read:
+        raise ConfigError(f"--captions={path} holds no captions: every line is blank")
+    if not images:
+        digest = pictures.digest([state(path)])
+        return Lines(len(read), functools.partial(_beside, path, read), digest)
+    found = pictures.find(images)
+    digest = pictures.digest([state(path), *found.inputs()])
+    return Lines(len(read), functools.partial(_by_id, read, found), digest)
+
+
+_Read = Sequence[tuple[Mapping[str, Any], Sequence[str]]]  # (line, its captions)
+
+
+def _check(row: Mapping[str, Any], by_id: bool) -> list[str]:
+    """Returns a line's captions; raises ValueError if it has none, or nothing names its image."""
+    captions = caption_lines.captions(row)
+    if by_id and not _id(row):
+        raise ValueError("the line has no id, by which --images knows its image")
+    if not by_id and row.get("image") is None and row.get("images") is None:
+        raise ValueError("the line names no image: --images says where they are, as for caption")
+    return captions
+
+
+def _id(row: Mapping[str, Any]) -> str:
+    names = (row.get("id"), row.get("image"))
+    return next((str(n) for n in names if isinstance(n, str | int) and n != ""), "")
+
+
+def _beside(path: Path, read: _Read) -> Iterator[Line]:
+    for row, captions in read:
+        place = rows.Row(_id(row), row, path.parent)
+        yield Line(place.id, row, captions, functools.partial(rows.image_bytes, place))
+
+
+def _by_id(read: _Read, images: pictures.Pictures) -> Iterator[Line]:
+    waiting = collections.defaultdict(list)
+    for row, captions in read:
+        waiting[_id(row)].append((row, captions))
+    for picture in images.each():
+        for row, captions in waiting.pop(picture.id, ()):
+            yield Line(picture.id, row, captions, picture.read)
+    for name, left in waiting.items():
+        for row, captions in left:
+            yield Line(name, row, captions, functools.partial(_missing, name))
+
+
+def _missing(name: str) -> bytes:
+    raise UnreadableImage(f"--images has no image of the id {name!r:.80}")
