@@ -31,7 +31,7 @@ class ClipReader:
       directory: the directory they came from.
       images: makes its pixels.
       texts: makes its ids.
-      policy: the policy's tokenizer, if captions must pass to CLIP as text; None if ids agree.
+      policy: the policy's tokenizer, if its captions must pass to CLIP as text; else None.
     """
 
     clip: Clip
