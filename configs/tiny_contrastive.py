@@ -1,21 +1,32 @@
-"""CLIP's retrieval beside the judge's questions: captions that tell an image from the others.
+"""CLIP's retrieval beside the judge's questions, or alone: captions that tell images apart.
 
 Argument:  an arm (mcq by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_contrastive.py --out=DIR
-Measured:  not yet.
+Measured:  two cores that other work shared, 32 steps, 1 to 2 CPU minutes a run; seeds 0 and 1 of
+           mcq, seed 0 of the others. R@1 by facts among 128 held-out images:
+
+           | arm               | greedy               | sampled              | true statements |
+           |-------------------|----------------------|----------------------|-----------------|
+           | before            | 0.931                | 0.833                | 0.984           |
+           | mcq               | 0.970 (0.977, 0.964) | 0.943 (0.940, 0.946) | 0.975           |
+           | contrastive       | 0.967                | 0.934                | 0.980           |
+           | contrastive_alone | 0.937                | 0.969                | 0.949           |
+
+           No gain beside the questions is seen: they ask for what tells images apart already, and
+           two facts leave little room. Alone, without a judge, the term makes sampled captions
+           more distinct, greedy ones hardly. One seed can't tell 0.937 from 0.970: 0.033 are four
+           captions. The tiny CLIP finds 43% of captions with two facts (caprl_jax.tiny_clip).
 """
 
 from caprl_jax import config as config_lib
 from caprl_jax.recipes import choose, embedded_arm, embedded_clip
 from caprl_jax.sweep.arms import Sweep
 
-CONTRASTIVE = {"caprl.rewards.contrastive": {"term": "contrastive", "weight": 0.1}}
-CLIP_SCORE = {"caprl.rewards.clip_score": {"term": "clip_score", "weight": 1.0}}
+CONTRASTIVE = {"caprl.rewards.contrastive": {"term": "contrastive", "weight": 0.3}}
 NO_QUESTIONS = {"caprl.rewards.accuracy": {"term": "accuracy", "weight": 0.0}}
 ARMS = {
     "mcq": {},
     "contrastive": CONTRASTIVE,
-    "clip_score": CLIP_SCORE,
     "contrastive_alone": CONTRASTIVE | NO_QUESTIONS,
 }
 
@@ -26,14 +37,13 @@ def get_sweep():
             "32 steps": {
                 "MCQ": "mcq",
                 "MCQ + contrastive": "contrastive",
-                "MCQ + CLIP-S": "clip_score",
                 "contrastive": "contrastive_alone",
             },
         },
         base="mcq",
         seeds=(0, 1, 2),
         figure="fact_retrieval",
-        beside=("fact_precision", "fact_recall", "caption_length"),
+        beside=("fact_retrieval_sampled", "fact_precision", "fact_recall"),
     )
 
 

@@ -39,6 +39,7 @@ def test_a_caption_has_as_many_facts_as_asked_for():
         assert len(digits.stated(tiny_clip.describe(record, rng, 2)[0])) == 2
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_a_clip_of_the_policys_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_clip, "GROUPS", 4)
     monkeypatch.setattr(tiny_clip, "BATCH", 8)
