@@ -148,3 +148,12 @@ def embedded_verifier(c: ml_collections.ConfigDict) -> None:
     c.verifier.question, c.verifier.yes, c.verifier.no = "?", " A", " B"
     c.verifier.ends = ","  # statements of the embedded world's captions
     c.verifier.sentences, c.verifier.max_sentence = 12, 8
+
+
+def embedded_clip(c: ml_collections.ConfigDict) -> None:
+    """Sets the shipped CLIP, which caprl_jax.tiny_clip has trained; it reads captions by their ids.
+
+    Args:
+      c: the config to be changed.
+    """
+    c.clip.path = "asset:tiny/clip"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the tiny policy, judge and verifier that ship in caprl_jax/assets/tiny, from random weights.
-# Usage: bash launch/make_tiny.sh DIR          about 120 minutes on 2 cores
+# Makes the tiny policy, judge, verifier and CLIP that ship in caprl_jax/assets/tiny, from random weights.
+# Usage: bash launch/make_tiny.sh DIR          about 130 minutes on 2 cores
 set -euo pipefail
 out="$(realpath -m "${1:?usage: bash launch/make_tiny.sh DIR}")"
 cd "$(dirname "$0")/.."
@@ -15,4 +15,5 @@ mkdir -p "$out/tiny"
 cp -r "$out"/policy/export/* "$out/tiny/policy"
 cp -r "$out"/letters/export/* "$out/tiny/judge"
 cp -r "$out"/verifier/export/* "$out/tiny/verifier"
+"$VENV/bin/python" -m caprl_jax.tiny_clip --out="$out/tiny/clip" --policy="$out/tiny/policy"
 echo "made $out/tiny: copy it to caprl_jax/assets/tiny to ship it"

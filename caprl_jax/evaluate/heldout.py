@@ -1,6 +1,6 @@
 """Held-out evaluation: greedy and sampled captions, and the judge's answers to all questions.
 
-If a source knows the true facts, it also measures the precision and recall of the captions.
+If a source knows the true facts, it also measures precision, recall and retrieval of the captions.
 """
 
 import copy
@@ -252,6 +252,21 @@ def fact_scores(data: HeldOut, captions: Sequence[Written]) -> tuple[float, floa
     return counts[0] / max(counts[1], 1), counts[2] / counts[3]
 
 
+def fact_retrieval(data: HeldOut, captions: Sequence[Written]) -> float:
+    """Share of captions that tell their image from the other held-out ones by true statements.
+
+    An image scores the caption's statements that are true of it, less those that are false. If n
+    images share the best score, and the caption's own is one of them, it counts as 1/n.
+    """
+    truths, shares = [digits.truths(r.facts) for r in data.records], []
+    for c in captions:
+        said = set(digits.stated(c.text))
+        scores = np.asarray([len(said & true) - len(said - true) for true in truths])
+        best = scores == np.max(scores)
+        shares.append(best[c.record] / np.sum(best))
+    return float(np.mean(shares))
+
+
 def looked_up(text: str, presented: Presented) -> int:
     """Index of the letter that a perfect reader of the caption chooses."""
     letter = digits.lookup(text, Question(presented.text, presented.options, presented.truth))
@@ -270,11 +285,12 @@ def disagreement(data: HeldOut, judged: Sequence[Judged]) -> dict[str, float]:
 
 
 def written_metrics(data: HeldOut, captions: Sequence[Written], suffix: str) -> dict[str, float]:
-    """Caption length and, if facts are known, precision and recall; names end in suffix."""
+    """Caption length and, if facts are known, figures of them; names end in suffix."""
     out = {f"caption_length{suffix}": float(np.mean([len(c.ids) for c in captions]))}
     if facts_known(data):
         precision, recall = fact_scores(data, captions)
         out |= {f"fact_precision{suffix}": precision, f"fact_recall{suffix}": recall}
+        out[f"fact_retrieval{suffix}"] = fact_retrieval(data, captions)
     return out
 
 

@@ -20,6 +20,7 @@ COMMANDS = (
     "checkup",
     "random_model",
     "tiny_models",
+    "tiny_clip",
     "plan_table",
     "sweep",
     "picture",

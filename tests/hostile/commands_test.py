@@ -142,6 +142,19 @@ LINES = {
         "no --out": ([], "out"),
         "--out that is a file": (["--out={}/file"], "file"),
     },
+    "tiny_clip": {
+        "no --out": ([], "out"),
+        "--out that is a file": (["--out={}/file"], "can't write --out="),
+        "a policy that is not there": (
+            ["--out={}/out", "--policy={}/none"],
+            "is not a model directory",
+        ),
+        "a model without vision": (
+            ["--out={}/out", "--policy=asset:tiny/judge"],
+            "preprocessor_config.json",
+        ),
+        "no steps": (["--out={}/out", "--steps=0"], "steps"),
+    },
     "plan_table": {
         "a plan that is not there": (["{}/none.json"], "none.json"),
         "a plan that is a text": (["{}/file"], "file is not what caprl_jax.plan"),

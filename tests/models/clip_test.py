@@ -104,6 +104,18 @@ def test_clip_vit_base_patch32_is_that_of_transformers(tmp_path):
     assert max(differences({"text_config": special}, tmp_path)) < 1e-4
 
 
+def test_weights_are_saved_as_transformers_saves_them(tmp_path):
+    theirs(SMALL, tmp_path)
+    clip = hf.read(tmp_path)
+    expected = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    hf.save(tmp_path, clip, hf.load(tmp_path, clip))
+    found = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape
+        np.testing.assert_array_equal(found[name], tensor)
+
+
 def saved(tmp_path, change):
     """A directory whose tensors or config `change` has edited."""
     clip = Clip(hf.config({"model_type": "clip"} | SMALL))

@@ -188,12 +188,17 @@ def stated(text: str) -> list[Fact | int]:
     return out
 
 
+def truths(facts: Sequence[Fact]) -> set[Fact | int]:
+    """Statements that are true of a scene: its facts, and their number."""
+    return {tuple(f) for f in facts} | {len(facts)}
+
+
 def precision_recall(text: str, facts: Sequence[Fact]) -> tuple[int, int, int, int]:
     """Counts (true statements, statements, recalled facts and count, all facts and count).
 
     Text that is no statement counts against precision too.
     """
-    truth = {tuple(f) for f in facts} | {len(facts)}
+    truth = truths(facts)
     said = stated(text)
     return sum(s in truth for s in said), len(_parts(text)), len(truth & set(said)), len(truth)
 

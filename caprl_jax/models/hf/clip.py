@@ -1,4 +1,4 @@
-"""Reads CLIP from a Hugging Face directory: transformers' CLIPModel, config and weights."""
+"""Reads and writes CLIP in Hugging Face format: transformers' CLIPModel, config and weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import numpy as np
+import safetensors.numpy
 
 from caprl_jax.errors import ModelDirectoryError
 from caprl_jax.models.clip import Clip, ClipConfig, TowerConfig
@@ -120,6 +121,29 @@ def load(directory: Path, clip: Clip, dtype: Any = np.float32, shardings: Any = 
     left_over = {n for n in files.names(directory) - set(wanted) if "position_ids" not in n}
     files.check_tensors(directory, wanted, left_over)
     return files.read_tensors(directory, own, shapes, dtype, shardings)
+
+
+def save(directory: Path, clip: Clip, params: Mapping[str, Any], dtype: Any = np.float32) -> None:
+    """Writes model.safetensors, which `load` and transformers read.
+
+    Args:
+      directory: a directory that is there, with the config.json of the module.
+      clip: the module.
+      params: its parameters, unboxed.
+      dtype: dtype of the tensors in the file.
+
+    Raises:
+      OSError: it can't be written.
+    """
+    flat, named = flax.traverse_util.flatten_dict(params), {}
+    for t in tensors(clip.config):
+        value = np.asarray(flat[t.path])
+        layers = list(value) if t.stacked else [value]
+        for name, layer in zip(t.names(range(len(layers))), layers, strict=True):
+            named[name] = t.to_file(layer).astype(dtype)
+    path = Path(directory) / "model.safetensors"
+    safetensors.numpy.save_file(named, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # other users may read it
 
 
 def tensors(c: ClipConfig) -> list[Tensor]:

@@ -74,7 +74,8 @@ class Tensor:
     def to_file(self, tensor: np.ndarray) -> np.ndarray:
         """Converts one layer of our parameter to the file's shape and order of axes."""
         order = [a for group in self.axes for a in group]
-        return np.ascontiguousarray(tensor.transpose(order).reshape(self.shape))
+        # A copy of a number would have an axis.
+        return np.ascontiguousarray(tensor.transpose(order)).reshape(self.shape)
 
 
 def _length(s: slice) -> int:
