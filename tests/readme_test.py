@@ -38,7 +38,7 @@ NOT_RUN = {
     "python -m caprl_jax.random_model": "writes 7.5 GB; commands/convert_test.py makes a small one",
     "python -m caprl_jax.import_data": "needs rows; commands/import_data_test.py makes some",
     "python -m caprl_jax.caption": "needs pictures; caption/caption_test.py makes some",
-    "python -m caprl_jax.similarity": "needs a CLIP; similarity/similarity_test.py makes one",
+    "python -m caprl_jax.similarity": "needs captions; similarity/similarity_test.py makes some",
     "python -m caprl_jax.scenes": "is run by similarity/similarity_test.py",
     "python -m caprl_jax.evaluate": "needs rows; evaluate/command_test.py makes some",
     "python -m caprl_jax.curate": "needs pictures; curate/generate_test.py makes some",
