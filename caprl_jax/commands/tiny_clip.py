@@ -1,4 +1,4 @@
-"""Trains the embedded world's tiny CLIP, which finds the scene that a caption describes.
+"""Trains the embedded world's tiny CLIP, which finds the scene of a caption.
 
     python -m caprl_jax.tiny_clip --out=DIR [--policy=asset:tiny/policy] [--steps=1500]
 
