@@ -2,22 +2,22 @@
 
 Argument:  an arm (mcq by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_correctness.py --out=DIR
-Measured:  two cores that other work shared, 3 seeds of 32 steps, 1 seed of 64, 128 held-out images.
-           Greedy captions:
+Measured:  two cores that other work shared, 3 seeds, 128 held-out images, 29 CPU minutes:
+           tiny_correctness.json and tiny_correctness.svg. Greedy captions:
 
-           | arm            | true statements            | recall of facts            |
-           |----------------|----------------------------|----------------------------|
-           | before         | 0.984                      | 0.420                      |
-           | mcq            | 0.881 (0.882, 0.904, 0.857)| 0.829 (0.848, 0.820, 0.818)|
-           | correctness    | 0.973 (0.978, 0.971, 0.970)| 0.788 (0.787, 0.783, 0.793)|
-           | mcq_64         | 0.859                      | 0.888                      |
-           | correctness_64 | 0.914                      | 0.883                      |
-           | correctness_whole_64 | 0.973                | 0.783                      |
+           | arm                  | true statements             | recall of facts             |
+           |----------------------|-----------------------------|-----------------------------|
+           | before               | 0.984                       | 0.420                       |
+           | mcq                  | 0.881 (0.882, 0.904, 0.857) | 0.829 (0.848, 0.820, 0.818) |
+           | correctness          | 0.973 (0.978, 0.971, 0.970) | 0.788 (0.787, 0.783, 0.793) |
+           | mcq_balanced         | 0.969 (0.970, 0.968, 0.970) | 0.970 (0.975, 0.965, 0.970) |
+           | correctness_balanced | 0.987 (0.989, 0.985, 0.987) | 0.948 (0.967, 0.912, 0.965) |
 
-           Precision at 32 steps: +0.092, 95% interval [+0.034, +0.150], with 0.041 less recall.
-           At 64 steps it is +0.055, with 0.005 less. In the 8 captions of the report, 3 of the 4
-           statements that are still false are half ones: captions repeat themselves up to the
-           limit, which cuts the last. Penalties for both cost recall at these weights.
+           With GDPO, a truncation penalty and 256 steps, the verifier takes away 58% of the false
+           statements, for 0.022 of recall. It costs length, 30 tokens instead of 21: captions
+           repeat true statements, which raises their mean. A weight of accuracy of 1.25 for 160
+           steps gave 0.985 and 0.841; 2 for 256 steps, in one run, 0.984 and 0.962. A repetition
+           penalty of 0.5 beside GDPO held recall at 0.79 in three runs.
 """
 
 from caprl_jax import config as config_lib
@@ -25,36 +25,35 @@ from caprl_jax.recipes import choose, embedded_arm, embedded_verifier
 from caprl_jax.sweep.arms import Sweep
 
 CORRECTNESS = {"caprl.rewards.correctness": {"term": "correctness", "weight": 1.0}}
-LONGER = {"steps": 64}
+# GDPO normalises each reward in its group, so that a small spread counts as much as a large one.
 # Captions that repeat themselves up to the limit end in half a statement, which is false.
-WHOLE = {
-    "caprl.rewards.repetition": {"term": "repetition", "weight": 0.5},
-    "caprl.rewards.truncation": {"term": "truncation", "weight": 0.5},
+BALANCED = {
+    "steps": 256,
+    "caprl.advantage": "gdpo",
+    "caprl.rewards.accuracy.weight": 1.5,
+    "caprl.rewards.truncation": {"term": "truncation", "weight": 0.25},
 }
 ARMS = {
     "mcq": {},
     "correctness": CORRECTNESS,
-    "mcq_64": LONGER,
-    "correctness_64": CORRECTNESS | LONGER,
-    "whole_64": WHOLE | LONGER,
-    "correctness_whole_64": CORRECTNESS | WHOLE | LONGER,
+    "mcq_balanced": BALANCED,
+    "correctness_balanced": BALANCED | CORRECTNESS,
 }
 
 
 def get_sweep():
     return Sweep(
         panels={
-            "32 steps": {"MCQ": "mcq", "MCQ + correctness": "correctness"},
-            "64 steps": {
-                "MCQ": "mcq_64",
-                "MCQ + correctness": "correctness_64",
-                "MCQ, no repetition or truncation": "whole_64",
-                "MCQ + correctness, no repetition or truncation": "correctness_whole_64",
+            "32 steps, GRPO": {"MCQ": "mcq", "MCQ + correctness": "correctness"},
+            "256 steps, GDPO": {
+                "MCQ": "mcq_balanced",
+                "MCQ + correctness": "correctness_balanced",
             },
         },
         base="mcq",
         seeds=(0, 1, 2),
         figure="fact_precision",
+        beside=("fact_recall", "heldout_accuracy", "caption_length"),
     )
 
 
