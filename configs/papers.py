@@ -6,7 +6,22 @@ Command:    python -m caprl_jax.sweep --config=configs/papers.py --out=DIR   (al
             python -m caprl_jax.main --config=configs/papers.py:balcaprl,full --workdir=DIR \
                 --config.data.path=ROWS
 Hardware:   tiny: a CPU; full: mesh and slices are chosen for the present devices
-Measured:   not yet; full has not run on an accelerator.
+Measured:   tiny, two cores that other work shared, 3 seeds of 32 steps, 21 runs, 23 CPU minutes:
+            papers.json and papers.svg. Held-out accuracy is 0.457 before; greedy captions after:
+
+            | recipe    | accuracy | true statements | recall | tokens |
+            |-----------|----------|-----------------|--------|--------|
+            | caprl     | 0.844    | 0.884           | 0.830  | 21.8   |
+            | released  | 0.873    | 0.804           | 0.840  | 27.3   |
+            | caprlpp   | 0.859    | 0.893           | 0.859  | 21.1   |
+            | rubicap   | 0.884    | 0.826           | 0.841  | 25.3   |
+            | balcaprl  | 0.730    | 0.976           | 0.769  | 15.8   |
+            | cccaption | 0.751    | 0.973           | 0.787  | 16.4   |
+            | scalecap  | 0.830    | 0.867           | 0.814  | 21.6   |
+
+            The two recipes with a verifier say least that is false, and recall less after 32
+            steps; tiny_correctness.py trains longer. Seeds can't tell the others' accuracies from
+            caprl's. full has not run on an accelerator.
 
 Known means said by the paper or its code (arXiv number); ours is what we chose where it is silent.
 
