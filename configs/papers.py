@@ -19,9 +19,10 @@ Measured:   tiny, two cores that other work shared, 3 seeds of 32 steps, 21 runs
             | cccaption | 0.751    | 0.973           | 0.787  | 16.4   |
             | scalecap  | 0.830    | 0.867           | 0.814  | 21.6   |
 
-            The two recipes with a verifier say least that is false, and recall less after 32
-            steps; tiny_correctness.py trains longer. Seeds can't tell the others' accuracies from
-            caprl's. full has not run on an accelerator.
+            The two recipes with the reward correctness say least that is false, and recall less
+            after 32 steps; tiny_correctness.py trains longer. A repeated sentence then still
+            counted again. Three seeds don't separate the accuracies of the others from caprl's.
+            full has not run on an accelerator.
 
 Known means said by the paper or its code (arXiv number); ours is what we chose where it is silent.
 
