@@ -77,6 +77,24 @@ def numbers(tokens: jax.Array, mask: jax.Array, endings: Endings) -> tuple[jax.A
     return jnp.cumsum(begins, axis=-1, dtype=jnp.int32) - 1, said
 
 
+def repeated(found: Sentences, endings: Endings) -> jax.Array:
+    """Tells which sentences say what an earlier one of their caption has said.
+
+    Two say the same if their words agree, at the same places; punctuation doesn't count.
+
+    Args:
+      found: sentences, as `cut` returns them.
+      endings: tables of the tokenizer.
+
+    Returns:
+      bool [b, g, n].
+    """
+    known = jnp.minimum(found.tokens, endings.word.shape[0] - 1)
+    words = jnp.where(found.mask & endings.word[known], found.tokens, -1)
+    same = jnp.all(words[..., :, None, :] == words[..., None, :, :], axis=-1)
+    return jnp.any(jnp.tril(same, k=-1), axis=-1) & found.valid
+
+
 def cut(tokens: jax.Array, mask: jax.Array, endings: Endings, most: int, length: int) -> Sentences:
     """Cuts captions into sentences.
 

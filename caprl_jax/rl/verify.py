@@ -53,12 +53,14 @@ class Verified:
     Attributes:
       p_yes: float32 [b, g, n], p(yes) / (p(yes) + p(no)).
       valid: bool [b, g, n], False where a caption has no such sentence.
+      repeated: bool [b, g, n], True for sentences that say what an earlier one said.
       count: int32 [b, g], sentences of a caption.
       unread: int32 [b, g], sentences that were left out, or read in part.
     """
 
     p_yes: jax.Array
     valid: jax.Array
+    repeated: jax.Array
     count: jax.Array
     unread: jax.Array
 
@@ -80,7 +82,8 @@ def verify(verifier: Verifier, batch: Batch, captions: Captions | Rollout) -> Ve
         batch, tokens, mask = part
         found = sentences.cut(tokens, mask, verifier.endings, verifier.sentences, verifier.length)
         p_yes = yes(verifier, batch, found.tokens, found.mask)
-        return Verified(p_yes, found.valid, found.count, found.unread)
+        repeated = sentences.repeated(found, verifier.endings)
+        return Verified(p_yes, found.valid, repeated, found.count, found.unread)
 
     whole = batch, captions.tokens, captions.mask
     return slices.map_slices(read, whole, slices.current().score)

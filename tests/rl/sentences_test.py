@@ -69,6 +69,19 @@ def test_what_is_beyond_the_bounds_is_counted():
     assert read(jax.device_get(found), 1) == ["A cat sits"]
 
 
+def test_a_sentence_is_repeated_if_an_earlier_one_has_its_words():
+    sits, weighs = [" It", " sits"], [" It", " weighs"]
+    texts = [
+        [*sits, ".", *weighs, ".", *sits, "!", *sits],
+        [*sits, ".", " cat", *sits, "."],  # other places
+        [*weighs, " 3", ".", *weighs, ".", *weighs, "."],
+        [],
+    ]
+    found = sentences.cut(*captions(texts), endings(), 4, 4)
+    expected = [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(sentences.repeated(found, endings())[0], np.asarray(expected))
+
+
 def test_sentences_do_not_depend_on_the_padding():
     tokens, mask = captions([CASES["two"][0]], 12)
     wide, wide_mask = captions([CASES["two"][0]], 40)

@@ -147,17 +147,34 @@ def test_a_reference_is_read_once_an_image(world, answered, referring):
     assert flops[0] == flops[1] > 0
 
 
-def test_correctness_is_the_mean_over_sentences(world, answered):
-    given, answers = answered
+def correctness(world, given):
+    """The reward of given captions."""
     scored = Scored(world.batch, given, None, {"verifier": verifier(world)})
     terms = (Term("true", REWARDS.choose("correctness")),)
-    found = jax.jit(lambda scored: reward(terms, scored))(scored)
+    return jax.jit(lambda scored: reward(terms, scored))(scored)
+
+
+def test_correctness_is_the_mean_over_sentences(world, answered):
+    given, answers = answered
+    found = correctness(world, given)
     for i, j in np.ndindex(4, 2):
         own = answers.p_yes[i, j][answers.valid[i, j]]
         assert float(found.total[i, j]) == pytest.approx(own.mean() if len(own) else 0, abs=1e-6)
     assert float(found.total[0, 0]) == 0  # the empty caption states nothing
     np.testing.assert_array_equal(found.told["true_sentences"], answers.count)
     np.testing.assert_array_equal(found.told["true_unread"], answers.unread)
+
+
+def test_what_is_said_again_does_not_count(world):
+    given = captions()
+    tokens, mask = np.zeros_like(given.tokens), np.zeros_like(given.mask)
+    first, second = [20, 21, FULL], [30, FULL]
+    for i, said in enumerate(([*first, *second], [*first, *second, *first, *first])):
+        tokens[:, i, : len(said) + 1] = [*said, STOP]
+        mask[:, i, : len(said) + 1] = True
+    found = correctness(world, Captions(tokens, mask))
+    np.testing.assert_allclose(found.total[:, 0], found.total[:, 1], atol=1e-6)
+    np.testing.assert_array_equal(found.told["true_repeated"], [[0, 2]] * 4)
 
 
 def test_the_image_decides(world, answered):
