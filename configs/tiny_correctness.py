@@ -2,8 +2,8 @@
 
 Argument:  an arm (mcq by default), which trains that arm alone
 Command:   python -m caprl_jax.sweep --config=configs/tiny_correctness.py --out=DIR
-Measured:  two cores that other work shared, 3 seeds, 128 held-out images, 28 CPU minutes:
-           tiny_correctness.json and tiny_correctness.svg. Greedy captions:
+Measured:  two cores that other work shared, 3 seeds, 128 held-out images, about 30 CPU minutes.
+           Greedy captions:
 
            | arm                  | true statements             | recall of facts             |
            |----------------------|-----------------------------|-----------------------------|
