@@ -52,7 +52,7 @@ def test_what_it_writes_is_a_clip_of_the_policys_ids(tmp_path, monkeypatch):
         tiny_clip.make(tmp_path / "clip", "asset:tiny/policy", 2)
 
 
-def test_scenes_of_a_group_differ_in_their_digits_alone():
+def test_scenes_of_a_group_share_places_and_colours():
     for group in tiny_clip.scenes(5):
         inks = {tuple(fact[:2] for fact in record.facts) for record in group}
         assert len(inks) == 1 and len({tuple(record.facts) for record in group}) > 1
