@@ -1,8 +1,11 @@
 """Parts that configs of real-size runs share: arguments, the released recipe and the mesh."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
-from caprl_jax.config import OPEN, default
+from caprl_jax.config import OPEN, default, get
 from caprl_jax.errors import ConfigError
 from caprl_jax.parallel import mesh
 
@@ -31,6 +34,18 @@ def choose(argument: str, *groups: tuple[str, ...]) -> list[str]:
         known = "; ".join(", ".join(group) for group in groups)
         raise ConfigError(f"config argument {argument!r}: {words[0]!r} is none of {known}")
     return chosen
+
+
+def update(c: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets dotted keys, and adds reward terms and sinks that the config lacks.
+
+    Args:
+      c: the config to be changed.
+      values: by key, like {"steps": 8, "caprl.rewards.kl": {"term": "kl", "weight": 0.1}}.
+    """
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (get(c, section) if section else c)[name] = value
 
 
 def decode_over_tensor(c: ml_collections.ConfigDict, tensor: int, heads: bool) -> None:

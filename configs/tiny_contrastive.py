@@ -20,8 +20,7 @@ Measured:  two cores that other work shared, 3 seeds of 32 steps, 12 CPU minutes
            (caprl_jax.tiny_clip). A weight of 0.1 in one run gave 0.947.
 """
 
-from caprl_jax import config as config_lib
-from caprl_jax.recipes import choose, embedded_arm, embedded_clip
+from caprl_jax.recipes import choose, embedded_arm, embedded_clip, update
 from caprl_jax.sweep.arms import Sweep
 
 CONTRASTIVE = {"caprl.rewards.contrastive": {"term": "contrastive", "weight": 0.3}}
@@ -56,7 +55,5 @@ def get_config(arm="mcq"):
     c.data.batch = 16
     c.eval.images = 128
     embedded_clip(c)
-    for key, value in ARMS[arm].items():
-        section, _, name = key.rpartition(".")
-        (config_lib.get(c, section) if section else c)[name] = value
+    update(c, ARMS[arm])
     return c

@@ -23,8 +23,7 @@ Measured:  two cores that other work shared, 3 seeds, 128 held-out images, about
            A weight of accuracy of 1.25 for 160 steps then gave 0.985 and 0.841.
 """
 
-from caprl_jax import config as config_lib
-from caprl_jax.recipes import choose, embedded_arm, embedded_verifier
+from caprl_jax.recipes import choose, embedded_arm, embedded_verifier, update
 from caprl_jax.sweep.arms import Sweep
 
 CORRECTNESS = {"caprl.rewards.correctness": {"term": "correctness", "weight": 1.0}}
@@ -65,7 +64,5 @@ def get_config(arm="mcq"):
     c = embedded_arm()
     c.eval.images = 128  # false facts are rare
     embedded_verifier(c)
-    for key, value in ARMS[arm].items():
-        section, _, name = key.rpartition(".")
-        (config_lib.get(c, section) if section else c)[name] = value
+    update(c, ARMS[arm])
     return c

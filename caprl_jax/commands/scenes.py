@@ -13,11 +13,10 @@ from absl import flags
 
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
+from caprl_jax.data.digits import DIGITS, GRID
 from caprl_jax.errors import ConfigError
 from caprl_jax.files import write_whole
 from caprl_jax.run import workdir as workdir_lib
-
-GRID, DIGITS = (3, 3), (2, 5)  # as the source digits draws them
 
 
 def write_scenes(to: Path, count: int) -> Path:

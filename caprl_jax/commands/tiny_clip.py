@@ -29,16 +29,16 @@ from absl import flags
 
 from caprl_jax.commands import cli
 from caprl_jax.data.clip_inputs import ClipImages, ClipTexts
-from caprl_jax.data.digits import sft, world
+from caprl_jax.data.digits import DIGITS, GRID, sft, world
 from caprl_jax.data.records import Record
 from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models.clip import Clip
 from caprl_jax.models.hf import clip as hf
 from caprl_jax.models.hf import download
 from caprl_jax.models.hf.files import read_json
+from caprl_jax.run import clip as clip_lib
 from caprl_jax.run import workdir as workdir_lib
 
-GRID, DIGITS = (3, 3), (2, 5)  # as the source digits draws them
 GROUPS, ALIKE, BATCH, FALSE, HELD_OUT = 2048, 4, 128, 32, 128
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 POSITIONS = 26  # a caption of five facts and their count, with start and end
@@ -54,24 +54,26 @@ _TOWER = {
 }
 
 
-def write_untrained(out: Path, policy: Path) -> None:
-    """Writes all files but the weights: sizes, and the policy's tokenizer and pixels.
+def untrained(policy: Path) -> dict[str, dict[str, Any]]:
+    """Returns the files that tokenizer.json and the weights need beside them, by name.
+
+    They hold sizes, and the policy's pixels and special tokens.
 
     Args:
-      out: directory that is there.
       policy: directory of the tiny policy.
 
     Raises:
-      ModelDirectoryError: the policy's directory lacks a file, or it can't be read.
+      ModelDirectoryError: the policy's directory lacks a file or a key, or it can't be read.
     """
-    sizes, pixels, tokens = (
-        read_json(policy / name)
-        for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+    sizes, pixels, tokens, tokenizer = (
+        read_json(policy / f"{name}.json")
+        for name in ("config", "preprocessor_config", "tokenizer_config", "tokenizer")
     )
-    shutil.copy(policy / "tokenizer.json", out)
-    # The first token must differ from the last, at which transformers takes a text's features.
-    _write(out / "tokenizer_config.json", tokens | {"bos_token": START})
-    ids = read_json(out / "tokenizer.json").get("added_tokens", [])
+    if "vocab_size" not in sizes:
+        raise ModelDirectoryError(
+            f"{policy / 'config.json'} has no vocab_size: give the tiny policy as --policy"
+        )
+    ids = tokenizer.get("added_tokens", [])
     ids = {token["content"]: token["id"] for token in ids}
     if missing := {START, END, PAD} - ids.keys():
         raise ModelDirectoryError(
@@ -91,16 +93,16 @@ def write_untrained(out: Path, policy: Path) -> None:
         "vision_config": _TOWER | {"model_type": "clip_vision_model"} | vision,
         "dtype": "float16",
     }
-    _write(out / "config.json", config)
     kept = ("do_convert_rgb", "rescale_factor", "resample", "image_mean", "image_std")
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     processor = {"image_processor_type": "CLIPImageProcessor"} | dict.fromkeys(steps, True)
     processor |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    _write(out / "preprocessor_config.json", processor | {name: pixels[name] for name in kept})
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    return {
+        "config.json": config,
+        "preprocessor_config.json": processor | {k: pixels[k] for k in kept if k in pixels},
+        # The first token must differ from the last, at which transformers takes a text's features.
+        "tokenizer_config.json": tokens | {"bos_token": START},
+    }
 
 
 def describe(record: Record, rng: np.random.Generator, stated: int = 0) -> tuple[str, str]:
@@ -125,9 +127,10 @@ def describe(record: Record, rng: np.random.Generator, stated: int = 0) -> tuple
 
 
 def scenes(groups: int) -> Iterator[list[Record]]:
-    """Yields groups of training scenes, without questions, that differ in their digits alone.
+    """Yields groups of training scenes, without questions, that share places and colours.
 
-    Places and colours mostly tell scenes apart, so that digits would be learned late.
+    Places and colours mostly tell scenes apart, so that digits would be learned late. Each scene
+    draws its own digits; in 32 of 2048 groups two scenes draw the same ones.
     """
     for i in range(groups):
         rng = np.random.default_rng([i, *GRID])
@@ -214,25 +217,18 @@ def held_out(directory: Path) -> dict[str, float]:
     Returns:
       R@1 of captions with all facts, with two and with one, by name.
     """
-    clip, images, texts = read(directory)
+    reader = clip_lib.from_directory(str(directory), "", np.float32)
+    clip = reader.clip.module
     params = hf.load(directory, clip)
     records = list(world.scenes("heldout", HELD_OUT, GRID, DIGITS))
-    pixels = np.stack([images(record.image) for record in records])
+    pixels = np.stack([reader.images(record.image) for record in records])
     run = jax.jit(functools.partial(similarities, clip))
     rng, found = np.random.default_rng(0), {}
     for name, stated in {"all facts": max(DIGITS), "two facts": 2, "one fact": 1}.items():
-        tokens = texts([describe(record, rng, stated)[0] for record in records])
+        tokens = reader.texts([describe(record, rng, stated)[0] for record in records])
         nearest = np.argmax(run(params, *tokens, pixels), axis=1)
         found[name] = float(np.mean(nearest == np.arange(len(records))))
     return found
-
-
-def read(directory: Path) -> tuple[Clip, ClipImages, ClipTexts]:
-    """Returns the module of a CLIP directory, and what makes its pixels and its ids."""
-    clip = hf.read(directory)
-    c = clip.config
-    images = ClipImages.from_pretrained(directory, c.image)
-    return clip, images, ClipTexts.from_pretrained(directory, c.positions, c.vocab)
 
 
 def make(out: Path, policy: str, steps: int) -> None:
@@ -250,15 +246,19 @@ def make(out: Path, policy: str, steps: int) -> None:
     if (out / "model.safetensors").exists():
         raise ConfigError(f"--out={out} holds a model already: give another --out")
     source = download.fetch(policy)
+    files = untrained(source)
     try:
         workdir_lib.try_out(out)
-        write_untrained(out, source)
+        shutil.copy(source / "tokenizer.json", out)
+        for name, content in files.items():
+            (out / name).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as e:
         raise ConfigError(f"can't write --out={out}: {e.strerror or e}; give another") from e
-    clip, images, texts = read(out)
+    reader = clip_lib.from_directory(str(out), "", np.float32)
+    clip = reader.clip.module
     logging.info("drawing %d scenes", GROUPS * ALIKE)
     groups = list(scenes(GROUPS))
-    params = train(clip, steps, batches(groups, images, texts, steps))
+    params = train(clip, steps, batches(groups, reader.images, reader.texts, steps))
     hf.save(out, clip, params, np.float16)
     for name, share in held_out(out).items():
         logging.info("held-out R@1, %s: %.3f", name, share)

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from caprl_jax.commands import cli
+from caprl_jax.data.digits import DIGITS, GRID
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.questions import PREFILL, PROMPT_FILE, default_prompt, present
 from caprl_jax.data.records import LETTERS
@@ -35,12 +36,12 @@ _CHAT = (
 )
 
 
-def _corpus(grid: tuple[int, int] = (3, 3)) -> list[str]:
+def _corpus(grid: tuple[int, int] = GRID) -> list[str]:
     """Returns text for learning the tokenizer's merges: captions, questions and prompts."""
     rng = np.random.default_rng(0)
     out = [default_prompt(), PREFILL, PROMPT, "user", "assistant\n", " nothing"] * 50
     for _ in range(500):
-        facts = digits.random_facts(rng, grid, (2, 5))
+        facts = digits.random_facts(rng, grid, DIGITS)
         out.append(digits.caption(facts, len(facts)))
         for question in digits.questions(facts, grid, rng):
             shown = present(question, rng)
@@ -48,7 +49,7 @@ def _corpus(grid: tuple[int, int] = (3, 3)) -> list[str]:
     return out
 
 
-def make_tokenizer(grid: tuple[int, int] = (3, 3)):
+def make_tokenizer(grid: tuple[int, int] = GRID):
     """Returns Qwen's tokenizer (splitting rules, byte-level BPE, chat tokens), <= VOCAB tokens."""
     from tokenizers import pre_tokenizers, trainers
 

@@ -8,7 +8,8 @@
 
 generate has a vision-language model write questions about each image, and reads them strictly;
 rubrics has it write criteria of a caption instead, and rows keep the questions that they have.
-paraphrase has no model: it makes a rubric of each caption of a row, that another says the same.
+paraphrase needs no model. It turns each caption of a row into a rubric: does a new caption say the
+same?
 filter has a model answer each question several times, its options shuffled, with the image and
 without, and keeps those that the image alone answers (CapRL, arXiv 2509.22647). report writes
 DIR3/report.html. A model is a directory, a hub id, or an endpoint's URL, http://HOST:PORT/v1. An

@@ -13,7 +13,7 @@ from caprl_jax.caption.parts import Add
 from caprl_jax.caption.pictures import Picture, Pictures
 from caprl_jax.curate import folder, generate
 from caprl_jax.curate.folder import Folder
-from caprl_jax.data.images import UnreadableImage
+from caprl_jax.data.images import UnreadableImage, decode_image
 from caprl_jax.data.records import MalformedRecord
 from caprl_jax.data.rubrics import Rubric
 from caprl_jax.data.texts import plain
@@ -74,6 +74,7 @@ def _entry(picture: Picture) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": picture.id}
     try:
         image = picture.read()
+        decode_image(image)
         if questions or rubrics:
             entry["row"] = folder.row(picture, image, questions, rubrics)
     except (MalformedRecord, UnreadableImage, ValueError) as e:

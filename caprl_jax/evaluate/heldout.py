@@ -253,7 +253,7 @@ def fact_scores(data: HeldOut, captions: Sequence[Written]) -> tuple[float, floa
 
 
 def fact_retrieval(data: HeldOut, captions: Sequence[Written]) -> float:
-    """Share of captions that tell their image from the other held-out ones by true statements.
+    """Returns the share of captions that tell their image from the other held-out ones.
 
     An image scores the caption's statements that are true of it, less those that are false. If n
     images share the best score, and the caption's own is one of them, it counts as 1/n.

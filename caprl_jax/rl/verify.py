@@ -4,7 +4,7 @@ It sees the image. The forward pass runs over the tree image and prompt -> sente
 stands as the assistant's answer to the prompt, and the user then asks about it. The answer is the
 distribution over two tokens, yes and no, at the last position; nothing is decoded.
 
-With a reference caption the prompt also holds that, a witness beside the image, which decides
+The prompt also holds a reference caption, if there is one. It may be wrong; the image decides
 (VCap, arXiv 2605.28023). It is a part of the trunk, so all sentences of an image share it.
 """
 
@@ -20,7 +20,7 @@ from caprl_jax.rl import sentences
 from caprl_jax.rl.sentences import Endings
 from caprl_jax.rl.types import Batch, Captions, Rollout
 
-PROMPT = "verifier/prompt"  # name in batch.extras of a Prompt that goes before batch.prompt
+PROMPT = "verifier/prompt"  # name in batch.extras of a Prompt that is read instead of batch.prompt
 
 
 @flax.struct.dataclass

@@ -19,7 +19,7 @@ from caprl_jax.errors import ConfigError, about
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
-from caprl_jax.rl.rewards import needed_models
+from caprl_jax.rl.rewards import needed_models, reads_reference_caption
 from caprl_jax.rl.verify import Verifier
 from caprl_jax.run import choices, load
 from caprl_jax.run import clip as clip_lib
@@ -100,10 +100,12 @@ def read(config: ml_collections.ConfigDict, trained: Trained) -> Frozen:
     Raises:
       ConfigError, ModelDirectoryError: one can't be used.
     """
-    needed = needed_models(choices.terms(config))
+    terms = choices.terms(config)
+    needed = needed_models(terms)
     verifier, source = _verifier(config, trained) if "verifier" in needed else (None, None)
     clip = clip_lib.read(config, trained.tokenizer) if "clip" in needed else None
-    found = Frozen(verifier, source, clip, _reference(config, trained) if verifier else None)
+    reference = _reference(config, trained) if reads_reference_caption(terms) else None
+    found = Frozen(verifier, source, clip, reference)
     if found.through_text and is_url(config.judge.path):
         raise ConfigError(
             f"config.clip.path={config.clip.path} has another tokenizer than the policy, and "

@@ -1,5 +1,8 @@
 """The command that trains the tiny CLIP: its captions, its loss, and what it writes."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from caprl_jax import config as config_lib
 from caprl_jax.commands import tiny_clip
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.tokens import Tokenizer
-from caprl_jax.errors import ConfigError
+from caprl_jax.errors import ConfigError, ModelDirectoryError
 from caprl_jax.models.hf import download
 from caprl_jax.run import clip as clip_lib
 
@@ -52,7 +55,39 @@ def test_what_it_writes_is_a_clip_of_the_policys_ids(tmp_path, monkeypatch):
         tiny_clip.make(tmp_path / "clip", "asset:tiny/policy", 2)
 
 
-def test_scenes_of_a_group_differ_in_their_digits_alone():
+def without(directory, file, *keys):
+    """A copy of the policy whose file lacks keys; without keys, the file itself is gone."""
+    shutil.copytree(POLICY, directory)
+    content = json.loads((directory / file).read_text())
+    (directory / file).unlink()
+    if keys:
+        kept = {key: value for key, value in content.items() if key not in keys}
+        (directory / file).write_text(json.dumps(kept))
+    return directory
+
+
+def test_pixels_that_the_policy_leaves_open_stay_open(tmp_path):
+    open_ = ("do_convert_rgb", "rescale_factor", "resample")
+    policy = without(tmp_path / "policy", "preprocessor_config.json", *open_)
+    whole, found = (tiny_clip.untrained(p)["preprocessor_config.json"] for p in (POLICY, policy))
+    assert found == {key: value for key, value in whole.items() if key not in open_}
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "message"),
+    [
+        ("config.json", ["vocab_size"], r"config\.json has no vocab_size"),
+        ("tokenizer.json", [], r"policy/tokenizer\.json is not valid JSON: it is not a regular"),
+    ],
+)
+def test_a_policy_that_lacks_something_is_named(tmp_path, file, keys, message):
+    policy = without(tmp_path / "policy", file, *keys)
+    with pytest.raises(ModelDirectoryError, match=message):
+        tiny_clip.make(tmp_path / "clip", str(policy), 1)
+    assert not (tmp_path / "clip").exists()
+
+
+def test_scenes_of_a_group_share_places_and_colours():
     for group in tiny_clip.scenes(5):
         inks = {tuple(fact[:2] for fact in record.facts) for record in group}
         assert len(inks) == 1 and len({tuple(record.facts) for record in group}) > 1

@@ -68,6 +68,18 @@ def test_images_without_a_caption_or_a_file_are_listed(out):
     assert "Rubrics made of captions" in page and "this reference: A cat." in page
 
 
+def test_a_file_that_is_no_image_fails(tmp_path):
+    (tmp_path / "4.png").write_text("<html>")
+    lines = [{"id": f"{i}", "image": f"{i}.png", "caption": "A dog."} for i in (3, 4)]
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.png")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    place = folder.open_folder(str(tmp_path / "out"), generate.ROWS, 0, 1)
+    assert paraphrase.paraphrase(pictures.find(str(tmp_path / "in.jsonl")), place)
+    [row] = scripted.lines(tmp_path / "out" / "rows.jsonl")
+    [failed] = scripted.lines(tmp_path / "out" / "failed.jsonl")
+    assert (row["id"], failed["id"]) == ("3", "4")
+
+
 def test_a_row_of_captions_alone_can_be_trained_on(tmp_path):
     """Its rubric is asked in the place of questions."""
     [file] = rows_lib.find(str(made(tmp_path, [{"caption": "A dog."}]) / "rows.jsonl"))

@@ -9,6 +9,7 @@ from caprl_jax.commands import tiny_clip
 from caprl_jax.data.digits import world
 from caprl_jax.models.hf import clip as hf
 from caprl_jax.models.hf import download
+from caprl_jax.run import clip as clip_lib
 
 CLIP = download.fetch("asset:tiny/clip")
 
@@ -22,10 +23,11 @@ def test_captions_find_their_scenes(capsys):
 
 
 def test_similarities_equal_transformers():
-    clip, images, texts = tiny_clip.read(CLIP)
+    reader = clip_lib.from_directory(str(CLIP), "", np.float32)
+    clip = reader.clip.module
     records = list(world.scenes("heldout", 3, (3, 3), (2, 5)))
-    tokens, mask = texts([r.captions[0] for r in records])
-    pixels = np.stack([images(r.image) for r in records])
+    tokens, mask = reader.texts([r.captions[0] for r in records])
+    pixels = np.stack([reader.images(r.image) for r in records])
     run = jax.jit(lambda params: tiny_clip.similarities(clip, params, tokens, mask, pixels))
     model = CLIPModel.from_pretrained(CLIP).eval().float()
     with torch.no_grad():

@@ -15,6 +15,7 @@ from caprl_jax.plan import shapes
 from caprl_jax.rl.step import caprl_step
 from caprl_jax.rl.verify import PROMPT
 from caprl_jax.run import build, frozen, load
+from caprl_jax.run import compile as compile_lib
 from caprl_jax.run.frozen import Trained
 
 from ..train_test import tiny
@@ -55,6 +56,18 @@ def test_nothing_is_read_that_no_term_needs(trained):
 def test_without_a_reference_examples_stay_as_they_are(trained):
     example = object()
     assert frozen.read(asking(), trained).examples(example) is example
+
+
+def test_grounding_alone_reads_no_reference(trained):
+    """Records without captions then stay, and a plan has no prompt for them."""
+    c = asking(**{"verifier.reference": "{caption}"})
+    rules = compile_lib.shard_rules(c, jax.devices()[:1])
+    c.caprl.rewards.grounding = {"weight": 0.5}
+    assert frozen.read(c, trained).reference is not None
+    assert PROMPT in shapes.batch(c, trained.policy, rules).extras
+    del c.caprl.rewards["correctness"]
+    assert frozen.read(c, trained).reference is None
+    assert not shapes.batch(c, trained.policy, rules).extras
 
 
 def test_a_reference_needs_a_place_for_the_caption():

@@ -189,7 +189,7 @@ def stated(text: str) -> list[Fact | int]:
 
 
 def truths(facts: Sequence[Fact]) -> set[Fact | int]:
-    """Statements that are true of a scene: its facts, and their number."""
+    """Returns the statements that are true of a scene: its facts and their number."""
     return {tuple(f) for f in facts} | {len(facts)}
 
 

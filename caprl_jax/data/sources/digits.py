@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caprl_jax.data import array_record
+from caprl_jax.data.digits import DIGITS, GRID
 from caprl_jax.data.set_aside import SetAside
 from caprl_jax.settings import setting
 
@@ -18,9 +19,9 @@ VERSION = "1.2.0"
 class Digits:
     """Options of the source digits."""
 
-    rows: int = setting(3, "rows of the grid", least=1)
-    columns: int = setting(3, "columns of the grid", least=1)
-    digits: tuple = setting((2, 5), "least and most digits of a scene")
+    rows: int = setting(GRID[0], "rows of the grid", least=1)
+    columns: int = setting(GRID[1], "columns of the grid", least=1)
+    digits: tuple = setting(DIGITS, "least and most digits of a scene")
     train: int = setting(4096, "scenes to train on", least=1)
     leaky: float = setting(
         0.0,

@@ -88,6 +88,15 @@ def needed_models(terms: Iterable[Term]) -> set[str]:
     return {name for term in terms for name in getattr(term.choice.function, "needs", ())}
 
 
+def reads_reference_caption(terms: Iterable[Term]) -> bool:
+    """Tells whether any of the terms reads the verifier's own prompt, with a reference caption."""
+    return any(
+        "verifier" in needed_models((term,))
+        and getattr(term.choice.function, "reference_caption", True)
+        for term in terms
+    )
+
+
 @jax.named_scope("reward")
 def reward(terms: tuple[Term, ...], scored: Scored) -> Rewards:
     """Returns rewards of captions: the weighted sum of the terms, and each term by name.

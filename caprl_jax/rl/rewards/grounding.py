@@ -11,7 +11,7 @@ from caprl_jax.rl.rewards.needs import needs
 from caprl_jax.rl.types import Scored
 
 
-@needs("verifier")
+@needs("verifier", reference_caption=False)
 def grounding(scored: Scored) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the mean over sentences of log p(sentence | image) - log p(sentence | no image).
 
