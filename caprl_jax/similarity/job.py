@@ -24,8 +24,9 @@ def score(reader: ClipReader, lines: Lines, place: Place, batch: int) -> bool:
     """Scores the lines of this process that are not done, and puts the parts together.
 
     The file then holds the lines with the column `clip`: the cosine of each caption and its image,
-    a number if the line's caption is no list. Lines whose image can't be read are in place.errors,
-    and place.about counts both, the captions, and those of them that CLIP reads in part.
+    a single number if the line has a single caption, not a list. Lines whose image can't be read
+    are in place.errors, and place.about counts both, the captions, and those of them that CLIP
+    reads in part.
 
     Args:
       reader: CLIP without parameters.
