@@ -67,9 +67,10 @@ def chosen(scores: Sequence[Sequence[float]], least: float, share: float) -> lis
 
 def cut(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
     """Returns a row with the captions of some places, and their values of the other columns."""
-    if not isinstance(row.get("captions"), list):
+    captions = caption_lines.raw(row)
+    if not isinstance(captions, list):
         return dict(row)
-    count, out = len(row["captions"]), dict(row)
+    count, out = len(captions), dict(row)
     for name, value in row.items():
         if isinstance(value, list) and len(value) == count:
             out[name] = [value[i] for i in places]

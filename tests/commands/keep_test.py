@@ -41,6 +41,14 @@ def test_a_threshold_keeps_captions_with_what_belongs_to_them(tmp_path):
     assert len(kept(tmp_path)) == 4
 
 
+@pytest.mark.parametrize("more", [{}, {"captions": None}])
+def test_a_list_in_the_column_caption_is_cut_too(tmp_path, more):
+    line = more | {"caption": ["a", "b"], "clip": [0.1, 0.9]}
+    text, count, total = keep.keep(write(tmp_path / "c.jsonl", [line]), "clip", 0.5, 1.0)
+    assert json.loads(text) == more | {"caption": ["b"], "clip": [0.9]}
+    assert (count, total) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("share", "expected"),
     [(1 / 6, ["a"]), (0.2, ["a", "c"]), (1 / 3, ["a", "c"]), (0.5, ["a", "c", "d"]), (1, "abcd")],
