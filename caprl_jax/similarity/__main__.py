@@ -6,10 +6,11 @@
 A line of the file is {"image", "captions": [..], ..}, or {"image", "caption", ..}, as
 caprl_jax.caption writes it; the image is a path from the file's folder. --images, as caption takes
 it, finds each line's image by its id instead: for images in rows or datasets, or elsewhere. The
-lines get the column `clip`: the cosine of each caption and its image. CLIP, a directory, gs:// URL
-or hub id of transformers' CLIPModel, reads the beginning of a long caption: 77 tokens, in OpenAI's
-models. Lines whose image can't be read are listed in OUT.errors. An interrupted job goes on with
-the same command; processes share the work with --processes=N --process=I.
+lines get the column `clip`: the cosine of each caption and its image; relative paths of images
+start at OUT's folder. CLIP, a directory, gs:// URL or hub id of transformers' CLIPModel, reads the
+beginning of a long caption: 77 tokens, in OpenAI's models. Lines whose image can't be read are
+listed in OUT.errors. An interrupted job goes on with the same command; processes share the work
+with --processes=N --process=I.
 """
 
 import json
