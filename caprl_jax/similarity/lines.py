@@ -55,7 +55,7 @@ class Lines:
     digest: str
 
 
-def find(path: Path, images: str = "") -> Lines:
+def find(path: Path, images: str = "", root: str = "") -> Lines:
     """Finds the lines of a file, and their images.
 
     Args:
@@ -63,6 +63,8 @@ def find(path: Path, images: str = "") -> Lines:
       images: empty, if each line's `image` is as rows.py takes it, a path from the file's folder
         for one; else what caption.pictures.find takes: a line's image is that of the same id, and
         lines come in the images' order, those without an image last.
+      root: folder that image files named by lines, or by the rows of `images`, must lie in; empty:
+        the folder of the file that names them.
 
     Raises:
       ConfigError: the file can't be read or is empty, a line is not usable, or `images` names none.
@@ -71,9 +73,9 @@ def find(path: Path, images: str = "") -> Lines:
     if not read:
         raise ConfigError(f"--captions={path} holds no captions: every line is blank")
     if not images:
-        digest = pictures.digest([state(path)])
-        return Lines(len(read), functools.partial(_beside, path, read), digest)
-    found = pictures.find(images)
+        digest = pictures.digest([state(path), *([[root]] if root else [])])
+        return Lines(len(read), functools.partial(_beside, path, read, root), digest)
+    found = pictures.find(images, root)
     digest = pictures.digest([state(path), *found.inputs()])
     return Lines(len(read), functools.partial(_by_id, path, read, found), digest)
 
@@ -96,10 +98,11 @@ def _id(row: Mapping[str, Any]) -> str:
     return next((str(n) for n in names if isinstance(n, str | int) and n != ""), "")
 
 
-def _beside(path: Path, read: _Read) -> Iterator[Line]:
+def _beside(path: Path, read: _Read, root: str) -> Iterator[Line]:
+    allowed = Path(root) if root else None
     for row, captions in read:
         place = rows.Row(_id(row), row, path.parent)
-        read_image = functools.partial(rows.image_bytes, place)
+        read_image = functools.partial(rows.image_bytes, place, allowed)
         yield Line(place.id, row, captions, read_image, path.parent)
 
 

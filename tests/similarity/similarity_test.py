@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from caprl_jax import train
 from caprl_jax.caption.parts import Place
 from caprl_jax.data.digits import world as digits
 from caprl_jax.data.sources import rows as rows_lib
+from caprl_jax.errors import ConfigError
 from caprl_jax.run import clip as clip_lib
+from caprl_jax.similarity import __main__ as program
 from caprl_jax.similarity import job, lines
 
 from ..hostile.command_line import command
@@ -205,6 +208,42 @@ def test_what_can_not_be_scored_is_told_in_one_paragraph(clip, row, more, messag
         similarity(**{"clip": clip, "captions": captions, "out": tmp_path / "o.jsonl"} | more)
     assert e.value.code.startswith("error: ") and message in e.value.code
     assert "\n" not in e.value.code
+
+
+@pytest.mark.parametrize("more", ["root", "images"])
+def test_a_command_without_an_image_leaves_room_for_one_with_other_flags(
+    clip, folder, tmp_path, more
+):
+    """Captions as caption writes them into another folder: ../.. leads to their images."""
+    captions, out = tmp_path / "captions.jsonl", tmp_path / "scored.jsonl"
+    given = {"id": "0.png", "caption": "x"}
+    given |= {"image": os.path.relpath(folder / "images/0.png", tmp_path)}
+    write(captions, [given])
+    with pytest.raises(SystemExit, match=r"no image can be read; .* lies outside of .*: --root"):
+        similarity(clip, captions, out)
+    assert list(tmp_path.iterdir()) == [captions]
+    told, [line] = similarity(clip, captions, out, **{more: folder / "images"})
+    assert told.endswith(f"scored 1 captions, of 1 images: {out}\n")
+    assert {k: v for k, v in line.items() if k != "clip"} == given
+
+
+def test_root_holds_the_files_of_rows_too(clip, folder, tmp_path):
+    image = os.path.relpath(folder / "images/0.png", tmp_path)
+    write(tmp_path / "rows.jsonl", [{"id": "a", "image": image}])
+    captions = write(tmp_path / "captions.jsonl", [{"id": "a", "caption": "x"}])
+    given = {"images": tmp_path / "rows.jsonl", "root": folder}
+    _, found = similarity(clip, captions, tmp_path / "scored.jsonl", **given)
+    assert [row["id"] for row in found] == ["a"]
+
+
+def test_a_process_whose_job_was_taken_back_says_so(tmp_path):
+    """Of two that end at once, the first says why, and removes the files."""
+    place = Place(tmp_path / "scored.jsonl")
+    place.about.write_text('{"scored": 0}')
+    place.errors.write_text('{"id": "a", "error": "gone"}\n')
+    for message in ("the first, 'a': gone;", "another of the processes says why"):
+        with pytest.raises(ConfigError, match=message):
+            program._told(place, 77)
 
 
 def test_a_file_without_a_line_is_refused(clip, tmp_path):

@@ -316,8 +316,8 @@ def _inside(given: str, beside: Path, root: Path) -> Path:
         raise UnreadableImage(f"the image file can't be read: {e}") from e
     if not path.is_relative_to(allowed):
         raise UnreadableImage(
-            f"the image {given!r:.80} lies outside of {allowed.name!r:.60}: data.root names the "
-            "folder that images may lie in"
+            f"the image {given!r:.80} lies outside of {allowed.name!r:.60}: --root, or data.root "
+            "in a config, names the folder that images may lie in"
         )
     return path
 
