@@ -60,7 +60,8 @@ class Place:
 
 def check_writable(place: Place) -> None:
     """Raises ConfigError if the job's files can't be written, for lack of a folder or of rights."""
-    if not os.access(place.out.absolute().parent, os.W_OK):
+    folder = place.out.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"can't write {place.out}: its folder must be there, and writable")
 
 

@@ -7,7 +7,7 @@ A line of the file is {"captions": [..], NAME: [..], ..}, with a score for each 
 column that --score names; or {"caption", NAME: a number}. A caption is kept if its score is at
 least --least and, of those, among the highest --share of all captions of the file; equal scores go
 by their order. Lines without a caption left are dropped, and columns with a value for each caption
-keep the values of those that stay.
+keep the values of those that stay. Relative paths of images start at the folder of --out.
 """
 
 import functools
@@ -22,6 +22,7 @@ from absl import flags
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.data import caption_lines
+from caprl_jax.data.sources import rows as rows_lib
 from caprl_jax.errors import ConfigError
 from caprl_jax.files import write_whole
 
@@ -67,9 +68,10 @@ def chosen(scores: Sequence[Sequence[float]], least: float, share: float) -> lis
 
 def cut(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
     """Returns a row with the captions of some places, and their values of the other columns."""
-    if not isinstance(row.get("captions"), list):
+    captions = caption_lines.raw(row)
+    if not isinstance(captions, list):
         return dict(row)
-    count, out = len(row["captions"]), dict(row)
+    count, out = len(captions), dict(row)
     for name, value in row.items():
         if isinstance(value, list) and len(value) == count:
             out[name] = [value[i] for i in places]
@@ -77,8 +79,17 @@ def cut(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
     return out
 
 
-def keep(path: Path, score: str, least: float, share: float) -> tuple[str, int, int]:
+def keep(
+    path: Path, score: str, least: float, share: float, folder: Path | None = None
+) -> tuple[str, int, int]:
     """Returns (the lines that are kept as text, captions kept, captions of the file).
+
+    Args:
+      path: JSON lines of captions.
+      score: column of their scores.
+      least: as in `chosen`.
+      share: as in `chosen`.
+      folder: folder that the text goes to, at which images' paths start; None: the file's own.
 
     Raises:
       ConfigError: the file can't be read, a line has no such scores, or nothing is kept.
@@ -91,7 +102,12 @@ def keep(path: Path, score: str, least: float, share: float) -> tuple[str, int, 
         raise ConfigError(
             f"no caption of {path} is kept: the highest {score!r} is {best}; lower --least"
         )
-    lines = (cut(row, own) for (row, _), own in zip(rows, places, strict=True) if own)
+    folder = path.parent if folder is None else folder
+    lines = (
+        rows_lib.moved(cut(row, own), path.parent, folder)
+        for (row, _), own in zip(rows, places, strict=True)
+        if own
+    )
     return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), kept, total
 
 
@@ -101,7 +117,8 @@ def main(_: list[str]) -> None:
     given = flags.FLAGS
     with in_one_paragraph():
         out = Path(given.out)
-        text, kept, total = keep(Path(given.captions), given.score, given.least, given.share)
+        path, score = Path(given.captions), given.score
+        text, kept, total = keep(path, score, given.least, given.share, out.parent)
         try:
             write_whole(out, text)
         except OSError as e:

@@ -14,10 +14,10 @@ def captions(row: Mapping[str, Any]) -> list[str]:
     Raises:
       ValueError: it has none, or one that is no text.
     """
-    raw = _raw(row)
-    listed = raw if isinstance(raw, list) else [raw]
+    given = raw(row)
+    listed = given if isinstance(given, list) else [given]
     if not listed or not all(isinstance(c, str) for c in listed):
-        raise ValueError(f"the line has no captions: {raw!r:.80}")
+        raise ValueError(f"the line has no captions: {given!r:.80}")
     for text in listed:
         check_text(text, "a caption")
     return listed
@@ -25,12 +25,13 @@ def captions(row: Mapping[str, Any]) -> list[str]:
 
 def column(row: Mapping[str, Any], values: Sequence[Any]) -> Any:
     """Returns a column of a line: a list of its captions' values, or one value of one caption."""
-    return list(values) if isinstance(_raw(row), list) else values[0]
+    return list(values) if isinstance(raw(row), list) else values[0]
 
 
-def _raw(row: Mapping[str, Any]) -> Any:
-    raw = row.get("captions")
-    return row.get("caption") if raw is None else raw
+def raw(row: Mapping[str, Any]) -> Any:
+    """Returns the captions of a line as they are given: a list, or the text of one caption."""
+    found = row.get("captions")
+    return row.get("caption") if found is None else found
 
 
 def read(

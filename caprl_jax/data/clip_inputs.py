@@ -160,7 +160,7 @@ class ClipTexts:
         return len(ids) <= self.positions - 2
 
     def fit(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns texts' ids between start and end, without those that don't fit.
+        """Returns texts' ids between start and end, cut to the tokens that fit.
 
         Args:
           rows: ids of each text, as `encode` returns them.

@@ -1,19 +1,22 @@
 """Writes the similarity of captions and their images by CLIP, as a column of scores.
 
     python -m caprl_jax.similarity --captions=captions.jsonl --clip=DIR --out=scored.jsonl \
-        [--images=PHOTOS/]
+        [--images=PHOTOS/] [--root=FOLDER]
 
 A line of the file is {"image", "captions": [..], ..}, or {"image", "caption", ..}, as
 caprl_jax.caption writes it; the image is a path from the file's folder. --images, as caption takes
-it, finds each line's image by its id instead: for images in rows or datasets, or elsewhere. The
-lines get the column `clip`: the cosine of each caption and its image. CLIP, a directory, gs:// URL
-or hub id of transformers' CLIPModel, reads the beginning of a long caption: 77 tokens, in OpenAI's
-models. Lines whose image can't be read are listed in OUT.errors. An interrupted job goes on with
-the same command; processes share the work with --processes=N --process=I.
+it, finds each line's image by its id instead: for images in rows or datasets, or elsewhere. Files
+that lines or rows name must lie in the folder of the file that names them, or in --root. The
+lines get the column `clip`: the cosine of each caption and its image; relative paths of images
+start at OUT's folder. CLIP, a directory, gs:// URL or hub id of transformers' CLIPModel, reads the
+beginning of a long caption: 77 tokens, in OpenAI's models. Lines whose image can't be read are
+listed in OUT.errors. An interrupted job goes on with the same command; processes share the work
+with --processes=N --process=I.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -35,7 +38,7 @@ def main(_: list[str]) -> None:
     with in_one_paragraph():
         place = Place(Path(given.out), given.process, given.processes)
         parts.check_writable(place)
-        lines = lines_lib.find(Path(given.captions), given.images)
+        lines = lines_lib.find(Path(given.captions), given.images, given.root)
         reader = clip_lib.from_directory(given.clip, given.revision, np.float32)
         done = score(reader, lines, place, given.batch)
         told = _told(place, reader.texts.positions) if done else "done; other processes go on"
@@ -46,15 +49,17 @@ def _told(place: Place, positions: int) -> str:
     """Returns the counts of a job that is done.
 
     Raises:
-      ConfigError: no image could be read.
+      ConfigError: no image could be read; the job's files are removed.
     """
-    counts = json.loads(place.about.read_text())
-    if not counts["scored"]:
-        with place.errors.open() as file:
-            first = json.loads(file.readline())
+    try:
+        counts = json.loads(place.about.read_text())
+        first = None if counts["scored"] else _take_back(place)
+    except FileNotFoundError as e:
+        raise ConfigError("no image can be read; another of the processes says why") from e
+    if first is not None:
         raise ConfigError(
-            f"no image can be read, the reasons are in {place.errors}; the first, {first['id']!r}: "
-            f"{first['error']}; --images names where the images are, as caption takes it"
+            f"no image can be read; the first, {first['id']!r}: {first['error']}; --images names "
+            "where the images are, as caption takes it, --root the folder that they must lie in"
         )
     told = [f"scored {counts['captions']} captions, of {counts['scored']} images: {place.out}"]
     if counts["cut"]:
@@ -64,6 +69,15 @@ def _told(place: Place, positions: int) -> str:
     return "\n".join(told)
 
 
+def _take_back(place: Place) -> dict[str, Any]:
+    """Removes the files of a job, so that other flags may be tried; returns its first error."""
+    with place.errors.open() as file:
+        first = json.loads(file.readline())
+    for file in (place.out, place.errors, place.about):  # another process looks for `out` first
+        file.unlink(missing_ok=True)
+    return first
+
+
 def define_flags() -> None:
     """Defines the flags, in the program only: other modules have flags of the same names."""
     flags.DEFINE_string("captions", None, "JSON lines of captions.", required=True)
@@ -71,6 +85,9 @@ def define_flags() -> None:
     flags.DEFINE_string("revision", "", "Revision of a hub id.")
     flags.DEFINE_string(
         "images", "", "A file, a pattern, or a folder of images by id; empty: lines name theirs."
+    )
+    flags.DEFINE_string(
+        "root", "", "Folder that must hold the image files; empty: that of the file naming them."
     )
     flags.DEFINE_string("out", None, "File to write.", required=True)
     flags.DEFINE_integer("batch", 64, "Images, and captions, in a batch.", lower_bound=1)

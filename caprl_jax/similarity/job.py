@@ -24,8 +24,9 @@ def score(reader: ClipReader, lines: Lines, place: Place, batch: int) -> bool:
     """Scores the lines of this process that are not done, and puts the parts together.
 
     The file then holds the lines with the column `clip`: the cosine of each caption and its image,
-    a number if the line's caption is no list. Lines whose image can't be read are in place.errors,
-    and place.about counts both, the captions, and those of them that CLIP reads in part.
+    a single number if the line has a single caption, not a list. Lines whose image can't be read
+    are in place.errors, and place.about counts both, the captions, and those of them that CLIP
+    reads in part.
 
     Args:
       reader: CLIP without parameters.
@@ -43,7 +44,7 @@ def score(reader: ClipReader, lines: Lines, place: Place, batch: int) -> bool:
     about = {"clip": str(reader.directory), "lines": lines.count, "inputs": lines.digest}
 
     def work(left: Iterator[tuple[int, Line]], add: Add) -> None:
-        job = _Job(reader, batch, add)
+        job = _Job(reader, batch, add, place.out.parent)
         for index, line in left:
             job.take(index, line)
         job.flush()
@@ -75,9 +76,9 @@ class Scored:
 class _Job:
     """Collects lines whose images are read, and scores each full batch."""
 
-    def __init__(self, reader: ClipReader, batch: int, add: Add):
-        """Takes the arguments of `score`, and what takes entries."""
-        self._reader, self._add = reader, add
+    def __init__(self, reader: ClipReader, batch: int, add: Add, folder: Path):
+        """Takes the arguments of `score`, what takes entries, and the folder that lines go to."""
+        self._reader, self._add, self._folder = reader, add, folder
         self._towers = Towers(reader, batch)
         self._waiting = BySize(self._towers.batch, self._score)
 
@@ -104,7 +105,8 @@ class _Job:
         for (index, line, _), own in zip(waiting, ids, strict=True):
             values = [round(float(c), 6) for c in cosines[start : start + len(own)]]
             start += len(own)
-            scored = dict(line.row) | {COLUMN: caption_lines.column(line.row, values)}
+            column = {COLUMN: caption_lines.column(line.row, values)}
+            scored = line.moved(self._folder) | column
             cut = sum(not texts.fits(row) for row in own)
             entries.append({"index": index, "line": scored, "captions": len(own), "cut": cut})
         self._add(entries)

@@ -24,12 +24,20 @@ class Line:
       row: all its columns.
       captions: its captions.
       read: returns its image's encoded bytes; raises UnreadableImage or MalformedRecord.
+      beside: folder that its image's path starts at; None if the column holds an id instead.
     """
 
     id: str
     row: Mapping[str, Any]
     captions: Sequence[str]
     read: Callable[[], bytes]
+    beside: Path | None
+
+    def moved(self, folder: Path) -> dict[str, Any]:
+        """Returns all its columns, for a file in another folder: its image's path starts there."""
+        if self.beside is None:
+            return dict(self.row)
+        return rows.moved(self.row, self.beside, folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Lines:
     digest: str
 
 
-def find(path: Path, images: str = "") -> Lines:
+def find(path: Path, images: str = "", root: str = "") -> Lines:
     """Finds the lines of a file, and their images.
 
     Args:
@@ -55,6 +63,8 @@ def find(path: Path, images: str = "") -> Lines:
       images: empty, if each line's `image` is as rows.py takes it, a path from the file's folder
         for one; else what caption.pictures.find takes: a line's image is that of the same id, and
         lines come in the images' order, those without an image last.
+      root: folder that image files named by lines, or by the rows of `images`, must lie in; empty:
+        the folder of the file that names them.
 
     Raises:
       ConfigError: the file can't be read or is empty, a line is not usable, or `images` names none.
@@ -63,11 +73,11 @@ def find(path: Path, images: str = "") -> Lines:
     if not read:
         raise ConfigError(f"--captions={path} holds no captions: every line is blank")
     if not images:
-        digest = pictures.digest([state(path)])
-        return Lines(len(read), functools.partial(_beside, path, read), digest)
-    found = pictures.find(images)
+        digest = pictures.digest([state(path), *([[root]] if root else [])])
+        return Lines(len(read), functools.partial(_beside, path, read, root), digest)
+    found = pictures.find(images, root)
     digest = pictures.digest([state(path), *found.inputs()])
-    return Lines(len(read), functools.partial(_by_id, read, found), digest)
+    return Lines(len(read), functools.partial(_by_id, path, read, found), digest)
 
 
 _Read = Sequence[tuple[Mapping[str, Any], Sequence[str]]]  # (line, its captions)
@@ -88,22 +98,25 @@ def _id(row: Mapping[str, Any]) -> str:
     return next((str(n) for n in names if isinstance(n, str | int) and n != ""), "")
 
 
-def _beside(path: Path, read: _Read) -> Iterator[Line]:
+def _beside(path: Path, read: _Read, root: str) -> Iterator[Line]:
+    allowed = Path(root) if root else None
     for row, captions in read:
         place = rows.Row(_id(row), row, path.parent)
-        yield Line(place.id, row, captions, functools.partial(rows.image_bytes, place))
+        read_image = functools.partial(rows.image_bytes, place, allowed)
+        yield Line(place.id, row, captions, read_image, path.parent)
 
 
-def _by_id(read: _Read, images: pictures.Pictures) -> Iterator[Line]:
+def _by_id(path: Path, read: _Read, images: pictures.Pictures) -> Iterator[Line]:
     waiting = collections.defaultdict(list)
     for row, captions in read:
-        waiting[_id(row)].append((row, captions))
+        beside = path.parent if _id({"id": row.get("id")}) else None
+        waiting[_id(row)].append((row, captions, beside))
     for picture in images.each():
-        for row, captions in waiting.pop(picture.id, ()):
-            yield Line(picture.id, row, captions, picture.read)
+        for row, captions, beside in waiting.pop(picture.id, ()):
+            yield Line(picture.id, row, captions, picture.read, beside)
     for name, left in waiting.items():
-        for row, captions in left:
-            yield Line(name, row, captions, functools.partial(_missing, name))
+        for row, captions, beside in left:
+            yield Line(name, row, captions, functools.partial(_missing, name), beside)
 
 
 def _missing(name: str) -> bytes:

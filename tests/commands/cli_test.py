@@ -24,6 +24,7 @@ COMMANDS = (
     "plan_table",
     "sweep",
     "picture",
+    "similarity",
 )
 DEFAULT = "from caprl_jax.config import default\n"
 FILES = {

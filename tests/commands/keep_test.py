@@ -10,6 +10,8 @@ from caprl_jax.data.digits import world as digits
 from caprl_jax.data.sources import rows
 from caprl_jax.errors import ConfigError
 
+from ..hostile.command_line import command
+
 LINES = [
     {"id": "a", "captions": ["a0", "a1"], "clip": [0.3, 0.9], "tokens": [1, 2], "best": 1},
     {"id": "b", "captions": ["b0"], "clip": [0.5], "model": "x"},
@@ -41,6 +43,14 @@ def test_a_threshold_keeps_captions_with_what_belongs_to_them(tmp_path):
     assert len(kept(tmp_path)) == 4
 
 
+@pytest.mark.parametrize("more", [{}, {"captions": None}])
+def test_a_list_in_the_column_caption_is_cut_too(tmp_path, more):
+    line = more | {"caption": ["a", "b"], "clip": [0.1, 0.9]}
+    text, count, total = keep.keep(write(tmp_path / "c.jsonl", [line]), "clip", 0.5, 1.0)
+    assert json.loads(text) == more | {"caption": ["b"], "clip": [0.9]}
+    assert (count, total) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("share", "expected"),
     [(1 / 6, ["a"]), (0.2, ["a", "c"]), (1 / 3, ["a", "c"]), (0.5, ["a", "c", "d"]), (1, "abcd")],
@@ -70,6 +80,19 @@ def test_a_line_without_its_scores_is_refused(tmp_path, line, reason):
     lines = [*LINES, LINES[1], LINES[2], line]
     with pytest.raises(ConfigError, match=reason):
         keep.keep(write(tmp_path / "c.jsonl", lines), "clip", 0.0, 1.0)
+
+
+def test_a_file_in_another_folder_names_the_same_images(tmp_path):
+    (tmp_path / "in").mkdir()
+    picture = next(iter(digits.scenes("train", 1, (3, 3), (2, 5)))).image
+    (tmp_path / "in" / "a.png").write_bytes(picture)
+    line = {"image": "a.png", "caption": "x", "clip": 0.5}
+    captions, out = write(tmp_path / "in" / "c.jsonl", [line]), tmp_path / "out" / "kept.jsonl"
+    out.parent.mkdir()
+    command("keep", f"--captions={captions}", "--score=clip", f"--out={out}")
+    [row] = rows.rows(out)
+    assert row.raw == line | {"image": "../in/a.png"}
+    assert rows.image_bytes(row, tmp_path) == picture
 
 
 def test_nothing_left_is_an_error_that_says_how_high_the_scores_go(tmp_path):

@@ -12,6 +12,7 @@ from .command_line import command
 
 TINY = "--config=configs/tiny.py"
 DATA = "--config.data.data_dir={}"
+SCORE = ("--clip=asset:tiny/clip", "--out={}/out")
 # name: (command, arguments with {} for the case's folder, part of the error)
 LINES = {
     "main": {
@@ -155,6 +156,33 @@ LINES = {
         ),
         "no steps": (["--out={}/out", "--steps=0"], "steps"),
     },
+    "similarity": {
+        "no --captions": (["--clip=x", "--out={}/out"], "captions"),
+        "captions that are not there": ([*SCORE, "--captions={}/none"], "can't be read: No such"),
+        "captions of a text": ([*SCORE, "--captions={}/file"], "file, line 1: "),
+        "captions of a list": ([*SCORE, "--captions={}/list.json"], "it is no JSON object"),
+        "an image outside of the folder": (
+            [*SCORE, "--captions={}/captions.jsonl"],
+            "--root the folder",
+        ),
+        "images that are not there": (
+            [*SCORE, "--captions={}/captions.jsonl", "--images={}/none"],
+            "--images names no picture",
+        ),
+        "a policy for a CLIP": (
+            [*SCORE, "--captions={}/captions.jsonl", "--clip=asset:tiny/policy"],
+            "not 'clip'",
+        ),
+        "--out below a file": (
+            ["--clip=x", "--captions={}/captions.jsonl", "--out={}/file/out"],
+            "its folder must be there",
+        ),
+        "a process beyond --processes": (
+            [*SCORE, "--captions={}/captions.jsonl", "--process=1"],
+            "--process=1 is none of --processes=1",
+        ),
+        "a batch of 0": ([*SCORE, "--captions={}/captions.jsonl", "--batch=0"], "batch"),
+    },
     "plan_table": {
         "a plan that is not there": (["{}/none.json"], "none.json"),
         "a plan that is a text": (["{}/file"], "file is not what caprl_jax.plan"),
@@ -188,6 +216,7 @@ def files(folder):
     """Files that the command lines name."""
     (folder / "file").write_text("a text")
     (folder / "list.json").write_text("[1]")
+    (folder / "captions.jsonl").write_text('{"id": "a", "image": "../x.png", "caption": "x"}')
     (folder / "phases.json").write_text(json.dumps({"decode": {"roofline": 3}}))
     for name, content in (("bad", "{"), ("other", "[3]")):
         (folder / name).mkdir()

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from caprl_jax import config as config_lib
 from caprl_jax import train
 from caprl_jax.caption.parts import Place
 from caprl_jax.data.digits import world as digits
+from caprl_jax.data.sources import rows as rows_lib
+from caprl_jax.errors import ConfigError
 from caprl_jax.run import clip as clip_lib
+from caprl_jax.similarity import __main__ as program
 from caprl_jax.similarity import job, lines
 
 from ..hostile.command_line import command
@@ -108,9 +112,16 @@ def test_cosines_are_those_of_transformers(clip, folder, scored):
 def test_lines_keep_their_columns_and_get_one_value_a_caption(folder, scored):
     found = read(scored[1])
     given = [row for i, row in enumerate(read(folder / "captions.jsonl")) if i != 3]
-    assert [{k: v for k, v in row.items() if k != "clip"} for row in found] == given
+    left = [{k: v for k, v in row.items() if k not in ("clip", "image")} for row in found]
+    assert left == [{k: v for k, v in row.items() if k != "image"} for row in given]
     assert [len(row["clip"]) for row in found[:3]] == [1, 3, 1]
     assert isinstance(found[3]["clip"], float)
+
+
+def test_a_file_in_another_folder_names_the_same_images(folder, scored):
+    found = list(rows_lib.rows(scored[1]))
+    images = [rows_lib.image_bytes(row, folder) for row in found]
+    assert images == [(folder / f"images/{i}.png").read_bytes() for i in (0, 1, 2, 4)]
 
 
 def test_what_is_cut_or_set_aside_is_counted(scored):
@@ -138,13 +149,17 @@ def test_images_are_found_by_id_wherever_they_lie(clip, folder, scored, tmp_path
     ]
     write(tmp_path / "rows.jsonl", rows[::-1])
     given = [{k: v for k, v in row.items() if k != "image"} for row in read(scored[1])[:3]]
-    write(tmp_path / "captions.jsonl", [*given, {**given[0], "again": 1}, {**given[0], "id": "x"}])
-    more = {"images": tmp_path / "rows.jsonl"}
-    _, found = similarity(clip, tmp_path / "captions.jsonl", tmp_path / "out.jsonl", **more)
+    by_image = {"image": "1.png", "caption": "y"}  # the image's id, not its path
+    more = [{**given[0], "again": 1}, {**given[0], "id": "x"}, by_image]
+    write(tmp_path / "captions.jsonl", [*given, *more])
+    (tmp_path / "to").mkdir()
+    out, images = tmp_path / "to" / "out.jsonl", tmp_path / "rows.jsonl"
+    _, found = similarity(clip, tmp_path / "captions.jsonl", out, images=images)
+    assert {k: v for k, v in found.pop(2).items() if k != "clip"} == by_image
     assert [row["id"] for row in found] == ["2.png", "1.png", "0.png", "0.png"]
     for row, other in zip(found, [given[2], given[1], given[0], given[0]], strict=True):
         np.testing.assert_allclose(row["clip"], other["clip"], atol=2e-6)
-    [error] = read(tmp_path / "out.jsonl.errors")
+    [error] = read(out.with_name("out.jsonl.errors"))
     assert error == {"id": "x", "error": "--images has no image of the id 'x'"}
 
 
@@ -193,6 +208,42 @@ def test_what_can_not_be_scored_is_told_in_one_paragraph(clip, row, more, messag
         similarity(**{"clip": clip, "captions": captions, "out": tmp_path / "o.jsonl"} | more)
     assert e.value.code.startswith("error: ") and message in e.value.code
     assert "\n" not in e.value.code
+
+
+@pytest.mark.parametrize("more", ["root", "images"])
+def test_a_command_without_an_image_leaves_room_for_one_with_other_flags(
+    clip, folder, tmp_path, more
+):
+    """Captions as caption writes them into another folder: ../.. leads to their images."""
+    captions, out = tmp_path / "captions.jsonl", tmp_path / "scored.jsonl"
+    given = {"id": "0.png", "caption": "x"}
+    given |= {"image": os.path.relpath(folder / "images/0.png", tmp_path)}
+    write(captions, [given])
+    with pytest.raises(SystemExit, match=r"no image can be read; .* lies outside of .*: --root"):
+        similarity(clip, captions, out)
+    assert list(tmp_path.iterdir()) == [captions]
+    told, [line] = similarity(clip, captions, out, **{more: folder / "images"})
+    assert told.endswith(f"scored 1 captions, of 1 images: {out}\n")
+    assert {k: v for k, v in line.items() if k != "clip"} == given
+
+
+def test_root_holds_the_files_of_rows_too(clip, folder, tmp_path):
+    image = os.path.relpath(folder / "images/0.png", tmp_path)
+    write(tmp_path / "rows.jsonl", [{"id": "a", "image": image}])
+    captions = write(tmp_path / "captions.jsonl", [{"id": "a", "caption": "x"}])
+    given = {"images": tmp_path / "rows.jsonl", "root": folder}
+    _, found = similarity(clip, captions, tmp_path / "scored.jsonl", **given)
+    assert [row["id"] for row in found] == ["a"]
+
+
+def test_a_process_whose_job_was_taken_back_says_so(tmp_path):
+    """Of two that end at once, the first says why, and removes the files."""
+    place = Place(tmp_path / "scored.jsonl")
+    place.about.write_text('{"scored": 0}')
+    place.errors.write_text('{"id": "a", "error": "gone"}\n')
+    for message in ("the first, 'a': gone;", "another of the processes says why"):
+        with pytest.raises(ConfigError, match=message):
+            program._told(place, 77)
 
 
 def test_a_file_without_a_line_is_refused(clip, tmp_path):

@@ -225,6 +225,39 @@ def image_file(row: Row, root: Path | None = None) -> Path | None:
     return image if isinstance(image, Path) else None
 
 
+def moved(raw: Mapping[str, Any], before: Path, after: Path) -> dict[str, Any]:
+    """Returns a row's fields for a file in another folder; a relative path of its image fits there.
+
+    Args:
+      raw: the fields.
+      before: folder that the path is relative to.
+      after: folder that it shall be relative to; links are resolved, as caprl_jax.caption does.
+    """
+    name = "images" if raw.get("image") is None else "image"
+    if name not in raw or before.resolve() == after.resolve():
+        return dict(raw)
+    return {**raw, name: _moved(raw[name], before, after)}
+
+
+def _moved(given: Any, before: Path, after: Path) -> Any:
+    """Returns an image as a row gives it, with another relative path if it is one."""
+    if isinstance(given, list):
+        return [_moved(g, before, after) for g in given]
+    if isinstance(given, Mapping):
+        if given.get("bytes") or "path" not in given:  # beside bytes, a path is but a name
+            return given
+        return {**given, "path": _moved(given["path"], before, after)}
+    if not isinstance(given, str) or not given or _is_content(given):
+        return given
+    try:
+        path = _without_scheme(given)
+        if os.path.isabs(path):
+            return given
+        return os.path.relpath((before / path).resolve(), after.resolve())
+    except (OSError, ValueError, RuntimeError):  # no path; its reader says why
+        return given
+
+
 def _image(row: Row, root: Path | None) -> bytes | str | Path:
     """Returns a row's image as it is given: its bytes, base64 text, or a file, links resolved."""
     if isinstance(row.raw, MalformedRecord):
@@ -243,9 +276,21 @@ def _image(row: Row, root: Path | None) -> bytes | str | Path:
         return given
     if not isinstance(given, str) or not given:
         raise MalformedRecord("the row has no image: neither bytes nor a path")
-    if given.startswith("data:") or len(given) > _LONGEST_PATH:
+    if _is_content(given):
         return given
     return _inside(given, row.beside, root or row.beside)
+
+
+def _is_content(given: str) -> bool:
+    """Tells whether a text is an image itself, not the path of one."""
+    return given.startswith("data:") or len(given) > _LONGEST_PATH
+
+
+def _without_scheme(given: str) -> str:
+    """Returns the path of a file: URL, or a path as it is; raises ValueError if it is no URL."""
+    if given.startswith("file:"):
+        return urllib.parse.unquote(urllib.parse.urlsplit(given).path)
+    return given
 
 
 def _from_base64(text: str) -> bytes:
@@ -265,15 +310,14 @@ def _inside(given: str, beside: Path, root: Path) -> Path:
     from caprl_jax.data.images import UnreadableImage
 
     try:
-        if given.startswith("file:"):
-            given = urllib.parse.unquote(urllib.parse.urlsplit(given).path)
+        given = _without_scheme(given)
         path, allowed = (beside / given).resolve(), root.resolve()
     except (OSError, ValueError, RuntimeError) as e:  # a zero byte; a circle; no URL
         raise UnreadableImage(f"the image file can't be read: {e}") from e
     if not path.is_relative_to(allowed):
         raise UnreadableImage(
-            f"the image {given!r:.80} lies outside of {allowed.name!r:.60}: data.root names the "
-            "folder that images may lie in"
+            f"the image {given!r:.80} lies outside of {allowed.name!r:.60}: --root, or data.root "
+            "in a config, names the folder that images may lie in"
         )
     return path
 
