@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the tiny policy, judge, verifier and CLIP that ship in caprl_jax/assets/tiny, from random weights.
-# Usage: bash launch/make_tiny.sh DIR          about 130 minutes on 2 cores
+# Usage: bash launch/make_tiny.sh DIR          about 130 minutes on 2 cores, reckoned
 set -euo pipefail
 out="$(realpath -m "${1:?usage: bash launch/make_tiny.sh DIR}")"
 cd "$(dirname "$0")/.."

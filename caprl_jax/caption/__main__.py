@@ -14,15 +14,12 @@ the others or the one most probable a token. --enrich=5 asks the model about up 
 the caption, and has it write a final one.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from caprl_jax.api import load_judge, load_policy
 from caprl_jax.api.policy import PROMPT
 from caprl_jax.caption import parts, pictures
 from caprl_jax.caption.job import Settings, caption
-from caprl_jax.caption.parts import Place
 from caprl_jax.commands import cli
 from caprl_jax.commands.cli import in_one_paragraph, set_up_logging
 from caprl_jax.decode.sampling import Sampling
@@ -34,8 +31,7 @@ def main(_: list[str]) -> None:
     set_up_logging()
     given = flags.FLAGS
     with in_one_paragraph():
-        place = Place(Path(given.out), given.process, given.processes)
-        parts.check_writable(place)
+        place = parts.open_place(given.out, given.process, given.processes)
         sampling = make(
             Sampling, {"max_tokens": given.max_tokens, "temperature": given.temperature}
         )

@@ -58,11 +58,22 @@ class Place:
         return self.out.with_name(f"{self.out.name}.part-{process}-of-{self.processes}")
 
 
-def check_writable(place: Place) -> None:
-    """Raises ConfigError if the job's files can't be written, for lack of a folder or of rights."""
+def open_place(out: str, process: int, processes: int) -> Place:
+    """Returns the place of a job's files, which can be written.
+
+    Args:
+      out: the file of all captions.
+      process: which process this is, from 0.
+      processes: number of processes.
+
+    Raises:
+      ConfigError: there is no such process, or the folder isn't there, or isn't writable.
+    """
+    place = Place(Path(out), process, processes)
     folder = place.out.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"can't write {place.out}: its folder must be there, and writable")
+    return place
 
 
 class Sorter(Protocol):

@@ -21,7 +21,7 @@ from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
 from caprl_jax.registry import Choice
 from caprl_jax.rl.judge import Judge
-from caprl_jax.rl.rewards import Term, needed_models, reads_reference_caption
+from caprl_jax.rl.rewards import Term, needed_models
 from caprl_jax.rl.sentences import Endings
 from caprl_jax.rl.step import Run, caprl_step
 from caprl_jax.rl.types import Batch, Instruction, Questions, State
@@ -205,9 +205,8 @@ def batch(config: ml_collections.ConfigDict, policy: Policy, rules: ShardRules) 
             integers(b, p), truths(b, p), integers(b, p, *axes), integers(b, p), integers(b)
         )
 
-    own, extras = config.verifier, {}
-    if own.reference and reads_reference_caption(choices.terms(config)):
-        extras[PROMPT] = prompt(data.max_prompt + own.max_reference)
+    added = choices.reference_tokens(config)
+    extras = {PROMPT: prompt(data.max_prompt + added)} if added else {}
     return Batch(
         images=Images(of(jnp.float32, b, m, vision.patch_dim), integers(b, m, 2), truths(b, m)),
         prompt=prompt(data.max_prompt),

@@ -10,7 +10,7 @@ from caprl_jax.registry import Choice, Registry
 from caprl_jax.rl.advantages import ADVANTAGES
 from caprl_jax.rl.kl import KL_ESTIMATORS
 from caprl_jax.rl.losses import AGGREGATIONS, LOSSES
-from caprl_jax.rl.rewards import REWARDS, Term
+from caprl_jax.rl.rewards import REWARDS, Term, reads_reference_caption
 from caprl_jax.run.sinks import SINKS
 from caprl_jax.settings import is_section
 
@@ -26,6 +26,12 @@ def choice(config: ml_collections.ConfigDict, name: str) -> Choice:
     """Returns caprl.NAME's entry: "advantage", "loss", "aggregation" or "kl_estimator"."""
     with about(f"caprl.{name}_options"):
         return CHOICES[name].choose(config.caprl[name], config.caprl[f"{name}_options"])
+
+
+def reference_tokens(config: ml_collections.ConfigDict) -> int:
+    """Returns the tokens that a reference caption adds to the verifier's prompt; 0 without one."""
+    own = config.verifier
+    return own.max_reference if own.reference and reads_reference_caption(terms(config)) else 0
 
 
 def terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:

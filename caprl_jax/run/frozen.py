@@ -19,7 +19,7 @@ from caprl_jax.errors import ConfigError, about
 from caprl_jax.models.vlm import Policy
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import ShardRules
-from caprl_jax.rl.rewards import needed_models, reads_reference_caption
+from caprl_jax.rl.rewards import needed_models
 from caprl_jax.rl.verify import Verifier
 from caprl_jax.run import choices, load
 from caprl_jax.run import clip as clip_lib
@@ -100,11 +100,10 @@ def read(config: ml_collections.ConfigDict, trained: Trained) -> Frozen:
     Raises:
       ConfigError, ModelDirectoryError: one can't be used.
     """
-    terms = choices.terms(config)
-    needed = needed_models(terms)
+    needed = needed_models(choices.terms(config))
     verifier, source = _verifier(config, trained) if "verifier" in needed else (None, None)
     clip = clip_lib.read(config, trained.tokenizer) if "clip" in needed else None
-    reference = _reference(config, trained) if reads_reference_caption(terms) else None
+    reference = _reference(config, trained) if choices.reference_tokens(config) else None
     found = Frozen(verifier, source, clip, reference)
     if found.through_text and is_url(config.judge.path):
         raise ConfigError(
@@ -131,10 +130,8 @@ def _verifier(config: ml_collections.ConfigDict, trained: Trained) -> tuple[Veri
     ), source
 
 
-def _reference(config: ml_collections.ConfigDict, trained: Trained) -> ReferencePrompt | None:
+def _reference(config: ml_collections.ConfigDict, trained: Trained) -> ReferencePrompt:
     own, text, policy = config.verifier, config.policy.prompt, trained.policy
-    if not own.reference:
-        return None
     mrope = policy.decoder.config.mrope_section is not None
     prompt = PolicyPrompt.create(trained.tokenizer, text, policy.vision.config, mrope)
     with about("verifier"):

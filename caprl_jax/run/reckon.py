@@ -31,6 +31,7 @@ from caprl_jax.models.decoder import Decoder
 from caprl_jax.parallel import mesh
 from caprl_jax.parallel.axes import CACHED, ShardRules
 from caprl_jax.rl import packing
+from caprl_jax.run import choices
 from caprl_jax.run import compile as compile_lib
 from caprl_jax.run.models import Models, models
 
@@ -236,7 +237,7 @@ class Reckoner:
         if self.models.verifier is None:
             return {}
         c, own = self.models.verifier.decoder.config, self.config.verifier
-        prompt = self.config.data.max_prompt + (own.max_reference if own.reference else 0)
+        prompt = self.config.data.max_prompt + choices.reference_tokens(self.config)
         i, texts = self.images(count), self.config.caprl.group * own.sentences
         each = own.max_sentence + VERIFIER_QUESTION
         tokens, hidden = texts * each + prompt, c.feed_forward // self.rules.size("mlp")

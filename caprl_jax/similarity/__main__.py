@@ -36,8 +36,7 @@ def main(_: list[str]) -> None:
     set_up_logging()
     given = flags.FLAGS
     with in_one_paragraph():
-        place = Place(Path(given.out), given.process, given.processes)
-        parts.check_writable(place)
+        place = parts.open_place(given.out, given.process, given.processes)
         lines = lines_lib.find(Path(given.captions), given.images, given.root)
         reader = clip_lib.from_directory(given.clip, given.revision, np.float32)
         done = score(reader, lines, place, given.batch)

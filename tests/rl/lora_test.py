@@ -118,7 +118,7 @@ def products(world, captions):
 
 @pytest.mark.slow
 def test_no_gradient_of_a_whole_weight_is_computed(world, tuned, captions):
-    """Of layers and of the head; the same search finds them where all is trained."""
+    """Layers and head have none; the same search finds them where all is trained."""
     names = "k", "v", "gate", "up", "down", "head"
     assert len(products(world, captions)) >= len(names)
     assert len(products(tuned, captions)) == 0
@@ -139,7 +139,7 @@ def test_captions_are_drawn_from_the_policy_that_learns(tuned, captions, platfor
 
 @pytest.mark.slow
 def test_in_bfloat16_a_small_update_would_be_lost_in_merged_weights(world):
-    """Which is why decoding applies it: here 0.1% of the weights, which bfloat16 rounds by 0.4%."""
+    """So decoding applies it: here it is 0.1% of the weights, which bfloat16 rounds by 0.4%."""
     half = dataclasses.replace(
         world,
         policy=dataclasses.replace(

@@ -99,7 +99,7 @@ def test_boxes_count_up_to_the_overlap_that_is_asked_for():
 
 
 def test_boxes_are_paired_one_to_one_and_the_best_first():
-    """Of [0, 0, 10, 6] and the truths 0.6 and 0.67 are shared, of [0, 0, 10, 10] 1 and 0.4."""
+    """[0, 0, 10, 6] shares 0.6 and 0.67 with the truths, [0, 0, 10, 10] 1 and 0.4."""
     truth = {"boxes": [0, 0, 10, 10, 0, 0, 10, 4]}
     captions = [
         "[0, 0, 10, 6] [0, 0, 10, 10]",

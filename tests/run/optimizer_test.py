@@ -111,7 +111,7 @@ def test_adafactor_divides_by_the_roots_of_a_variance_by_rows_and_columns():
 
 
 def test_adafactors_state_lies_where_the_rules_put_it(world):
-    """What has a parameter's shape lies like the parameter, the rest on every device."""
+    """Moments of a parameter's shape lie like the parameter, the rest on every device."""
     optimizer = optimizers.make(section(name="adafactor"), 10, 1)
     rules = mesh.shard_rules(mesh.make_mesh({"fsdp": 4, "tensor": 2}))
     boxed = jax.eval_shape(world.policy.init, jax.random.key(0))

@@ -147,7 +147,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
 
 @whole_run
 def test_a_file_of_captions_by_id_and_a_judge(tmp_path):
-    """Of three captions of each image one is too long; the judge reads what is written."""
+    """Each image has three captions, one too long; the judge reads what is written."""
     scenes = [
         *digits.scenes("train", 24, (3, 3), (2, 5)),
         *digits.scenes("heldout", 8, (3, 3), (2, 5)),

@@ -65,7 +65,7 @@ def read(path):
 
 
 def similarity(clip, captions, out, **more):
-    """What the command prints, and the lines that it writes."""
+    """Returns what the command prints, and the lines that it writes."""
     given = {"captions": captions, "clip": clip, "out": out} | more
     told = command("similarity", *(f"--{name}={value}" for name, value in given.items()))
     return told, read(out)
@@ -237,7 +237,7 @@ def test_root_holds_the_files_of_rows_too(clip, folder, tmp_path):
 
 
 def test_a_process_whose_job_was_taken_back_says_so(tmp_path):
-    """Of two that end at once, the first says why, and removes the files."""
+    """Two processes end at once: the first says why, and removes the files."""
     place = Place(tmp_path / "scored.jsonl")
     place.about.write_text('{"scored": 0}')
     place.errors.write_text('{"id": "a", "error": "gone"}\n')
@@ -254,7 +254,7 @@ def test_a_file_without_a_line_is_refused(clip, tmp_path):
 
 @pytest.mark.slow
 def test_the_recipe_runs_from_scenes_to_a_captioner(clip, tmp_path, one_device):
-    """That of caption/README.md: scenes, caption, similarity, keep, and a run on what is kept."""
+    """caption/README.md has the recipe: scenes, caption, similarity, keep, and a run."""
     to, pseudo, kept = (tmp_path / name for name in ("to", "to/pseudo.jsonl", "to/kept.jsonl"))
     command("scenes", f"--to={to}", "--count=40")
     asked = ("--group=3", "--max_tokens=30", f"--images={to}/images", f"--out={pseudo}")

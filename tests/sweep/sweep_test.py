@@ -168,7 +168,7 @@ def test_a_run_without_the_figure_fails_by_name(planned):
 
 
 def test_other_figures_stand_beside_the_compared_one(planned):
-    """Of the summary, of the last step, and a step's usual time; a missing one is left out."""
+    """They come from summary, last step or median step; a missing one is left out."""
     names = ("fact_recall", "kl", "seconds_step", "entropy")
     [found] = carried_out(planned[:1], Script(), beside=names)
     assert found.beside == {"fact_recall": 0.4, "kl": 0.2, "seconds_step": 6}
